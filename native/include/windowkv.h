@@ -1,0 +1,166 @@
+// windowkv: per-head KV cells for llama.cpp, the C interface.
+//
+// This header is the single source of the declarations: the Python package parses it with cffi.
+// Everything between the two "cdef" marks must therefore be plain C without preprocessor lines.
+
+#ifndef WINDOWKV_H
+#define WINDOWKV_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#    define WKV_API __declspec(dllexport)
+#else
+#    define WKV_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct llama_context;
+
+// cdef: begin
+
+// Every function that returns int returns WKV_OK or one of the negative codes below; wkv_last_error() then
+// says in words what was got, what was expected and what to do. No function throws.
+enum wkv_status {
+    WKV_OK              =  0,
+    WKV_ERR_ARGUMENT    = -1, // a parameter is out of range
+    WKV_ERR_NO_POLICY   = -2, // the context was created without a policy
+    WKV_ERR_UNSUPPORTED = -3, // the model, backend or call cannot be served
+    WKV_ERR_COMPUTE     = -4, // a graph failed or memory ran out
+};
+
+enum wkv_kind {
+    WKV_KIND_FULL         = 0, // keeps every cell
+    WKV_KIND_STREAMINGLLM = 1, // arXiv 2309.17453
+    WKV_KIND_SNAPKV       = 2, // arXiv 2404.14469
+    WKV_KIND_PYRAMIDKV    = 3, // arXiv 2406.02069
+    WKV_KIND_WINDOWKV     = 4, // arXiv 2503.17922
+};
+
+enum wkv_scope      { WKV_SCOPE_LAYER = 0, WKV_SCOPE_HEAD = 1 };
+enum wkv_shape      { WKV_SHAPE_FLAT = 0, WKV_SHAPE_ARITHMETIC = 1 };
+enum wkv_share      { WKV_SHARE_FIRST = 0, WKV_SHARE_MEAN = 1 };
+enum wkv_accounting { WKV_ACCOUNTING_NATIVE = 0, WKV_ACCOUNTING_PAPER = 1 };
+
+// One policy. Fields that a kind does not use are ignored.
+struct wkv_policy {
+    int32_t kind;          // enum wkv_kind
+    int32_t alpha;         // observation window: the last alpha tokens score the others, > 0
+    int32_t suffix;        // of the observation window, the tokens that always stay, 0..alpha
+    int32_t n_sink;        // streamingllm: first tokens that always stay
+    int32_t kernel;        // snapkv, pyramidkv: width of the max-pool over token scores, odd
+    int32_t omega;         // windowkv: tokens per window
+    int32_t top_p;         // windowkv: a window scores the mean of its top_p best tokens, 1..omega
+    int32_t gamma;         // windowkv: consecutive layers that share one set of indices
+    int32_t share;         // windowkv: enum wkv_share, whose scores choose for the group
+    int32_t scope;         // windowkv: enum wkv_scope
+    int32_t shape;         // windowkv: enum wkv_shape of the budgets over the groups
+    int32_t accounting;    // windowkv: enum wkv_accounting
+    int32_t protect_first; // windowkv: 1 = the first window always stays (it holds the attention sink)
+    double  slope;         // lambda of windowkv, beta of pyramidkv: the last budget is C*gamma/lambda or C/beta
+};
+
+// Shapes of one selection. cells[il] counts the cells each kv head of layer il holds now.
+struct wkv_shapes {
+    int32_t n_layer;
+    int32_t n_head_kv;
+    int32_t n_past;             // positions the sequence has seen, evicted ones included
+    const int32_t * cells;      // [n_layer]
+};
+
+struct wkv_stats {
+    int32_t n_layer;
+    int32_t n_head_kv;
+    int32_t n_past;             // positions
+    int32_t n_boundary;         // positions below this one were subject to the last compaction
+    int32_t n_compactions;
+    int32_t n_window;           // rows of the observation ring
+    int64_t bytes_live;         // bytes of the live buffers: pools and observation ring
+    int64_t bytes_pool;         // of these, the K and V pools
+    int64_t bytes_full;         // what the stock cache holds for n_past positions
+    int64_t bytes_peak;         // largest bytes_live so far, transients of growth and compaction included
+    int64_t bytes_released;     // given back by the last compaction
+    double  t_score_ms;         // last compaction: scoring
+    double  t_select_ms;        // last compaction: selection on the host
+    double  t_gather_ms;        // last compaction: moving the kept cells and freeing the rest
+};
+
+// --- library
+
+// hash of the pin, the patches and the native sources this library was built from
+WKV_API const char * wkv_build_stamp(void);
+
+// message of the last failure on this thread, "" if there was none
+WKV_API const char * wkv_last_error(void);
+
+// --- creation
+
+// The next llama_context created on this thread gets a ragged KV cache with an observation ring of n_window
+// rows (> 0). Consumed by that context, whether its creation succeeds or not.
+WKV_API int  wkv_pending_set(int32_t n_window);
+WKV_API void wkv_pending_clear(void);
+
+// WKV_OK if the context has a ragged cache that serves all of its attention layers
+WKV_API int wkv_ready(struct llama_context * ctx);
+
+// --- runtime
+
+// make room for positions up to n_past + n_tokens without slack; an optimisation, never required
+WKV_API int wkv_reserve(struct llama_context * ctx, int32_t n_tokens);
+
+// resize the observation ring; what it observed so far is forgotten
+WKV_API int wkv_set_window(struct llama_context * ctx, int32_t n_window);
+
+// score, select and gather: afterwards the (layer, kv head) pairs hold n_cells cells on average
+// returns the number of cells released over all layers and heads, or a negative status
+WKV_API int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells);
+
+// keep a copy of the cache, go back to it any number of times, give it up; clearing the cache gives it up too
+// for comparing policies after one prefill. Logits are not part of it.
+WKV_API int wkv_snapshot_save   (struct llama_context * ctx);
+WKV_API int wkv_snapshot_restore(struct llama_context * ctx);
+WKV_API int wkv_snapshot_drop   (struct llama_context * ctx);
+
+// works without a policy too: the stock cache then, whose bytes_live is what it allocated for n_ctx positions and
+// whose bytes_full is the share of the positions seen
+WKV_API int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats);
+
+// cells of every (layer, kv head), row major [n_layer, n_head_kv]
+WKV_API int wkv_get_cells(struct llama_context * ctx, int32_t * cells, size_t n);
+
+// positions kept by one head, ascending; returns their number or a negative status, writes at most n of them
+WKV_API int wkv_get_positions(struct llama_context * ctx, int32_t layer, int32_t head, int32_t * pos, size_t n);
+
+// mean attention of the last alpha observed queries over the cells of one layer, per kv head (mean over its
+// query heads), row major [n_head_kv, cells]; returns the number of floats or a negative status
+WKV_API int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t alpha, float * scores, size_t n);
+
+// K (0) or V (1) of one head as F32, row major [cells, head_dim]; returns the number of floats
+WKV_API int64_t wkv_get_rows(struct llama_context * ctx, int32_t layer, int32_t head, int32_t which, float * rows, size_t n);
+
+// observed queries of one query head as F32 in position order, row major [observed, head_dim], with positions
+WKV_API int64_t wkv_get_queries(struct llama_context * ctx, int32_t layer, int32_t head, float * rows, int32_t * pos, size_t n);
+
+// --- pure functions: the same code the runtime calls, no context needed
+
+// budgets of the layers in cells per kv head, [n_layer]; n_cells = average cells per (layer, kv head)
+WKV_API int wkv_budgets(const struct wkv_policy * policy, const struct wkv_shapes * shapes, int64_t n_cells, int32_t * budgets);
+
+// positions: for every layer n_head_kv rows of cells[il] ascending positions, layers one after the other
+// scores:    same layout, F32
+// keep:      same layout, set to 1 where the cell stays, else 0
+WKV_API int wkv_select(const struct wkv_policy * policy, const struct wkv_shapes * shapes, const int32_t * budgets,
+                       const int32_t * positions, const float * scores, uint8_t * keep);
+
+// cdef: end
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // WINDOWKV_H

@@ -1,0 +1,643 @@
+#include "llama-kv-cache-ragged.h"
+
+#include "llama-arch.h"
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+#include <stdexcept>
+
+//
+// creation
+//
+
+static thread_local uint32_t    pending_window = 0;
+static thread_local std::string last_error;
+
+void llama_kv_ragged_pending_set(uint32_t n_window) {
+    pending_window = n_window;
+}
+
+bool llama_kv_ragged_pending() {
+    return pending_window > 0;
+}
+
+void llama_kv_ragged_set_error(const std::string & msg) {
+    last_error = msg;
+}
+
+const std::string & llama_kv_ragged_get_error() {
+    return last_error;
+}
+
+[[noreturn]] static void refuse(const std::string & msg) {
+    llama_kv_ragged_set_error("kv_policy: " + msg);
+    throw std::runtime_error(last_error);
+}
+
+// architectures that llama_model::create_memory() gives a cache of their own
+static bool has_own_cache(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_BERT:
+        case LLM_ARCH_JINA_BERT_V2:
+        case LLM_ARCH_JINA_BERT_V3:
+        case LLM_ARCH_NOMIC_BERT:
+        case LLM_ARCH_NOMIC_BERT_MOE:
+        case LLM_ARCH_NEO_BERT:
+        case LLM_ARCH_EUROBERT:
+        case LLM_ARCH_WAVTOKENIZER_DEC:
+        case LLM_ARCH_MODERN_BERT:
+        case LLM_ARCH_GEMMA_EMBEDDING:
+        case LLM_ARCH_DREAM:
+        case LLM_ARCH_LLADA:
+        case LLM_ARCH_LLADA_MOE:
+        case LLM_ARCH_RND1:
+        case LLM_ARCH_MINIMAX_M3:
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_GLM5_NEXT:
+        case LLM_ARCH_HY_V4:
+        case LLM_ARCH_DOTS3NOTE:
+        case LLM_ARCH_DEEPSEEK4:
+        case LLM_ARCH_DFLASH:
+            return true;
+        default:
+            return false;
+    }
+}
+
+static void check_model(const llama_model & model) {
+    const auto & hparams = model.hparams;
+    const std::string arch = llm_arch_name(model.arch);
+
+    const auto no = [&](const std::string & what) {
+        refuse("a " + arch + " model with " + what + " is not supported yet, use it without a policy");
+    };
+
+    if (llm_arch_is_recurrent(model.arch) || llm_arch_is_hybrid(model.arch)) { no("recurrent layers"); }
+    if (has_own_cache(model.arch))                   { no("a cache or attention of its own kind"); }
+    if (llama_model_has_encoder(&model))             { no("an encoder"); }
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE)     { no("sliding-window attention"); }
+    if (hparams.is_mla())                            { no("multi-head latent attention"); }
+    if (hparams.f_max_alibi_bias > 0.0f)             { no("ALiBi positions"); }
+    if (hparams.n_pos_per_embd() > 1)                { no("M-RoPE positions"); }
+    if (!hparams.causal_attn)                        { no("non-causal attention"); }
+    if (model.arch == LLM_ARCH_GROK)                 { no("a tanh of its own on the attention logits"); }
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (!hparams.has_kv(il))                             { no("layers that share a KV cache"); }
+        if (hparams.n_head_kv(il) != hparams.n_head_kv(0))   { no("different numbers of kv heads per layer"); }
+        if (hparams.n_head_kv(il) == 0)                      { no("layers without attention"); }
+        if (hparams.n_embd_head_k(il) % 2 || hparams.n_embd_head_v(il) % 2) { no("an odd head size"); }
+    }
+}
+
+static void check_params(const llama_memory_params & params, const llama_cparams & cparams) {
+    for (const ggml_type type : { params.type_k, params.type_v }) {
+        if (type != GGML_TYPE_F16 && type != GGML_TYPE_F32) {
+            refuse(format("cells of type %s are not supported yet, expected f16 or f32 for type_k and type_v", ggml_type_name(type)));
+        }
+    }
+    if (cparams.n_seq_max > 1) {
+        refuse(format("n_seq_max is %u, expected 1: there are no pools per sequence yet", cparams.n_seq_max));
+    }
+    if (!cparams.flash_attn || cparams.auto_fa) {
+        refuse("flash attention has to be enabled (flash_attn=True, LLAMA_FLASH_ATTN_TYPE_ENABLED)");
+    }
+    if (!cparams.causal_attn) {
+        refuse("attention_type is non-causal, expected causal");
+    }
+    if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || params.mem_other) {
+        refuse("draft-head contexts and contexts that share memory are not supported, create a plain context");
+    }
+}
+
+llama_memory_i * llama_kv_ragged_create(
+        const llama_model         & model,
+        const llama_memory_params & params,
+        const llama_cparams       & cparams) {
+    const uint32_t n_window = pending_window;
+    pending_window = 0;
+
+    check_model(model);
+    check_params(params, cparams);
+
+    return new llama_kv_cache_ragged(model, params, cparams, n_window);
+}
+
+//
+// llama_kv_cache_ragged
+//
+
+llama_kv_cache_ragged::llama_kv_cache_ragged(
+        const llama_model         & model,
+        const llama_memory_params & params,
+        const llama_cparams       & cparams,
+                 uint32_t           n_window) :
+    llama_kv_cache(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, cparams.offload_kqv,
+            /*unified =*/ true, cparams.n_ctx_seq, cparams.n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE,
+            /*mem_other =*/ nullptr, /*filter =*/ [](int32_t) { return false; }, nullptr, nullptr),
+    model(model), hparams(model.hparams), cparams(cparams), n_window(n_window) {
+    GGML_ASSERT(n_window > 0);
+
+    init_layers(params);
+    alloc_ring();
+}
+
+static bool attn_supported(const llama_kv_ragged_layer & layer) {
+    const ggml_init_params params = {
+        /*.mem_size   =*/ 16*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx_ptr { ggml_init(params) };
+    ggml_context * ctx = ctx_ptr.get();
+
+    ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.n_embd_head_k, 1, layer.n_head);
+    ggml_tensor * k    = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, layer.n_embd_head_k, 256, layer.n_head_kv);
+    ggml_tensor * v    = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, layer.n_embd_head_v, 256, layer.n_head_kv);
+    ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 256, 1);
+    ggml_tensor * attn = ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, 0.0f, 0.0f);
+
+    ggml_tensor * rows = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, layer.n_embd_head_k/2, 256);
+    ggml_tensor * idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 16);
+    ggml_tensor * get  = ggml_get_rows(ctx, rows, idxs);
+
+    return ggml_backend_dev_supports_op(layer.dev, attn) && ggml_backend_dev_supports_op(layer.dev, get);
+}
+
+void llama_kv_cache_ragged::init_layers(const llama_memory_params & params) {
+    map_layer.assign(hparams.n_layer_all, -1);
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        llama_kv_ragged_layer layer;
+        layer.il            = il;
+        layer.n_head        = hparams.n_head(il);
+        layer.n_head_kv     = hparams.n_head_kv(il);
+        layer.n_embd_head_k = hparams.n_embd_head_k(il);
+        layer.n_embd_head_v = hparams.n_embd_head_v(il);
+        layer.type_k        = params.type_k;
+        layer.type_v        = params.type_v;
+        layer.dev           = cparams.offload_kqv ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        layer.buft          = ggml_backend_dev_buffer_type(layer.dev);
+        layer.kept.resize(layer.n_head_kv);
+
+        // GPU kernels want lengths in multiples of 256 (see llama_kv_cache::get_n_kv), the CPU reads what it needs
+        layer.n_pad = ggml_backend_dev_type(layer.dev) == GGML_BACKEND_DEVICE_TYPE_CPU ? 32 : 256;
+
+        if (!attn_supported(layer)) {
+            refuse(format("%s lacks an operation for layer %u (flash attention with head size %" PRId64 " or get_rows), "
+                        "load the model with n_gpu_layers=0 or without a policy",
+                        ggml_backend_dev_name(layer.dev), il, layer.n_embd_head_k));
+        }
+
+        if (!bufs_reserve.count(layer.buft)) {
+            bufs_reserve[layer.buft].reset(ggml_backend_buft_alloc_buffer(layer.buft, 0));
+        }
+
+        map_layer[il] = layers.size();
+        layers.push_back(std::move(layer));
+    }
+}
+
+void llama_kv_cache_ragged::alloc_ring() {
+    const ggml_init_params params = {
+        /*.mem_size   =*/ layers.size()*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+
+    for (auto & buf : ring_bufs) {
+        meter.add(-(int64_t) ggml_backend_buffer_get_size(buf.get()));
+    }
+    ring_bufs.clear();
+    ring_ctx.reset(ggml_init(params));
+    ring_pos.assign(n_window, -1);
+
+    for (auto & layer : layers) {
+        layer.ring = ggml_new_tensor_3d(ring_ctx.get(), GGML_TYPE_F16, layer.n_embd_head_k, n_window, layer.n_head);
+        ggml_format_name(layer.ring, "ragged_ring_l%u", layer.il);
+    }
+
+    for (const auto & [buft, _] : bufs_reserve) {
+        size_t size = 0;
+        for (const auto & layer : layers) {
+            size += layer.buft == buft ? GGML_PAD(ggml_nbytes(layer.ring), ggml_backend_buft_get_alignment(buft)) : 0;
+        }
+
+        ring_bufs.emplace_back(ggml_backend_buft_alloc_buffer(buft, size));
+        ggml_backend_buffer_t buf = ring_bufs.back().get();
+        if (!buf) {
+            refuse(format("no memory for an observation ring of %zu bytes", size));
+        }
+        ggml_backend_buffer_clear(buf, 0);
+        meter.add(ggml_backend_buffer_get_size(buf));
+
+        ggml_tallocr alloc = ggml_tallocr_new(buf);
+        for (auto & layer : layers) {
+            if (layer.buft == buft) {
+                ggml_tallocr_alloc(&alloc, layer.ring);
+            }
+        }
+    }
+
+    epoch++;
+}
+
+void llama_kv_cache_ragged::synchronize() const {
+    if (lctx && lctx->get_sched()) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+    }
+}
+
+std::string llama_kv_cache_ragged::ready() const {
+    for (const auto & layer : layers) {
+        if (!layer.hooked) {
+            return format("kv_policy: the attention of layer %u does not run through the KV cache, use the model without a policy", layer.il);
+        }
+    }
+    return "";
+}
+
+//
+// cells
+//
+
+int64_t llama_kv_cache_ragged::n_cells(const llama_kv_ragged_layer & layer) const {
+    return layer.kept[0].size() + (n_pos - layer.boundary);
+}
+
+std::vector<int32_t> llama_kv_cache_ragged::positions(const llama_kv_ragged_layer & layer, int64_t ih) const {
+    std::vector<int32_t> res = layer.kept[ih];
+    res.reserve(n_cells(layer));
+    for (uint32_t pos = layer.boundary; pos < n_pos; ++pos) {
+        res.push_back(pos);
+    }
+    return res;
+}
+
+int64_t llama_kv_cache_ragged::n_read(const llama_kv_ragged_layer & layer, int64_t len) const {
+    // before the first compaction the stock length, so that the results are those of the stock cache bit for bit
+    return boundary == 0 ? std::max<int64_t>(256, GGML_PAD(len, 256)) : GGML_PAD(len, layer.n_pad);
+}
+
+bool llama_kv_cache_ragged::ensure(int64_t n_tokens, bool exact) {
+    bool synced = false;
+
+    for (auto & layer : layers) {
+        const int64_t len  = n_cells(layer);
+        const int64_t need = len + n_tokens;
+        if (need <= layer.pool.cap) {
+            continue;
+        }
+
+        // a prompt that arrives in pieces doubles its pool in six steps, a compressed cache stays within 2 %
+        const int64_t slack = exact ? 0 : boundary == 0 ? need/8 : need/64;
+        const int64_t cap   = GGML_PAD(std::min<int64_t>(need + slack, std::max<int64_t>(need, get_size())), boundary == 0 ? 256 : 32);
+
+        if (!synced) {
+            synchronize();
+            synced = true;
+        }
+        if (!layer.grow(cap, n_read(layer, cap), len, &meter)) {
+            LLAMA_LOG_ERROR("%s: no memory for %" PRId64 " cells per head in layer %u\n", __func__, cap, layer.il);
+            return false;
+        }
+        epoch++;
+    }
+
+    return true;
+}
+
+void llama_kv_cache_ragged::append(const llama_ubatch & ubatch) {
+    for (uint32_t i = ubatch.n_tokens - std::min(ubatch.n_tokens, n_window); i < ubatch.n_tokens; ++i) {
+        ring_pos[ubatch.pos[i] % n_window] = ubatch.pos[i];
+    }
+    n_pos += ubatch.n_tokens;
+}
+
+bool llama_kv_cache_ragged::reserve(int64_t n_tokens) {
+    return ensure(std::min<int64_t>(n_tokens, get_size() - n_pos), /*exact =*/ true);
+}
+
+bool llama_kv_cache_ragged::set_window(uint32_t n) {
+    if (n != n_window) {
+        synchronize();
+        n_window = n;
+        alloc_ring();
+    }
+    return true;
+}
+
+//
+// snapshot
+//
+
+bool llama_kv_cache_ragged::snapshot_save() {
+    synchronize();
+
+    auto res = std::make_unique<snapshot_t>();
+    for (const auto & layer : layers) {
+        const int64_t len = n_cells(layer);
+        const int64_t cap = std::max<int64_t>(1, len);
+
+        res->pools.push_back(layer.copy_pool(layer.pool, cap, cap, len, &meter));
+        if (res->pools.back().empty()) {
+            return false;
+        }
+        res->kept.push_back(layer.kept);
+        res->bounds.push_back(layer.boundary);
+        res->rings.emplace_back(ggml_nbytes(layer.ring));
+        ggml_backend_tensor_get(layer.ring, res->rings.back().data(), 0, res->rings.back().size());
+    }
+    res->ring_pos = ring_pos;
+    res->n_pos    = n_pos;
+    res->boundary = boundary;
+
+    snapshot = std::move(res);
+    return true;
+}
+
+bool llama_kv_cache_ragged::snapshot_restore() {
+    if (!snapshot || snapshot->ring_pos.size() != n_window || snapshot->n_pos > n_pos) {
+        return false;
+    }
+    synchronize();
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        auto & layer = layers[i];
+
+        const int64_t len = snapshot->kept[i][0].size() + (snapshot->n_pos - snapshot->bounds[i]);
+        const int64_t pad = snapshot->boundary == 0 ? 256 : layer.n_pad;
+        const int64_t cap = GGML_PAD(len + 32, pad);
+
+        llama_kv_ragged_pool pool = layer.copy_pool(snapshot->pools[i], cap, cap, len, &meter);
+        if (pool.empty()) {
+            return false;
+        }
+        layer.pool     = std::move(pool);
+        layer.kept     = snapshot->kept[i];
+        layer.boundary = snapshot->bounds[i];
+        ggml_backend_tensor_set(layer.ring, snapshot->rings[i].data(), 0, snapshot->rings[i].size());
+    }
+    llama_kv_cache::seq_rm(0, snapshot->n_pos, -1);
+    ring_pos = snapshot->ring_pos;
+    n_pos    = snapshot->n_pos;
+    boundary = snapshot->boundary;
+    epoch++;
+    return true;
+}
+
+void llama_kv_cache_ragged::snapshot_drop() {
+    snapshot.reset();
+}
+
+//
+// llama_memory_i
+//
+
+llama_memory_context_ptr llama_kv_cache_ragged::init_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool embd_all) {
+    GGML_UNUSED(embd_all);
+
+    const auto fail = [](const std::string & msg) {
+        llama_kv_ragged_set_error(msg);
+        LLAMA_LOG_ERROR("%s\n", msg.c_str());
+        return std::make_unique<llama_kv_cache_ragged_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    };
+
+    if (!cparams.causal_attn) {
+        return fail("kv_policy: the context was switched to non-causal attention, switch it back");
+    }
+
+    balloc.split_reset();
+
+    std::vector<llama_ubatch> ubatches;
+    for (auto ubatch = balloc.split_simple(n_ubatch); ubatch.n_tokens > 0; ubatch = balloc.split_simple(n_ubatch)) {
+        ubatches.push_back(std::move(ubatch)); // NOLINT
+    }
+
+    // new cells have to be the last ones of every head
+    llama_pos pos = n_pos;
+    for (const auto & ubatch : ubatches) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i, ++pos) {
+            if (ubatch.n_seq_id[i] != 1 || ubatch.seq_id[i][0] != 0 || ubatch.pos[i] != pos) {
+                return fail(format("kv_policy: batch entry at position %d of sequence %d, expected position %d of sequence 0",
+                            ubatch.pos[i], ubatch.seq_id[i][0], pos));
+            }
+        }
+    }
+
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        return fail("kv_policy: the batch cannot be split into ubatches");
+    }
+
+    auto sinfos = prepare(ubatches);
+    if (sinfos.empty()) {
+        return fail(format("kv_policy: %u positions of %u are taken, no room for %d more", n_pos, get_size(), (int) balloc.get_n_tokens()));
+    }
+
+    return std::make_unique<llama_kv_cache_ragged_context>(this, std::move(sinfos), std::move(ubatches));
+}
+
+llama_memory_context_ptr llama_kv_cache_ragged::init_full() {
+    return std::make_unique<llama_kv_cache_ragged_context>(this);
+}
+
+llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx, bool optimize) {
+    this->lctx = lctx;
+
+    return llama_kv_cache::init_update(lctx, optimize);
+}
+
+bool llama_kv_cache_ragged::get_can_shift() const {
+    return false;
+}
+
+void llama_kv_cache_ragged::clear(bool data) {
+    synchronize();
+
+    llama_kv_cache::clear(data);
+
+    snapshot_drop();
+    for (auto & layer : layers) {
+        layer.pool     = {};
+        layer.boundary = 0;
+        for (auto & kept : layer.kept) {
+            kept.clear();
+        }
+    }
+    ring_pos.assign(n_window, -1);
+
+    n_pos    = 0;
+    boundary = 0;
+    epoch++;
+}
+
+bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    p0 = std::max(p0, 0);
+
+    // sequences other than 0 are empty
+    const bool empty_range = p0 >= (llama_pos) n_pos || (p1 >= 0 && p1 <= p0);
+    if (seq_id > 0 || empty_range) {
+        return true;
+    }
+
+    if (p1 >= 0 && p1 < (llama_pos) n_pos) {
+        LLAMA_LOG_DEBUG("%s: [%d, %d) is not a tail of the %u positions\n", __func__, p0, p1, n_pos);
+        return false;
+    }
+
+    if (p0 == 0) {
+        clear(false);
+        return true;
+    }
+
+    if (p0 < (llama_pos) boundary) {
+        LLAMA_LOG_DEBUG("%s: position %d lies in what was compacted (below %u)\n", __func__, p0, boundary);
+        return false;
+    }
+
+    llama_kv_cache::seq_rm(0, p0, -1);
+    n_pos = p0;
+    for (auto & pos : ring_pos) {
+        pos = pos < p0 ? pos : -1;
+    }
+    return true;
+}
+
+void llama_kv_cache_ragged::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    GGML_UNUSED(p0);
+    GGML_UNUSED(p1);
+    if (seq_id_src != seq_id_dst) {
+        LLAMA_LOG_ERROR("%s: a cache with a policy holds one sequence, copying %d to %d is refused\n", __func__, seq_id_src, seq_id_dst);
+    }
+}
+
+void llama_kv_cache_ragged::seq_keep(llama_seq_id seq_id) {
+    if (seq_id != 0) {
+        clear(false);
+    }
+}
+
+void llama_kv_cache_ragged::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    LLAMA_LOG_ERROR("%s: positions of a cache with a policy are final, shifting sequence %d, [%d, %d) by %d is refused\n", __func__, seq_id, p0, p1, shift);
+}
+
+void llama_kv_cache_ragged::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    LLAMA_LOG_ERROR("%s: positions of a cache with a policy are final, dividing sequence %d, [%d, %d) by %d is refused\n", __func__, seq_id, p0, p1, d);
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> res;
+    for (const auto & layer : layers) {
+        res[layer.buft] += layer.pool.bytes();
+    }
+    for (const auto & buf : ring_bufs) {
+        res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+    }
+    return res;
+}
+
+void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    GGML_UNUSED(io);
+    GGML_UNUSED(seq_id);
+    GGML_UNUSED(flags);
+    refuse("saving the state of a cache with a policy is not supported yet");
+}
+
+void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    GGML_UNUSED(io);
+    GGML_UNUSED(seq_id);
+    GGML_UNUSED(flags);
+    refuse("loading a state into a cache with a policy is not supported yet");
+}
+
+void llama_kv_cache_ragged::get_stats(wkv_stats & stats) const {
+    stats = {};
+    stats.n_layer        = layers.size();
+    stats.n_head_kv      = layers[0].n_head_kv;
+    stats.n_past         = n_pos;
+    stats.n_boundary     = boundary;
+    stats.n_compactions  = n_compactions;
+    stats.n_window       = n_window;
+    stats.bytes_live     = meter.live;
+    stats.bytes_peak     = meter.peak;
+    stats.bytes_released = bytes_released;
+    stats.t_score_ms     = t_score_ms;
+    stats.t_select_ms    = t_select_ms;
+    stats.t_gather_ms    = t_gather_ms;
+    for (const auto & layer : layers) {
+        stats.bytes_pool += layer.pool.bytes();
+        stats.bytes_full += layer.n_head_kv*layer.cell_bytes()*n_pos;
+    }
+}
+
+//
+// llama_kv_cache_ragged_context
+//
+
+llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(llama_memory_status status) :
+    llama_kv_cache_context(status) {}
+
+llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(llama_kv_cache_ragged * kv) :
+    llama_kv_cache_context(kv), kv(kv), full(true) {}
+
+llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
+        llama_kv_cache_ragged * kv,
+        slot_info_vec_t sinfos,
+        std::vector<llama_ubatch> ubatches) :
+    llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches)), kv(kv) {}
+
+const llama_kv_cache_ragged_context * llama_kv_cache_ragged_context::cast(const llama_kv_cache_context * mctx) {
+    return dynamic_cast<const llama_kv_cache_ragged_context *>(mctx);
+}
+
+bool llama_kv_cache_ragged_context::apply() {
+    const llama_ubatch & ubatch = get_ubatch();
+
+    if (!kv->ensure(ubatch.n_tokens, /*exact =*/ false) || !llama_kv_cache_context::apply()) {
+        return false;
+    }
+
+    kv->append(ubatch);
+    return true;
+}
+
+llama_kv_cache_ragged_context::layer_view llama_kv_cache_ragged_context::get_view(ggml_context * ctx, int32_t il) const {
+    const auto & layer = kv->layers.at(kv->map_layer.at(il));
+
+    if (!full) {
+        const int64_t n_cells = kv->n_cells(layer);
+        return { layer.pool.k, layer.pool.v, layer.pool.cap, n_cells, kv->n_read(layer, n_cells) };
+    }
+
+    const int64_t n = kv->get_size();
+
+    layer_view res = { nullptr, nullptr, n, n, n };
+    if (ctx) {
+        res.k = ggml_new_tensor_2d(ctx, layer.type_k, layer.n_embd_head_k, n*layer.n_head_kv);
+        res.v = ggml_new_tensor_2d(ctx, layer.type_v, layer.n_embd_head_v, n*layer.n_head_kv);
+        res.k->buffer = res.v->buffer = kv->bufs_reserve.at(layer.buft).get();
+    }
+    return res;
+}
+
+uint64_t llama_kv_cache_ragged_context::get_epoch() const {
+    return kv->epoch;
+}
+
+uint32_t llama_kv_cache_ragged_context::get_window() const {
+    return kv->n_window;
+}
+
+uint32_t llama_kv_cache_ragged_context::get_n_pos() const {
+    return kv->n_pos;
+}

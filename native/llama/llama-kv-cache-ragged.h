@@ -1,0 +1,232 @@
+#pragma once
+
+#include "llama-kv-cache.h"
+#include "llama-kv-ragged-pool.h"
+
+#include "windowkv.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+struct llm_graph_context;
+
+//
+// llama_kv_cache_ragged
+//
+
+// A KV cache in which every layer holds its own cells in pools of its own.
+//
+// The base class is the ledger of positions: it is constructed without layers and keeps its slot search, sequence
+// operations and position checks. The pools hold what attention reads; a head's cells are in position order, new
+// cells are always last, so that a length replaces the cell metadata and a triangle replaces the mask search.
+class llama_kv_cache_ragged : public llama_kv_cache {
+public:
+    // throws std::runtime_error with the reason if the model, the backend or the parameters cannot be served
+    llama_kv_cache_ragged(
+            const llama_model         & model,
+            const llama_memory_params & params,
+            const llama_cparams       & cparams,
+                     uint32_t           n_window);
+
+    ~llama_kv_cache_ragged() = default;
+
+    //
+    // llama_memory_i
+    //
+
+    llama_memory_context_ptr init_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool embd_all) override;
+
+    llama_memory_context_ptr init_full() override;
+
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    bool get_can_shift() const override;
+
+    void clear(bool data) override;
+
+    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id)                                                          override;
+    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+
+    //
+    // llama_kv_cache_ragged specific API
+    //
+
+    // "" or why a layer's attention does not run through this cache
+    std::string ready() const;
+
+    // room for n_tokens more positions without slack
+    bool reserve(int64_t n_tokens);
+
+    bool set_window(uint32_t n_window);
+
+    // score, select, gather; returns the number of cells released, throws std::runtime_error
+    int64_t compact(llama_context * lctx, const wkv_policy & policy, int64_t n_cells);
+
+    // keep a copy of the cache, go back to it any number of times, give it up
+    // clearing the cache gives it up as well; false if memory runs out or there is none
+    bool snapshot_save();
+    bool snapshot_restore();
+    void snapshot_drop();
+
+    void get_stats(wkv_stats & stats) const;
+
+    const std::vector<llama_kv_ragged_layer> & get_layers() const { return layers; }
+
+    int64_t n_cells(const llama_kv_ragged_layer & layer) const; // cells of each head now
+
+    std::vector<int32_t> positions(const llama_kv_ragged_layer & layer, int64_t ih) const;
+
+    // positions of the ring rows whose queries are still part of the sequence, -1 elsewhere; [n_window]
+    const std::vector<int32_t> & get_ring_pos() const { return ring_pos; }
+
+    // mean attention of the last alpha observed queries, row major [n_head_kv, n_cells]; throws std::runtime_error
+    std::vector<float> score(llama_context * lctx, const llama_kv_ragged_layer & layer, int32_t alpha);
+
+private:
+    friend class llama_kv_cache_ragged_context;
+
+    const llama_model   & model;
+    const llama_hparams & hparams;
+    const llama_cparams & cparams;
+
+    // counts the buffers of the members below, so it has to outlive them
+    llama_kv_ragged_meter meter;
+
+    std::vector<llama_kv_ragged_layer> layers;
+    std::vector<int32_t>               map_layer; // [n_layer of the model], index into layers or -1
+
+    uint32_t n_window;
+    uint32_t n_pos    = 0; // positions of the sequence
+    uint32_t boundary = 0; // positions below were subject to the last compaction
+
+    // bumped whenever a pool moves; graphs of an older epoch hold stale pointers
+    uint64_t epoch = 0;
+
+    ggml_context_ptr                     ring_ctx;
+    std::vector<ggml_backend_buffer_ptr> ring_bufs;
+    std::vector<int32_t>                 ring_pos;
+
+    // empty buffers that stand for the pools of worst-case graphs, which are measured and never computed
+    std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> bufs_reserve;
+
+    struct snapshot_t {
+        std::vector<llama_kv_ragged_pool>              pools; // [layers]
+        std::vector<std::vector<std::vector<int32_t>>> kept;  // [layers][n_head_kv]
+        std::vector<uint32_t>                          bounds; // [layers]
+        std::vector<std::vector<uint8_t>>              rings; // [layers]
+        std::vector<int32_t>                           ring_pos;
+
+        uint32_t n_pos    = 0;
+        uint32_t boundary = 0;
+    };
+    std::unique_ptr<snapshot_t> snapshot;
+
+    // the scheduler of this context may still be computing when a pool has to move
+    llama_context * lctx = nullptr;
+
+    int32_t n_compactions  = 0;
+    int64_t bytes_released = 0;
+    double  t_score_ms     = 0.0;
+    double  t_select_ms    = 0.0;
+    double  t_gather_ms    = 0.0;
+
+    void init_layers(const llama_memory_params & params);
+    void alloc_ring();
+    void synchronize() const;
+
+    // cells that attention reads of a layer with len cells per head
+    int64_t n_read(const llama_kv_ragged_layer & layer, int64_t len) const;
+
+    // room for n_tokens more cells in every head, with slack cells beyond
+    bool ensure(int64_t n_tokens, bool exact);
+
+    // account for an ubatch whose cells have room
+    void append(const llama_ubatch & ubatch);
+
+    void gather(llama_context * lctx, llama_kv_ragged_layer & layer, const uint8_t * keep, int64_t n_keep);
+};
+
+//
+// llama_kv_cache_ragged_context
+//
+
+class llama_kv_cache_ragged_context : public llama_kv_cache_context {
+public:
+    llama_kv_cache_ragged_context(llama_memory_status status);
+
+    // worst case, for measuring graphs
+    llama_kv_cache_ragged_context(llama_kv_cache_ragged * kv);
+
+    llama_kv_cache_ragged_context(
+            llama_kv_cache_ragged * kv,
+            slot_info_vec_t sinfos,
+            std::vector<llama_ubatch> ubatches);
+
+    // the ragged context behind a KV cache context, nullptr if there is none
+    static const llama_kv_cache_ragged_context * cast(const llama_kv_cache_context * mctx);
+
+    bool apply() override;
+
+    // what the graph of the current ubatch sees of a layer
+    struct layer_view {
+        ggml_tensor * k;  // [n_embd_head_k, n_rows]
+        ggml_tensor * v;  // [n_embd_head_v, n_rows]
+        int64_t cap;      // rows per head
+        int64_t n_cells;  // cells per head, those of the ubatch included
+        int64_t n_read;   // cells per head that attention reads
+    };
+
+    layer_view get_view(ggml_context * ctx, int32_t il) const;
+
+    uint64_t get_epoch()  const;
+    uint32_t get_window() const;
+    uint32_t get_n_pos()  const; // positions, those of the ubatch included
+
+    // store k_cur and v_cur, observe q_cur and attend
+    //   q_cur [n_embd_head_k, n_head, n_tokens], k_cur, v_cur [n_embd_head_k/v, n_head_kv, n_tokens]
+    //   returns [n_embd_head_v*n_head, n_tokens]
+    ggml_tensor * build_attn(
+            const llm_graph_context & g,
+            ggml_tensor * q_cur,
+            ggml_tensor * k_cur,
+            ggml_tensor * v_cur,
+            ggml_tensor * kq_b,
+            ggml_tensor * sinks,
+                  float   kq_scale,
+                    int   il) const;
+
+private:
+    llama_kv_cache_ragged * kv = nullptr;
+
+    bool full = false;
+};
+
+//
+// creation: the next context created on this thread gets a ragged cache
+//
+
+void llama_kv_ragged_pending_set(uint32_t n_window); // 0 = none
+
+bool llama_kv_ragged_pending();
+
+// consumes the pending request; throws std::runtime_error with the reason if the model cannot be served
+llama_memory_i * llama_kv_ragged_create(
+        const llama_model         & model,
+        const llama_memory_params & params,
+        const llama_cparams       & cparams);
+
+// message of the last failure on this thread
+void                llama_kv_ragged_set_error(const std::string & msg);
+const std::string & llama_kv_ragged_get_error();

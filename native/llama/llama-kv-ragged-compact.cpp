@@ -1,0 +1,309 @@
+// Compaction of the ragged cache: score on the layer's backend, select on the host, gather out of place.
+//
+// It runs in graphs of its own on the backends of the context, one layer at a time: the scheduler would have to be
+// reserved again for them and would keep their peak.
+
+#include "llama-kv-cache-ragged.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "policy/wkv-policy.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+#include <stdexcept>
+
+#if defined(__GLIBC__)
+#    include <malloc.h>
+#endif
+
+static double elapsed_ms(int64_t t_start_us) {
+    return (ggml_time_us() - t_start_us)/1000.0;
+}
+
+[[noreturn]] static void fail(const std::string & msg) {
+    llama_kv_ragged_set_error(msg);
+    throw std::runtime_error(msg);
+}
+
+// a graph on one backend; its compute buffer counts as live while it exists
+class ragged_graph {
+public:
+    ragged_graph(llama_context * lctx, const llama_kv_ragged_layer & layer, llama_kv_ragged_meter & meter, size_t n_tensors) : meter(meter) {
+        ggml_backend_sched_t sched = lctx->get_sched();
+        for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+            ggml_backend_t cur = ggml_backend_sched_get_backend(sched, i);
+            if (ggml_backend_get_device(cur) == layer.dev) {
+                backend = cur;
+            }
+        }
+        if (!backend) {
+            fail(format("kv_policy: the context has no backend for the device of layer %u", layer.il));
+        }
+
+        const ggml_init_params params = {
+            /*.mem_size   =*/ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false),
+            /*.mem_buffer =*/ nullptr,
+            /*.no_alloc   =*/ true,
+        };
+        ctx.reset(ggml_init(params));
+        gf = ggml_new_graph_custom(ctx.get(), n_tensors, false);
+        galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
+    }
+
+    ~ragged_graph() {
+        meter.add(-size);
+    }
+
+    ggml_context * get_ctx() const { return ctx.get(); }
+
+    void expand(ggml_tensor * cur) { ggml_build_forward_expand(gf, cur); }
+
+    ggml_tensor * input(ggml_type type, int64_t ne0, int64_t ne1 = 1) {
+        ggml_tensor * cur = ggml_new_tensor_2d(ctx.get(), type, ne0, ne1);
+        ggml_set_input(cur);
+        return cur;
+    }
+
+    void alloc() {
+        if (!ggml_gallocr_alloc_graph(galloc.get(), gf)) {
+            fail("kv_policy: no memory for the compaction graph");
+        }
+        size = ggml_gallocr_get_buffer_size(galloc.get(), 0);
+        meter.add(size);
+    }
+
+    void compute() {
+        const ggml_status status = ggml_backend_graph_compute(backend, gf);
+        if (status != GGML_STATUS_SUCCESS) {
+            fail(format("kv_policy: the compaction graph failed (%s)", ggml_status_to_string(status)));
+        }
+    }
+
+private:
+    llama_kv_ragged_meter & meter;
+
+    ggml_backend_t   backend = nullptr;
+    ggml_context_ptr ctx;
+    ggml_gallocr_ptr galloc;
+    ggml_cgraph    * gf   = nullptr;
+    int64_t          size = 0;
+};
+
+std::vector<float> llama_kv_cache_ragged::score(llama_context * lctx, const llama_kv_ragged_layer & layer, int32_t alpha) {
+    const int64_t n         = n_cells(layer);
+    const int64_t n_gqa     = layer.n_head/layer.n_head_kv;
+    const int64_t n_head_kv = layer.n_head_kv;
+
+    // ring rows of the last alpha positions that were observed
+    std::vector<bool> observed(n_window);
+    int64_t n_observed = 0;
+    for (uint32_t i = 0; i < n_window; ++i) {
+        observed[i] = ring_pos[i] >= 0 && ring_pos[i] >= (int32_t) n_pos - alpha;
+        n_observed += observed[i];
+    }
+
+    if (n == 0 || n_observed == 0) {
+        fail("kv_policy: nothing to score, evaluate a prompt first");
+    }
+
+    ragged_graph graph(lctx, layer, meter, 32*(n_head_kv + 1));
+    ggml_context * ctx = graph.get_ctx();
+
+    const float softcap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+
+    ggml_tensor * weights = graph.input(GGML_TYPE_F32, n_window*n_gqa);
+
+    std::vector<ggml_tensor *> masks;
+    std::vector<ggml_tensor *> sums;
+    for (int64_t ih = 0; ih < n_head_kv; ++ih) {
+        masks.push_back(graph.input(GGML_TYPE_F32, n, n_window));
+
+        ggml_tensor * k = ggml_view_2d(ctx, layer.pool.k, layer.n_embd_head_k, n, layer.pool.k->nb[1], ih*layer.pool.cap*layer.pool.k->nb[1]);
+        ggml_tensor * q = ggml_view_2d(ctx, layer.ring, layer.n_embd_head_k, n_window*n_gqa, layer.ring->nb[1], ih*n_gqa*layer.ring->nb[2]);
+
+        ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_cast(ctx, q, GGML_TYPE_F32)); // [n, n_window*n_gqa]
+        ggml_prec_set_acc(kq, GGML_PREC_F32);
+        if (softcap > 0.0f) {
+            kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, layer.kq_scale/softcap)), softcap);
+        }
+
+        kq = ggml_reshape_3d(ctx, kq, n, n_window, n_gqa);
+        kq = ggml_soft_max_ext(ctx, kq, masks.back(), softcap > 0.0f ? 1.0f : layer.kq_scale, 0.0f);
+        kq = ggml_reshape_2d(ctx, kq, n, n_window*n_gqa);
+
+        ggml_tensor * sum = ggml_mul_mat(ctx, weights, ggml_cont(ctx, ggml_transpose(ctx, kq))); // [1, n]
+        ggml_set_output(sum);
+        graph.expand(sum);
+        sums.push_back(sum);
+    }
+
+    graph.alloc();
+
+    std::vector<float> data(n_window*n_gqa);
+    for (size_t i = 0; i < data.size(); ++i) {
+        data[i] = observed[i % n_window] ? 1.0f/float(n_observed*n_gqa) : 0.0f;
+    }
+    ggml_backend_tensor_set(weights, data.data(), 0, ggml_nbytes(weights));
+
+    // an observed query sees the cells up to its own position; rows that are not observed weigh nothing
+    data.resize(n*n_window);
+    for (int64_t ih = 0; ih < n_head_kv; ++ih) {
+        const auto pos = positions(layer, ih);
+        for (uint32_t i = 0; i < n_window; ++i) {
+            const int64_t n_seen = observed[i] ? std::upper_bound(pos.begin(), pos.end(), ring_pos[i]) - pos.begin() : n;
+
+            std::fill_n(data.begin() + i*n,          n_seen,     0.0f);
+            std::fill_n(data.begin() + i*n + n_seen, n - n_seen, -INFINITY);
+        }
+        ggml_backend_tensor_set(masks[ih], data.data(), 0, ggml_nbytes(masks[ih]));
+    }
+
+    graph.compute();
+
+    std::vector<float> res(n_head_kv*n);
+    for (int64_t ih = 0; ih < n_head_kv; ++ih) {
+        ggml_backend_tensor_get(sums[ih], res.data() + ih*n, 0, n*sizeof(float));
+    }
+    return res;
+}
+
+// the I32 alias of a pool: get_rows then copies the bytes of any cell type
+static ggml_tensor * alias_i32(ggml_context * ctx, ggml_tensor * pool) {
+    ggml_tensor * res = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, pool->nb[1]/sizeof(int32_t), pool->ne[1]);
+    ggml_backend_tensor_alloc(pool->buffer, res, pool->data);
+    return res;
+}
+
+void llama_kv_cache_ragged::gather(llama_context * lctx, llama_kv_ragged_layer & layer, const uint8_t * keep, int64_t n_keep) {
+    const int64_t n   = n_cells(layer);
+    const int64_t cap = GGML_PAD(n_keep + 1 + n_keep/64, 32);
+
+    llama_kv_ragged_pool next = layer.make_pool(cap, GGML_PAD(cap, layer.n_pad), &meter);
+    if (next.empty()) {
+        fail(format("kv_policy: no memory for %" PRId64 " cells per head in layer %u", cap, layer.il));
+    }
+
+    std::vector<std::vector<int32_t>> kept(layer.n_head_kv);
+
+    // unused rows repeat a valid one, they have to be finite
+    std::vector<int32_t> rows(next.n_rows(), 0);
+    for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
+        const auto pos = positions(layer, ih);
+        for (int64_t i = 0; i < n; ++i) {
+            if (keep[ih*n + i]) {
+                rows[ih*cap + kept[ih].size()] = ih*layer.pool.cap + i;
+                kept[ih].push_back(pos[i]);
+            }
+        }
+        GGML_ASSERT((int64_t) kept[ih].size() == n_keep);
+    }
+
+    ragged_graph graph(lctx, layer, meter, 8);
+    ggml_context * ctx = graph.get_ctx();
+
+    ggml_tensor * idxs = graph.input(GGML_TYPE_I32, next.n_rows());
+    for (const auto & [src, dst] : { std::make_pair(layer.pool.k, next.k), std::make_pair(layer.pool.v, next.v) }) {
+        ggml_tensor * cur = ggml_get_rows(ctx, alias_i32(ctx, src), idxs);
+        ggml_backend_tensor_alloc(dst->buffer, cur, dst->data);
+        graph.expand(cur);
+    }
+
+    graph.alloc();
+    ggml_backend_tensor_set(idxs, rows.data(), 0, ggml_nbytes(idxs));
+    graph.compute();
+
+    layer.pool     = std::move(next);
+    layer.kept     = std::move(kept);
+    layer.boundary = n_pos;
+}
+
+int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & policy, int64_t n_cells_mean) {
+    const std::string error = wkv::policy_error(policy);
+    if (!error.empty()) {
+        fail("policy: " + error);
+    }
+    if (n_cells_mean < 1) {
+        fail(format("budget is %" PRId64 " cells per head, expected at least 1", n_cells_mean));
+    }
+    if (policy.kind != WKV_KIND_FULL && policy.alpha > (int32_t) n_window) {
+        fail(format("the policy observes %d tokens but the ring holds %u, call wkv_set_window first", policy.alpha, n_window));
+    }
+
+    const int32_t n_head_kv = layers[0].n_head_kv;
+
+    std::vector<int32_t> cells;
+    for (const auto & layer : layers) {
+        cells.push_back(n_cells(layer));
+    }
+
+    const wkv_shapes shapes = { (int32_t) layers.size(), n_head_kv, (int32_t) n_pos, cells.data() };
+
+    const auto budgets = wkv::budgets(policy, shapes, n_cells_mean);
+    if (budgets == cells) {
+        return 0;
+    }
+
+    synchronize();
+    lctx->synchronize();
+
+    // score
+
+    const int64_t t_start_us = ggml_time_us();
+
+    std::vector<int32_t> pos;
+    std::vector<float>   scores;
+    for (const auto & layer : layers) {
+        for (int64_t ih = 0; ih < n_head_kv; ++ih) {
+            const auto cur = positions(layer, ih);
+            pos.insert(pos.end(), cur.begin(), cur.end());
+        }
+        if (policy.kind == WKV_KIND_STREAMINGLLM) {
+            scores.resize(pos.size(), 0.0f); // looks at positions only
+        } else {
+            const auto cur = score(lctx, layer, policy.alpha);
+            scores.insert(scores.end(), cur.begin(), cur.end());
+        }
+    }
+
+    const int64_t t_select_us = ggml_time_us();
+
+    // select
+
+    std::vector<uint8_t> keep(pos.size());
+
+    wkv::selection sel(policy, shapes, budgets.data(), pos.data(), scores.data(), keep.data());
+    const std::string refused = wkv::select(sel);
+    if (!refused.empty()) {
+        fail("kv_policy: " + refused);
+    }
+
+    const int64_t t_gather_us = ggml_time_us();
+
+    // gather: from here on every finished layer is compacted, whatever happens to the next ones
+
+    const int64_t bytes_before = meter.live;
+    int64_t n_released = 0;
+
+    boundary = n_pos;
+    epoch++;
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        gather(lctx, layers[i], keep.data() + sel.offsets[i], budgets[i]);
+        n_released += int64_t(n_head_kv)*(cells[i] - budgets[i]);
+    }
+
+#if defined(__GLIBC__)
+    // blocks below the mmap threshold went back to the heap, not to the system
+    malloc_trim(0);
+#endif
+
+    n_compactions++;
+    bytes_released = bytes_before - meter.live;
+    t_score_ms     = (t_select_us - t_start_us)/1000.0;
+    t_select_ms    = (t_gather_us - t_select_us)/1000.0;
+    t_gather_ms    = elapsed_ms(t_gather_us);
+
+    return n_released;
+}

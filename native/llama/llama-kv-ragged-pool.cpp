@@ -1,0 +1,115 @@
+#include "llama-kv-ragged-pool.h"
+
+#include "ggml.h"
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <utility>
+
+void llama_kv_ragged_meter::add(int64_t n) {
+    live += n;
+    peak  = std::max(peak, live);
+}
+
+//
+// llama_kv_ragged_pool
+//
+
+llama_kv_ragged_pool::llama_kv_ragged_pool(llama_kv_ragged_pool && other) noexcept {
+    *this = std::move(other);
+}
+
+llama_kv_ragged_pool & llama_kv_ragged_pool::operator=(llama_kv_ragged_pool && other) noexcept {
+    std::swap(ctx,   other.ctx);
+    std::swap(buf,   other.buf);
+    std::swap(k,     other.k);
+    std::swap(v,     other.v);
+    std::swap(cap,   other.cap);
+    std::swap(meter, other.meter);
+    return *this;
+}
+
+llama_kv_ragged_pool::~llama_kv_ragged_pool() {
+    if (meter) {
+        meter->add(-bytes());
+    }
+}
+
+//
+// llama_kv_ragged_layer
+//
+
+int64_t llama_kv_ragged_layer::cell_bytes() const {
+    return ggml_row_size(type_k, n_embd_head_k) + ggml_row_size(type_v, n_embd_head_v);
+}
+
+llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(int64_t cap, int64_t n_read, llama_kv_ragged_meter * meter) const {
+    const int64_t n_rows = n_head_kv*cap + std::max<int64_t>(0, n_read - cap);
+
+    const ggml_init_params params = {
+        /*.mem_size   =*/ 2*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+
+    llama_kv_ragged_pool res;
+    res.ctx.reset(ggml_init(params));
+    res.k = ggml_new_tensor_2d(res.ctx.get(), type_k, n_embd_head_k, n_rows);
+    res.v = ggml_new_tensor_2d(res.ctx.get(), type_v, n_embd_head_v, n_rows);
+    ggml_format_name(res.k, "cache_ragged_k_l%u", il);
+    ggml_format_name(res.v, "cache_ragged_v_l%u", il);
+
+    res.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(res.ctx.get(), buft));
+    if (!res.buf) {
+        return {};
+    }
+
+    // masked cells are multiplied by zero weights, so even unused rows have to be finite
+    ggml_backend_buffer_clear(res.buf.get(), 0);
+
+    res.cap   = cap;
+    res.meter = meter;
+    if (meter) {
+        meter->add(res.bytes());
+    }
+    return res;
+}
+
+static void copy_rows(ggml_tensor * src, ggml_tensor * dst, int64_t i_src, int64_t i_dst, int64_t n) {
+    const ggml_init_params params = {
+        /*.mem_size   =*/ 2*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    ggml_tensor * a = ggml_view_2d(ctx.get(), src, src->ne[0], n, src->nb[1], i_src*src->nb[1]);
+    ggml_tensor * b = ggml_view_2d(ctx.get(), dst, dst->ne[0], n, dst->nb[1], i_dst*dst->nb[1]);
+    ggml_backend_view_init(a);
+    ggml_backend_view_init(b);
+    ggml_backend_tensor_copy(a, b);
+}
+
+llama_kv_ragged_pool llama_kv_ragged_layer::copy_pool(
+        const llama_kv_ragged_pool & src, int64_t cap, int64_t n_read, int64_t len, llama_kv_ragged_meter * meter) const {
+    llama_kv_ragged_pool res = make_pool(cap, n_read, meter);
+    if (res.empty() || len == 0) {
+        return res;
+    }
+
+    for (int64_t ih = 0; ih < n_head_kv; ++ih) {
+        copy_rows(src.k, res.k, ih*src.cap, ih*cap, len);
+        copy_rows(src.v, res.v, ih*src.cap, ih*cap, len);
+    }
+    return res;
+}
+
+bool llama_kv_ragged_layer::grow(int64_t cap, int64_t n_read, int64_t len, llama_kv_ragged_meter * meter) {
+    llama_kv_ragged_pool next = copy_pool(pool, cap, n_read, len, meter);
+    if (next.empty()) {
+        return false;
+    }
+
+    pool = std::move(next);
+    return true;
+}

@@ -1,0 +1,293 @@
+// The C interface of windowkv.h over the ragged cache and the policies.
+
+#include "windowkv.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-ragged.h"
+#include "llama-model.h"
+#include "policy/wkv-policy.h"
+
+#include "ggml.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+
+#ifndef WKV_BUILD_STAMP
+#    error "WKV_BUILD_STAMP has to be defined by the build"
+#endif
+
+static int fail(int status, const std::string & msg) {
+    llama_kv_ragged_set_error(msg);
+    return status;
+}
+
+// runs fn on the ragged cache of ctx; exceptions become status codes
+template <typename F>
+static int64_t with_cache(llama_context * ctx, F fn) {
+    if (!ctx) {
+        return fail(WKV_ERR_ARGUMENT, "ctx is null");
+    }
+    auto * kv = dynamic_cast<llama_kv_cache_ragged *>(ctx->get_memory());
+    if (!kv) {
+        return fail(WKV_ERR_NO_POLICY, "this context was created without a KV policy: call wkv_pending_set before creating it");
+    }
+    try {
+        return fn(*kv);
+    } catch (const std::exception & err) {
+        return fail(WKV_ERR_COMPUTE, err.what());
+    }
+}
+
+static const llama_kv_ragged_layer & get_layer(const llama_kv_cache_ragged & kv, int32_t layer) {
+    const auto & layers = kv.get_layers();
+    if (layer < 0 || layer >= (int32_t) layers.size()) {
+        throw std::runtime_error(format("layer is %d, expected 0 to %zu", layer, layers.size() - 1));
+    }
+    return layers[layer];
+}
+
+static void check_head(int32_t head, int64_t n) {
+    if (head < 0 || head >= n) {
+        throw std::runtime_error(format("head is %d, expected 0 to %" PRId64, head, n - 1));
+    }
+}
+
+static void check_room(size_t have, size_t need) {
+    if (have < need) {
+        throw std::runtime_error(format("the buffer holds %zu elements, expected at least %zu", have, need));
+    }
+}
+
+// rows of a tensor as F32, row major
+static void read_rows(const ggml_tensor * src, size_t offset, int64_t n, float * dst) {
+    std::vector<uint8_t> data(n*src->nb[1]);
+    ggml_backend_tensor_get(src, data.data(), offset, data.size());
+
+    if (src->type == GGML_TYPE_F32) {
+        memcpy(dst, data.data(), data.size());
+    } else {
+        ggml_get_type_traits(src->type)->to_float(data.data(), dst, n*src->ne[0]);
+    }
+}
+
+const char * wkv_build_stamp(void) {
+    return WKV_BUILD_STAMP;
+}
+
+const char * wkv_last_error(void) {
+    return llama_kv_ragged_get_error().c_str();
+}
+
+int wkv_pending_set(int32_t n_window) {
+    if (n_window < 1) {
+        return fail(WKV_ERR_ARGUMENT, format("n_window is %d, expected at least 1", n_window));
+    }
+    llama_kv_ragged_set_error("");
+    llama_kv_ragged_pending_set(n_window);
+    return WKV_OK;
+}
+
+void wkv_pending_clear(void) {
+    llama_kv_ragged_pending_set(0);
+}
+
+int wkv_ready(struct llama_context * ctx) {
+    return with_cache(ctx, [](const llama_kv_cache_ragged & kv) {
+        const std::string error = kv.ready();
+        return error.empty() ? WKV_OK : fail(WKV_ERR_UNSUPPORTED, error);
+    });
+}
+
+int wkv_reserve(struct llama_context * ctx, int32_t n_tokens) {
+    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        if (n_tokens < 0) {
+            return fail(WKV_ERR_ARGUMENT, format("n_tokens is %d, expected at least 0", n_tokens));
+        }
+        return kv.reserve(n_tokens) ? WKV_OK : fail(WKV_ERR_COMPUTE, format("no memory for %d more tokens", n_tokens));
+    });
+}
+
+int wkv_set_window(struct llama_context * ctx, int32_t n_window) {
+    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        if (n_window < 1) {
+            return fail(WKV_ERR_ARGUMENT, format("n_window is %d, expected at least 1", n_window));
+        }
+        kv.set_window(n_window);
+        return int(WKV_OK);
+    });
+}
+
+int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells) {
+    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
+        if (!policy) {
+            return fail(WKV_ERR_ARGUMENT, "policy is null");
+        }
+        return kv.compact(ctx, *policy, n_cells);
+    });
+}
+
+int wkv_snapshot_save(struct llama_context * ctx) {
+    return with_cache(ctx, [](llama_kv_cache_ragged & kv) {
+        return kv.snapshot_save() ? WKV_OK : fail(WKV_ERR_COMPUTE, "no memory for a copy of the cache");
+    });
+}
+
+int wkv_snapshot_restore(struct llama_context * ctx) {
+    return with_cache(ctx, [](llama_kv_cache_ragged & kv) {
+        return kv.snapshot_restore() ? WKV_OK : fail(WKV_ERR_COMPUTE,
+            "no snapshot to go back to (none was saved, the cache was cleared or its window resized since), or no memory");
+    });
+}
+
+int wkv_snapshot_drop(struct llama_context * ctx) {
+    return with_cache(ctx, [](llama_kv_cache_ragged & kv) {
+        kv.snapshot_drop();
+        return WKV_OK;
+    });
+}
+
+// the stock cache holds every position in every layer and allocates all of them at once
+static int stock_stats(const llama_context & ctx, struct wkv_stats & stats) {
+    const llama_memory_t mem     = ctx.get_memory();
+    const auto         & hparams = ctx.get_model().hparams;
+
+    stats = {};
+    stats.n_layer   = hparams.n_layer();
+    stats.n_head_kv = hparams.n_head_kv(0);
+    stats.n_past    = mem->seq_pos_max(0) + 1;
+    for (const auto & [_, size] : mem->memory_breakdown()) {
+        stats.bytes_live += size;
+    }
+    stats.bytes_pool = stats.bytes_live;
+    stats.bytes_peak = stats.bytes_live;
+    stats.bytes_full = stats.bytes_live*stats.n_past/ctx.n_ctx();
+    return WKV_OK;
+}
+
+int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats) {
+    if (ctx && ctx->get_memory() && !dynamic_cast<llama_kv_cache_ragged *>(ctx->get_memory())) {
+        return stock_stats(*ctx, *stats);
+    }
+    return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) {
+        kv.get_stats(*stats);
+        return WKV_OK;
+    });
+}
+
+int wkv_get_cells(struct llama_context * ctx, int32_t * cells, size_t n) {
+    return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) {
+        const auto & layers = kv.get_layers();
+        check_room(n, layers.size()*layers[0].n_head_kv);
+        for (const auto & layer : layers) {
+            cells = std::fill_n(cells, layer.n_head_kv, kv.n_cells(layer));
+        }
+        return WKV_OK;
+    });
+}
+
+int wkv_get_positions(struct llama_context * ctx, int32_t layer, int32_t head, int32_t * pos, size_t n) {
+    return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) -> int64_t {
+        const auto & cur = get_layer(kv, layer);
+        check_head(head, cur.n_head_kv);
+
+        const auto res = kv.positions(cur, head);
+        std::copy_n(res.begin(), std::min(n, res.size()), pos);
+        return res.size();
+    });
+}
+
+int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t alpha, float * scores, size_t n) {
+    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
+        ctx->synchronize();
+        const auto res = kv.score(ctx, get_layer(kv, layer), alpha);
+        check_room(n, res.size());
+        std::copy(res.begin(), res.end(), scores);
+        return res.size();
+    });
+}
+
+int64_t wkv_get_rows(struct llama_context * ctx, int32_t layer, int32_t head, int32_t which, float * rows, size_t n) {
+    return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) -> int64_t {
+        const auto & cur = get_layer(kv, layer);
+        check_head(head, cur.n_head_kv);
+        ctx->synchronize();
+
+        const ggml_tensor * pool  = which == 0 ? cur.pool.k : cur.pool.v;
+        const int64_t     n_cells = kv.n_cells(cur);
+        if (n_cells == 0) {
+            return 0;
+        }
+        check_room(n, n_cells*pool->ne[0]);
+        read_rows(pool, head*cur.pool.cap*pool->nb[1], n_cells, rows);
+        return n_cells*pool->ne[0];
+    });
+}
+
+int64_t wkv_get_queries(struct llama_context * ctx, int32_t layer, int32_t head, float * rows, int32_t * pos, size_t n) {
+    return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) -> int64_t {
+        const auto & cur = get_layer(kv, layer);
+        check_head(head, cur.n_head);
+        ctx->synchronize();
+
+        std::vector<std::pair<int32_t, int64_t>> order; // position, ring row
+        for (size_t i = 0; i < kv.get_ring_pos().size(); ++i) {
+            if (kv.get_ring_pos()[i] >= 0) {
+                order.emplace_back(kv.get_ring_pos()[i], i);
+            }
+        }
+        std::sort(order.begin(), order.end());
+
+        const int64_t n_embd = cur.ring->ne[0];
+        check_room(n, order.size()*n_embd);
+        for (size_t i = 0; i < order.size(); ++i) {
+            pos[i] = order[i].first;
+            read_rows(cur.ring, head*cur.ring->nb[2] + order[i].second*cur.ring->nb[1], 1, rows + i*n_embd);
+        }
+        return order.size()*n_embd;
+    });
+}
+
+//
+// pure functions
+//
+
+static int check_selection(const struct wkv_policy * policy, const struct wkv_shapes * shapes) {
+    if (!policy || !shapes) {
+        return fail(WKV_ERR_ARGUMENT, "policy or shapes is null");
+    }
+    std::string error = wkv::policy_error(*policy);
+    if (error.empty()) {
+        error = wkv::shapes_error(*shapes);
+    }
+    return error.empty() ? WKV_OK : fail(WKV_ERR_ARGUMENT, error);
+}
+
+int wkv_budgets(const struct wkv_policy * policy, const struct wkv_shapes * shapes, int64_t n_cells, int32_t * budgets) {
+    const int status = check_selection(policy, shapes);
+    if (status != WKV_OK) {
+        return status;
+    }
+    if (n_cells < 1) {
+        return fail(WKV_ERR_ARGUMENT, format("n_cells is %" PRId64 ", expected at least 1", n_cells));
+    }
+
+    const auto res = wkv::budgets(*policy, *shapes, n_cells);
+    std::copy(res.begin(), res.end(), budgets);
+    return WKV_OK;
+}
+
+int wkv_select(const struct wkv_policy * policy, const struct wkv_shapes * shapes, const int32_t * budgets,
+               const int32_t * positions, const float * scores, uint8_t * keep) {
+    const int status = check_selection(policy, shapes);
+    if (status != WKV_OK) {
+        return status;
+    }
+
+    wkv::selection sel(*policy, *shapes, budgets, positions, scores, keep);
+    const std::string refused = wkv::select(sel);
+    return refused.empty() ? WKV_OK : fail(WKV_ERR_UNSUPPORTED, refused);
+}

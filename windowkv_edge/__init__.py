@@ -1,0 +1,59 @@
+"""llama.cpp sessions whose KV cache keeps only the cells that matter.
+
+>>> from windowkv_edge import Llama
+>>> llm = Llama("model.gguf", n_ctx=32768, kv_policy="windowkv", kv_budget=0.12)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+
+from . import _libs
+
+_libs.load_llama_cpp()
+
+from . import _native  # noqa: E402
+
+_native.check_stamp()
+
+from .errors import (  # noqa: E402
+    LibraryMismatchError,
+    ModelFetchError,
+    NativeError,
+    UnsupportedCallError,
+    UnsupportedModelError,
+    WindowKVError,
+)
+from .llama import Llama  # noqa: E402
+from .policies import (  # noqa: E402
+    POLICIES,
+    Full,
+    KVPolicy,
+    PyramidKV,
+    SnapKV,
+    StreamingLLM,
+    WindowKV,
+    get_policy,
+)
+from .stats import KVStats  # noqa: E402
+
+__all__ = [
+    "POLICIES",
+    "Full",
+    "KVPolicy",
+    "KVStats",
+    "LibraryMismatchError",
+    "Llama",
+    "ModelFetchError",
+    "NativeError",
+    "PyramidKV",
+    "SnapKV",
+    "StreamingLLM",
+    "UnsupportedCallError",
+    "UnsupportedModelError",
+    "WindowKV",
+    "WindowKVError",
+    "get_policy",
+]
+
+__version__ = _version("windowkv-edge")

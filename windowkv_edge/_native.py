@@ -1,0 +1,206 @@
+"""The C interface through cffi; ``include/windowkv.h`` is the only place where it is declared."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import cffi
+import numpy as np
+import numpy.typing as npt
+
+from ._libs import llama_library
+from .errors import LibraryMismatchError, NativeError
+
+__all__ = ["Context", "budgets", "ffi", "lib", "pending", "select"]
+
+HEADER = Path(__file__).resolve().parent / "include" / "windowkv.h"
+
+
+def _declarations() -> str:
+    text = HEADER.read_text(encoding="utf-8")
+    body = text.split("// cdef: begin", 1)[1].split("// cdef: end", 1)[0]
+    return "struct llama_context;\n" + body.replace("WKV_API ", "")
+
+
+ffi = cffi.FFI()
+ffi.cdef(_declarations())
+lib: Any = ffi.dlopen(str(llama_library()))
+
+
+def check_stamp() -> None:
+    """Raise LibraryMismatchError unless the library was built together with this package."""
+    from ._stamp import STAMP
+
+    got = ffi.string(lib.wkv_build_stamp()).decode()
+    if got != STAMP:
+        raise LibraryMismatchError(
+            f"libllama has the build stamp {got[:12]}, this package expects {STAMP[:12]}; "
+            'reinstall with: CMAKE_ARGS="-DLLAMA_BUILD=OFF" pip install --force-reinstall .'
+        )
+
+
+def last_error() -> str:
+    """Message of the last native failure on this thread, "" if there was none."""
+    return str(ffi.string(lib.wkv_last_error()).decode("utf-8", "replace"))
+
+
+def check(status: int) -> int:
+    """Return a non-negative status, raise NativeError for a negative one."""
+    if status < 0:
+        raise NativeError(last_error())
+    return int(status)
+
+
+class pending:
+    """Context manager: the llama_context created inside gets a ragged cache with ``window`` ring rows."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def __enter__(self) -> None:
+        check(lib.wkv_pending_set(self.window))
+
+    def __exit__(self, *exc: object) -> None:
+        lib.wkv_pending_clear()
+
+
+def policy_struct(fields: dict[str, float]) -> Any:
+    """A ``struct wkv_policy`` with the given fields; the others are 0."""
+    return ffi.new("struct wkv_policy *", fields)
+
+
+class Context:
+    """The ragged cache of one llama_context (a ctypes pointer owned by llama-cpp-python)."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ffi.cast("struct llama_context *", ctypes.cast(ctx, ctypes.c_void_p).value or 0)
+
+    def ready(self) -> None:
+        check(lib.wkv_ready(self._ctx))
+
+    def reserve(self, n_tokens: int) -> None:
+        check(lib.wkv_reserve(self._ctx, n_tokens))
+
+    def set_window(self, n_window: int) -> None:
+        check(lib.wkv_set_window(self._ctx, n_window))
+
+    def compact(self, policy: Any, n_cells: int) -> int:
+        """Cells released over all layers and heads."""
+        return check(lib.wkv_compact(self._ctx, policy, n_cells))
+
+    def snapshot_save(self) -> None:
+        check(lib.wkv_snapshot_save(self._ctx))
+
+    def snapshot_restore(self) -> None:
+        check(lib.wkv_snapshot_restore(self._ctx))
+
+    def snapshot_drop(self) -> None:
+        check(lib.wkv_snapshot_drop(self._ctx))
+
+    def stats(self) -> Any:
+        """A ``struct wkv_stats``."""
+        res = ffi.new("struct wkv_stats *")
+        check(lib.wkv_get_stats(self._ctx, res))
+        return res
+
+    def cells(self) -> npt.NDArray[np.int32]:
+        """int32 [n_layer, n_head_kv]."""
+        stats = self.stats()
+        res = np.zeros((stats.n_layer, stats.n_head_kv), dtype=np.int32)
+        check(lib.wkv_get_cells(self._ctx, ffi.from_buffer("int32_t[]", res), res.size))
+        return res
+
+    def positions(self, layer: int, head: int) -> npt.NDArray[np.int32]:
+        """int32 [cells], ascending."""
+        res = np.zeros(max(1, self.stats().n_past), dtype=np.int32)
+        n = check(lib.wkv_get_positions(self._ctx, layer, head, ffi.from_buffer("int32_t[]", res), res.size))
+        return res[:n]
+
+    def scores(self, layer: int, alpha: int) -> npt.NDArray[np.float32]:
+        """float32 [n_head_kv, cells]: mean attention of the last alpha observed queries."""
+        n_head_kv, n = self.stats().n_head_kv, len(self.positions(layer, 0))
+        res = np.zeros((n_head_kv, n), dtype=np.float32)
+        check(lib.wkv_get_scores(self._ctx, layer, alpha, ffi.from_buffer("float[]", res), res.size))
+        return res
+
+    def rows(self, layer: int, head: int, which: str) -> npt.NDArray[np.float32]:
+        """float32 [cells, head_dim] of K ("k") or V ("v")."""
+        n = len(self.positions(layer, head))
+        res = np.zeros(n * 1024, dtype=np.float32)
+        size = check(lib.wkv_get_rows(self._ctx, layer, head, "kv".index(which), ffi.from_buffer("float[]", res), res.size))
+        return res[:size].reshape(n, -1)
+
+    def queries(self, layer: int, head: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Positions int32 [observed] and queries float32 [observed, head_dim] of one query head."""
+        pos = np.zeros(self.stats().n_window, dtype=np.int32)
+        res = np.zeros(pos.size * 1024, dtype=np.float32)
+        size = check(
+            lib.wkv_get_queries(
+                self._ctx, layer, head, ffi.from_buffer("float[]", res), ffi.from_buffer("int32_t[]", pos), res.size
+            )
+        )
+        stats_pos = pos[: np.count_nonzero(np.diff(pos, prepend=-1) > 0)]
+        return stats_pos, res[:size].reshape(len(stats_pos), -1)
+
+
+def _shapes(cells: npt.NDArray[np.int32], n_head_kv: int, n_past: int) -> Any:
+    res = ffi.new("struct wkv_shapes *")
+    res.n_layer, res.n_head_kv, res.n_past = len(cells), n_head_kv, n_past
+    res.cells = ffi.cast("int32_t *", ffi.from_buffer(cells))
+    return res
+
+
+def budgets(fields: dict[str, float], cells: npt.ArrayLike, n_head_kv: int, n_cells: int) -> npt.NDArray[np.int32]:
+    """Native budgets: int32 [n_layer], cells per kv head.
+
+    Args:
+        fields: fields of ``struct wkv_policy``.
+        cells: [n_layer], cells that each head of a layer holds now.
+        n_head_kv: kv heads per layer.
+        n_cells: average cells per (layer, kv head).
+    """
+    have = np.ascontiguousarray(cells, dtype=np.int32)
+    res = np.zeros(len(have), dtype=np.int32)
+    shapes = _shapes(have, n_head_kv, int(have.max(initial=0)))
+    check(lib.wkv_budgets(policy_struct(fields), shapes, n_cells, ffi.from_buffer("int32_t[]", res)))
+    return res
+
+
+def select(
+    fields: dict[str, float],
+    budget: npt.ArrayLike,
+    positions: list[npt.NDArray[np.int32]],
+    scores: list[npt.NDArray[np.float32]],
+) -> list[npt.NDArray[np.bool_]]:
+    """Native selection over arrays.
+
+    Args:
+        fields: fields of ``struct wkv_policy``.
+        budget: [n_layer], cells per kv head.
+        positions: per layer int32 [n_head_kv, cells], ascending.
+        scores: per layer float32 [n_head_kv, cells].
+
+    Returns:
+        Per layer bool [n_head_kv, cells], True where the cell stays.
+    """
+    cells = np.array([p.shape[1] for p in positions], dtype=np.int32)
+    n_head_kv = positions[0].shape[0]
+    pos = np.ascontiguousarray(np.concatenate([p.ravel() for p in positions] or [[]]), dtype=np.int32)
+    score = np.ascontiguousarray(np.concatenate([s.ravel() for s in scores]), dtype=np.float32)
+    keep = np.zeros(pos.size, dtype=np.uint8)
+    shapes = _shapes(cells, n_head_kv, int(pos.max(initial=-1)) + 1)
+    own = np.ascontiguousarray(budget, dtype=np.int32)
+    check(
+        lib.wkv_select(
+            policy_struct(fields),
+            shapes,
+            ffi.from_buffer("int32_t[]", own),
+            ffi.from_buffer("int32_t[]", pos),
+            ffi.from_buffer("float[]", score),
+            ffi.from_buffer("uint8_t[]", keep),
+        )
+    )
+    ends = np.cumsum(cells * n_head_kv)
+    return [part.reshape(n_head_kv, -1).astype(bool) for part in np.split(keep, ends[:-1])]

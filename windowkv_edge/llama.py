@@ -1,0 +1,303 @@
+"""``Llama``: llama-cpp-python's class with a KV policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from . import _native
+from .errors import UnsupportedCallError, UnsupportedModelError
+from .policies import KVPolicy, Task, get_policy
+from .stats import KVStats
+from .task import classify
+
+__all__ = ["Llama"]
+
+DEFAULT_BUDGET = 0.12
+DEFAULT_MIN_PROMPT = 256
+
+# tokens of the prompt's head and tail that the task classifier reads; instructions stand there
+_TASK_HEAD, _TASK_TAIL = 160, 320
+
+
+def _check_budget(budget: float | int) -> float | int:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise TypeError(
+            f"kv_budget is {budget!r}, expected a fraction of the prompt (0.12) or a number of cells per head (512)"
+        )
+    if isinstance(budget, int) and budget < 1:
+        raise ValueError(f"kv_budget is {budget} cells, expected at least 1")
+    if isinstance(budget, float) and not 0.0 < budget <= 1.0:
+        raise ValueError(f"kv_budget is {budget}, expected a fraction over 0 and up to 1.0, or an int for cells")
+    return budget
+
+
+class Llama(llama_cpp.Llama):  # type: ignore[misc]
+    """``llama_cpp.Llama`` whose KV cache keeps only the cells that matter.
+
+    Takes every argument of ``llama_cpp.Llama`` and in addition:
+
+    Args:
+        kv_policy: None (stock behaviour), a name from :data:`windowkv_edge.POLICIES`, or a policy object.
+        kv_budget: cells that stay after a prompt, per (layer, kv head) on average, observation window included:
+            a float in (0, 1] is a fraction of the positions seen, an int counts cells. Default 0.12.
+        kv_min_prompt: with a fractional budget, sequences shorter than this many tokens are left whole
+            (12 % of a 30-token chat would be 3 cells). Default 256.
+
+    A prompt is evaluated with the full cache and compacted afterwards, so the first generated token comes from full
+    attention. A prompt is what ``generate`` (and everything built on it) evaluates first, or one call of ``eval`` with
+    more than one token.
+
+    Raises:
+        UnsupportedModelError: the model, backend or parameters cannot be served with a policy; says why.
+        ValueError, TypeError: bad arguments.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        kv_policy: str | KVPolicy | None = None,
+        kv_budget: float | int | None = None,
+        kv_min_prompt: int = DEFAULT_MIN_PROMPT,
+        **kwargs: Any,
+    ) -> None:
+        if kv_policy is None and kv_budget is not None:
+            raise ValueError(f"kv_budget={kv_budget!r} without kv_policy has no effect; name a policy, e.g. kv_policy='windowkv'")
+        if isinstance(kv_min_prompt, bool) or not isinstance(kv_min_prompt, int) or kv_min_prompt < 0:
+            raise ValueError(f"kv_min_prompt is {kv_min_prompt!r}, expected an int of at least 0 tokens")
+
+        self._kv_policy = None if kv_policy is None else get_policy(kv_policy)
+        self._kv_budget = _check_budget(DEFAULT_BUDGET if kv_budget is None else kv_budget)
+        self._kv_min_prompt = kv_min_prompt
+        self._kv: _native.Context | None = None
+        self._kv_boundary = 0
+        self._kv_generating = 0
+        self._kv_prompt_next = False
+
+        if self._kv_policy is None:
+            super().__init__(model_path, **kwargs)
+            return
+
+        for name, value, fix in (
+            ("flash_attn", False, "leave it out, a policy turns it on"),
+            ("embedding", True, "use a second session without a policy for embeddings"),
+            ("vocab_only", True, "leave kv_policy out, there is no cache without weights"),
+        ):
+            if kwargs.get(name) is value:
+                raise ValueError(f"{name}={value} cannot be combined with kv_policy={self._kv_policy.name!r}; {fix}")
+        kwargs["flash_attn"] = True
+
+        with _native.pending(self._kv_policy.window):
+            try:
+                super().__init__(model_path, **kwargs)
+            except ValueError as error:
+                reason = _native.last_error()
+                if reason:
+                    raise UnsupportedModelError(f"{model_path}: {reason}") from error
+                raise
+
+        kv = _native.Context(self._ctx.ctx)
+        status = _native.lib.wkv_ready(kv._ctx)
+        if status < 0:
+            self.close()
+            raise UnsupportedModelError(f"{model_path}: {_native.last_error()}")
+        self._kv = kv
+
+    #
+    # policy and budget
+    #
+
+    @property
+    def kv_policy(self) -> KVPolicy | None:
+        """The policy, None without one.
+
+        Setting it clears the session (another policy's cells are not its own); the next prompt is evaluated anew.
+        A session that was created without a policy stays without one.
+        """
+        return self._kv_policy
+
+    @kv_policy.setter
+    def kv_policy(self, policy: str | KVPolicy) -> None:
+        kv = self._need_kv("setting kv_policy")
+        new = get_policy(policy)
+        self._clear()
+        kv.set_window(new.window)
+        self._kv_policy = new
+
+    @property
+    def kv_budget(self) -> float | int:
+        """The budget; setting it takes effect at the next compaction."""
+        return self._kv_budget
+
+    @kv_budget.setter
+    def kv_budget(self, budget: float | int) -> None:
+        self._kv_budget = _check_budget(budget)
+
+    def kv_compact(self, kv_budget: float | int | None = None) -> KVStats:
+        """Compact now, whatever ``kv_min_prompt`` says.
+
+        Args:
+            kv_budget: for this compaction only; None = the session's.
+
+        Raises:
+            UnsupportedCallError: the session has no policy.
+            NativeError: nothing was evaluated yet.
+        """
+        kv = self._need_kv("kv_compact()")
+        assert self._kv_policy is not None
+        budget = self._kv_budget if kv_budget is None else _check_budget(kv_budget)
+        self._sync_positions()
+        n_cells = budget if isinstance(budget, int) else max(1, math.floor(budget * self.n_tokens + 1e-6))
+        before = kv.stats().n_compactions
+        kv.compact(_native.policy_struct(self._kv_policy.native(self._task())), n_cells)
+        stats = kv.stats()
+        if stats.n_compactions != before:
+            self._kv_boundary = stats.n_boundary
+        return self.kv_stats()
+
+    def kv_stats(self) -> KVStats:
+        """Cells, bytes and times of the cache now."""
+        stats = _native.Context(self._ctx.ctx).stats()
+        if self._kv is not None:
+            cells = self._kv.cells()
+        else:
+            cells = np.full((stats.n_layer, stats.n_head_kv), stats.n_past, dtype=np.int32)
+        return KVStats(
+            policy="stock" if self._kv_policy is None else self._kv_policy.name,
+            n_past=stats.n_past,
+            cells=cells,
+            bytes_live=stats.bytes_live,
+            bytes_full=stats.bytes_full,
+            bytes_peak=stats.bytes_peak,
+            bytes_released=stats.bytes_released,
+            n_compactions=stats.n_compactions,
+            t_score_ms=stats.t_score_ms,
+            t_compact_ms=stats.t_select_ms + stats.t_gather_ms,
+        )
+
+    def kv_positions(self, layer: int, head: int) -> npt.NDArray[np.int32]:
+        """Positions that one kv head holds, ascending.
+
+        Args:
+            layer: attention layer, 0-based.
+            head: kv head, 0-based.
+
+        Returns:
+            int32 [cells].
+        """
+        return self._need_kv("kv_positions()").positions(layer, head)
+
+    #
+    # llama_cpp.Llama
+    #
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens; a prompt is compacted afterwards (see the class)."""
+        if self._kv is None:
+            super().eval(tokens)
+            return
+
+        is_prompt = self._kv_prompt_next or (self._kv_generating == 0 and len(tokens) > 1)
+        self._kv_prompt_next = False
+
+        self._sync_positions()
+        if len(tokens) > 1:
+            self._kv.reserve(len(tokens))
+        super().eval(tokens)
+
+        if is_prompt and len(tokens) > 0 and self._is_due():
+            self.kv_compact()
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """See ``llama_cpp.Llama.generate``; what it evaluates first is the prompt."""
+        with self._generating() if self._kv is not None else nullcontext():
+            yield from super().generate(tokens, *args, **kwargs)
+
+    def set_cache(self, cache: Any) -> None:
+        """Refused with a policy: saved states of compacted caches are not supported yet."""
+        if cache is not None:
+            self._refuse("set_cache()", "the prefix of the last prompt is reused without it")
+        super().set_cache(cache)
+
+    def save_state(self) -> Any:
+        """Refused with a policy: saved states of compacted caches are not supported yet."""
+        self._refuse("save_state()", "keep the session open, or evaluate the prompt again")
+        return super().save_state()
+
+    def load_state(self, state: Any) -> None:
+        """Refused with a policy: saved states of compacted caches are not supported yet."""
+        self._refuse("load_state()", "evaluate the prompt instead")
+        super().load_state(state)
+
+    def reset(self) -> None:
+        """Forget the sequence; with a policy its memory is released at once."""
+        super().reset()
+        if self._kv is not None:
+            self._clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        if self._kv_policy is not None:
+            state.update(kv_policy=self._kv_policy, kv_budget=self._kv_budget, kv_min_prompt=self._kv_min_prompt)
+        return state
+
+    #
+    # internals
+    #
+
+    def _need_kv(self, what: str) -> _native.Context:
+        if self._kv is None:
+            raise UnsupportedCallError(f"{what} needs a session with a policy; create it with Llama(..., kv_policy='windowkv')")
+        return self._kv
+
+    def _refuse(self, what: str, instead: str) -> None:
+        if self._kv_policy is not None:
+            raise UnsupportedCallError(f"{what} is not supported with kv_policy={self._kv_policy.name!r} yet; {instead}")
+
+    def _clear(self) -> None:
+        self._ctx.kv_cache_seq_rm(-1, 0, -1)
+        self.n_tokens = 0
+        self._requires_eval = True
+        self._kv_boundary = 0
+
+    def _sync_positions(self) -> None:
+        """Bring the native cache to ``n_tokens`` positions, as ``eval`` does before every decode."""
+        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+            raise UnsupportedCallError(
+                f"n_tokens was set to {self.n_tokens}, but positions below {self._kv_boundary} were compacted and cannot "
+                "be removed one by one; call reset() and evaluate the prompt again"
+            )
+        if self.n_tokens == 0:
+            self._kv_boundary = 0
+
+    def _is_due(self) -> bool:
+        if isinstance(self._kv_budget, int):
+            return self.n_tokens > self._kv_budget
+        return self.n_tokens >= self._kv_min_prompt and self._kv_budget < 1.0
+
+    def _task(self) -> Task:
+        assert self._kv_policy is not None
+        if not self._kv_policy.needs_task:
+            return "localization"
+        ids = self.input_ids[: self.n_tokens].tolist()
+        if len(ids) > _TASK_HEAD + _TASK_TAIL:
+            ids = ids[:_TASK_HEAD] + ids[-_TASK_TAIL:]
+        text: str = self.detokenize(ids).decode("utf-8", "ignore")
+        return classify(text)
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        self._kv_generating += 1
+        self._kv_prompt_next = True
+        try:
+            yield
+        finally:
+            self._kv_generating -= 1
+            self._kv_prompt_next = False

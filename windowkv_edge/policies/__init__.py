@@ -1,0 +1,40 @@
+"""The policies and their registry: one file, one frozen dataclass each."""
+
+from __future__ import annotations
+
+from .base import KVPolicy, Task
+from .full import Full
+from .pyramidkv import PyramidKV
+from .snapkv import SnapKV
+from .streamingllm import StreamingLLM
+from .windowkv import WindowKV
+
+__all__ = [
+    "POLICIES",
+    "Full",
+    "KVPolicy",
+    "PyramidKV",
+    "SnapKV",
+    "StreamingLLM",
+    "Task",
+    "WindowKV",
+    "get_policy",
+]
+
+POLICIES: dict[str, type[KVPolicy]] = {cls.name: cls for cls in (Full, StreamingLLM, SnapKV, PyramidKV, WindowKV)}
+
+
+def get_policy(policy: str | KVPolicy) -> KVPolicy:
+    """The policy of this name with its defaults, or the policy itself.
+
+    Raises:
+        ValueError: unknown name.
+        TypeError: neither a name nor a policy.
+    """
+    if isinstance(policy, KVPolicy):
+        return policy
+    if not isinstance(policy, str):
+        raise TypeError(f"kv_policy is {policy!r}, expected None, a name or a KVPolicy object such as WindowKV(omega=8)")
+    if policy not in POLICIES:
+        raise ValueError(f"kv_policy is {policy!r}, expected one of {', '.join(POLICIES)}")
+    return POLICIES[policy]()

@@ -1,0 +1,268 @@
+"""Budgets and selection in NumPy: the readable truth that the native code equals cell by cell.
+
+Positions and scores of a cache are lists over layers of arrays [n_head_kv, cells]; positions ascend. Every selection is
+an order of cells, most important first, of which a budget takes a prefix. Ties go to the earlier cell. Sums run in the
+order in which the arrays list their elements, in float64, so that the results do not depend on the implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .policies import KVPolicy, Task
+
+__all__ = ["apportion", "budgets", "observe", "paper_window_budgets", "select"]
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+Order = list[int]
+
+FULL, STREAMINGLLM, SNAPKV, PYRAMIDKV, WINDOWKV = range(5)
+
+
+#
+# observation
+#
+
+
+def observe(
+    queries: npt.NDArray[np.float32], query_pos: IntArray, keys: npt.NDArray[np.float32], key_pos: IntArray, scale: float
+) -> npt.NDArray[np.float64]:
+    """Mean attention of observed queries over the cells of one kv head (WindowKV section 3.2, SnapKV section 3).
+
+    Args:
+        queries: [n_gqa, observed, head_dim], the query heads that share this kv head.
+        query_pos: [observed].
+        keys: [cells, head_dim].
+        key_pos: [cells], ascending.
+        scale: factor on the logits, 1/sqrt(head_dim) for most models.
+
+    Returns:
+        [cells], mean over queries and query heads.
+    """
+    logits = np.einsum("gqd,cd->gqc", queries.astype(np.float64), keys.astype(np.float64)) * scale
+    logits = np.where(key_pos[None, None, :] <= query_pos[None, :, None], logits, -np.inf)
+    weights = np.exp(logits - logits.max(axis=2, keepdims=True))
+    weights /= weights.sum(axis=2, keepdims=True)
+    return np.asarray(weights.mean(axis=(0, 1)))
+
+
+#
+# budgets
+#
+
+
+def apportion(want: list[int], lo: list[int], hi: list[int], total: int) -> list[int]:
+    """Integers between lo and hi that sum to total (clamped to the sums of the bounds), near to want.
+
+    What clamping takes from some is given to the others in equal parts, the indivisible rest to the first of them.
+    """
+    res = [min(max(w, a), b) for w, a, b in zip(want, lo, hi)]
+    diff = min(max(total, sum(lo)), sum(hi)) - sum(res)
+    while diff:
+        sign = 1 if diff > 0 else -1
+        open_ = [i for i in range(len(res)) if (res[i] < hi[i] if sign > 0 else res[i] > lo[i])]
+        share = max(1, sign * diff // len(open_))
+        for i in open_:
+            room = hi[i] - res[i] if sign > 0 else res[i] - lo[i]
+            step = sign * min(share, room, sign * diff)
+            res[i] += step
+            diff -= step
+    return res
+
+
+def _fall(first: int, last: int, n: int) -> list[int]:
+    if n == 1:
+        return [(first + last) // 2]
+    return [first - (first - last) * i // (n - 1) for i in range(n)]
+
+
+def paper_window_budgets(n_cells: int, n_layer: int, gamma: int, lam: float) -> list[int]:
+    """Window budgets of the groups as in the WindowKV authors' code: equal integer steps, the last group by itself."""
+    n_groups = math.ceil(n_layer / gamma)
+    if n_groups == 1:
+        return [n_cells]
+    last = min(n_cells, math.floor(n_cells * gamma / lam))
+    first = 2 * n_cells - last
+    step = (first - last) // (n_groups - 1)
+    return [first - g * step for g in range(n_groups - 1)] + [last]
+
+
+def _want_windowkv(p: dict[str, float], n_layer: int, n_cells: int) -> list[int]:
+    gamma = int(p["gamma"])
+    n_groups = math.ceil(n_layer / gamma)
+    groups = [n_cells] * n_groups
+    if p["shape"] == 1 and n_groups > 1:
+        if p["accounting"] == 1:
+            groups = paper_window_budgets(n_cells, n_layer, gamma, p["slope"])
+        else:
+            last = min(n_cells, math.floor(n_cells * gamma / p["slope"]))
+            groups = _fall(2 * n_cells - last, last, n_groups)
+    return [groups[il // gamma] for il in range(n_layer)]
+
+
+def _want_pyramidkv(p: dict[str, float], n_layer: int, n_cells: int) -> list[int]:
+    suffix = min(int(p["suffix"]), n_cells)
+    mean = n_cells - suffix
+    last = min(mean, math.floor(mean / p["slope"]))
+    return [suffix + b for b in _fall(2 * mean - last, last, n_layer)]
+
+
+def budgets(policy: KVPolicy, cells: list[int], n_cells: int, task: Task = "localization") -> list[int]:
+    """Cells per kv head for every layer.
+
+    Args:
+        policy: the policy.
+        cells: [n_layer], cells that each head of a layer holds now.
+        n_cells: average cells per (layer, kv head) that stay, >= 1.
+        task: the prompt's task.
+
+    Returns:
+        [n_layer]; the mean is n_cells unless the layers hold fewer (or ``accounting="paper"``).
+    """
+    p = policy.native(task)
+    n_layer = len(cells)
+    if p["kind"] == FULL:
+        return list(cells)
+    if p["kind"] == WINDOWKV and p["accounting"] == 1:
+        return [min(b + int(p["alpha"]), have) for b, have in zip(_want_windowkv(p, n_layer, n_cells), cells)]
+
+    want, floor = [n_cells] * n_layer, 1
+    if p["kind"] == PYRAMIDKV:
+        want, floor = _want_pyramidkv(p, n_layer, n_cells), int(p["suffix"]) + 1
+    elif p["kind"] == WINDOWKV:
+        want, floor = _want_windowkv(p, n_layer, n_cells), int(p["suffix"] + p["omega"])
+    return apportion(want, [min(floor, n_cells, have) for have in cells], list(cells), n_cells * n_layer)
+
+
+#
+# selection
+#
+
+
+def _newest(n: int, start: int, stop: int) -> Order:
+    """Cell indices start..stop-1 of n, newest first."""
+    return list(range(stop - 1, start - 1, -1))
+
+
+def _order_streamingllm(pos: IntArray, n_sink: int) -> Order:
+    n = len(pos)
+    sinks = [i for i in range(n - 1) if pos[i] < n_sink]
+    return _newest(n, n - 1, n) + sinks + _newest(n, len(sinks), n - 1)
+
+
+def _order_snapkv(score: FloatArray, p: dict[str, float]) -> Order:
+    n, half = len(score), int(p["kernel"]) // 2
+    n_review, n_suffix = max(0, n - int(p["alpha"])), min(n, int(p["suffix"]))
+    review = score[:n_review]
+    pooled = np.array([review[max(0, i - half) : i + half + 1].max() for i in range(n_review)], dtype=np.float32)
+    best = np.argsort(-pooled, kind="stable").tolist()
+    return _newest(n, n - n_suffix, n) + best + _newest(n, n_review, n - n_suffix)
+
+
+def _window_score(score: npt.NDArray[np.float64], top_p: int) -> float:
+    best = np.sort(score)[::-1][:top_p]
+    return float(np.cumsum(best)[-1] / len(best))
+
+
+def _order_windows(pos: npt.NDArray[np.int64], score: npt.NDArray[np.float64], p: dict[str, float]) -> Order:
+    n = len(pos)
+    n_review, n_suffix = max(0, n - int(p["alpha"])), min(n, int(p["suffix"]))
+    block = pos[:n_review] // int(p["omega"])
+    windows = [np.flatnonzero(block == b).tolist() for b in dict.fromkeys(block.tolist())]
+
+    held = windows[:1] if p["protect_first"] else []
+    rest = windows[len(held) :]
+    rest.sort(key=lambda w: -_window_score(score[w], int(p["top_p"])))
+
+    order = _newest(n, n - n_suffix, n)
+    for window in held + rest:
+        order += sorted(window, key=lambda i: -score[i])
+    return order + _newest(n, n_review, n - n_suffix)
+
+
+def _cells_of(
+    p: dict[str, float], pos: IntArray, score: FloatArray, head: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    if p["scope"] == 1:
+        return pos[head].astype(np.int64), score[head].astype(np.float64)
+    total = np.cumsum(score.astype(np.float64), axis=0)[-1]
+    return pos[0].astype(np.int64), total / len(score)
+
+
+def _mean_cells(
+    sets: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    sums: dict[int, list[float]] = {}
+    for pos, score in sets:
+        for q, s in zip(pos.tolist(), score.tolist()):
+            total = sums.setdefault(q, [0.0, 0])
+            total[0] += s
+            total[1] += 1
+    keys = sorted(sums)
+    return np.array(keys, dtype=np.int64), np.array([sums[q][0] / sums[q][1] for q in keys], dtype=np.float64)
+
+
+def _translate(order: Order, shared: npt.NDArray[np.int64], own: IntArray) -> Order:
+    """The order of a shared set in the indices of a head's own cells; what the set lacks comes last, newest first."""
+    index = {int(q): i for i, q in enumerate(own)}
+    res = [index[int(shared[i])] for i in order if int(shared[i]) in index]
+    seen = set(res)
+    return res + [i for i in range(len(own) - 1, -1, -1) if i not in seen]
+
+
+def _orders_windowkv(p: dict[str, float], positions: list[IntArray], scores: list[FloatArray]) -> list[list[Order]]:
+    n_layer, n_head_kv, gamma = len(positions), len(positions[0]), int(p["gamma"])
+    res: list[list[Order]] = [[[] for _ in range(n_head_kv)] for _ in range(n_layer)]
+    for il0 in range(0, n_layer, gamma):
+        group = range(il0, min(n_layer, il0 + gamma))
+        for head in range(n_head_kv):
+            sets = [_cells_of(p, positions[il], scores[il], head) for il in group]
+            shared, score = _mean_cells(sets) if p["share"] == 1 else sets[0]
+            order = _order_windows(shared, score, p)
+            for il in group:
+                res[il][head] = _translate(order, shared, positions[il][head])
+    return res
+
+
+def select(
+    policy: KVPolicy,
+    budget: list[int],
+    positions: list[IntArray],
+    scores: list[FloatArray],
+    task: Task = "localization",
+) -> list[npt.NDArray[np.bool_]]:
+    """Which cells stay.
+
+    Args:
+        policy: the policy.
+        budget: [n_layer], cells per kv head.
+        positions: per layer int32 [n_head_kv, cells], ascending.
+        scores: per layer float32 [n_head_kv, cells], mean attention of the observation window.
+        task: the prompt's task.
+
+    Returns:
+        Per layer bool [n_head_kv, cells].
+    """
+    p: dict[str, Any] = policy.native(task)
+    if p["kind"] == FULL:
+        return [np.ones(q.shape, dtype=bool) for q in positions]
+
+    if p["kind"] == STREAMINGLLM:
+        orders = [[_order_streamingllm(q, p["n_sink"]) for q in layer] for layer in positions]
+    elif p["kind"] in (SNAPKV, PYRAMIDKV):
+        orders = [[_order_snapkv(s, p) for s in layer] for layer in scores]
+    else:
+        orders = _orders_windowkv(p, positions, scores)
+
+    res = []
+    for il, layer in enumerate(positions):
+        keep = np.zeros(layer.shape, dtype=bool)
+        for head in range(len(layer)):
+            keep[head, orders[il][head][: budget[il]]] = True
+        res.append(keep)
+    return res
