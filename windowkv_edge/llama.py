@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _native
+from .budget import check_budget, n_cells
 from .errors import UnsupportedCallError, UnsupportedModelError
 from .policies import KVPolicy, Task, get_policy
 from .stats import KVStats
@@ -24,18 +24,6 @@ DEFAULT_MIN_PROMPT = 256
 
 # tokens of the prompt's head and tail that the task classifier reads; instructions stand there
 _TASK_HEAD, _TASK_TAIL = 160, 320
-
-
-def _check_budget(budget: float | int) -> float | int:
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise TypeError(
-            f"kv_budget is {budget!r}, expected a fraction of the prompt (0.12) or a number of cells per head (512)"
-        )
-    if isinstance(budget, int) and budget < 1:
-        raise ValueError(f"kv_budget is {budget} cells, expected at least 1")
-    if isinstance(budget, float) and not 0.0 < budget <= 1.0:
-        raise ValueError(f"kv_budget is {budget}, expected a fraction over 0 and up to 1.0, or an int for cells")
-    return budget
 
 
 class Llama(llama_cpp.Llama):  # type: ignore[misc]
@@ -74,7 +62,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             raise ValueError(f"kv_min_prompt is {kv_min_prompt!r}, expected an int of at least 0 tokens")
 
         self._kv_policy = None if kv_policy is None else get_policy(kv_policy)
-        self._kv_budget = _check_budget(DEFAULT_BUDGET if kv_budget is None else kv_budget)
+        self._kv_budget = check_budget(DEFAULT_BUDGET if kv_budget is None else kv_budget)
         self._kv_min_prompt = kv_min_prompt
         self._kv: _native.Context | None = None
         self._kv_boundary = 0
@@ -138,7 +126,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     @kv_budget.setter
     def kv_budget(self, budget: float | int) -> None:
-        self._kv_budget = _check_budget(budget)
+        self._kv_budget = check_budget(budget)
 
     def kv_compact(self, kv_budget: float | int | None = None) -> KVStats:
         """Compact now, whatever ``kv_min_prompt`` says.
@@ -152,11 +140,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """
         kv = self._need_kv("kv_compact()")
         assert self._kv_policy is not None
-        budget = self._kv_budget if kv_budget is None else _check_budget(kv_budget)
+        budget = self._kv_budget if kv_budget is None else check_budget(kv_budget)
         self._sync_positions()
-        n_cells = budget if isinstance(budget, int) else max(1, math.floor(budget * self.n_tokens + 1e-6))
         before = kv.stats().n_compactions
-        kv.compact(_native.policy_struct(self._kv_policy.native(self._task())), n_cells)
+        kv.compact(_native.policy_struct(self._kv_policy.native(self._task())), n_cells(budget, self.n_tokens))
         stats = kv.stats()
         if stats.n_compactions != before:
             self._kv_boundary = stats.n_boundary

@@ -87,6 +87,7 @@ static void check_model(const llama_model & model) {
     if (hparams.f_max_alibi_bias > 0.0f)             { no("ALiBi positions"); }
     if (hparams.n_pos_per_embd() > 1)                { no("M-RoPE positions"); }
     if (!hparams.causal_attn)                        { no("non-causal attention"); }
+    if (hparams.router_layer >= 0)                   { no("a router layer"); }
     if (model.arch == LLM_ARCH_GROK)                 { no("a tanh of its own on the attention logits"); }
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {

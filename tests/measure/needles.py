@@ -20,6 +20,7 @@ from typing import Any, Iterator
 
 from windowkv_edge import POLICIES, Full, KVPolicy, Llama, SnapKV, WindowKV  # before llama_cpp
 from windowkv_edge._native import policy_struct
+from windowkv_edge.budget import n_cells
 
 import llama_cpp
 import numpy as np
@@ -138,7 +139,7 @@ class Branches:
         self.llm.n_tokens = self.n_prompt
 
     def compact(self, policy: KVPolicy, budget: float) -> None:
-        self.kv.compact(policy_struct(policy.native("localization")), max(1, int(budget * self.n_prompt + 1e-6)))
+        self.kv.compact(policy_struct(policy.native("localization")), n_cells(budget, self.n_prompt))
 
     def answer(self, first: int, word: str) -> bool:
         """Greedy continuation; True when the word stands in it."""

@@ -1,0 +1,93 @@
+"""Fixtures shared by all tests: the real models, tiny ones, the stock library, upstream's source."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import windowkv_edge
+from windowkv_edge import Llama, models
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_model  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS_DIR = Path(windowkv_edge.__file__).parent / "_tests"
+
+# the tests run beside compilers and each other; spinning threads would only fight for the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct: llama architecture, 30 layers, 9 query and 3 kv heads, head size 64."""
+    return models.fetch_smollm2(progress=False)
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """Gemma-3-270m: sliding windows, refused with a policy, stock without."""
+    return models.fetch_gemma3_270m(progress=False)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, 3 layers, 4 query and 2 kv heads, head size 32, no tokenizer."""
+    return tiny_model.write_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def native_tests() -> Path:
+    """Folder of the stock library and the native tests, built with -DWINDOWKV_TESTS=ON."""
+    if not TESTS_DIR.exists():
+        pytest.fail(
+            "this install has no test libraries; install with: "
+            'CMAKE_ARGS="-DLLAMA_BUILD=OFF -DWINDOWKV_TESTS=ON" pip install ".[test]"'
+        )
+    return TESTS_DIR
+
+
+@pytest.fixture(scope="session")
+def upstream(request: pytest.FixtureRequest) -> Path:
+    """The pinned sdist, unpacked."""
+    cache = Path(request.config.cache.mkdir("sdist"))
+    out = cache / "llama_cpp_python-0.3.36"
+    if not out.exists():
+        sdist = Path(os.environ.get("WINDOWKV_SDIST", cache / "llama_cpp_python-0.3.36.tar.gz"))
+        if not sdist.exists():
+            subprocess.run(
+                [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python",
+                 "--dest", str(cache), "llama-cpp-python==0.3.36"],
+                check=True,
+            )  # fmt: skip
+        with tarfile.open(sdist) as archive:
+            archive.extractall(cache, filter="data")
+    return out
+
+
+@pytest.fixture
+def session(smollm2: Path) -> Iterator[Callable[..., Llama]]:
+    """Sessions on SmolLM2 that are closed after the test."""
+    opened: list[Llama] = []
+
+    def make(**kwargs: Any) -> Llama:
+        kwargs = {"n_ctx": 1024, "n_threads": 2, "n_threads_batch": 2, "verbose": False, **kwargs}
+        opened.append(Llama(str(smollm2), **kwargs))
+        return opened[-1]
+
+    yield make
+    for llm in opened:
+        llm.close()
+
+
+@pytest.fixture(scope="session")
+def document() -> str:
+    """The shipped text, about 3,800 tokens."""
+    return (Path(windowkv_edge.__file__).parent / "data" / "document.txt").read_text(encoding="utf-8")

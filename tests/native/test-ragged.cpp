@@ -1,0 +1,460 @@
+// The ragged cache through its public interfaces, run under the sanitizers on a tiny model with random weights.
+//
+//   test-ragged MODEL.gguf
+
+#include "llama.h"
+#include "windowkv.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+static int n_failed = 0;
+
+#define CHECK(cond)                                                            \
+    do {                                                                       \
+        if (!(cond)) {                                                         \
+            fprintf(stderr, "%s:%d: %s failed\n", __FILE__, __LINE__, #cond);  \
+            n_failed++;                                                        \
+        }                                                                      \
+    } while (0)
+
+struct context_deleter {
+    void operator()(llama_context * ctx) { llama_free(ctx); }
+};
+using context_ptr = std::unique_ptr<llama_context, context_deleter>;
+
+static llama_context_params default_params() {
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx           = 1024;
+    params.n_batch         = 512;
+    params.n_ubatch        = 128;
+    params.n_threads       = 1;
+    params.n_threads_batch = 1;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    return params;
+}
+
+static context_ptr make(llama_model * model, int window, llama_context_params params = default_params()) {
+    if (window > 0) {
+        CHECK(wkv_pending_set(window) == WKV_OK);
+    }
+    context_ptr res { llama_init_from_model(model, params) };
+    wkv_pending_clear();
+    return res;
+}
+
+static std::vector<llama_token> prompt(int n, int seed = 1) {
+    std::vector<llama_token> res(n);
+    unsigned state = seed;
+    for (auto & token : res) {
+        state = state*1664525u + 1013904223u;
+        token = (state >> 16) % 120;
+    }
+    return res;
+}
+
+static int decode(llama_context * ctx, std::vector<llama_token> tokens, int p0) {
+    llama_batch batch = llama_batch_init(tokens.size(), 0, 1);
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        batch.token[i]     = tokens[i];
+        batch.pos[i]       = p0 + i;
+        batch.n_seq_id[i]  = 1;
+        batch.seq_id[i][0] = 0;
+        batch.logits[i]    = i + 1 == tokens.size();
+    }
+    batch.n_tokens = tokens.size();
+    const int status = llama_decode(ctx, batch);
+    llama_batch_free(batch);
+    return status;
+}
+
+static std::vector<float> logits(llama_context * ctx) {
+    const float * data = llama_get_logits_ith(ctx, -1);
+    return std::vector<float>(data, data + llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx))));
+}
+
+static wkv_stats stats(llama_context * ctx) {
+    wkv_stats res;
+    CHECK(wkv_get_stats(ctx, &res) == WKV_OK);
+    return res;
+}
+
+static std::vector<int32_t> positions(llama_context * ctx, int layer, int head) {
+    std::vector<int32_t> res(stats(ctx).n_past);
+    res.resize(wkv_get_positions(ctx, layer, head, res.data(), res.size()));
+    return res;
+}
+
+static std::vector<float> rows(llama_context * ctx, int layer, int head, int which) {
+    std::vector<float> res(1 << 18);
+    const int64_t n = wkv_get_rows(ctx, layer, head, which, res.data(), res.size());
+    CHECK(n >= 0);
+    res.resize(n);
+    return res;
+}
+
+static wkv_policy windowkv() {
+    wkv_policy res = {};
+    res.kind   = WKV_KIND_WINDOWKV;
+    res.alpha  = 8;
+    res.suffix = 8;
+    res.omega  = 4;
+    res.top_p  = 4;
+    res.gamma  = 1;
+    res.scope  = WKV_SCOPE_HEAD;
+    res.slope  = 14.0;
+    return res;
+}
+
+static wkv_policy pyramidkv() {
+    wkv_policy res = {};
+    res.kind   = WKV_KIND_PYRAMIDKV;
+    res.alpha  = 8;
+    res.suffix = 8;
+    res.kernel = 7;
+    res.slope  = 5.0;
+    return res;
+}
+
+static bool last_error_has(const char * text) {
+    return strstr(wkv_last_error(), text) != nullptr;
+}
+
+static void test_equals_stock(llama_model * model) {
+    auto stock  = make(model, 0);
+    auto ragged = make(model, 8);
+
+    int p0 = 0;
+    for (const int n : { 300, 1, 1, 77, 1 }) {
+        const auto tokens = prompt(n, p0 + 1);
+        CHECK(decode(stock.get(),  tokens, p0) == 0);
+        CHECK(decode(ragged.get(), tokens, p0) == 0);
+        CHECK(logits(stock.get()) == logits(ragged.get()));
+        p0 += n;
+    }
+    CHECK(wkv_ready(ragged.get()) == WKV_OK);
+    CHECK(wkv_ready(stock.get()) == WKV_ERR_NO_POLICY);
+    CHECK(wkv_compact(stock.get(), nullptr, 1) == WKV_ERR_NO_POLICY);
+}
+
+static void test_pools_grow_with_the_prompt(llama_model * model) {
+    auto ctx = make(model, 8);
+
+    const auto empty = stats(ctx.get());
+    CHECK(empty.bytes_pool == 0);
+
+    CHECK(wkv_reserve(ctx.get(), 300) == WKV_OK);
+    const auto reserved = stats(ctx.get());
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+    CHECK(stats(ctx.get()).bytes_live == reserved.bytes_live);
+
+    const int64_t cell = reserved.bytes_pool/512; // 300 cells are padded to 512 as the stock cache reads them
+    CHECK(stats(ctx.get()).bytes_full == 300*cell);
+    CHECK(reserved.bytes_live - reserved.bytes_pool == empty.bytes_live);
+
+    CHECK(wkv_reserve(ctx.get(), -1) == WKV_ERR_ARGUMENT);
+}
+
+static void test_compaction_moves_the_right_rows(llama_model * model, const wkv_policy & policy) {
+    auto ctx = make(model, 8);
+    CHECK(decode(ctx.get(), prompt(400), 0) == 0);
+
+    const auto before = stats(ctx.get());
+
+    std::vector<std::vector<float>> k;
+    std::vector<std::vector<float>> v;
+    for (int il = 0; il < before.n_layer; ++il) {
+        for (int ih = 0; ih < before.n_head_kv; ++ih) {
+            k.push_back(rows(ctx.get(), il, ih, 0));
+            v.push_back(rows(ctx.get(), il, ih, 1));
+        }
+    }
+
+    CHECK(wkv_compact(ctx.get(), &policy, 50) == int64_t(before.n_layer)*before.n_head_kv*(400 - 50));
+
+    const auto after = stats(ctx.get());
+    CHECK(after.n_boundary == 400);
+    CHECK(after.n_compactions == 1);
+    CHECK(after.bytes_released == before.bytes_live - after.bytes_live);
+    CHECK(after.bytes_live < before.bytes_live/2);
+    CHECK(after.bytes_peak >= before.bytes_live);
+
+    for (int il = 0; il < before.n_layer; ++il) {
+        for (int ih = 0; ih < before.n_head_kv; ++ih) {
+            const auto pos = positions(ctx.get(), il, ih);
+            const auto k1  = rows(ctx.get(), il, ih, 0);
+            const auto v1  = rows(ctx.get(), il, ih, 1);
+
+            const auto & k0 = k[il*before.n_head_kv + ih];
+            const auto & v0 = v[il*before.n_head_kv + ih];
+
+            const size_t dk = k0.size()/400;
+            const size_t dv = v0.size()/400;
+            CHECK(k1.size() == pos.size()*dk);
+            for (size_t i = 0; i < pos.size(); ++i) {
+                CHECK(i == 0 || pos[i] > pos[i - 1]);
+                CHECK(std::equal(k1.begin() + i*dk, k1.begin() + (i + 1)*dk, k0.begin() + pos[i]*dk));
+                CHECK(std::equal(v1.begin() + i*dv, v1.begin() + (i + 1)*dv, v0.begin() + pos[i]*dv));
+            }
+        }
+    }
+
+    // goes on, over several growth steps, and compacts again
+    for (int i = 0; i < 100; ++i) {
+        CHECK(decode(ctx.get(), prompt(1, i), 400 + i) == 0);
+        for (const float x : logits(ctx.get())) {
+            CHECK(std::isfinite(x));
+        }
+    }
+    CHECK(wkv_compact(ctx.get(), &policy, 60) > 0);
+    CHECK(decode(ctx.get(), prompt(40), 500) == 0);
+    CHECK(stats(ctx.get()).n_past == 540);
+    CHECK(wkv_compact(ctx.get(), &policy, 100000) == 0); // nothing to evict
+    CHECK(stats(ctx.get()).n_compactions == 2);
+}
+
+static void test_sequence_rules(llama_model * model) {
+    auto ctx = make(model, 8);
+    llama_memory_t mem = llama_get_memory(ctx.get());
+
+    CHECK(!llama_memory_can_shift(mem));
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+    const auto want = [&] {
+        CHECK(decode(ctx.get(), prompt(5, 7), 300) == 0);
+        return logits(ctx.get());
+    }();
+
+    // behind the end: nothing to do
+    CHECK(llama_memory_seq_rm(mem, 0, 305, -1));
+    CHECK(stats(ctx.get()).n_past == 305);
+
+    // a tail, then other tokens, then the first ones again: stale rows are never read
+    CHECK(llama_memory_seq_rm(mem, 0, 300, -1));
+    CHECK(decode(ctx.get(), prompt(40, 9), 300) == 0);
+    CHECK(llama_memory_seq_rm(mem, 0, 300, -1));
+    CHECK(decode(ctx.get(), prompt(5, 7), 300) == 0);
+    CHECK(logits(ctx.get()) == want);
+
+    // a hole, a head: refused, nothing changes
+    CHECK(!llama_memory_seq_rm(mem, 0, 10, 20));
+    CHECK(!llama_memory_seq_rm(mem, 0, 0, 20));
+    CHECK(stats(ctx.get()).n_past == 305);
+    CHECK(llama_memory_seq_rm(mem, 0, 20, 20)); // empty
+    CHECK(llama_memory_seq_rm(mem, 3, 0, -1));  // no such sequence
+    CHECK(stats(ctx.get()).n_past == 305);
+
+    // shifting: refused
+    llama_memory_seq_add(mem, 0, 10, -1, 5);
+    llama_memory_seq_div(mem, 0, 10, -1, 2);
+    llama_memory_seq_cp (mem, 0, 1, -1, -1);
+    CHECK(llama_memory_seq_pos_max(mem, 0) == 304);
+    CHECK(llama_memory_seq_pos_max(mem, 1) == -1);
+
+    // below the compaction boundary: refused; from it on: the tail
+    const auto policy = windowkv();
+    CHECK(wkv_compact(ctx.get(), &policy, 40) > 0);
+    CHECK(decode(ctx.get(), prompt(10, 3), 305) == 0);
+    CHECK(!llama_memory_seq_rm(mem, 0, 304, -1));
+    CHECK(stats(ctx.get()).n_past == 315);
+    CHECK(llama_memory_seq_rm(mem, 0, 305, -1));
+    CHECK(stats(ctx.get()).n_past == 305);
+    CHECK(positions(ctx.get(), 0, 0).size() == 40);
+    CHECK(llama_memory_seq_pos_max(mem, 0) == 304);
+
+    // keep the only sequence, then clear: memory is back, and a new prompt starts over
+    llama_memory_seq_keep(mem, 0);
+    CHECK(stats(ctx.get()).n_past == 305);
+    CHECK(llama_memory_seq_rm(mem, -1, 0, -1));
+    CHECK(stats(ctx.get()).n_past == 0);
+    CHECK(stats(ctx.get()).bytes_pool == 0);
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+    CHECK(decode(ctx.get(), prompt(5, 7), 300) == 0);
+    CHECK(logits(ctx.get()) == want);
+
+    llama_memory_clear(mem, true);
+    CHECK(stats(ctx.get()).n_past == 0);
+    CHECK(llama_memory_seq_rm(mem, 0, 0, -1));
+}
+
+static void test_batches_that_do_not_fit(llama_model * model) {
+    auto ctx = make(model, 8);
+    CHECK(decode(ctx.get(), prompt(10), 0) == 0);
+
+    CHECK(decode(ctx.get(), prompt(3), 12) != 0); // leaves a gap
+    CHECK(decode(ctx.get(), prompt(3), 5)  != 0); // overwrites
+    CHECK(stats(ctx.get()).n_past == 10);
+
+    CHECK(decode(ctx.get(), prompt(512), 10)  == 0);
+    CHECK(decode(ctx.get(), prompt(512), 522) != 0); // over n_ctx
+    CHECK(last_error_has("no room for 512 more"));
+    CHECK(stats(ctx.get()).n_past == 522);
+    CHECK(decode(ctx.get(), prompt(502), 522) == 0);
+    CHECK(decode(ctx.get(), prompt(1), 1024)  != 0);
+}
+
+static void test_aborted_ubatch_leaves_no_trace(llama_model * model) {
+    auto ctx = make(model, 8);
+    CHECK(decode(ctx.get(), prompt(200), 0) == 0);
+    CHECK(decode(ctx.get(), prompt(1, 5), 200) == 0);
+    const auto want = logits(ctx.get());
+    CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 200, -1));
+
+    int n_calls = 0;
+    llama_set_abort_callback(ctx.get(), [](void * data) { return ++*(int *) data > 30; }, &n_calls);
+    CHECK(decode(ctx.get(), prompt(300, 2), 200) == 2);
+    llama_set_abort_callback(ctx.get(), nullptr, nullptr);
+
+    CHECK(stats(ctx.get()).n_past % 128 == 200 % 128); // whole ubatches stay, the aborted one is gone
+    CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 200, -1));
+    CHECK(decode(ctx.get(), prompt(1, 5), 200) == 0);
+    CHECK(logits(ctx.get()) == want);
+}
+
+static void test_snapshot(llama_model * model) {
+    auto ctx = make(model, 8);
+    CHECK(wkv_snapshot_restore(ctx.get()) == WKV_ERR_COMPUTE);
+
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+    CHECK(wkv_snapshot_save(ctx.get()) == WKV_OK);
+
+    const auto policy = windowkv();
+    std::vector<float> want;
+    for (int i = 0; i < 3; ++i) {
+        CHECK(wkv_compact(ctx.get(), &policy, 40) > 0);
+        CHECK(decode(ctx.get(), prompt(20, 4), 300) == 0);
+        const auto got = logits(ctx.get());
+        CHECK(want.empty() || want == got);
+        want = got;
+        CHECK(wkv_snapshot_restore(ctx.get()) == WKV_OK);
+        CHECK(stats(ctx.get()).n_past == 300);
+        CHECK(positions(ctx.get(), 0, 0).size() == 300);
+    }
+    CHECK(wkv_snapshot_drop(ctx.get()) == WKV_OK);
+    CHECK(wkv_snapshot_restore(ctx.get()) == WKV_ERR_COMPUTE);
+}
+
+static void test_refusals(llama_model * model) {
+    {
+        auto params = default_params();
+        params.n_seq_max = 2;
+        CHECK(!make(model, 8, params));
+        CHECK(last_error_has("n_seq_max is 2, expected 1"));
+    }
+    for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_BF16 }) {
+        auto params = default_params();
+        params.type_k = type;
+        CHECK(!make(model, 8, params));
+        CHECK(last_error_has("expected f16 or f32"));
+    }
+    for (const auto type : { LLAMA_FLASH_ATTN_TYPE_DISABLED, LLAMA_FLASH_ATTN_TYPE_AUTO }) {
+        auto params = default_params();
+        params.flash_attn_type = type;
+        CHECK(!make(model, 8, params));
+        CHECK(last_error_has("flash attention has to be enabled"));
+    }
+    {
+        auto params = default_params();
+        params.attention_type = LLAMA_ATTENTION_TYPE_NON_CAUSAL;
+        CHECK(!make(model, 8, params));
+        CHECK(last_error_has("non-causal"));
+    }
+
+    CHECK(wkv_pending_set(0) == WKV_ERR_ARGUMENT);
+
+    auto ctx = make(model, 8);
+    CHECK(decode(ctx.get(), prompt(100), 0) == 0);
+
+    auto policy = windowkv();
+    CHECK(wkv_compact(ctx.get(), &policy, 0) == WKV_ERR_COMPUTE);
+    CHECK(last_error_has("expected at least 1"));
+    CHECK(wkv_compact(ctx.get(), nullptr, 10) == WKV_ERR_ARGUMENT);
+    policy.alpha = policy.suffix = 9;
+    CHECK(wkv_compact(ctx.get(), &policy, 10) == WKV_ERR_COMPUTE);
+    CHECK(last_error_has("the ring holds 8"));
+    policy.omega = 0;
+    CHECK(wkv_compact(ctx.get(), &policy, 10) == WKV_ERR_COMPUTE);
+    CHECK(stats(ctx.get()).n_compactions == 0);
+
+    int32_t pos[4];
+    float   out[4];
+    CHECK(wkv_get_positions(ctx.get(), 99, 0, pos, 4) < 0);
+    CHECK(wkv_get_positions(ctx.get(), 0, 99, pos, 4) < 0);
+    CHECK(wkv_get_positions(ctx.get(), 0, 0, pos, 4) == 100); // says how many there are, writes four
+    CHECK(wkv_get_rows(ctx.get(), 0, 0, 0, out, 4) < 0);
+    CHECK(wkv_get_stats(nullptr, nullptr) < 0);
+
+    // saved states are refused, not written wrong
+    CHECK(llama_state_get_size(ctx.get()) == 0);
+    CHECK(last_error_has("not supported yet"));
+    CHECK(llama_state_seq_get_size(ctx.get(), 0) == 0);
+
+    // non-causal later on
+    llama_set_causal_attn(ctx.get(), false);
+    CHECK(decode(ctx.get(), prompt(1), 100) != 0);
+    llama_set_causal_attn(ctx.get(), true);
+    CHECK(decode(ctx.get(), prompt(1), 100) == 0);
+
+    // the window can be resized; what it saw is forgotten, so a prompt has to come first
+    CHECK(wkv_set_window(ctx.get(), 16) == WKV_OK);
+    policy = windowkv();
+    CHECK(wkv_compact(ctx.get(), &policy, 10) == WKV_ERR_COMPUTE);
+    CHECK(last_error_has("evaluate a prompt first"));
+    CHECK(decode(ctx.get(), prompt(20), 101) == 0);
+    CHECK(wkv_compact(ctx.get(), &policy, 10) > 0);
+    CHECK(wkv_set_window(ctx.get(), 0) == WKV_ERR_ARGUMENT);
+}
+
+static void test_cells_f32(llama_model * model) {
+    auto params = default_params();
+    params.type_k = GGML_TYPE_F32;
+    params.type_v = GGML_TYPE_F32;
+    auto stock  = make(model, 0, params);
+    auto ragged = make(model, 8, params);
+
+    CHECK(decode(stock.get(),  prompt(300), 0) == 0);
+    CHECK(decode(ragged.get(), prompt(300), 0) == 0);
+    CHECK(logits(stock.get()) == logits(ragged.get()));
+
+    const auto policy = windowkv();
+    CHECK(wkv_compact(ragged.get(), &policy, 50) > 0);
+    CHECK(decode(ragged.get(), prompt(1), 300) == 0);
+}
+
+int main(int argc, char ** argv) {
+    if (argc != 2) {
+        fprintf(stderr, "usage: %s MODEL.gguf\n", argv[0]);
+        return 2;
+    }
+
+    llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+    llama_backend_init();
+
+    llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
+    if (!model) {
+        fprintf(stderr, "cannot load %s\n", argv[1]);
+        return 2;
+    }
+
+    test_equals_stock(model);
+    test_pools_grow_with_the_prompt(model);
+    test_compaction_moves_the_right_rows(model, windowkv());
+    test_compaction_moves_the_right_rows(model, pyramidkv());
+    test_sequence_rules(model);
+    test_batches_that_do_not_fit(model);
+    test_aborted_ubatch_leaves_no_trace(model);
+    test_snapshot(model);
+    test_refusals(model);
+    test_cells_f32(model);
+
+    llama_model_free(model);
+    llama_backend_free();
+
+    printf("%s\n", n_failed ? "failed" : "ok");
+    return n_failed ? 1 : 0;
+}

@@ -1,0 +1,96 @@
+"""Policy off is stock, bit for bit; a budget that evicts nothing gives stock's answers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from windowkv_edge import Llama
+
+# runs in a process of its own: llama_cpp with the stock library, nothing of ours
+STOCK = """
+import sys, ctypes, numpy as np, llama_cpp
+model, tokens_file, out, flash, type_k = sys.argv[1:]
+assert "windowkv_edge" not in sys.modules
+assert not hasattr(llama_cpp.llama_cpp._lib, "wkv_build_stamp")
+llm = llama_cpp.Llama(model, n_ctx=2048, n_threads=2, n_threads_batch=2, verbose=False, flash_attn=flash == "1")
+rows = []
+for chunk in np.load(tokens_file, allow_pickle=True):
+    llm.eval(list(chunk))
+    rows.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy())
+np.save(out, np.array(rows))
+"""
+
+
+def stock_logits(native_tests: Path, model: Path, chunks: list[list[int]], flash: bool, tmp_path: Path) -> np.ndarray:
+    np.save(tmp_path / "tokens.npy", np.array([np.array(c) for c in chunks], dtype=object), allow_pickle=True)
+    env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(native_tests / "stock")}
+    subprocess.run(
+        [sys.executable, "-c", STOCK, model, tmp_path / "tokens.npy", tmp_path / "out.npy", str(int(flash)), "f16"],
+        env=env, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    return np.load(tmp_path / "out.npy")
+
+
+def our_logits(llm: Llama, chunks: list[list[int]]) -> np.ndarray:
+    import llama_cpp
+
+    rows = []
+    for chunk in chunks:
+        llm.eval(chunk)
+        rows.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy())
+    return np.array(rows)
+
+
+def token_chunks(llm: Llama, document: str, n_prompt: int, n_single: int) -> list[list[int]]:
+    tokens = llm.tokenize(document.encode())[: n_prompt + n_single]
+    return [tokens[:n_prompt], *([t] for t in tokens[n_prompt:])]
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("model_name", ["smollm2", "gemma3"])
+def test_off_is_stock_bit_for_bit(
+    model_name: str, flash: bool, native_tests: Path, document: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(model_name)
+    llm = Llama(str(model), n_ctx=2048, n_threads=2, n_threads_batch=2, verbose=False, flash_attn=flash)
+    chunks = token_chunks(llm, document, 600, 256)
+    want = stock_logits(native_tests, model, chunks, flash, tmp_path)
+    got = our_logits(llm, chunks)
+    assert len(got) == 257
+    assert np.array_equal(got.view(np.uint32), want.view(np.uint32))
+
+    stats = llm.kv_stats()
+    assert stats.policy == "stock"
+    assert stats.n_past == 856
+    if model_name == "smollm2":  # 30 layers x 3 kv heads x (64 + 64) x 2 bytes, all n_ctx positions allocated
+        assert stats.bytes_live == 2048 * 30 * 3 * 128 * 2
+        assert stats.bytes_full == 856 * 30 * 3 * 128 * 2
+    llm.close()
+
+
+@pytest.mark.parametrize("policy", ["full", "windowkv", "snapkv"])
+def test_a_budget_that_evicts_nothing_is_stock(
+    policy: str, smollm2: Path, native_tests: Path, document: str, session: Callable[..., Llama], tmp_path: Path
+) -> None:
+    llm = session(n_ctx=2048, kv_policy=policy, kv_budget=1000)
+    chunks = token_chunks(llm, document, 600, 64)
+    want = stock_logits(native_tests, smollm2, chunks, True, tmp_path)
+    got = our_logits(llm, chunks)
+    assert llm.kv_stats().n_compactions == 0
+    assert np.abs(got - want).max() < 1e-2  # measured: 0
+    assert np.array_equal(got.argmax(axis=1), want.argmax(axis=1))
+
+
+def test_greedy_answers_equal_stock(document: str, session: Callable[..., Llama]) -> None:
+    prompt = document[:2500] + "\n\nIn short, this text"
+    want = session(n_ctx=1536, flash_attn=True)(prompt, max_tokens=64, temperature=0.0)
+    for budget in (1.0, 1400):
+        got = session(n_ctx=1536, kv_policy="windowkv", kv_budget=budget)(prompt, max_tokens=64, temperature=0.0)
+        assert got["choices"][0]["text"] == want["choices"][0]["text"]

@@ -1,0 +1,40 @@
+"""The command line: ``windowkv-edge demo``, ``chat`` and ``info``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import windowkv_edge
+from windowkv_edge._libs import LLAMA_CPP_PYTHON
+
+from .chat import chat
+from .demo import demo
+from .info import info
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="llama.cpp sessions whose KV cache keeps only the cells that matter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(chat)
+app.command()(info)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"windowkv-edge {windowkv_edge.__version__} (llama-cpp-python {LLAMA_CPP_PYTHON})")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None: ...

@@ -1,0 +1,302 @@
+"""``windowkv-edge chat``: an interactive chat with a compacted cache."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Annotated, Any
+
+import platformdirs
+import typer
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from rich.console import Console
+from rich.table import Table
+
+from windowkv_edge import POLICIES, Llama, WindowKVError
+
+from .common import CLIError, load, mib, open_model, parse_budget, parse_policy, read_text, reports_errors
+
+__all__ = ["Chat", "chat"]
+
+Message = dict[str, str]
+
+
+@reports_errors
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, or 'smollm2' (fetched once).")],
+    policy: Annotated[str, typer.Option(help="The KV policy.")] = "windowkv",
+    budget: Annotated[str, typer.Option(help="Cells that stay: 0.12, 12%, or a number of cells per head.")] = "0.12",
+    ctx: Annotated[int, typer.Option(min=256, help="Positions that the conversation may have.")] = 8192,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a reply at most.")] = 512,
+) -> None:
+    """Chat with a model. /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves."""
+    kv_policy, kv_budget = parse_policy(policy), parse_budget(budget)
+    info = open_model(model)
+    console = Console()
+    if 0 < info.n_ctx_train < ctx:
+        console.print(f"{info.name} was trained on {info.n_ctx_train:,} positions; --ctx is lowered to that")
+        ctx = info.n_ctx_train
+    llm = load(Llama, info, ctx, threads, kv_policy, kv_budget)
+    try:
+        talk = Chat(llm, console, system=system, temperature=temperature, max_tokens=max_tokens)
+        console.print(f"{info.name}, policy {kv_policy.name}, budget {budget}, {ctx:,} positions; /help lists the commands")
+        if not talk.has_template:
+            console.print(f"{info.path} has no chat template; using plain 'User:' and 'Assistant:' lines")
+        talk.run(_reader(console))
+    finally:
+        llm.close()
+
+
+class Chat:
+    """The messages so far and the session that answers them.
+
+    Args:
+        llm: a session with a policy.
+        console: where replies and messages go.
+        system: system message, None for the template's own.
+        temperature: 0 is greedy.
+        max_tokens: tokens of a reply at most.
+    """
+
+    def __init__(
+        self, llm: Llama, console: Console, *, system: str | None = None, temperature: float = 0.7, max_tokens: int = 512
+    ) -> None:
+        self.llm = llm
+        self.console = console
+        self.system = system
+        self.temperature = temperature
+        self.max_tokens = max_tokens
+        self.has_template = "tokenizer.chat_template" in llm.metadata
+        self.attached: list[str] = []
+        self.messages: list[Message] = []
+        self.reset("")
+
+    def run(self, read: Callable[[], str]) -> None:
+        """Read and answer until the end of the input or /quit."""
+        while True:
+            try:
+                line = read()
+            except KeyboardInterrupt:
+                self._note("/quit or Ctrl-D leaves")
+                continue
+            except EOFError:
+                return
+            if line.startswith("/"):
+                if not self.command(line):
+                    return
+            elif line.strip():
+                self.say(line)
+
+    #
+    # a turn
+    #
+
+    def say(self, text: str) -> None:
+        """Send a message with the attached files, print the reply as it comes, keep both."""
+        n_before = len(self.messages)
+        self.messages.append({"role": "user", "content": "\n\n".join([*self.attached, text])})
+        attached, self.attached = self.attached, []
+        try:
+            reply, interrupted = self._reply()
+        except (ValueError, RuntimeError) as error:
+            del self.messages[n_before:]
+            self._note(f"the message was not answered and is dropped: {self._explain(error)}")
+            return
+        if interrupted and not reply:
+            del self.messages[n_before:]
+            self.attached = attached
+            self._note("stopped before the reply began; the message is dropped")
+            return
+        self.messages.append({"role": "assistant", "content": reply})
+        if interrupted:
+            self._note("stopped; the reply so far stays in the conversation")
+
+    def _reply(self) -> tuple[str, bool]:
+        """The reply, printed while it comes, and whether Ctrl-C stopped it."""
+        reply, finish, n_first, start = "", None, 0, 0.0
+        try:
+            with contextlib.closing(self._stream()) as stream:
+                with self.console.status("reading"):
+                    piece, finish = next(stream, ("", "stop"))
+                n_first, start = self.llm.n_tokens, time.perf_counter()
+                while True:
+                    reply += piece
+                    self.console.out(piece if self.has_template else piece.lstrip(" ") if piece == reply else piece, end="")
+                    following = next(stream, None)
+                    if following is None:
+                        break
+                    piece, finish = following[0], following[1] or finish
+        except KeyboardInterrupt:
+            self.console.out("")
+            return reply, True
+        self.console.out("")
+        self._after_reply(finish, self.llm.n_tokens - n_first, time.perf_counter() - start)
+        return reply, False
+
+    def _stream(self) -> Generator[tuple[str, str | None], None, None]:
+        """Pieces of the reply; with the last one the reason why it ended."""
+        options: dict[str, Any] = {"stream": True, "temperature": self.temperature, "max_tokens": self.max_tokens}
+        if self.has_template:
+            for chunk in self.llm.create_chat_completion(self.messages, **options):
+                choice = chunk["choices"][0]
+                yield choice["delta"].get("content") or "", choice["finish_reason"]
+        else:
+            for chunk in self.llm.create_completion(plain_prompt(self.messages), stop=["\nUser:"], **options):
+                choice = chunk["choices"][0]
+                yield choice["text"], choice["finish_reason"]
+
+    def _after_reply(self, finish: str | None, n_timed: int, seconds: float) -> None:
+        stats = self.llm.kv_stats()
+        speed = f"{1e3 * seconds / n_timed:.1f} ms per token, " if n_timed > 0 else ""
+        self._note(f"{speed}KV {mib(stats.bytes_live)} MiB, {mib(stats.bytes_full)} MiB without a policy")
+        if finish == "length":
+            is_full = self.llm.n_tokens >= self.llm.n_ctx() - 1
+            self._note("the context is full; /reset begins anew" if is_full else f"cut after {self.max_tokens} tokens")
+
+    def _explain(self, error: Exception) -> str:
+        """Too long a prompt in our words, everything else as it comes."""
+        sizes = re.search(r"\((\d+)\) exceed context window", str(error))
+        if sizes is None:
+            return f"{error}"
+        return (
+            f"the conversation would have {int(sizes[1]):,} tokens, the context holds {self.llm.n_ctx():,}; "
+            "send less, /reset, or start with a larger --ctx"
+        )
+
+    #
+    # commands
+    #
+
+    def command(self, line: str) -> bool:
+        """Run a line that begins with "/"; False ends the chat."""
+        name, _, argument = line[1:].strip().partition(" ")
+        if name == "quit":
+            return False
+        commands = {
+            "stats": self.stats, "reset": self.reset, "policy": self.policy, "file": self.file, "help": self.help,
+        }  # fmt: skip
+        if name not in commands:
+            self._note(f"unknown command /{name}, expected one of {', '.join(COMMANDS)}")
+            return True
+        try:
+            commands[name](argument.strip())
+        except WindowKVError as error:
+            self._note(str(error))
+        return True
+
+    def stats(self, _: str) -> None:
+        """Print what the cache holds."""
+        stats = self.llm.kv_stats()
+        table = Table(show_header=False)
+        table.add_row("policy", f"{stats.policy}, budget {self.llm.kv_budget}")
+        table.add_row("positions seen", f"{stats.n_past:,} of {self.llm.n_ctx():,}")
+        cells = f"{stats.cells.min():,} min, {stats.cells.mean():,.1f} mean, {stats.cells.max():,} max"
+        table.add_row("cells per head", cells)
+        table.add_row("KV cache", f"{mib(stats.bytes_live)} MiB")
+        table.add_row("without a policy", f"{mib(stats.bytes_full)} MiB")
+        table.add_row("peak", f"{mib(stats.bytes_peak)} MiB")
+        table.add_row("compactions", f"{stats.n_compactions}")
+        if stats.n_compactions:
+            table.add_row("last compaction", f"{stats.t_score_ms:.1f} ms scoring, {stats.t_compact_ms:.1f} ms moving")
+            table.add_row("", f"{mib(stats.bytes_released)} MiB released")
+        self.console.print(table)
+
+    def reset(self, _: str) -> None:
+        """Forget the conversation and the attached files."""
+        is_first = not self.messages and self.llm.n_tokens == 0
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.attached = []
+        self.llm.reset()
+        if not is_first:
+            self._note("the conversation is forgotten")
+
+    def policy(self, argument: str) -> None:
+        """Change the policy and the budget, or list the policies."""
+        name, _, budget = argument.partition(" ")
+        if not name:
+            table = Table("", "policy", "paper")
+            for each in POLICIES.values():
+                is_now = self.llm.kv_policy is not None and each.name == self.llm.kv_policy.name
+                table.add_row("*" if is_now else "", each.name, each.paper)
+            self.console.print(table)
+            return
+        kv_policy = parse_policy(name)
+        kv_budget = parse_budget(budget.strip()) if budget.strip() else self.llm.kv_budget
+        self.llm.kv_policy, self.llm.kv_budget = kv_policy, kv_budget
+        self._note(f"policy {name}, budget {kv_budget}; the conversation is evaluated anew with your next message")
+
+    def file(self, argument: str) -> None:
+        """Add a text file to the next message."""
+        if not argument:
+            raise CLIError("/file without a path, expected /file PATH")
+        text = read_text(Path(argument.strip("'\"")).expanduser()).strip()
+        n_tokens = len(self.llm.tokenize(text.encode(), add_bos=False))
+        self.attached.append(text)
+        self._note(f"{n_tokens:,} tokens, sent with your next message")
+
+    def help(self, _: str) -> None:
+        """List the commands."""
+        table = Table.grid(padding=(0, 2))
+        for name, meaning in COMMANDS.items():
+            table.add_row(name, meaning)
+        self.console.print(table)
+
+    def _note(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+COMMANDS = {
+    "/stats": "what the KV cache holds",
+    "/reset": "forget the conversation",
+    "/policy": "NAME [BUDGET] changes the KV policy, alone it lists them",
+    "/file": "PATH adds a text file to the next message",
+    "/help": "this list",
+    "/quit": "leave, as Ctrl-D does; Ctrl-C stops a reply",
+}
+
+
+def plain_prompt(messages: list[Message]) -> str:
+    """The conversation as text, for models without a chat template."""
+    names = {"system": "", "user": "User: ", "assistant": "Assistant:"}
+    return "".join(f"{names[m['role']]}{m['content']}\n" for m in messages) + "Assistant:"
+
+
+def _reader(console: Console) -> Callable[[], str]:
+    """The next line: with editing and a history on a terminal, else from the standard input, echoed."""
+    if not sys.stdin.isatty():
+
+        def read() -> str:
+            try:
+                line = sys.stdin.readline()
+            except KeyboardInterrupt:  # nobody is there to press Ctrl-D
+                raise EOFError from None
+            if not line:
+                raise EOFError
+            console.out(f"> {line}", end="")
+            return line.rstrip("\n")
+
+        return read
+
+    session: PromptSession[str] = PromptSession(
+        history=_history(), completer=WordCompleter(list(COMMANDS), sentence=True), complete_while_typing=False
+    )
+    return lambda: session.prompt("> ")
+
+
+def _history() -> History:
+    path = Path(platformdirs.user_state_dir("windowkv-edge")) / "chat_history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))

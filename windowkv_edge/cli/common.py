@@ -1,0 +1,120 @@
+"""What the commands share: errors with exit code 2, arguments, models and formats."""
+
+from __future__ import annotations
+
+import functools
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import typer
+
+from windowkv_edge import POLICIES, KVPolicy, Llama, UnsupportedModelError, WindowKVError, get_policy
+from windowkv_edge.gguf_info import GGUFInfo, read_info
+from windowkv_edge.models import fetch_smollm2
+
+__all__ = ["CLIError", "mib", "open_model", "load", "parse_budget", "parse_policy", "read_text", "reports_errors", "rss"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+L = TypeVar("L", bound=Llama)
+
+SMOLLM2 = "smollm2"
+
+
+class CLIError(WindowKVError):
+    """Bad input of a command: what was got, what was expected, what to do."""
+
+
+def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """The command; an error of ours becomes one line on the error stream and exit code 2."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except WindowKVError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def parse_budget(text: str) -> float | int:
+    """``0.12`` and ``12%`` are fractions of the prompt, ``512`` counts cells per head."""
+    expected = "expected a fraction above 0 and up to 1.0 (0.12), a percentage (12%) or a number of cells per head (512)"
+    try:
+        if text.isdecimal():
+            cells = int(text)
+            if cells >= 1:
+                return cells
+        else:
+            budget = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+            if 0 < budget <= 1:
+                return budget
+    except ValueError:
+        pass
+    raise CLIError(f"the budget is {text!r}, {expected}")
+
+
+def parse_policy(name: str) -> KVPolicy:
+    """The policy of this name with its defaults."""
+    if name not in POLICIES:
+        raise CLIError(f"the policy is {name!r}, expected one of {', '.join(POLICIES)}")
+    return get_policy(name)
+
+
+def read_text(path: Path) -> str:
+    """Content of a text file that is not empty."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CLIError(f"cannot read {path}: {error.strerror or error}; give the path of a text file") from error
+    except UnicodeDecodeError as error:
+        raise CLIError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or give another file") from error
+    if not text.strip():
+        raise CLIError(f"{path} is empty, expected a text; give another file")
+    return text
+
+
+def open_model(model: str) -> GGUFInfo:
+    """Header of a GGUF file, given by its path or as ``smollm2``, which is fetched."""
+    if model == SMOLLM2:
+        return read_info(fetch_smollm2(progress=True))
+    return read_info(Path(model).expanduser())
+
+
+def load(
+    cls: type[L], info: GGUFInfo, n_ctx: int, threads: int | None, policy: KVPolicy | None, budget: float | int | None
+) -> L:
+    """A session of class ``cls`` on the CPU's threads, or ``threads`` of them."""
+    try:
+        return cls(
+            str(info.path),
+            n_ctx=n_ctx,
+            n_threads=threads,
+            n_threads_batch=threads,
+            flash_attn=True,
+            kv_policy=policy,
+            kv_budget=budget,
+            verbose=False,
+        )
+    except UnsupportedModelError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        fix = f"the file may be damaged, or the memory too small for {n_ctx:,} positions"
+        raise CLIError(f"cannot load {info.path}: {error}; {fix}") from error
+
+
+def mib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:,.1f}"
+
+
+def rss() -> int | None:
+    """Resident bytes of this process, None where the system does not tell them."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return None

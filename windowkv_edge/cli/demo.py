@@ -1,0 +1,284 @@
+"""``windowkv-edge demo``: one question about a long text, with the full cache and with a policy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from llama_cpp.llama_cpp import llama_vocab_is_eog
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from windowkv_edge import KVStats, Llama
+from windowkv_edge.gguf_info import GGUFInfo, support
+from windowkv_edge.llama import DEFAULT_MIN_PROMPT
+
+from .common import SMOLLM2, CLIError, load, mib, open_model, parse_budget, parse_policy, read_text, reports_errors, rss
+
+__all__ = ["demo"]
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+# an answer may be two tokens long; so many decodes are timed at least
+_MIN_TIMED = 16
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: ``lead`` begins the answer, ``expected`` stands in a right one (both "" where unknown)."""
+
+    text: str
+    lead: str = ""
+    expected: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One side of the comparison. Cells and bytes are those after the prompt, before anything was generated."""
+
+    policy: str
+    answer: str
+    correct: bool | None
+    n_prompt: int
+    cells_min: int
+    cells_mean: float
+    cells_max: int
+    bytes_live: int
+    bytes_full: int
+    bytes_peak: int
+    prefill_s: float
+    compaction_ms: float
+    decode_ms: float
+    n_timed: int
+    rss_change: int | None
+
+
+class _WatchedLlama(Llama):
+    """Notes what the resident memory does while the cache is compacted."""
+
+    rss_change: int | None = None
+
+    def kv_compact(self, kv_budget: float | int | None = None) -> KVStats:
+        before = rss()
+        res = super().kv_compact(kv_budget)
+        after = rss()
+        self.rss_change = None if before is None or after is None else after - before
+        return res
+
+
+@reports_errors
+def demo(
+    model: Annotated[str, typer.Option(help="A GGUF file, or 'smollm2' (fetched once).")] = SMOLLM2,
+    file: Annotated[Path | None, typer.Option(help="A long text; default: a handbook that comes along.")] = None,
+    question: Annotated[str | None, typer.Option(help="The question about the text.")] = None,
+    policy: Annotated[str, typer.Option(help="The KV policy to compare with the full cache.")] = "windowkv",
+    budget: Annotated[str, typer.Option(help="Cells that stay: 0.12, 12%, or a number of cells per head.")] = "0.12",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the answer at most.")] = 48,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Ask one question about a long text, with the full cache and with a KV policy, and compare."""
+    kv_policy, kv_budget = parse_policy(policy), parse_budget(budget)
+    text = read_text(file or DATA / "document.txt")
+    asked = _question(file, question, chat)
+    info = open_model(model)
+    supported, reason = support(info)
+    if not supported:
+        raise CLIError(f"{info.path}: {reason}; give another model")
+    tokens = _prompt(info, text, asked, chat)
+    n_ctx = _check_length(len(tokens), max_tokens, info, file)
+
+    progress = Console(stderr=True)
+    runs = []
+    for kv in (None, kv_policy):  # one after the other, so that their memory does not overlap
+        llm = load(_WatchedLlama, info, n_ctx, threads, kv, None if kv is None else kv_budget)
+        try:
+            runs.append(_run(llm, tokens, max_tokens, asked, not chat, progress))
+            n_threads = llm.n_threads
+        finally:
+            llm.close()
+    full, kept = runs
+
+    released = 1 - kept.cells_mean / full.cells_mean
+    speedup = full.decode_ms / kept.decode_ms
+    if as_json:
+        res: dict[str, Any] = {"model": str(info.path), "file": str(file) if file else None, **asdict(asked)}
+        res["question"] = res.pop("text")
+        res |= {"n_prompt": len(tokens), "n_ctx": n_ctx, "threads": n_threads, "budget": kv_budget}
+        res |= {"full": asdict(full), "policy": asdict(kept), "cells_released": released, "decode_speedup": speedup}
+        print(json.dumps(res, indent=1))
+        return
+
+    console = Console()
+    name = file.name if file else "The Keeper's Book of Skarvholm"
+    console.print(f"{info.name}, {n_threads} threads; {name} and the question: {len(tokens):,} tokens", highlight=False)
+    console.print(f"[bold]Question:[/] {escape(asked.text)}", highlight=False)
+    if asked.lead:
+        console.print(f"[bold]Answer:[/]   {escape(asked.lead)} …", highlight=False)
+    console.print(_table(full, kept, n_ctx, budget))
+    console.print(f"[bold]{_summary(released, speedup)}[/]", highlight=False)
+    console.print(f"Talk to it: windowkv-edge chat {model}", highlight=False)
+
+
+def _question(file: Path | None, question: str | None, chat: bool) -> Question:
+    if file is not None:
+        if not question or not question.strip():
+            raise CLIError("--file without a question; add --question 'What ...?'")
+        return Question(question.strip())
+    if question is not None and not question.strip():
+        raise CLIError("--question is empty, expected a question; leave it out for the default one")
+    facts = json.loads((DATA / "facts.json").read_text(encoding="utf-8"))
+    for fact in facts:
+        if question is None or question.strip().casefold() == fact["question"].casefold():
+            return Question(fact["question"], "" if chat else fact["lead"], fact["answer"])
+    assert question is not None
+    return Question(question.strip())
+
+
+def _prompt(info: GGUFInfo, text: str, asked: Question, chat: bool) -> list[int]:
+    """Tokens of the text and the question: as a chat message, or as a text that the model completes."""
+    if chat and not info.has_chat_template:
+        raise CLIError(f"{info.path} has no chat template; leave out --chat")
+    try:
+        vocab = Llama(str(info.path), vocab_only=True, verbose=False)
+    except ValueError as error:
+        raise CLIError(f"cannot load {info.path}: {error}; the file may be damaged") from error
+    try:
+        if not chat:
+            prompt = f"{text.rstrip()}\n\nQuestion: {asked.text}\nAnswer:{' ' if asked.lead else ''}{asked.lead}"
+            return list(vocab.tokenize(prompt.encode()))
+        special = {
+            name: vocab.detokenize([token], special=True).decode("utf-8", "ignore") if token >= 0 else ""
+            for name, token in (("bos_token", vocab.token_bos()), ("eos_token", vocab.token_eos()))
+        }
+        formatter = Jinja2ChatFormatter(template=vocab.metadata["tokenizer.chat_template"], **special)
+        filled = formatter(messages=[{"role": "user", "content": f"{text.rstrip()}\n\n{asked.text}"}])
+        return list(vocab.tokenize(filled.prompt.encode(), add_bos=False, special=True))
+    finally:
+        vocab.close()
+
+
+def _check_length(n_prompt: int, max_tokens: int, info: GGUFInfo, file: Path | None) -> int:
+    """``n_ctx`` for the prompt and the answer."""
+    name = file or "the text"
+    if n_prompt < DEFAULT_MIN_PROMPT:
+        raise CLIError(
+            f"{name} and the question have {n_prompt} tokens, expected at least {DEFAULT_MIN_PROMPT} "
+            "(shorter prompts are not compacted); give a longer text"
+        )
+    if 0 < info.n_ctx_train < n_prompt + max_tokens:
+        raise CLIError(
+            f"{name}, the question and the answer have up to {n_prompt + max_tokens:,} tokens, "
+            f"expected at most the {info.n_ctx_train:,} positions that {info.name} was trained on; give a shorter text"
+        )
+    return -(-(n_prompt + max_tokens) // 256) * 256
+
+
+def _run(
+    llm: _WatchedLlama, tokens: list[int], max_tokens: int, asked: Question, stops_at_newline: bool, console: Console
+) -> Run:
+    """Answer greedily and measure."""
+    vocab = llm._model.vocab
+    stream = llm.generate(tokens, temp=0.0)
+    start = time.perf_counter()
+    with _prefill_bar(llm, len(tokens), console):
+        generated = [next(stream)]
+    prefill_s = time.perf_counter() - start
+    stats = llm.kv_stats()
+
+    times: list[float] = []
+    n_answer: int | None = None
+    while True:
+        said = llm.detokenize(generated)
+        if n_answer is None and (
+            llama_vocab_is_eog(vocab, generated[-1]) or (stops_at_newline and b"\n" in said.lstrip(b"\n"))
+        ):
+            n_answer = len(generated)
+        if len(generated) == max_tokens or (n_answer is not None and len(times) >= _MIN_TIMED):
+            break
+        start = time.perf_counter()
+        generated.append(next(stream))
+        times.append(time.perf_counter() - start)
+    stream.close()
+
+    answer = llm.detokenize(generated[:n_answer]).decode("utf-8", "replace").strip()
+    if stops_at_newline:
+        answer = answer.split("\n")[0].strip()
+    return Run(
+        policy=stats.policy,
+        answer=answer,
+        correct=asked.expected.casefold() in answer.casefold() if asked.expected else None,
+        n_prompt=len(tokens),
+        cells_min=int(stats.cells.min()),
+        cells_mean=float(stats.cells.mean()),
+        cells_max=int(stats.cells.max()),
+        bytes_live=stats.bytes_live,
+        bytes_full=stats.bytes_full,
+        bytes_peak=stats.bytes_peak,
+        prefill_s=prefill_s,
+        compaction_ms=stats.t_score_ms + stats.t_compact_ms,
+        decode_ms=1e3 * statistics.median(times),
+        n_timed=len(times),
+        rss_change=llm.rss_change,
+    )
+
+
+@contextlib.contextmanager
+def _prefill_bar(llm: Llama, n_tokens: int, console: Console) -> Iterator[None]:
+    """A bar over the positions evaluated so far, read from outside: a prompt is one call."""
+    name = "full cache" if llm.kv_policy is None else llm.kv_policy.name
+    columns = TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    done = threading.Event()
+    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
+        task = bar.add_task(name, total=n_tokens)
+
+        def watch() -> None:
+            while not done.wait(0.25):
+                bar.update(task, completed=llm.n_tokens)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+
+
+def _table(full: Run, kept: Run, n_ctx: int, budget: str) -> Table:
+    mark = {True: " [green]✓[/]", False: " [red]✗[/]", None: ""}
+    table = Table("", "full cache", f"{kept.policy}, budget {budget}")
+    table.add_row("answer", *(f"[bold]{escape(run.answer)}[/]{mark[run.correct]}" for run in (full, kept)))
+    spread = f" ({kept.cells_min:,} to {kept.cells_max:,})" if kept.cells_min < kept.cells_max else ""
+    table.add_row("cells per head", f"{full.cells_mean:,.0f}", f"{kept.cells_mean:,.0f}{spread}")
+    table.add_row(
+        "KV cache",
+        f"{mib(full.bytes_full)} MiB for these positions,\n{mib(full.bytes_live)} MiB allocated for n_ctx {n_ctx:,}",
+        f"{mib(kept.bytes_live)} MiB,\n{mib(kept.bytes_peak)} MiB at the peak, before compaction",
+    )
+    change = "" if kept.rss_change is None else f"{kept.rss_change / 2**20:+,.1f} MiB at compaction"
+    if change:
+        table.add_row("process memory", "", change)
+    compaction = f"{kept.prefill_s:.1f} s, {kept.compaction_ms:.0f} ms of it compaction"
+    table.add_row("prefill", f"{full.prefill_s:.1f} s", compaction)
+    table.add_row("decode, median", f"{full.decode_ms:.1f} ms per token", f"{kept.decode_ms:.1f} ms per token")
+    return table
+
+
+def _summary(released: float, speedup: float) -> str:
+    decode = f"decode {speedup:.1f}x faster"
+    if speedup < 1.05:
+        decode = "decode as fast" if speedup > 0.95 else f"decode {1 / speedup:.1f}x slower"
+    return f"{100 * released:.0f} % of the KV cells released, {decode}"

@@ -1,0 +1,144 @@
+"""``windowkv-edge info``: what the KV cache of a model costs, from the file's header alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from windowkv_edge import POLICIES, UnsupportedModelError
+from windowkv_edge.gguf_info import CostRow, GGUFInfo, cost_table, support
+
+from .common import CLIError, mib, open_model, reports_errors
+
+__all__ = ["info"]
+
+
+@reports_errors
+def info(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, or 'smollm2' (fetched once).")],
+    lengths: Annotated[str, typer.Option(help="Tokens, comma-separated; 1k is 1024.")] = "1k,4k,8k,32k",
+    budgets: Annotated[str, typer.Option(help="Percent of the cells that stay, comma-separated.")] = "25,12,6,3",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What the KV cache of a model costs, and whether a policy can run on it. Reads the header only."""
+    n_tokens, fractions = parse_lengths(lengths), parse_budgets(budgets)
+    header = open_model(model)
+    supported, reason = support(header)
+    policies = [name for name in POLICIES if name != "full"]
+    try:
+        rows, why_no_cost = cost_table(header, n_tokens, fractions, policies), ""
+    except UnsupportedModelError as error:
+        rows, why_no_cost = [], str(error)
+
+    if as_json:
+        res: dict[str, Any] = asdict(header) | {"path": str(header.path), "bytes_per_position": None}
+        if rows:
+            res["bytes_per_position"] = header.bytes_per_position
+        res |= {"supported": supported, "reason": reason, "costs": [asdict(row) for row in rows]}
+        res["policies"] = {name: {"window": window(name), "ring_bytes": ring_bytes(header, name)} for name in policies}
+        print(json.dumps(res, indent=1))
+        return
+
+    console = Console()
+    console.print(_model_table(header, supported, reason, bool(rows)))
+    if rows:
+        console.print(_cost_table(header, rows, n_tokens, fractions))
+    else:
+        console.print(why_no_cost, markup=False)
+    if supported:
+        console.print(_policy_table(header, policies))
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Tokens: ``"1k,500"`` is [1024, 500]."""
+    res = []
+    for part in text.lower().split(","):
+        match = re.fullmatch(r"\s*([1-9]\d{0,8})(k?)\s*", part, re.ASCII)
+        if not match:
+            raise CLIError(f"--lengths has {part!r}, expected a number of tokens of at least 1, such as 4k or 4096")
+        res.append(int(match[1]) * (1024 if match[2] else 1))
+    return res
+
+
+def parse_budgets(text: str) -> list[float]:
+    """Fractions of the cells: ``"25,12%"`` is [0.25, 0.12]."""
+    res = []
+    for part in text.split(","):
+        try:
+            percent = float(part.strip().removesuffix("%"))
+        except ValueError:
+            percent = 0.0
+        if not 1 <= percent <= 100:
+            raise CLIError(f"--budgets has {part!r}, expected a percentage from 1 to 100, such as 12")
+        res.append(percent / 100)
+    return res
+
+
+def window(policy: str) -> int:
+    """Tokens at the end of a prompt that a policy observes, with its defaults."""
+    return POLICIES[policy]().window
+
+
+def ring_bytes(header: GGUFInfo, policy: str) -> int:
+    """Bytes of the observed queries (f16), which a session holds beside its cells."""
+    return sum(header.n_head) * header.head_dim_k * window(policy) * 2
+
+
+def _model_table(header: GGUFInfo, supported: bool, reason: str, is_cost_known: bool) -> Table:
+    heads = sorted(set(header.n_head_kv))
+    table = Table(show_header=False, box=None)
+    table.add_row("model", f"{header.name} ({header.architecture}, {header.file_type}, {mib(header.file_size)} MiB)")
+    table.add_row("layers", f"{header.n_layer}")
+    table.add_row("KV heads per layer", " to ".join(str(n) for n in {heads[0]: 0, heads[-1]: 0}) if heads else "none")
+    table.add_row("head size K, V", f"{header.head_dim_k}, {header.head_dim_v}")
+    table.add_row("trained context", f"{header.n_ctx_train:,} positions")
+    if header.sliding_window:
+        n_windowed = sum(header.window_layers)
+        table.add_row("sliding window", f"{header.sliding_window:,} positions in {n_windowed} of {header.n_layer} layers")
+    if is_cost_known:
+        table.add_row("KV cache (f16)", f"{header.bytes_per_position:,} bytes per position")
+    table.add_row("chat template", "yes" if header.has_chat_template else "no")
+    table.add_row("policies", f"supported: {reason}" if supported else f"not supported: {reason}")
+    return table
+
+
+def _cost_table(header: GGUFInfo, rows: list[CostRow], lengths: list[int], budgets: list[float]) -> Table:
+    """Policies that cost the same share their columns; all of this release do."""
+    named: dict[tuple[int, ...], list[str]] = {}
+    for policy in dict.fromkeys(row.policy for row in rows if row.policy != "stock"):
+        named.setdefault(tuple(row.n_bytes for row in rows if row.policy == policy), []).append(policy)
+    costs = {(row.policy, row.budget, row.n_tokens): row for row in rows}
+
+    table = Table(title="MiB of K and V (f16), and cells per head", title_justify="left", title_style="")
+    table.add_column("tokens", justify="right")
+    table.add_column("stock", justify="right")
+    for _ in named:
+        for budget in budgets:
+            table.add_column(f"{100 * budget:g} %", justify="right")
+    for n in lengths:
+        picked = [(name[0], budget) for name in named.values() for budget in budgets]
+        cells = [costs[policy, budget, n] for policy, budget in [("stock", 1.0), *picked]]
+        beyond = " *" if 0 < header.n_ctx_train < n else ""
+        table.add_row(f"{n:,}{beyond}", *(f"{mib(row.n_bytes)}\n[dim]{row.cells_per_head:,}[/]" for row in cells))
+    notes = ["percent: " + "; ".join(", ".join(names) for names in named.values())] if named else []
+    if header.n_ctx_train and max(lengths) > header.n_ctx_train:
+        notes.append(f"* more than the {header.n_ctx_train:,} positions that the model was trained on")
+    table.caption, table.caption_justify = "\n".join(notes), "left"
+    return table
+
+
+def _policy_table(header: GGUFInfo, policies: list[str]) -> Table:
+    table = Table(title="Policies", title_justify="left", title_style="")
+    for name, justify in (("policy", "left"), ("observes, tokens", "right"), ("ring, MiB", "right"), ("paper", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in policies:
+        table.add_row(name, str(window(name)), mib(ring_bytes(header, name)), POLICIES[name].paper)
+    table.caption = "A session also holds the last queries that its policy observes: the ring."
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,460 @@
+"""What a GGUF file says about its KV cache: shapes, a forecast of support, and memory in bytes.
+
+Only the header is read: the file is memory-mapped, and the weights and the tokenizer's lists are skipped.
+
+The forecast of :func:`support` follows ``data/architectures.json``, which is generated from the pinned llama.cpp
+(``python -m windowkv_edge.gguf_info --regenerate SRC``). The refusal that counts is made natively when a context is
+created; this one only comes earlier and says why. Generator and reader share the names of the groups, hence one file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGUFReader, GGUFValueType, LlamaFileType
+
+from windowkv_edge.budget import n_cells
+from windowkv_edge.errors import UnsupportedModelError, WindowKVError
+
+__all__ = [
+    "PLAIN_ARCHITECTURES",
+    "CostRow",
+    "GGUFInfo",
+    "classify_upstream",
+    "cost_table",
+    "read_info",
+    "support",
+]
+
+_DATA = Path(__file__).parent / "data" / "architectures.json"
+_UPSTREAM: dict[str, Any] = json.loads(_DATA.read_text(encoding="utf-8"))
+_GROUP_OF: dict[str, str] = {arch: group for group, archs in _UPSTREAM["groups"].items() for arch in archs}
+
+PLAIN_ARCHITECTURES: frozenset[str] = frozenset(_UPSTREAM["groups"]["plain"])
+"""Architectures whose graph in the pinned llama.cpp reads one plain KV cache; a file's keys may still rule it out."""
+
+_WHY_NOT = {
+    "recurrent": "it keeps a recurrent state instead of KV cells",
+    "hybrid": "it mixes recurrent layers with attention layers",
+    "no-cache": "it is an encoder or a diffusion model: its attention is not causal and keeps no KV cache",
+    "encoder": "it has an encoder beside its decoder, or is a draft head of another model",
+    "other-cache": "it keeps compressed or indexed KV cells, not one K and one V row per head",
+    "scaled-logits": "it rescales its attention logits outside the attention operator",
+    "router": "it hides an adapter router in an extra attention layer, whose cells must all stay",
+    "mrope": "its positions have several components (M-RoPE)",
+    "alibi": "its attention scores carry ALiBi biases",
+    "window": "its sliding-window layers already drop cells, and evicting from a window is not in this release",
+}
+# Hard-coded in the architectures' load_arch_hparams(); for these the key of the file is ignored or only a default.
+_WINDOW_FORCED = {"llama4": 8192, "smallthinker": 4096}
+_WINDOW_DEFAULT = {"gemma2": 4096, "exaone4": 4096}
+_ALIBI_BY_KEY = frozenset({"jais", "mpt"})
+_ALIBI_FIXED = {"baichuan": 8.0, "bloom": 8.0, "refact": 8.0}  # baichuan: only the 13B, known by its 40 layers
+_ROW_GROUPS = ("plain", "window", "window-by-key", "mla-by-key", "scaled-logits", "mrope", "alibi")  # K and V rows
+_RECURRENT_KEYS = ("ssm.", "wkv.", "kda.", "shortconv.", "attention.recurrent_layers", "token_shift_count")
+_F16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class GGUFInfo:
+    """Shape of a model as the pinned llama.cpp will build it. All ``tuple`` fields have one entry per layer."""
+
+    path: Path
+    architecture: str
+    name: str  # general.name, or the file's stem
+    file_size: int  # bytes
+    file_type: str  # such as "Q4_1"; "unknown" where the file does not say
+    n_layer: int  # layers that hold KV cells for generation; next-token-prediction layers are left out
+    n_embd: int
+    n_head: tuple[int, ...]
+    n_head_kv: tuple[int, ...]
+    head_dim_k: int
+    head_dim_v: int
+    head_dims_window: tuple[int, int]  # K and V head size of the windowed layers; the same except in gemma4
+    n_ctx_train: int  # positions
+    sliding_window: int  # positions; 0 where llama.cpp applies no window (it ignores phi3's, for one)
+    window_layers: tuple[bool, ...]  # True: this layer sees only the window
+    has_chat_template: bool
+    causal: bool
+    mla: bool  # multi-head latent attention: one compressed row per position instead of K and V
+    kv_lora_rank: int  # 0 for none; without mla, K and V are expanded into plain rows
+    recurrent_keys: tuple[str, ...]  # SSM, RWKV, KDA and short-convolution keys found
+    max_alibi_bias: float  # above 0: ALiBi
+    attn_logit_softcap: float  # 0 for none
+    rope_sections: tuple[int, ...]  # M-RoPE sections, up to 4
+    shared_kv_layers: int  # last layers that reuse the cells of earlier ones
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes of f16 K and V that one position takes over all layers, no window and no policy."""
+        return sum(self.layer_bytes(il) for il in range(self.n_layer))
+
+    def layer_bytes(self, il: int) -> int:
+        """Bytes of f16 K and V per position in layer ``il``; 0 for a layer that reuses another's cells."""
+        if il >= self.n_layer - self.shared_kv_layers:
+            return 0
+        dims = self.head_dims_window if self.window_layers[il] else (self.head_dim_k, self.head_dim_v)
+        return self.n_head_kv[il] * sum(dims) * _F16_BYTES
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """Memory of one KV cache holding a text of ``n_tokens``."""
+
+    policy: str  # "stock" or the policy's name
+    budget: float  # fraction of the cells kept; 1.0 for stock
+    n_tokens: int
+    cells_per_head: int  # mean over all heads of full-attention layers
+    n_bytes: int  # f16 K and V
+    ratio: float  # n_bytes over stock's at the same length
+
+
+class _HeaderReader(GGUFReader):
+    """GGUFReader that steps over long arrays and tensors: 0.05 s instead of 6 s for a vocabulary of 49,152."""
+
+    _LONG = 4096  # no per-layer array is longer; vocabularies are
+
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[npt.NDArray[Any]], list[int], list[GGUFValueType]]:
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        item = GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+        count = int(self._get(orig_offs + 4, np.uint64)[0])
+        if count <= self._LONG:
+            return super()._get_field_parts(orig_offs, raw_type)
+        end = orig_offs + 12
+        if item == GGUFValueType.STRING:
+            swapped = ">" if sys.byteorder == "little" else "<"
+            length = struct.Struct("=Q" if self.byte_order == "I" else swapped + "Q")
+            view = self.data.data
+            for _ in range(count):
+                end += 8 + length.unpack_from(view, end)[0]
+        else:
+            end += count * np.dtype(self.gguf_scalar_to_np[item]).itemsize
+        return end - orig_offs, [], [], [GGUFValueType.ARRAY, item]
+
+    def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[Any]]:
+        return offs, []
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        self.tensors = []
+
+
+def read_info(path: str | Path) -> GGUFInfo:
+    """Read the header of the GGUF file at ``path``; the weights are not touched.
+
+    Raises:
+        WindowKVError: there is no such file, or it is not a complete GGUF header.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        fields = _HeaderReader(path).fields
+        values = {key: f.contents() for key, f in fields.items() if f.data}
+        return _info(path, size, set(fields), values)
+    except OSError as err:
+        raise WindowKVError(f"cannot read {path}: {err.strerror or err}; give the path of a GGUF file") from err
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as err:
+        raise WindowKVError(
+            f"{path} is not a readable GGUF file: got {type(err).__name__}: {err}; expected a GGUF version 2 or 3 "
+            "header; download the file again, or give another one"
+        ) from err
+
+
+def _info(path: Path, size: int, keys: set[str], values: dict[str, Any]) -> GGUFInfo:
+    arch = str(values["general.architecture"])
+
+    def get(key: str, default: Any = 0) -> Any:
+        return values.get(f"{arch}.{key}", default)
+
+    # nanbeige runs its layers num_loops times, each time with cells of its own.
+    loops = max(1, int(get("num_loops", 1))) if arch == "nanbeige" else 1
+    n_block = max(0, int(get("block_count")))
+    n_layer = max(0, n_block - int(get("nextn_predict_layers")))
+    if n_block > _HeaderReader._LONG:
+        raise ValueError(f"block_count is {n_block}")
+
+    def per_layer(value: Any) -> tuple[int, ...]:
+        row = [int(v) for v in value] if isinstance(value, list) else [int(value)] * n_block
+        if len(row) < n_layer:
+            raise ValueError(f"a per-layer array has {len(row)} entries for {n_layer} layers")
+        return tuple(row[:n_layer] * loops)
+
+    n_head = per_layer(get("attention.head_count"))
+    n_embd = int(get("embedding_length"))
+    head_dim = n_embd // n_head[0] if n_head and n_head[0] else 0
+    dim_k, dim_v = (int(get(f"attention.{name}_length", head_dim)) for name in ("key", "value"))
+    window, window_layers = _window(arch, n_layer * loops, get)
+    fixed_alibi = 0.0 if arch == "baichuan" and n_layer != 40 else _ALIBI_FIXED.get(arch, 0.0)
+    sections = get("rope.dimension_sections", [])
+    return GGUFInfo(
+        path=path,
+        architecture=arch,
+        name=str(values.get("general.name", path.stem)),
+        file_size=size,
+        file_type=_file_type_name(values.get("general.file_type")),
+        n_layer=n_layer * loops,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_head_kv=per_layer(get("attention.head_count_kv", get("attention.head_count"))),
+        head_dim_k=dim_k,
+        head_dim_v=dim_v,
+        head_dims_window=(int(get("attention.key_length_swa", dim_k)), int(get("attention.value_length_swa", dim_v))),
+        n_ctx_train=int(get("context_length")),
+        sliding_window=window,
+        window_layers=window_layers,
+        has_chat_template="tokenizer.chat_template" in keys,
+        causal=bool(get("attention.causal", True)),
+        mla=get("attention.key_length_mla") > 0 and get("attention.value_length_mla") > 0,
+        kv_lora_rank=int(get("attention.kv_lora_rank")),
+        recurrent_keys=tuple(sorted(k for k in keys if k.startswith(tuple(f"{arch}.{r}" for r in _RECURRENT_KEYS)))),
+        max_alibi_bias=float(get("attention.max_alibi_bias")) if arch in _ALIBI_BY_KEY else fixed_alibi,
+        attn_logit_softcap=float(get("attn_logit_softcapping", 0.0)),
+        rope_sections=tuple(int(s) for s in (sections if isinstance(sections, list) else [sections])),
+        shared_kv_layers=max(0, n_layer - 20) if arch == "gemma3n" else int(get("attention.shared_kv_layers")),
+    )
+
+
+def _file_type_name(value: Any) -> str:
+    try:
+        return LlamaFileType(int(value)).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except (TypeError, ValueError):
+        return "unknown" if value is None else f"type {value}"
+
+
+def _window(arch: str, n_layer: int, get: Any) -> tuple[int, tuple[bool, ...]]:
+    """Window in positions and the layers it holds for, as the pinned llama.cpp applies them."""
+    key = get("attention.sliding_window", None)
+    window = 0
+    if _GROUP_OF.get(arch) == "window":
+        window = int(_WINDOW_DEFAULT.get(arch, 0) if key is None else key)
+    elif arch == "exaone4":
+        window = int(_WINDOW_DEFAULT[arch] if key is None else key) if n_layer == 64 else 0
+    elif arch == "llama4":
+        window = 0 if key == 0 else _WINDOW_FORCED[arch]
+    elif _GROUP_OF.get(arch) == "window-by-key" and key:
+        window = _WINDOW_FORCED.get(arch, int(key))
+    if not window:
+        return 0, (False,) * n_layer
+    period, dense_first = _UPSTREAM["window_pattern"].get(arch, [1, False])
+    pattern = get("attention.sliding_window_pattern", period)
+    if isinstance(pattern, list):
+        return window, tuple(bool(p) for p in [*pattern, *[0] * n_layer][:n_layer])
+    period = int(pattern)
+    full = 0 if dense_first else period - 1
+    return window, tuple(period == 0 or il % period != full for il in range(n_layer))
+
+
+def support(info: GGUFInfo) -> tuple[bool, str]:
+    """Whether this release can run a KV policy on the model, and the reason in words.
+
+    This is a forecast; the load decides. Supported are decoders with plain causal attention, one K and one V row per
+    KV head, layer and position.
+    """
+    arch = info.architecture
+    group = _GROUP_OF.get(arch)
+    if group is None:
+        return False, f"architecture {arch!r} is not known to the pinned llama.cpp"
+    heads, dims = set(info.n_head_kv), (info.head_dim_k, info.head_dim_v)
+    checks = (
+        (group in _WHY_NOT, _WHY_NOT.get(group, "")),
+        (not info.causal, "its attention is not causal"),
+        (bool(info.recurrent_keys), f"it has recurrent layers ({', '.join(info.recurrent_keys)})"),
+        (info.mla, "it uses multi-head latent attention (MLA)"),
+        (info.sliding_window > 0, f"{_WHY_NOT['window']} (window of {info.sliding_window} positions)"),
+        (info.max_alibi_bias > 0, _WHY_NOT["alibi"]),
+        (arch in _UPSTREAM["mrope_by_key"] and min((*info.rope_sections, 0, 0)[:2]) > 0, _WHY_NOT["mrope"]),
+        (info.shared_kv_layers > 0, f"its last {info.shared_kv_layers} layers reuse the cells of earlier layers"),
+        (0 in heads or not heads, "some layers have no KV heads"),
+        (
+            len(heads) > 1,
+            f"its layers have different numbers of KV heads ({min(heads, default=0)} to {max(heads, default=0)})",
+        ),
+        (any(d % 2 or d < 2 for d in dims), f"its K and V head sizes are {dims}, expected even numbers"),
+    )
+    for failed, reason in checks:
+        if failed:
+            return False, f"architecture {arch!r} is not supported with a KV policy: {reason}"
+    return True, f"plain causal attention ({arch}, {info.n_layer} layers)"
+
+
+def cost_table(
+    info: GGUFInfo, lengths: Sequence[int], budgets: Sequence[float], policies: Sequence[str]
+) -> list[CostRow]:
+    """KV bytes (f16) of the stock cache and of every policy x budget, for texts of ``lengths`` tokens.
+
+    A budget is the fraction of cells kept per head, ``max(1, floor(budget * length))`` on average: policies that
+    share it out unevenly have the same mean. Stock's windowed layers hold at most their window. A model that
+    :func:`support` refuses gets stock rows only.
+
+    Raises:
+        ValueError: a length below 1 or a budget outside (0, 1].
+        UnsupportedModelError: a cache that is not made of K and V rows, so that this formula would be wrong.
+    """
+    if bad := [n for n in lengths if n < 1]:
+        raise ValueError(f"got a length of {bad[0]} tokens, expected at least 1")
+    if off := [b for b in budgets if not 0 < b <= 1]:
+        raise ValueError(f"got a budget of {off[0]}, expected a fraction of the cells above 0 and up to 1")
+    group = _GROUP_OF.get(info.architecture)
+    if group not in _ROW_GROUPS or info.mla or info.n_layer == 0:
+        raise UnsupportedModelError(f"no KV cost known: {support(info)[1]}; expected one K and one V row per head")
+    rows = []
+    for n in lengths:
+        cells = [min(n, info.sliding_window) if windowed else n for windowed in info.window_layers]
+        stock = sum(info.layer_bytes(il) * kept for il, kept in enumerate(cells))
+        rows.append(CostRow("stock", 1.0, n, n, stock, 1.0))
+        for policy in policies if support(info)[0] else ():
+            for budget in budgets:
+                kept = n_cells(budget, n)
+                n_bytes = kept * info.bytes_per_position
+                rows.append(CostRow(policy, budget, n, kept, n_bytes, n_bytes / stock))
+    return rows
+
+
+# Generator of data/architectures.json: reads llama.cpp's sources, so that the forecast cannot drift from the pin.
+
+
+def classify_upstream(src: str | Path) -> dict[str, Any]:
+    """Sort llama.cpp's architectures by the memory and the attention input that their graphs use.
+
+    ``src`` is llama.cpp's ``src`` folder, its root, or the root of llama-cpp-python's source distribution.
+
+    Raises:
+        FileNotFoundError: no llama-arch.cpp in any of these places.
+    """
+    tried = [Path(src), Path(src, "src"), Path(src, "vendor", "llama.cpp", "src")]
+    root = next((p for p in tried if (p / "llama-arch.cpp").is_file()), None)
+    if root is None:
+        raise FileNotFoundError(f"no llama-arch.cpp in {' or '.join(map(str, tried))}; give llama.cpp's src folder")
+    arch_cpp, model_cpp, graph_cpp = (
+        (root / f"llama-{name}.cpp").read_text(encoding="utf-8") for name in ("arch", "model", "graph")
+    )
+    models = "\n".join(p.read_text(encoding="utf-8") for p in sorted((root / "models").glob("*.cpp")))
+    structs = {
+        m[1]: (m[2], m[3])
+        for m in re.finditer(
+            r"^struct (llama_model_\w+) : public (\w+) \{(.*?)^\};",
+            (root / "models" / "models.h").read_text(encoding="utf-8"),
+            re.MULTILINE | re.DOTALL,
+        )
+    }
+    name_of = dict(re.findall(r'\{ *(LLM_ARCH_\w+), *"([^"]+)" *\}', arch_cpp))
+    class_of = re.findall(r"case (LLM_ARCH_\w+):\s*return new (llama_model_\w+)\(", model_cpp)
+    memory = _body(model_cpp, r"^llama_memory_i \* llama_model::create_memory\(")
+    no_cache, special = memory.split("res = nullptr;", 1)
+    tables = {
+        "recurrent": _cases(_body(arch_cpp, r"^bool llm_arch_is_recurrent\(")),
+        "hybrid": _cases(_body(arch_cpp, r"^bool llm_arch_is_hybrid\(")),
+        "no-cache": _cases(no_cache),
+        "encoder": _cases(_body(model_cpp, r"^bool llama_model_has_encoder\(")),
+        "other-cache": _cases(special),
+        "scaled-logits": set(
+            re.findall(
+                r"arch == (LLM_ARCH_\w+)", _body(graph_cpp, r"^ggml_tensor \* llm_graph_context::build_attn_mha\(")
+            )
+        ),
+    }
+    rope = _body(model_cpp, r"^llama_rope_type llama_model_rope_type\(")
+    mrope: dict[str, set[str]] = {"always": set(), "by key": set()}
+    for labels, result in re.findall(r"((?:case LLM_ARCH_\w+:\s*)+)(?://[^\n]*\s*)*return ([^;]+);", rope):
+        if "MROPE" in result:
+            mrope["by key" if "use_mrope()" in result else "always"] |= _cases(labels)
+    tables["mrope"] = mrope["always"]
+    out: dict[str, Any] = {
+        "groups": {g: [] for g in ("plain", "window-by-key", "mla-by-key", *_WHY_NOT)},
+        "mrope_by_key": sorted(name_of[a] for a in mrope["by key"]),
+        "alibi_by_key_or_size": [],
+        "window_pattern": {},
+    }
+    for arch, cls in class_of:
+        name, hparams, inputs = name_of[arch], _inherited(cls, "load_arch_hparams", models, structs), set[str]()
+        if arch != "LLM_ARCH_CLIP":  # a vision projector, never loaded as a language model
+            inputs = _graph_inputs(cls, models, structs)
+        group = next((g for g, archs in tables.items() if arch in archs), None) or _group(inputs, hparams)
+        out["groups"][group].append(name)
+        if group == "plain" and "f_max_alibi_bias" in hparams:
+            out["alibi_by_key_or_size"].append(name)
+        if m := re.search(r"load_swa_pattern\(ml, (\d+)(, (?:/\*\w+=\*/)?true)?\)", hparams):
+            out["window_pattern"][name] = [int(m[1]), m[2] is not None]
+    return {k: {g: sorted(v) for g, v in out[k].items()} if k == "groups" else out[k] for k in out}
+
+
+def _group(inputs: set[str], hparams: str) -> str:
+    """Group of an architecture with the default memory, by its graph's attention inputs and its hparams."""
+    if re.search(r"router_layer\s*=", hparams):
+        return "router"
+    if re.search(r"^    hparams\.f_max_alibi_bias = ", hparams, re.MULTILINE):  # four spaces: under no condition
+        return "alibi"
+    inputs = {name.removeprefix("build_attn_inp_") for name in inputs}
+    may_window = re.search(r"swa_type\s*= LLAMA_SWA_TYPE_(?!NONE)", hparams) is not None
+    if inputs == {"kv"} or (inputs == {"kv", "kv_iswa"} and not may_window):
+        return "plain"
+    if inputs == {"k", "kv"}:
+        return "mla-by-key"
+    if inputs == {"kv", "kv_iswa"}:
+        return "window-by-key"
+    if inputs == {"kv_iswa"}:
+        return "window"
+    return "no-cache" if inputs <= {"no_cache"} else "other-cache"
+
+
+def _cases(text: str) -> set[str]:
+    return set(re.findall(r"case (LLM_ARCH_\w+):", text))
+
+
+def _body(text: str, start: str) -> str:
+    """The braces of the first definition that matches ``start``, or '' if there is none."""
+    found = re.search(start, text, re.MULTILINE)
+    if found is None:
+        return ""
+    begin = text.index("{", found.end())
+    depth = 0
+    for brace in re.finditer(r"[{}]", text[begin:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[begin : begin + brace.end()]
+    raise ValueError(f"unbalanced braces after {start}")
+
+
+def _inherited(cls: str, method: str, models: str, structs: dict[str, tuple[str, str]]) -> str:
+    """Body of a method of a model class, its own or the nearest base's."""
+    own = _body(models, rf"^\S[^\n]*\b{cls}::{method}\(")
+    return own if own or cls not in structs else _inherited(structs[cls][0], method, models, structs)
+
+
+def _graph_inputs(cls: str, models: str, structs: dict[str, tuple[str, str]]) -> set[str]:
+    """The attention inputs that the class's main graph builds, with the template arguments it is built with."""
+    flags = set(re.findall(r"graph<(\w+)>", _inherited(cls, "build_arch_graph", models, structs)))
+    owner = cls
+    while not re.search(r"struct graph\b", structs[owner][1]):
+        alias = re.search(r"using graph = (llama_model_\w+)::graph(?:<(true|false)>)?", structs[owner][1])
+        flags |= {alias[2]} if alias and alias[2] else set()
+        owner = alias[1] if alias else structs[owner][0]
+    text = _body(models, rf"^{owner}::graph(?:<\w+>)?::graph\(")
+    text = re.sub(
+        r"if constexpr \(\w+\) \{([^{}]*)\} else \{([^{}]*)\}",
+        lambda m: (m[1] if "true" in flags else "") + (m[2] if "false" in flags else ""),
+        text,
+    )
+    return set(re.findall(r"\b(build_attn_inp_\w+|build_inp_mem_\w+|build_rs_inp)\b", text))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m windowkv_edge.gguf_info", description=__doc__)
+    parser.add_argument(
+        "--regenerate", metavar="SRC", required=True, help="llama.cpp's sources; rewrites the data file"
+    )
+    table = classify_upstream(parser.parse_args().regenerate)
+    _DATA.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {_DATA}: {len(table['groups']['plain'])} plain architectures")
