@@ -169,9 +169,14 @@ def _window_score(score: npt.NDArray[np.float64], top_p: int) -> float:
     return float(np.cumsum(best)[-1] / len(best))
 
 
-def _order_windows(pos: npt.NDArray[np.int64], score: npt.NDArray[np.float64], p: dict[str, float]) -> Order:
+def _order_windows(
+    pos: npt.NDArray[np.int64], score: npt.NDArray[np.float64], p: dict[str, float], budget: int
+) -> Order:
     n = len(pos)
-    n_review, n_suffix = max(0, n - int(p["alpha"])), min(n, int(p["suffix"]))
+    n_review = max(0, n - int(p["alpha"]))
+    n_suffix = min(n, int(p["suffix"]), max(1, math.floor(budget * p["suffix_share"])))
+    carry = int(p["carry"])
+    score = np.array([score[max(0, i - carry) : i + 1].max() if i < n_review else score[i] for i in range(n)])
     block = pos[:n_review] // int(p["omega"])
     windows = [np.flatnonzero(block == b).tolist() for b in dict.fromkeys(block.tolist())]
 
@@ -215,7 +220,9 @@ def _translate(order: Order, shared: npt.NDArray[np.int64], own: IntArray) -> Or
     return res + [i for i in range(len(own) - 1, -1, -1) if i not in seen]
 
 
-def _orders_windowkv(p: dict[str, float], positions: list[IntArray], scores: list[FloatArray]) -> list[list[Order]]:
+def _orders_windowkv(
+    p: dict[str, float], budget: list[int], positions: list[IntArray], scores: list[FloatArray]
+) -> list[list[Order]]:
     n_layer, n_head_kv, gamma = len(positions), len(positions[0]), int(p["gamma"])
     res: list[list[Order]] = [[[] for _ in range(n_head_kv)] for _ in range(n_layer)]
     for il0 in range(0, n_layer, gamma):
@@ -223,7 +230,7 @@ def _orders_windowkv(p: dict[str, float], positions: list[IntArray], scores: lis
         for head in range(n_head_kv):
             sets = [_cells_of(p, positions[il], scores[il], head) for il in group]
             shared, score = _mean_cells(sets) if p["share"] == 1 else sets[0]
-            order = _order_windows(shared, score, p)
+            order = _order_windows(shared, score, p, budget[il0])
             for il in group:
                 res[il][head] = _translate(order, shared, positions[il][head])
     return res
@@ -257,7 +264,7 @@ def select(
     elif p["kind"] in (SNAPKV, PYRAMIDKV):
         orders = [[_order_snapkv(s, p) for s in layer] for layer in scores]
     else:
-        orders = _orders_windowkv(p, positions, scores)
+        orders = _orders_windowkv(p, budget, positions, scores)
 
     res = []
     for il, layer in enumerate(positions):

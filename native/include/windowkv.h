@@ -62,6 +62,8 @@ struct wkv_policy {
     int32_t shape;         // windowkv: enum wkv_shape of the budgets over the groups
     int32_t accounting;    // windowkv: enum wkv_accounting
     int32_t protect_first; // windowkv: 1 = the first window always stays (it holds the attention sink)
+    int32_t carry;         // windowkv: a token's score carries over to this many tokens behind it, >= 0
+    double  suffix_share;  // windowkv: of a budget the suffix takes at most this share, over 0 and up to 1
     double  slope;         // lambda of windowkv, beta of pyramidkv: the last budget is C*gamma/lambda or C/beta
 };
 

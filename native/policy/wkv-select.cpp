@@ -42,6 +42,12 @@ std::string policy_error(const wkv_policy & p) {
         if (p.gamma < 1) {
             return range("gamma", p.gamma, "at least 1");
         }
+        if (p.carry < 0) {
+            return range("carry", p.carry, "at least 0");
+        }
+        if (!(p.suffix_share > 0.0 && p.suffix_share <= 1.0)) {
+            return "suffix_share must be over 0 and up to 1";
+        }
         if (p.shape == WKV_SHAPE_ARITHMETIC && !(p.slope > 0.0)) {
             return "slope (lambda) must be positive";
         }

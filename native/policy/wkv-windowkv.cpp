@@ -6,6 +6,7 @@
 #include "wkv-policy.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <numeric>
@@ -99,11 +100,22 @@ static std::vector<window> make_windows(const cell_set & cells, int32_t n_review
     return res;
 }
 
-// all cells, most important first, as indices into the set
-static std::vector<int32_t> window_order(const cell_set & cells, const wkv_policy & policy) {
+// what follows an attended token is often what the answer needs next: each token takes the best score of itself and
+// of the carry tokens before it
+static void carry_scores(cell_set & cells, int32_t n_review, int32_t carry) {
+    for (int32_t i = n_review - 1; carry > 0 && i >= 0; --i) {
+        cells.score[i] = *std::max_element(cells.score.begin() + std::max(0, i - carry), cells.score.begin() + i + 1);
+    }
+}
+
+// all cells, most important first, as indices into the set; budget is that of the layer whose cells they are
+static std::vector<int32_t> window_order(cell_set cells, const wkv_policy & policy, int32_t budget) {
     const int32_t n        = cells.pos.size();
     const int32_t n_review = std::max(0, n - policy.alpha);
-    const int32_t n_suffix = std::min(n, policy.suffix);
+    const int32_t n_share  = std::max(1, int32_t(std::floor(budget*policy.suffix_share)));
+    const int32_t n_suffix = std::min({ n, policy.suffix, n_share });
+
+    carry_scores(cells, n_review, policy.carry);
 
     auto windows = make_windows(cells, n_review, policy);
 
@@ -184,7 +196,7 @@ std::string select_windowkv(selection & sel) {
 
         for (int32_t is = 0; is < (per_layer ? 1 : n_head_kv); ++is) {
             const cell_set cells = policy.share == WKV_SHARE_MEAN ? mean_cells(sel, il0, il1, is) : cells_of(sel, il0, is);
-            const auto     order = window_order(cells, policy);
+            const auto     order = window_order(cells, policy, sel.budgets[il0]);
 
             for (int32_t il = il0; il < il1; ++il) {
                 const auto own = translate(sel, il, is, cells, order);

@@ -109,6 +109,7 @@ static wkv_policy windowkv() {
     res.gamma  = 1;
     res.scope  = WKV_SCOPE_HEAD;
     res.slope  = 14.0;
+    res.suffix_share = 1.0;
     return res;
 }
 

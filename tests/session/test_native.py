@@ -13,7 +13,7 @@ import tiny_model
     "shape",
     [
         {},
-        {"n_head": 6, "n_head_kv": 1, "head_dim": 16, "n_layer": 1},
+        {"n_head": 3, "n_head_kv": 1, "head_dim": 96, "n_layer": 1},
         {"n_head": 4, "n_head_kv": 4, "head_dim": 64, "n_layer": 5},
     ],
     ids=["gqa2", "mqa", "mha"],

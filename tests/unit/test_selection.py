@@ -13,7 +13,8 @@ windowkv = st.builds(
     WindowKV,
     omega=st.integers(1, 40),
     alpha=st.integers(1, 40),
-    suffix=st.one_of(st.none(), st.integers(0, 40)),
+    suffix=st.sampled_from([1.0, 0.5, 0.25, 0.1]),
+    carry=st.integers(0, 12),
     localization=st.sampled_from(["average", "max"]),
     gamma=st.integers(1, 9),
     share=st.sampled_from(["first", "mean"]),
@@ -149,6 +150,8 @@ def test_layer_scope_refuses_heads_that_differ() -> None:
         ({"omega": 0}, "omega is 0"),
         ({"top_p": 99}, "top_p is 99, expected 1 to omega"),
         ({"gamma": 0}, "gamma is 0"),
+        ({"carry": -1}, "carry is -1"),
+        ({"suffix_share": 0.0}, "suffix_share"),
         ({"shape": 1, "slope": 0.0}, "slope"),
     ],
 )

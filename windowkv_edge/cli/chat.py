@@ -43,14 +43,16 @@ def chat(
     info = open_model(model)
     console = Console()
     if 0 < info.n_ctx_train < ctx:
-        console.print(f"{info.name} was trained on {info.n_ctx_train:,} positions; --ctx is lowered to that")
+        typer.echo(
+            f"{info.path.name} was trained on {info.n_ctx_train:,} positions; --ctx is lowered to that", err=True
+        )
         ctx = info.n_ctx_train
     llm = load(Llama, info, ctx, threads, kv_policy, kv_budget)
     try:
         talk = Chat(llm, console, system=system, temperature=temperature, max_tokens=max_tokens)
-        console.print(f"{info.name}, policy {kv_policy.name}, budget {budget}, {ctx:,} positions; /help lists the commands")
+        talk.note(f"{info.path.name}, {kv_policy.name} at {budget}, {ctx:,} positions; /help lists the commands")
         if not talk.has_template:
-            console.print(f"{info.path} has no chat template; using plain 'User:' and 'Assistant:' lines")
+            talk.note("the model has no chat template; the conversation is sent as 'User:' and 'Assistant:' lines")
         talk.run(_reader(console))
     finally:
         llm.close()
@@ -68,7 +70,13 @@ class Chat:
     """
 
     def __init__(
-        self, llm: Llama, console: Console, *, system: str | None = None, temperature: float = 0.7, max_tokens: int = 512
+        self,
+        llm: Llama,
+        console: Console,
+        *,
+        system: str | None = None,
+        temperature: float = 0.7,
+        max_tokens: int = 512,
     ) -> None:
         self.llm = llm
         self.console = console
@@ -78,7 +86,7 @@ class Chat:
         self.has_template = "tokenizer.chat_template" in llm.metadata
         self.attached: list[str] = []
         self.messages: list[Message] = []
-        self.reset("")
+        self._forget()
 
     def run(self, read: Callable[[], str]) -> None:
         """Read and answer until the end of the input or /quit."""
@@ -86,7 +94,7 @@ class Chat:
             try:
                 line = read()
             except KeyboardInterrupt:
-                self._note("/quit or Ctrl-D leaves")
+                self.note("/quit or Ctrl-D leaves")
                 continue
             except EOFError:
                 return
@@ -109,16 +117,16 @@ class Chat:
             reply, interrupted = self._reply()
         except (ValueError, RuntimeError) as error:
             del self.messages[n_before:]
-            self._note(f"the message was not answered and is dropped: {self._explain(error)}")
+            self.note(f"the message was not answered and is dropped: {self._explain(error)}")
             return
         if interrupted and not reply:
             del self.messages[n_before:]
             self.attached = attached
-            self._note("stopped before the reply began; the message is dropped")
+            self.note("stopped before the reply began; the message is dropped")
             return
         self.messages.append({"role": "assistant", "content": reply})
         if interrupted:
-            self._note("stopped; the reply so far stays in the conversation")
+            self.note("stopped; the reply so far stays in the conversation")
 
     def _reply(self) -> tuple[str, bool]:
         """The reply, printed while it comes, and whether Ctrl-C stopped it."""
@@ -129,8 +137,8 @@ class Chat:
                     piece, finish = next(stream, ("", "stop"))
                 n_first, start = self.llm.n_tokens, time.perf_counter()
                 while True:
+                    self.console.out(piece if reply else piece.lstrip(" "), end="")
                     reply += piece
-                    self.console.out(piece if self.has_template else piece.lstrip(" ") if piece == reply else piece, end="")
                     following = next(stream, None)
                     if following is None:
                         break
@@ -145,22 +153,23 @@ class Chat:
     def _stream(self) -> Generator[tuple[str, str | None], None, None]:
         """Pieces of the reply; with the last one the reason why it ended."""
         options: dict[str, Any] = {"stream": True, "temperature": self.temperature, "max_tokens": self.max_tokens}
+        llm: Any = self.llm
         if self.has_template:
-            for chunk in self.llm.create_chat_completion(self.messages, **options):
+            for chunk in llm.create_chat_completion(self.messages, **options):
                 choice = chunk["choices"][0]
                 yield choice["delta"].get("content") or "", choice["finish_reason"]
         else:
-            for chunk in self.llm.create_completion(plain_prompt(self.messages), stop=["\nUser:"], **options):
+            for chunk in llm.create_completion(plain_prompt(self.messages), stop=["\nUser:"], **options):
                 choice = chunk["choices"][0]
                 yield choice["text"], choice["finish_reason"]
 
     def _after_reply(self, finish: str | None, n_timed: int, seconds: float) -> None:
         stats = self.llm.kv_stats()
         speed = f"{1e3 * seconds / n_timed:.1f} ms per token, " if n_timed > 0 else ""
-        self._note(f"{speed}KV {mib(stats.bytes_live)} MiB, {mib(stats.bytes_full)} MiB without a policy")
+        self.note(f"{speed}KV {mib(stats.bytes_live)} MiB, {mib(stats.bytes_full)} MiB if every cell stayed")
         if finish == "length":
             is_full = self.llm.n_tokens >= self.llm.n_ctx() - 1
-            self._note("the context is full; /reset begins anew" if is_full else f"cut after {self.max_tokens} tokens")
+            self.note("the context is full; /reset begins anew" if is_full else f"cut after {self.max_tokens} tokens")
 
     def _explain(self, error: Exception) -> str:
         """Too long a prompt in our words, everything else as it comes."""
@@ -185,12 +194,12 @@ class Chat:
             "stats": self.stats, "reset": self.reset, "policy": self.policy, "file": self.file, "help": self.help,
         }  # fmt: skip
         if name not in commands:
-            self._note(f"unknown command /{name}, expected one of {', '.join(COMMANDS)}")
+            self.note(f"unknown command /{name}, expected one of {', '.join(COMMANDS)}")
             return True
         try:
             commands[name](argument.strip())
         except WindowKVError as error:
-            self._note(str(error))
+            self.note(str(error))
         return True
 
     def stats(self, _: str) -> None:
@@ -202,8 +211,8 @@ class Chat:
         cells = f"{stats.cells.min():,} min, {stats.cells.mean():,.1f} mean, {stats.cells.max():,} max"
         table.add_row("cells per head", cells)
         table.add_row("KV cache", f"{mib(stats.bytes_live)} MiB")
-        table.add_row("without a policy", f"{mib(stats.bytes_full)} MiB")
-        table.add_row("peak", f"{mib(stats.bytes_peak)} MiB")
+        table.add_row("if every cell stayed", f"{mib(stats.bytes_full)} MiB")
+        table.add_row("peak so far", f"{mib(stats.bytes_peak)} MiB")
         table.add_row("compactions", f"{stats.n_compactions}")
         if stats.n_compactions:
             table.add_row("last compaction", f"{stats.t_score_ms:.1f} ms scoring, {stats.t_compact_ms:.1f} ms moving")
@@ -212,12 +221,8 @@ class Chat:
 
     def reset(self, _: str) -> None:
         """Forget the conversation and the attached files."""
-        is_first = not self.messages and self.llm.n_tokens == 0
-        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        self.attached = []
-        self.llm.reset()
-        if not is_first:
-            self._note("the conversation is forgotten")
+        self._forget()
+        self.note("the conversation is forgotten")
 
     def policy(self, argument: str) -> None:
         """Change the policy and the budget, or list the policies."""
@@ -232,7 +237,7 @@ class Chat:
         kv_policy = parse_policy(name)
         kv_budget = parse_budget(budget.strip()) if budget.strip() else self.llm.kv_budget
         self.llm.kv_policy, self.llm.kv_budget = kv_policy, kv_budget
-        self._note(f"policy {name}, budget {kv_budget}; the conversation is evaluated anew with your next message")
+        self.note(f"policy {name}, budget {kv_budget}; the conversation is evaluated anew with your next message")
 
     def file(self, argument: str) -> None:
         """Add a text file to the next message."""
@@ -241,7 +246,7 @@ class Chat:
         text = read_text(Path(argument.strip("'\"")).expanduser()).strip()
         n_tokens = len(self.llm.tokenize(text.encode(), add_bos=False))
         self.attached.append(text)
-        self._note(f"{n_tokens:,} tokens, sent with your next message")
+        self.note(f"{n_tokens:,} tokens, sent with your next message")
 
     def help(self, _: str) -> None:
         """List the commands."""
@@ -250,7 +255,12 @@ class Chat:
             table.add_row(name, meaning)
         self.console.print(table)
 
-    def _note(self, text: str) -> None:
+    def _forget(self) -> None:
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.attached = []
+        self.llm.reset()
+
+    def note(self, text: str) -> None:
         self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 

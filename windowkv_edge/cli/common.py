@@ -14,7 +14,17 @@ from windowkv_edge import POLICIES, KVPolicy, Llama, UnsupportedModelError, Wind
 from windowkv_edge.gguf_info import GGUFInfo, read_info
 from windowkv_edge.models import fetch_smollm2
 
-__all__ = ["CLIError", "mib", "open_model", "load", "parse_budget", "parse_policy", "read_text", "reports_errors", "rss"]
+__all__ = [
+    "CLIError",
+    "load",
+    "mib",
+    "open_model",
+    "parse_budget",
+    "parse_policy",
+    "read_text",
+    "reports_errors",
+    "rss",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,7 +53,9 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 def parse_budget(text: str) -> float | int:
     """``0.12`` and ``12%`` are fractions of the prompt, ``512`` counts cells per head."""
-    expected = "expected a fraction above 0 and up to 1.0 (0.12), a percentage (12%) or a number of cells per head (512)"
+    expected = (
+        "expected a fraction above 0 and up to 1.0 (0.12), a percentage (12%) or a number of cells per head (512)"
+    )
     try:
         if text.isdecimal():
             cells = int(text)
@@ -86,7 +98,7 @@ def open_model(model: str) -> GGUFInfo:
 
 
 def load(
-    cls: type[L], info: GGUFInfo, n_ctx: int, threads: int | None, policy: KVPolicy | None, budget: float | int | None
+    cls: type[L], info: GGUFInfo, n_ctx: int, threads: int | None, policy: KVPolicy | None, budget: float | None
 ) -> L:
     """A session of class ``cls`` on the CPU's threads, or ``threads`` of them."""
     try:

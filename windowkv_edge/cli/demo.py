@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import shlex
 import statistics
 import threading
 import time
@@ -69,7 +71,7 @@ class _WatchedLlama(Llama):
 
     rss_change: int | None = None
 
-    def kv_compact(self, kv_budget: float | int | None = None) -> KVStats:
+    def kv_compact(self, kv_budget: float | None = None) -> KVStats:
         before = rss()
         res = super().kv_compact(kv_budget)
         after = rss()
@@ -121,15 +123,17 @@ def demo(
         print(json.dumps(res, indent=1))
         return
 
-    console = Console()
-    name = file.name if file else "The Keeper's Book of Skarvholm"
-    console.print(f"{info.name}, {n_threads} threads; {name} and the question: {len(tokens):,} tokens", highlight=False)
-    console.print(f"[bold]Question:[/] {escape(asked.text)}", highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
+    name = f"{file.name} and the question" if file else "the Keeper's Book of Skarvholm and the question"
+    console.print(
+        f"{info.path.name} on {n_threads} thread{'s' * (n_threads > 1)}; {name}: {len(tokens):,} tokens", markup=False
+    )
+    console.print(f"[bold]Question:[/] {escape(asked.text)}")
     if asked.lead:
-        console.print(f"[bold]Answer:[/]   {escape(asked.lead)} …", highlight=False)
-    console.print(_table(full, kept, n_ctx, budget))
-    console.print(f"[bold]{_summary(released, speedup)}[/]", highlight=False)
-    console.print(f"Talk to it: windowkv-edge chat {model}", highlight=False)
+        console.print(f"[bold]Answer:[/]   {escape(asked.lead)} …")
+    console.print(_table(full, kept, n_ctx, budget), soft_wrap=False)
+    console.print(f"[bold]{_summary(released, speedup)}[/]")
+    console.print(f"Talk to it: windowkv-edge chat {shlex.quote(model)}", markup=False)
 
 
 def _question(file: Path | None, question: str | None, chat: bool) -> Question:
@@ -152,18 +156,20 @@ def _prompt(info: GGUFInfo, text: str, asked: Question, chat: bool) -> list[int]
     if chat and not info.has_chat_template:
         raise CLIError(f"{info.path} has no chat template; leave out --chat")
     try:
-        vocab = Llama(str(info.path), vocab_only=True, verbose=False)
+        with contextlib.redirect_stderr(io.StringIO()):  # llama.cpp warns that a vocabulary has no positions
+            vocab = Llama(str(info.path), vocab_only=True, verbose=False)
     except ValueError as error:
         raise CLIError(f"cannot load {info.path}: {error}; the file may be damaged") from error
     try:
         if not chat:
             prompt = f"{text.rstrip()}\n\nQuestion: {asked.text}\nAnswer:{' ' if asked.lead else ''}{asked.lead}"
             return list(vocab.tokenize(prompt.encode()))
-        special = {
-            name: vocab.detokenize([token], special=True).decode("utf-8", "ignore") if token >= 0 else ""
-            for name, token in (("bos_token", vocab.token_bos()), ("eos_token", vocab.token_eos()))
-        }
-        formatter = Jinja2ChatFormatter(template=vocab.metadata["tokenizer.chat_template"], **special)
+        bos, eos = (
+            vocab.detokenize([token], special=True).decode("utf-8", "ignore") if token >= 0 else ""
+            for token in (vocab.token_bos(), vocab.token_eos())
+        )
+        template = vocab.metadata["tokenizer.chat_template"]
+        formatter = Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
         filled = formatter(messages=[{"role": "user", "content": f"{text.rstrip()}\n\n{asked.text}"}])
         return list(vocab.tokenize(filled.prompt.encode(), add_bos=False, special=True))
     finally:
@@ -263,16 +269,14 @@ def _table(full: Run, kept: Run, n_ctx: int, budget: str) -> Table:
     table.add_row("answer", *(f"[bold]{escape(run.answer)}[/]{mark[run.correct]}" for run in (full, kept)))
     spread = f" ({kept.cells_min:,} to {kept.cells_max:,})" if kept.cells_min < kept.cells_max else ""
     table.add_row("cells per head", f"{full.cells_mean:,.0f}", f"{kept.cells_mean:,.0f}{spread}")
+    table.add_row("KV cache", f"{mib(full.bytes_full)} MiB", f"{mib(kept.bytes_live)} MiB")
     table.add_row(
-        "KV cache",
-        f"{mib(full.bytes_full)} MiB for these positions,\n{mib(full.bytes_live)} MiB allocated for n_ctx {n_ctx:,}",
-        f"{mib(kept.bytes_live)} MiB,\n{mib(kept.bytes_peak)} MiB at the peak, before compaction",
+        "at its peak", f"{mib(full.bytes_peak)} MiB (n_ctx {n_ctx:,})", f"{mib(kept.bytes_peak)} MiB (prefill)"
     )
-    change = "" if kept.rss_change is None else f"{kept.rss_change / 2**20:+,.1f} MiB at compaction"
-    if change:
-        table.add_row("process memory", "", change)
-    compaction = f"{kept.prefill_s:.1f} s, {kept.compaction_ms:.0f} ms of it compaction"
-    table.add_row("prefill", f"{full.prefill_s:.1f} s", compaction)
+    if kept.rss_change is not None:
+        table.add_row("process memory", "", f"{kept.rss_change / 2**20:+,.1f} MiB at compaction")
+    prefill = f"{kept.prefill_s:.1f} s ({kept.compaction_ms:.0f} ms compaction)"
+    table.add_row("prefill", f"{full.prefill_s:.1f} s", prefill)
     table.add_row("decode, median", f"{full.decode_ms:.1f} ms per token", f"{kept.decode_ms:.1f} ms per token")
     return table
 

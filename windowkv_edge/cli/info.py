@@ -48,11 +48,11 @@ def info(
     console = Console()
     console.print(_model_table(header, supported, reason, bool(rows)))
     if rows:
-        console.print(_cost_table(header, rows, n_tokens, fractions))
+        console.print("", _cost_table(header, rows, n_tokens, fractions))
     else:
         console.print(why_no_cost, markup=False)
     if supported:
-        console.print(_policy_table(header, policies))
+        console.print("", _policy_table(header, policies))
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -100,7 +100,9 @@ def _model_table(header: GGUFInfo, supported: bool, reason: str, is_cost_known: 
     table.add_row("trained context", f"{header.n_ctx_train:,} positions")
     if header.sliding_window:
         n_windowed = sum(header.window_layers)
-        table.add_row("sliding window", f"{header.sliding_window:,} positions in {n_windowed} of {header.n_layer} layers")
+        table.add_row(
+            "sliding window", f"{header.sliding_window:,} positions in {n_windowed} of {header.n_layer} layers"
+        )
     if is_cost_known:
         table.add_row("KV cache (f16)", f"{header.bytes_per_position:,} bytes per position")
     table.add_row("chat template", "yes" if header.has_chat_template else "no")

@@ -29,7 +29,9 @@ class WindowKV(KVPolicy):
         alpha: observation window in tokens (section 3.2).
         omega_aggregation: omega for aggregation tasks; None = omega.
         alpha_aggregation: alpha for aggregation tasks; None = alpha.
-        suffix: how many of the last tokens always stay; None = the whole observation window, as published.
+        suffix: share of a layer's budget that the observation window may take, its last tokens first; 1.0 = as
+            published, it always stays.
+        carry: a token's score carries over to this many tokens behind it; 0 = as published.
         localization: strategy for tasks whose answer sits in one place (questions).
         aggregation: strategy for tasks that need the whole text (summaries, few-shot, counting, code).
         task: which of the two; "auto" classifies the prompt's text (:mod:`windowkv_edge.task`).
@@ -47,7 +49,8 @@ class WindowKV(KVPolicy):
     alpha: int = 16
     omega_aggregation: int | None = None
     alpha_aggregation: int | None = None
-    suffix: int | None = None
+    suffix: float = 1.0
+    carry: int = 0
     localization: Strategy = "average"
     aggregation: Strategy = "average"
     task: Literal["localization", "aggregation", "auto"] = "auto"
@@ -68,8 +71,9 @@ class WindowKV(KVPolicy):
         for field in ("omega_aggregation", "alpha_aggregation"):
             if getattr(self, field) is not None:
                 at_least(field, getattr(self, field), 1)
-        if self.suffix is not None:
-            at_least("suffix", self.suffix, 0)
+        at_least("carry", self.carry, 0)
+        if not 0 < self.suffix <= 1:
+            raise ValueError(f"suffix is {self.suffix!r}, expected a share over 0 and up to 1")
         _one_of("localization", self.localization, ("average", "max"))
         _one_of("aggregation", self.aggregation, ("average", "max"))
         _one_of("task", self.task, ("localization", "aggregation", "auto"))
@@ -107,7 +111,7 @@ class WindowKV(KVPolicy):
             omega, alpha = self.omega_aggregation or self.omega, self.alpha_aggregation or self.alpha
         return {
             "alpha": alpha,
-            "suffix": alpha if self.suffix is None else min(self.suffix, alpha),
+            "suffix": alpha,
             "omega": omega,
             "top_p": omega if strategy == "average" else max(1, omega // 2),
         }
@@ -123,4 +127,6 @@ class WindowKV(KVPolicy):
             "slope": self.lam,
             "accounting": ("native", "paper").index(self.accounting),
             "protect_first": int(self.protect_first),
+            "carry": self.carry,
+            "suffix_share": self.suffix,
         }

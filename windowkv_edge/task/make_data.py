@@ -13,6 +13,7 @@ import json
 import random
 import re
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,14 +167,15 @@ def _prompt(rng: random.Random, ask: str, category: str, label: str, passages: d
     context = _context(rng, category, passages)
     decorated = _decorate(rng, ask, category, label)
     place = rng.choices(("before", "after", "both", "only"), (18, 24, 8, 50))[0]
+    gap = rng.choices(("\n\n", "\n", " "), (74, 20, 6))[0]
     if place == "before":
-        text = f"{ask}\n\n{context}"
+        text = f"{ask}{gap}{context}"
         if rng.random() < 0.2:
             text += "\n\n" + (rng.choice(CUES[category]) if category in CUES else "Answer:")
     elif place == "after":
-        text = f"{context}\n\n{decorated}"
+        text = f"{context}{gap}{decorated}"
     elif place == "both":
-        text = f"{ask}\n\n{context}\n\n{decorated}"
+        text = f"{ask}{gap}{context}{gap}{decorated}"
     else:
         text = decorated
     if place in ("after", "both") and rng.random() < 0.12:
@@ -208,6 +210,14 @@ def _context(rng: random.Random, category: str, passages: dict[str, list[str]]) 
         mark = rng.choice(("Passage {}:\n{}", "Document {}: {}", "[{}] {}", "Source {}\n{}"))
         parts = [mark.format(i + 1, part) for i, part in enumerate(parts)]
     body = "\n\n".join(parts)
+    if kind in ("prose", "foreign"):
+        if rng.random() < 0.25:
+            body = body[rng.randint(1, 120) :]
+        if rng.random() < 0.25:
+            body = body[: -rng.randint(1, 120)]
+        if rng.random() < 0.3:
+            width = rng.choice((56, 66, 72, 80))
+            body = "\n\n".join(textwrap.fill(part, width) for part in body.split("\n\n"))
     if kind == "code" and rng.random() < 0.5:
         return f"{OPEN}```\n{body}\n```{CLOSE}"
     return OPEN + rng.choice(FRAMES).format(body) + CLOSE
