@@ -476,6 +476,7 @@ void llama_kv_cache_ragged::clear(bool data) {
         }
     }
     ring_pos.assign(n_window, -1);
+    llama_kv_ragged_trim();
 
     n_pos    = 0;
     boundary = 0;

@@ -14,10 +14,6 @@
 #include <cmath>
 #include <stdexcept>
 
-#if defined(__GLIBC__)
-#    include <malloc.h>
-#endif
-
 static double elapsed_ms(int64_t t_start_us) {
     return (ggml_time_us() - t_start_us)/1000.0;
 }
@@ -294,10 +290,7 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
         n_released += int64_t(n_head_kv)*(cells[i] - budgets[i]);
     }
 
-#if defined(__GLIBC__)
-    // blocks below the mmap threshold went back to the heap, not to the system
-    malloc_trim(0);
-#endif
+    llama_kv_ragged_trim();
 
     n_compactions++;
     bytes_released = bytes_before - meter.live;

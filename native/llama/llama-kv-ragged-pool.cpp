@@ -6,6 +6,17 @@
 #include <algorithm>
 #include <utility>
 
+#if defined(__GLIBC__)
+#    include <malloc.h>
+#endif
+
+void llama_kv_ragged_trim() {
+#if defined(__GLIBC__)
+    // blocks below the mmap threshold went back to the heap, not to the system
+    malloc_trim(0);
+#endif
+}
+
 void llama_kv_ragged_meter::add(int64_t n) {
     live += n;
     peak  = std::max(peak, live);

@@ -15,6 +15,9 @@ struct llama_kv_ragged_meter {
     void add(int64_t n);
 };
 
+// give the pages of freed host buffers back to the system
+void llama_kv_ragged_trim();
+
 // K and V of all kv heads of a layer
 //   k [n_embd_head_k, n_rows], v [n_embd_head_v, n_rows]: one row = one head's cell
 //   head ih owns the rows [ih*cap, (ih + 1)*cap); the rows behind the last head pad reads past its end

@@ -93,16 +93,15 @@ class Chat:
         while True:
             try:
                 line = read()
+                if line.startswith("/"):
+                    if not self.command(line):
+                        return
+                elif line.strip():
+                    self.say(line)
             except KeyboardInterrupt:
                 self.note("/quit or Ctrl-D leaves")
-                continue
             except EOFError:
                 return
-            if line.startswith("/"):
-                if not self.command(line):
-                    return
-            elif line.strip():
-                self.say(line)
 
     #
     # a turn
@@ -117,6 +116,8 @@ class Chat:
             reply, interrupted = self._reply()
         except (ValueError, RuntimeError) as error:
             del self.messages[n_before:]
+            if isinstance(error, RuntimeError):  # an evaluation failed half-way
+                self.llm.reset()
             self.note(f"the message was not answered and is dropped: {self._explain(error)}")
             return
         if interrupted and not reply:

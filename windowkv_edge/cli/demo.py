@@ -34,6 +34,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 # an answer may be two tokens long; so many decodes are timed at least
 _MIN_TIMED = 16
+_MIN_CPU_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Run:
-    """One side of the comparison. Cells and bytes are those after the prompt, before anything was generated."""
+    """One side of the comparison. Cells and bytes are those after the prompt, before anything was generated.
+
+    ``cpu_share`` is the processor time that the threads got while decoding, over what they could have used: well below
+    1 means that other programs kept the processor busy and that the times are too long.
+    """
 
     policy: str
     answer: str
@@ -63,6 +68,7 @@ class Run:
     compaction_ms: float
     decode_ms: float
     n_timed: int
+    cpu_share: float
     rss_change: int | None
 
 
@@ -133,6 +139,10 @@ def demo(
         console.print(f"[bold]Answer:[/]   {escape(asked.lead)} …")
     console.print(_table(full, kept, n_ctx, budget), soft_wrap=False)
     console.print(f"[bold]{_summary(released, speedup)}[/]")
+    if (share := min(full.cpu_share, kept.cpu_share)) < _MIN_CPU_SHARE:
+        console.print(
+            f"The processor was busy: decoding got {100 * share:.0f} % of its threads' time, so the times are off"
+        )
     console.print(f"Talk to it: windowkv-edge chat {shlex.quote(model)}", markup=False)
 
 
@@ -205,6 +215,7 @@ def _run(
     stats = llm.kv_stats()
 
     times: list[float] = []
+    cpu_s = 0.0
     n_answer: int | None = None
     while True:
         said = llm.detokenize(generated)
@@ -214,9 +225,10 @@ def _run(
             n_answer = len(generated)
         if len(generated) == max_tokens or (n_answer is not None and len(times) >= _MIN_TIMED):
             break
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         generated.append(next(stream))
         times.append(time.perf_counter() - start)
+        cpu_s += time.process_time() - cpu_start
     stream.close()
 
     answer = llm.detokenize(generated[:n_answer]).decode("utf-8", "replace").strip()
@@ -237,6 +249,7 @@ def _run(
         compaction_ms=stats.t_score_ms + stats.t_compact_ms,
         decode_ms=1e3 * statistics.median(times),
         n_timed=len(times),
+        cpu_share=cpu_s / (sum(times) * llm.n_threads),
         rss_change=llm.rss_change,
     )
 

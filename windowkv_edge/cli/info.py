@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from windowkv_edge import POLICIES, UnsupportedModelError
@@ -93,7 +94,10 @@ def ring_bytes(header: GGUFInfo, policy: str) -> int:
 def _model_table(header: GGUFInfo, supported: bool, reason: str, is_cost_known: bool) -> Table:
     heads = sorted(set(header.n_head_kv))
     table = Table(show_header=False, box=None)
-    table.add_row("model", f"{header.name} ({header.architecture}, {header.file_type}, {mib(header.file_size)} MiB)")
+    table.add_row("file", escape(header.path.name))
+    table.add_row(
+        "model", f"{escape(header.name)} ({header.architecture}, {header.file_type}, {mib(header.file_size)} MiB)"
+    )
     table.add_row("layers", f"{header.n_layer}")
     table.add_row("KV heads per layer", " to ".join(str(n) for n in {heads[0]: 0, heads[-1]: 0}) if heads else "none")
     table.add_row("head size K, V", f"{header.head_dim_k}, {header.head_dim_v}")

@@ -1,0 +1,52 @@
+"""Which kind of task a prompt asks for, as WindowKV (arXiv 2503.17922) adapts its window selection to it.
+
+"localization": the answer stands in one or a few places of the text (question answering, extraction).
+"aggregation": the answer needs the text as a whole (summaries, few-shot prompts, counting, rewriting).
+
+The classifier is a logistic regression of our own over the words and the layout of the instruction, trained
+on `data/train.jsonl` by `python -m windowkv_edge.task.train`. English is covered best, German, French and
+Spanish more thinly; a prompt in another language gets little more than the prior.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+from .model import Model, sigmoid
+
+__all__ = ["Task", "classify", "probability"]
+
+Task = Literal["localization", "aggregation"]
+
+
+def classify(text: str) -> Task:
+    """Return the task of the prompt `text`: "aggregation" where its probability exceeds 0.5.
+
+    Empty or blank text gives "localization", as does a tie.
+
+    Raises:
+        TypeError: `text` is not a str.
+    """
+    return "aggregation" if probability(text) > 0.5 else "localization"
+
+
+def probability(text: str) -> float:
+    """Return the probability, in [0, 1], that the prompt `text` is an aggregation task.
+
+    `text` is the whole prompt, chat markers included, of any length: its first 400 and last 800 characters
+    are read. Empty or blank text gives 0.5.
+
+    Raises:
+        TypeError: `text` is not a str.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be the prompt as a str, got {type(text).__name__}; decode bytes and tokens first")
+    if not text[:400].strip() and not text[-800:].strip():
+        return 0.5
+    return sigmoid(_model().score(text))
+
+
+@cache
+def _model() -> Model:
+    return Model.load()

@@ -1,92 +1,190 @@
-"""Text features of the task classifier: the same code serves training and inference.
+"""What the task classifier reads of a prompt; training and inference share this code.
 
-Only the first `HEAD` and the last `TAIL` characters of a prompt are read, because instructions stand
-at its start or its end. That bounds the cost of a call whatever the length of the prompt.
+Only the first `HEAD` and the last `TAIL` characters are read, because instructions stand at the start or
+the end of a prompt, so the cost of a call does not grow with its length. What is read is cut into
+segments (sentences and lines). A first model, the gate, says how far a segment is addressed to the
+assistant and how far it belongs to the text being worked on; the words of a segment then count for the
+label as much as its gate is open.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-__all__ = ["END", "HEAD", "TAIL", "features", "window"]
+__all__ = ["CLOSE", "HEAD", "OPEN", "TAIL", "Segment", "gate_features", "label_features", "segments", "shape"]
 
 HEAD = 400
-"""Characters read from the start of the prompt."""
+"""Characters read from the start of a prompt."""
 
 TAIL = 800
-"""Characters read from the end of the prompt."""
+"""Characters read from the end of a prompt."""
 
-END = 240
-"""Characters at the very end whose words also count as features of their own."""
+OPEN, CLOSE = "\ue000", "\ue001"
+"""Private-use characters around the context of a training prompt; anywhere else they only end a segment."""
 
 # Turn markers differ between model families and say nothing about the task.
 _MARKER = re.compile(
     r"<\|im_(?:start|end)\|>(?:system|user|assistant)?\n?"
-    r"|<\|(?:start|end)_header_id\|>|<\|[\w ]{1,24}\|>"
-    r"|</?start_of_turn>(?:user|model)?\n?|<end_of_turn>|</?s>|<bos>|\[/?INST\]|<</?SYS>>"
+    r"|<\|start_header_id\|>\w+<\|end_header_id\|>|<\|[\w ]{1,24}\|>"
+    r"|<start_of_turn>(?:user|model)?\n?|<end_of_turn>|</?s>|<bos>|\[/?INST\]|<</?SYS>>"
+    r"|^(?:user|assistant):",
+    re.IGNORECASE | re.MULTILINE,
 )
-_TOKEN = re.compile(r"[^\W\d_]+|\d+|[?¿]|[.!:;]\s|\n|->|=>|[{}();=]")
-_LABEL = re.compile(r"^[\s#*\d.)\-]*([^\W\d_][\w ,'()/]{0,30}?)\s*(:|->|=>|→|\|)[ \t]*(.*)$")
-_BREAKS = frozenset(("\n", ". ", "! ", ": ", "; ", ".\n", "!\n", ":\n", ";\n", ".\t", ":\t"))
-_CODE_SYMBOLS = "{}();=<>[]_&|*"
+_WRAPPED = re.compile(r"(?<=[^\n]{40})(?<![.?!:;])\n(?=[^\W\d_A-Z])")
+_PARAGRAPH = re.compile(rf"([{OPEN}{CLOSE}]|\n[ \t]*\n\s*)")
+_SENTENCE = re.compile(r"\n|(?<=[.!?:;])\s")
+_WORD = re.compile(r"[^\W\d_]+|\d+|[?¿]|->|=>|[{}();=]")
+_LABELLED = re.compile(r"^[\s#*\d.)\-]*([^\W\d_][\w ,'()/]{0,30}?)\s*(:|->|=>|→|\|)[ \t]*(.*)$")
+_PROPER = re.compile(r"\s[A-Z][a-z]")
+_IDENTIFIER = re.compile(r"\w_\w|\w\(\)|[a-z][A-Z]|\w\.\w|`")
+_CODE = "{}();=<>[]_&|*"
 
 
-def window(text: str) -> tuple[str, str]:
-    """Return the head and the tail of `text` that the classifier reads, turn markers removed.
+@dataclass(frozen=True)
+class Segment:
+    """A sentence or line of the prompt.
 
-    The tail is empty where the whole text fits into the head; the two never overlap.
+    `words` are lower-case, numbers as "0"; `place` and `place_end` count segments from the start and from
+    the end of what is read, `paragraph` and `paragraph_end` count paragraphs likewise, and `size` is the
+    number of segments in the paragraph. `context` is known in training only.
     """
-    head = _MARKER.sub("", text[:HEAD]).strip()
-    tail = _MARKER.sub("", text[max(HEAD, len(text) - TAIL) :]).strip()
-    return head, tail
+
+    text: str
+    words: Sequence[str]
+    place: int
+    place_end: int
+    paragraph: int
+    paragraph_end: int
+    size: int
+    context: bool = False
 
 
-def features(text: str) -> set[str]:
-    """Return the binary features of `text`: word n-grams, those of the end, and the shape of the end."""
-    head, tail = window(text)
-    if not tail:
-        end = head[-END:]
+def segments(text: str) -> list[Segment]:
+    """Cut the head and the tail of `text` into segments, without turn markers and cut-off sentences."""
+    if len(text) <= HEAD + TAIL:
+        found = _cut(text)
     else:
-        end = tail[-END:]
-    found = _ngrams(head)
-    found |= _ngrams(tail)
-    found |= {"$" + name for name in _ngrams(end)}
-    found |= _shape(head, tail or head)
-    return found
+        cut = len(text) - TAIL
+        inside = text.rfind(OPEN, 0, cut) > text.rfind(CLOSE, 0, cut)
+        head, tail = _cut(text[:HEAD]), _cut(OPEN * inside + text[cut:])
+        head = head[:-1] or head
+        tail = tail[1:] or tail
+        found = head + [(line, words, context, number + len(text)) for line, words, context, number in tail]
+    order = {number: place for place, number in enumerate(dict.fromkeys(part[3] for part in found))}
+    sizes = Counter(part[3] for part in found)
+    return [
+        Segment(
+            text=line,
+            words=words,
+            place=place,
+            place_end=len(found) - 1 - place,
+            paragraph=order[number],
+            paragraph_end=len(order) - 1 - order[number],
+            size=sizes[number],
+            context=context,
+        )
+        for place, (line, words, context, number) in enumerate(found)
+    ]
 
 
-def _ngrams(text: str) -> set[str]:
-    """Return unigrams, bigrams and five-letter stems; `^` stands for the start of a sentence or line."""
-    words: list[str] = ["^"]
-    for token in _TOKEN.findall(text.lower()):
-        if token in _BREAKS:
-            if words[-1] != "^":
-                words.append("^")
+def _cut(part: str) -> list[tuple[str, list[str], bool, int]]:
+    """Return (text, words, in the context, paragraph number) of every segment that has a word."""
+    found: list[tuple[str, list[str], bool, int]] = []
+    context, paragraph = False, 0
+    for piece in _PARAGRAPH.split(_WRAPPED.sub(" ", _MARKER.sub("\n", part))):
+        if piece == OPEN or piece == CLOSE:
+            context = piece == OPEN
+        elif not piece.strip():
+            paragraph += bool(piece)
         else:
-            words.append("0" if token[0].isdigit() else token)
-    found = set(words)
-    found.update(f"{a} {b}" for a, b in zip(words, words[1:]))
-    found.update(word[:5] + "*" for word in words if len(word) > 5)
+            for line in map(str.strip, _SENTENCE.split(piece)):
+                words = ["0" if word[0].isdigit() else word for word in _WORD.findall(line.lower())]
+                if words:
+                    found.append((line, words, context, paragraph))
     return found
 
 
-def _shape(head: str, tail: str) -> set[str]:
-    """Return features of layout: question marks, code, and labelled lines that repeat as in few-shot prompts."""
-    end = tail[-END:]
-    asks = "?" in end
+def gate_features(segment: Segment) -> set[str]:
+    """Return where `segment` stands, how it begins and how it ends; its other words are left to the label."""
+    words = segment.words
+    last = "ends" + segment.text[-1] if segment.text[-1] in ".?:!" else "ends"
+    place, place_end = f"place{min(segment.place, 2)}", f"place-{min(segment.place_end, 3)}"
+    part, part_end = f"part{min(segment.paragraph, 1)}", f"part-{min(segment.paragraph_end, 2)}"
+    size = f"size{min(segment.size, 4)}"
+    found = {last, place, place_end, part, part_end, size, f"length{min(len(words) // 4, 8)}"}
+    for pair in (last, place), (last, place_end), (last, part), (last, part_end), (size, part), (size, part_end), (part, part_end):
+        found.add("+".join(pair))
+    found.update("^" + " ".join(words[:count]) for count in (1, 2, 3))
+    return found | _traits(segment.text)
+
+
+def label_features(parts: Iterable[Segment], gates: Iterable[float]) -> dict[str, float]:
+    """Return the n-grams of the segments with their weight in [0, 1], which falls off as the gate closes.
+
+    `gates` holds the probability of each segment to be an instruction. Gates count relative to the most
+    open one, squared, so that stray sentences of a long context stay quiet beside a clear instruction.
+    """
+    pairs = list(zip(parts, gates))
+    top = max((gate for _, gate in pairs), default=0.0)
+    found: dict[str, float] = {"#gate": top}
+    for segment, gate in pairs:
+        weight = (gate / max(top, 0.3)) ** 2
+        if weight < 0.05:
+            continue
+        names = _ngrams(segment.words) | _traits(segment.text)
+        if segment.text[-1] in "?:":
+            names.add("#ends" + segment.text[-1])
+        for name in names:
+            if found.get(name, 0.0) < weight:
+                found[name] = weight
+    return found
+
+
+def _ngrams(words: Sequence[str]) -> set[str]:
+    """Return words, pairs of neighbours (`^` and `.` stand for the two ends) and five-letter stems."""
+    found = set(words)
+    found.update(map(" ".join, zip(["^", *words], [*words, "."])))
+    found.update([word[:5] + "*" for word in words if len(word) > 5])
+    return found
+
+
+def _traits(line: str) -> set[str]:
     found: set[str] = set()
-    dense = sum(map(end.count, _CODE_SYMBOLS)) > 0.04 * len(end)
-    if dense:
-        found.add("#code asks" if asks else "#code states")
-    if sum(map(head.count, _CODE_SYMBOLS)) > 0.04 * len(head):
+    if _PROPER.search(line):
+        found.add("#proper")
+    if any(map(str.isdigit, line)):
+        found.add("#digit")
+    if '"' in line or "“" in line or "«" in line:
+        found.add("#quote")
+    if _IDENTIFIER.search(line):
+        found.add("#identifier")
+    return found
+
+
+def shape(text: str) -> set[str]:
+    """Return layout features: code at the start or the end, labelled lines that repeat as in few-shot prompts."""
+    head = _MARKER.sub("", text[:HEAD]).strip()
+    tail = _MARKER.sub("", text[-TAIL:]).strip()
+    end = tail[-240:]
+    found: set[str] = set()
+    if sum(map(end.count, _CODE)) > 0.04 * len(end):
+        found.add("#code asks" if "?" in end else "#code states")
+    if sum(map(head.count, _CODE)) > 0.04 * len(head):
         found.add("#code head")
-    matches = [m for m in map(_LABEL.match, tail.split("\n")) if m]
-    filled = Counter(m[1].strip().lower() if m[2] == ":" else m[2] for m in matches if m[3])
-    if matches and not matches[-1][3] and tail.endswith(matches[-1][0].strip()):
-        last = matches[-1]
-        if filled[last[1].strip().lower() if last[2] == ":" else last[2]] >= 1:
-            found.add("#open label repeats")
+    lines = [line for line in tail.split("\n") if line.strip()]
+    labelled = [match for match in map(_LABELLED.match, lines) if match]
+    filled = Counter(_key(match) for match in labelled if match[3])
+    if labelled and not labelled[-1][3] and labelled[-1][0] == lines[-1] and filled[_key(labelled[-1])]:
+        found.add("#open label repeats")
+        if filled[_key(labelled[-1])] > 1:
+            found.add("#open label repeats often")
     if filled and max(filled.values()) >= 3:
         found.add("#labels repeat")
     return found
+
+
+def _key(match: re.Match[str]) -> str:
+    return match[1].lower() if match[2] == ":" else match[2]

@@ -17,6 +17,8 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from .features import CLOSE, OPEN
+
 __all__ = ["DATA", "Row", "dump", "main", "rows"]
 
 DATA = Path(__file__).parent / "data"
@@ -25,7 +27,6 @@ COPIES = {"*": 6, "": 2}
 """Renderings of a template: with a leading `*` it is mostly slots."""
 
 LOCAL = "localization"
-OPEN, CLOSE = "\ue000", "\ue001"
 
 SYSTEM = (
     "You are a helpful assistant.",
@@ -102,9 +103,8 @@ def rows(seed: int = SEED) -> list[Row]:
 
 def dump(made: list[Row]) -> str:
     """Return the JSON lines of the training set (text, label, category)."""
-    return "".join(
-        json.dumps({"text": r.text, "label": r.label, "category": r.category}, ensure_ascii=False) + "\n" for r in made
-    )
+    fields = ("text", "label", "category", "context")
+    return "".join(json.dumps({f: getattr(row, f) for f in fields}, ensure_ascii=False) + "\n" for row in made)
 
 
 def _row(marked: str, label: str, category: str, group: int) -> Row:
@@ -145,7 +145,7 @@ def _fill(rng: random.Random, template: str, slots: dict[str, list[str]]) -> str
         return text[0].lower() + text[1:]
 
     filled = template
-    while (once := re.sub(r"(?<!\{)\{([a-z]+[12]?(?:low)?)\}(?!\})", value, filled)) != filled:
+    while (once := re.sub(r"(?<!\{)\{([a-z]+(?:_[a-z]{2})?[12]?(?:low)?)\}(?!\})", value, filled)) != filled:
         filled = once
     filled = filled.replace("{{", "{").replace("}}", "}")
     return filled[0].upper() + filled[1:] if template[0] == "{" else filled
