@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import llama_cpp
@@ -56,6 +56,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         kv_min_prompt: int = DEFAULT_MIN_PROMPT,
         **kwargs: Any,
     ) -> None:
+        self._stack = ExitStack()  # close() and __del__ need it even if the arguments are refused
+
         if kv_policy is None and kv_budget is not None:
             raise ValueError(f"kv_budget={kv_budget!r} without kv_policy has no effect; name a policy, e.g. kv_policy='windowkv'")
         if isinstance(kv_min_prompt, bool) or not isinstance(kv_min_prompt, int) or kv_min_prompt < 0:

@@ -34,7 +34,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 # an answer may be two tokens long; so many decodes are timed at least
 _MIN_TIMED = 16
-_MIN_CPU_SHARE = 0.6
+_MIN_CPU_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def _prefill_bar(llm: Llama, n_tokens: int, console: Console) -> Iterator[None]:
     name = "full cache" if llm.kv_policy is None else llm.kv_policy.name
     columns = TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     done = threading.Event()
-    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=n_tokens)
 
         def watch() -> None:
