@@ -10,7 +10,9 @@ import numpy as np
 N_VOCAB = 128
 
 
-def write_llama(path: Path, *, n_layer: int = 3, n_head: int = 4, n_head_kv: int = 2, head_dim: int = 32, seed: int = 0) -> Path:
+def write_llama(
+    path: Path, *, n_layer: int = 3, n_head: int = 4, n_head_kv: int = 2, head_dim: int = 32, seed: int = 0
+) -> Path:
     """A llama-architecture model without a tokenizer.
 
     Args:

@@ -62,7 +62,7 @@ def load_llama_cpp() -> None:
             else:
                 os.environ["LLAMA_CPP_LIB_PATH"] = before
 
-    path = Path(getattr(loaded, "_lib")._name).resolve()
+    path = Path(loaded._lib._name).resolve()
     if path != library.resolve():
         raise LibraryMismatchError(
             f"llama_cpp was imported before windowkv_edge and loaded {path}, expected {library}; "

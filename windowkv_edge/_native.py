@@ -129,7 +129,9 @@ class Context:
         """float32 [cells, head_dim] of K ("k") or V ("v")."""
         n = len(self.positions(layer, head))
         res = np.zeros(n * 1024, dtype=np.float32)
-        size = check(lib.wkv_get_rows(self._ctx, layer, head, "kv".index(which), ffi.from_buffer("float[]", res), res.size))
+        size = check(
+            lib.wkv_get_rows(self._ctx, layer, head, "kv".index(which), ffi.from_buffer("float[]", res), res.size)
+        )
         return res[:size].reshape(n, -1)
 
     def queries(self, layer: int, head: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
@@ -187,7 +189,7 @@ def select(
     """
     cells = np.array([p.shape[1] for p in positions], dtype=np.int32)
     n_head_kv = positions[0].shape[0]
-    pos = np.ascontiguousarray(np.concatenate([p.ravel() for p in positions] or [[]]), dtype=np.int32)
+    pos = np.ascontiguousarray(np.concatenate([p.ravel() for p in positions]), dtype=np.int32)
     score = np.ascontiguousarray(np.concatenate([s.ravel() for s in scores]), dtype=np.float32)
     keep = np.zeros(pos.size, dtype=np.uint8)
     shapes = _shapes(cells, n_head_kv, int(pos.max(initial=-1)) + 1)

@@ -26,7 +26,7 @@ DEFAULT_MIN_PROMPT = 256
 _TASK_HEAD, _TASK_TAIL = 160, 320
 
 
-class Llama(llama_cpp.Llama):  # type: ignore[misc]
+class Llama(llama_cpp.Llama):
     """``llama_cpp.Llama`` whose KV cache keeps only the cells that matter.
 
     Takes every argument of ``llama_cpp.Llama`` and in addition:
@@ -59,7 +59,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._stack = ExitStack()  # close() and __del__ need it even if the arguments are refused
 
         if kv_policy is None and kv_budget is not None:
-            raise ValueError(f"kv_budget={kv_budget!r} without kv_policy has no effect; name a policy, e.g. kv_policy='windowkv'")
+            raise ValueError(
+                f"kv_budget={kv_budget!r} without kv_policy has no effect; name a policy, e.g. kv_policy='windowkv'"
+            )
         if isinstance(kv_min_prompt, bool) or not isinstance(kv_min_prompt, int) or kv_min_prompt < 0:
             raise ValueError(f"kv_min_prompt is {kv_min_prompt!r}, expected an int of at least 0 tokens")
 
@@ -227,12 +229,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget the sequence; with a policy its memory is released at once."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         if self._kv is not None:
             self._clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         if self._kv_policy is not None:
             state.update(kv_policy=self._kv_policy, kv_budget=self._kv_budget, kv_min_prompt=self._kv_min_prompt)
         return state
@@ -243,12 +245,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _need_kv(self, what: str) -> _native.Context:
         if self._kv is None:
-            raise UnsupportedCallError(f"{what} needs a session with a policy; create it with Llama(..., kv_policy='windowkv')")
+            raise UnsupportedCallError(
+                f"{what} needs a session with a policy; create it with Llama(..., kv_policy='windowkv')"
+            )
         return self._kv
 
     def _refuse(self, what: str, instead: str) -> None:
         if self._kv_policy is not None:
-            raise UnsupportedCallError(f"{what} is not supported with kv_policy={self._kv_policy.name!r} yet; {instead}")
+            raise UnsupportedCallError(
+                f"{what} is not supported with kv_policy={self._kv_policy.name!r} yet; {instead}"
+            )
 
     def _clear(self) -> None:
         self._ctx.kv_cache_seq_rm(-1, 0, -1)
@@ -260,8 +266,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Bring the native cache to ``n_tokens`` positions, as ``eval`` does before every decode."""
         if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
             raise UnsupportedCallError(
-                f"n_tokens was set to {self.n_tokens}, but positions below {self._kv_boundary} were compacted and cannot "
-                "be removed one by one; call reset() and evaluate the prompt again"
+                f"n_tokens was set to {self.n_tokens}, but positions below {self._kv_boundary} were compacted and "
+                "cannot be removed one by one; call reset() and evaluate the prompt again"
             )
         if self.n_tokens == 0:
             self._kv_boundary = 0

@@ -30,7 +30,11 @@ FULL, STREAMINGLLM, SNAPKV, PYRAMIDKV, WINDOWKV = range(5)
 
 
 def observe(
-    queries: npt.NDArray[np.float32], query_pos: IntArray, keys: npt.NDArray[np.float32], key_pos: IntArray, scale: float
+    queries: npt.NDArray[np.float32],
+    query_pos: IntArray,
+    keys: npt.NDArray[np.float32],
+    key_pos: IntArray,
+    scale: float,
 ) -> npt.NDArray[np.float64]:
     """Mean attention of observed queries over the cells of one kv head (WindowKV section 3.2, SnapKV section 3).
 
@@ -61,7 +65,7 @@ def apportion(want: list[int], lo: list[int], hi: list[int], total: int) -> list
 
     What clamping takes from some is given to the others in equal parts, the indivisible rest to the first of them.
     """
-    res = [min(max(w, a), b) for w, a, b in zip(want, lo, hi)]
+    res = [min(max(w, a), b) for w, a, b in zip(want, lo, hi, strict=True)]
     diff = min(max(total, sum(lo)), sum(hi)) - sum(res)
     while diff:
         sign = 1 if diff > 0 else -1
@@ -129,7 +133,7 @@ def budgets(policy: KVPolicy, cells: list[int], n_cells: int, task: Task = "loca
     if p["kind"] == FULL:
         return list(cells)
     if p["kind"] == WINDOWKV and p["accounting"] == 1:
-        return [min(b + int(p["alpha"]), have) for b, have in zip(_want_windowkv(p, n_layer, n_cells), cells)]
+        return [min(b + int(p["alpha"]), have) for b, have in zip(_want_windowkv(p, n_layer, n_cells), cells, strict=True)]
 
     want, floor = [n_cells] * n_layer, 1
     if p["kind"] == PYRAMIDKV:
@@ -160,7 +164,7 @@ def _order_snapkv(score: FloatArray, p: dict[str, float]) -> Order:
     n_review, n_suffix = max(0, n - int(p["alpha"])), min(n, int(p["suffix"]))
     review = score[:n_review]
     pooled = np.array([review[max(0, i - half) : i + half + 1].max() for i in range(n_review)], dtype=np.float32)
-    best = np.argsort(-pooled, kind="stable").tolist()
+    best: Order = np.argsort(-pooled, kind="stable").tolist()
     return _newest(n, n - n_suffix, n) + best + _newest(n, n_review, n - n_suffix)
 
 
@@ -204,7 +208,7 @@ def _mean_cells(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     sums: dict[int, list[float]] = {}
     for pos, score in sets:
-        for q, s in zip(pos.tolist(), score.tolist()):
+        for q, s in zip(pos.tolist(), score.tolist(), strict=True):
             total = sums.setdefault(q, [0.0, 0])
             total[0] += s
             total[1] += 1

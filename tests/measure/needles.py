@@ -93,12 +93,9 @@ def table_policies() -> dict[str, KVPolicy]:
     """Every shipped policy with its defaults, and the published WindowKV settings."""
     res: dict[str, KVPolicy] = {name: cls() for name, cls in POLICIES.items() if name != "full"}
     res["snapkv alpha=16"] = SnapKV(alpha=16)
-    res["windowkv published"] = WindowKV(
-        omega=8, alpha=16, gamma=5, share="first", scope="layer", budget="arithmetic", localization="average"
-    )
-    res["windowkv published gamma=1"] = WindowKV(
-        omega=8, alpha=16, gamma=1, share="first", scope="layer", budget="arithmetic", localization="average"
-    )
+    published = {"omega": 8, "alpha": 16, "carry": 0, "suffix": 1.0, "scope": "layer", "budget": "arithmetic"}
+    res["windowkv published"] = WindowKV(gamma=5, **published)
+    res["windowkv published gamma=1"] = WindowKV(gamma=1, **published)
     return res
 
 
@@ -134,6 +131,15 @@ class Branches:
         self.kv.snapshot_save()
         return int(self.logits().argmax())
 
+    def log_probs(self, tokens: list[int]) -> npt.NDArray[np.float64]:
+        """Log probabilities after each of the tokens, [len(tokens), n_vocab]."""
+        rows = []
+        for token in tokens:
+            self.llm.eval([token])
+            logits = self.logits().astype(np.float64)
+            rows.append(logits - logits.max() - np.log(np.exp(logits - logits.max()).sum()))
+        return np.array(rows)
+
     def restore(self) -> None:
         self.kv.snapshot_restore()
         self.llm.n_tokens = self.n_prompt
@@ -152,11 +158,15 @@ class Branches:
         return word in self.llm.detokenize(tokens).decode("utf-8", "ignore")
 
 
-def needle_prompts(llm: Llama, text: str, length: int, needles: tuple[Needle, ...]) -> Iterator[tuple[Needle, float, list[int]]]:
+def needle_prompts(
+    llm: Llama, text: str, length: int, needles: tuple[Needle, ...]
+) -> Iterator[tuple[Needle, float, list[int]]]:
     """Deepest first, so that neighbouring prompts share as much of the text as possible."""
     hay = llm.tokenize(text.encode(), add_bos=False)
     if len(hay) < length:
-        raise SystemExit(f"the text has {len(hay)} tokens, expected at least {length}; give a longer --text or shorter --lengths")
+        raise SystemExit(
+            f"the text has {len(hay)} tokens, expected at least {length}; give a longer --text or shorter --lengths"
+        )
     for depth in DEPTHS:
         for needle in needles:
             at = int(length * depth)
@@ -166,8 +176,13 @@ def needle_prompts(llm: Llama, text: str, length: int, needles: tuple[Needle, ..
 
 
 def run_needles(
-    branches: Branches, texts: list[Path], lengths: list[int], needles: tuple[Needle, ...],
-    policies: dict[str, KVPolicy], budgets: list[float], out: Any,
+    branches: Branches,
+    texts: list[Path],
+    lengths: list[int],
+    needles: tuple[Needle, ...],
+    policies: dict[str, KVPolicy],
+    budgets: list[float],
+    out: Any,
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True)) as progress:
@@ -207,7 +222,12 @@ def print_needles(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def run_fidelity(
-    branches: Branches, texts: list[Path], length: int, n_next: int, policies: dict[str, KVPolicy], budgets: list[float],
+    branches: Branches,
+    texts: list[Path],
+    length: int,
+    n_next: int,
+    policies: dict[str, KVPolicy],
+    budgets: list[float],
 ) -> dict[tuple[str, float], list[float]]:
     """KL divergence of the next-token distributions from those of the full cache, teacher-forced, one value a token."""
     res: dict[tuple[str, float], list[float]] = defaultdict(list)
@@ -220,20 +240,12 @@ def run_fidelity(
             branches.prefill(tokens[start : start + length])
             follow = tokens[start + length : start + length + n_next]
 
-            def log_probs() -> npt.NDArray[np.float64]:
-                rows = []
-                for token in follow:
-                    llm.eval([token])
-                    logits = branches.logits().astype(np.float64)
-                    rows.append(logits - logits.max() - np.log(np.exp(logits - logits.max()).sum()))
-                return np.array(rows)
-
-            want = log_probs()
+            want = branches.log_probs(follow)
             for name, policy in policies.items():
                 for budget in budgets:
                     branches.restore()
                     branches.compact(policy, budget)
-                    got = log_probs()
+                    got = branches.log_probs(follow)
                     res[name, budget] += list((np.exp(want) * (want - got)).sum(axis=1))
     return res
 
@@ -254,7 +266,9 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
     parser.add_argument("--needles", nargs="+", default=[n.kind for n in NEEDLES])
     parser.add_argument("--policies", nargs="+", help="names of the table, or expressions such as WindowKV(omega=4)")
-    parser.add_argument("--fidelity", type=int, default=0, metavar="N", help="also KL over N tokens after each 2000-token window")
+    parser.add_argument(
+        "--fidelity", type=int, default=0, metavar="N", help="also KL over N tokens after each 2000-token window"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("needles.jsonl"))
     args = parser.parse_args()
@@ -270,7 +284,11 @@ def main() -> None:
     start = time.perf_counter()
     with args.out.open("w") as out:
         chosen = tuple(n for n in NEEDLES if n.kind in args.needles)
-        meta = {"model": args.model.name, "policies": {n: repr(p) for n, p in policies.items()}, "needles": [asdict(n) for n in chosen]}
+        meta = {
+            "model": args.model.name,
+            "policies": {n: repr(p) for n, p in policies.items()},
+            "needles": [asdict(n) for n in chosen],
+        }
         out.write(json.dumps(meta) + "\n")
         rows = run_needles(branches, args.text, args.lengths, chosen, policies, args.budgets, out)
     print_needles(rows, console)

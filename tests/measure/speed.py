@@ -47,12 +47,16 @@ def timed(llm: Llama, tokens: list[int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, default=Path(sys.modules["windowkv_edge"].__file__ or "").parent / "data/document.txt")
+    parser.add_argument(
+        "--text", type=Path, default=Path(sys.modules["windowkv_edge"].__file__ or "").parent / "data/document.txt"
+    )
     parser.add_argument("--depth", type=int, default=4096)
     parser.add_argument("--cells", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=64, help="decoded tokens")
-    parser.add_argument("--no-quantised", action="store_true", help="leave out stock q8_0 and q4_0 (they prefill slowly)")
+    parser.add_argument(
+        "--no-quantised", action="store_true", help="leave out stock q8_0 and q4_0 (they prefill slowly)"
+    )
     parser.add_argument("--policy", default="windowkv")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
@@ -66,7 +70,11 @@ def main() -> None:
             flash_attn=True, verbose=False, **kwargs,
         )  # fmt: skip
 
-    stock = {f"stock {name}": session(type_k=t, type_v=t) for name, t in TYPES.items() if name == "f16" or not args.no_quantised}
+    stock = {
+        f"stock {name}": session(type_k=t, type_v=t)
+        for name, t in TYPES.items()
+        if name == "f16" or not args.no_quantised
+    }
     ours = session(kv_policy=args.policy)
     shallow = session()
     tokens = shallow.tokenize(text.encode(), add_bos=False)

@@ -263,7 +263,9 @@ def test_embeddings_are_refused(llm: Llama, session: Callable[..., Llama]) -> No
         ({"kv_policy": "windowkv", "type_v": 2}, UnsupportedModelError, "cells of type q4_0 are not supported yet"),
     ],
 )
-def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], message: str, session: Callable[..., Llama]) -> None:
+def test_bad_arguments(
+    kwargs: dict[str, Any], error: type[Exception], message: str, session: Callable[..., Llama]
+) -> None:
     with pytest.raises(error, match=message):
         session(**kwargs)
 
@@ -298,7 +300,10 @@ def test_what_needs_a_policy_says_so(session: Callable[..., Llama]) -> None:
 )  # fmt: skip
 def test_mismatched_libraries(code: str, message: str, native_tests: Path, tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", code.format(stock=str(native_tests / "stock"))], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", code.format(stock=str(native_tests / "stock"))],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert run.returncode != 0
     assert "LibraryMismatchError" in run.stderr and message in run.stderr

@@ -110,7 +110,9 @@ def test_memory_is_released(session: Callable[..., Llama], document: str) -> Non
     fell = before - rss()
     assert stats.bytes_released > 0.85 * 4000 * N_LAYER * N_HEAD_KV * CELL_BYTES
     assert fell >= 0.9 * stats.bytes_released
-    assert stats.bytes_peak < 1.2 * stats.bytes_full + (8 << 20)  # the peak is the prompt and one layer, not twice the cache
+    assert stats.bytes_peak < 1.2 * stats.bytes_full + (
+        8 << 20
+    )  # the peak is the prompt and one layer, not twice the cache
 
     held = llm.kv_stats().bytes_live
     before = rss()
@@ -179,7 +181,7 @@ def test_prompt_in_batches_attends_to_everything(session: Callable[..., Llama], 
 def test_positions_continue_after_compaction(session: Callable[..., Llama], document: str) -> None:
     llm = session(kv_policy="windowkv", kv_budget=50)
     llm.eval(prompt(llm, document, 300))
-    for i in range(70):
+    for _ in range(70):
         llm.eval([llm.sample(temp=0.0)])
     pos = llm.kv_positions(3, 1)
     assert pos[-70:].tolist() == list(range(300, 370))

@@ -48,7 +48,9 @@ print(repr(llm.create_completion(text, max_tokens=6, top_k=50, top_p=0.9, temper
 def run_upstream(upstream: Path, model: Path, native_tests: Path, policy: str, tmp_path: Path) -> dict[str, str | None]:
     """Outcome of every test: None when it passed, else the failure."""
     env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(native_tests / "stock")}
-    ask = subprocess.run([sys.executable, "-c", STOCK, model], env=env, capture_output=True, text=True, check=True, cwd=tmp_path)
+    ask = subprocess.run(
+        [sys.executable, "-c", STOCK, model], env=env, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     tokens, answer = ask.stdout.strip().split("\n")
 
     tests = tmp_path / "tests"

@@ -165,5 +165,15 @@ def test_windows_stay_whole() -> None:
     score = np.zeros((1, 100), dtype=np.float32)
     score[0, 43] = 1.0
     pos = np.arange(100, dtype=np.int32)[None]
-    keep = _native.select(WindowKV(omega=8, alpha=4).native(), [12], [pos], [score])[0][0]
+    keep = _native.select(WindowKV(omega=8, alpha=4, carry=0, suffix=1.0).native(), [12], [pos], [score])[0][0]
     assert np.flatnonzero(keep).tolist() == [*range(40, 48), 96, 97, 98, 99]
+
+
+def test_scores_carry_over_to_what_follows() -> None:
+    """The window behind a strong token beats windows that nobody looks at."""
+    score = np.zeros((1, 100), dtype=np.float32)
+    score[0, 46] = 1.0
+    score[0, 80] = 0.1
+    pos = np.arange(100, dtype=np.int32)[None]
+    keep = _native.select(WindowKV(omega=8, alpha=4, carry=5, suffix=0.25).native(), [20], [pos], [score])[0][0]
+    assert np.flatnonzero(keep).tolist() == [*range(40, 56), 96, 97, 98, 99]

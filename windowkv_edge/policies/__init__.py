@@ -34,7 +34,9 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
     if isinstance(policy, KVPolicy):
         return policy
     if not isinstance(policy, str):
-        raise TypeError(f"kv_policy is {policy!r}, expected None, a name or a KVPolicy object such as WindowKV(omega=8)")
+        raise TypeError(
+            f"kv_policy is {policy!r}, expected None, a name or a KVPolicy object such as WindowKV(omega=8)"
+        )
     if policy not in POLICIES:
         raise ValueError(f"kv_policy is {policy!r}, expected one of {', '.join(POLICIES)}")
     return POLICIES[policy]()

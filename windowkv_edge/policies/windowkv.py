@@ -49,8 +49,8 @@ class WindowKV(KVPolicy):
     alpha: int = 16
     omega_aggregation: int | None = None
     alpha_aggregation: int | None = None
-    suffix: float = 1.0
-    carry: int = 0
+    suffix: float = 0.25
+    carry: int = 5
     localization: Strategy = "average"
     aggregation: Strategy = "average"
     task: Literal["localization", "aggregation", "auto"] = "auto"
@@ -89,8 +89,9 @@ class WindowKV(KVPolicy):
         """The paper's settings (section 4.1) for one of its two models."""
         _one_of("model", model, ("qwen2.5-1.5b", "llama3-8b"))
         common = dict(
-            localization="max", aggregation="average", share="first", scope="layer", budget="arithmetic", lam=14.0
-        )
+            localization="max", aggregation="average", share="first", scope="layer", budget="arithmetic", lam=14.0,
+            suffix=1.0, carry=0,
+        )  # fmt: skip
         if model == "qwen2.5-1.5b":
             return cls(omega=32, alpha=4, alpha_aggregation=16, gamma=7, **common)  # type: ignore[arg-type]
         return cls(omega=8, omega_aggregation=16, alpha=16, alpha_aggregation=32, gamma=8, **common)  # type: ignore[arg-type]
