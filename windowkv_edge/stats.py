@@ -37,3 +37,13 @@ class KVStats:
     n_compactions: int
     t_score_ms: float
     t_compact_ms: float
+
+    def __str__(self) -> str:
+        low, mean, high = self.cells.min(), self.cells.mean(), self.cells.max()
+        spread = f"{high}" if low == high else f"{low} to {high}, {mean:.1f} on average"
+        return (
+            f"{self.policy}: {spread} cells per head for {self.n_past} positions, "
+            f"{self.bytes_live / 2**20:.1f} MiB live ({self.bytes_full / 2**20:.1f} MiB in stock llama.cpp), "
+            f"{self.bytes_peak / 2**20:.1f} MiB at peak, {self.n_compactions} compactions, "
+            f"the last in {self.t_score_ms + self.t_compact_ms:.0f} ms"
+        )

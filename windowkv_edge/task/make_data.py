@@ -23,7 +23,7 @@ __all__ = ["DATA", "Row", "dump", "main", "rows"]
 
 DATA = Path(__file__).parent / "data"
 SEED = 2503
-COPIES = {"*": 6, "": 2}
+COPIES = {"*": 5, "": 1}
 """Renderings of a template: with a leading `*` it is mostly slots."""
 
 LOCAL = "localization"
@@ -204,7 +204,7 @@ def _decorate(rng: random.Random, ask: str, category: str, label: str) -> str:
 
 def _context(rng: random.Random, category: str, passages: dict[str, list[str]]) -> str:
     kind = rng.choice(KINDS[category])
-    count = rng.choices((1, 2, 3), (45, 35, 20))[0]
+    count = rng.choices((1, 2, 3), (55, 30, 15))[0]
     parts = rng.sample(passages[kind], count)
     if category == "multidoc_qa" and kind == "prose":
         mark = rng.choice(("Passage {}:\n{}", "Document {}: {}", "[{}] {}", "Source {}\n{}"))
