@@ -364,17 +364,11 @@ def test_gemma3() -> None:
 # The generator
 
 
-def upstream() -> Path:
-    src = os.environ.get("WINDOWKV_UPSTREAM_SRC")
-    if not src:
-        pytest.skip("WINDOWKV_UPSTREAM_SRC is not set")
-    return Path(src)
-
-
-def test_the_forecast_agrees_with_the_upstream_sources() -> None:
-    generated = gguf_info.classify_upstream(upstream())
+def test_the_forecast_agrees_with_the_upstream_sources(upstream: Path) -> None:
+    source = upstream / "vendor" / "llama.cpp" / "src"
+    generated = gguf_info.classify_upstream(source)
     shipped = json.loads(gguf_info._DATA.read_text(encoding="utf-8"))
-    assert generated == shipped, f"run: python -m windowkv_edge.gguf_info --regenerate {upstream()}"
+    assert generated == shipped, f"run: python -m windowkv_edge.gguf_info --regenerate {source}"
 
 
 def test_every_architecture_of_the_gguf_package_has_a_verdict(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ _WRAPPED = re.compile(r"(?<=[^\n]{40})(?<![.?!:;])\n(?=[^\W\d_A-Z])")
 _PARAGRAPH = re.compile(rf"([{OPEN}{CLOSE}]|\n[ \t]*\n\s*)")
 _SENTENCE = re.compile(r"\n|(?<=[.!?:;])\s")
 _WORD = re.compile(r"[^\W\d_]+|\d+|[?¿]|->|=>|[{}();=]")
-_LABELLED = re.compile(r"^[\s#*\d.)\-]*([^\W\d_][\w ,'()/]{0,30}?)\s*(:|->|=>|→|\|)[ \t]*(.*)$")
+_LABELLED = re.compile(r"^[ \t#*\d.)\-]*([^\W\d_][\w ,'()/]{0,30}?)[ \t]*(?::|->|=>|→|=|\|)[ \t]*\S", re.MULTILINE)
+_UNFILLED = re.compile(r"(?:\w+|(?<=\s)|^)[:=|/>→-]{1,3}$")
 _PROPER = re.compile(r"\s[A-Z][a-z]")
 _IDENTIFIER = re.compile(r"\w_\w|\w\(\)|[a-z][A-Z]|\w\.\w|`")
 _CODE = "{}();=<>[]_&|*"
@@ -170,21 +171,15 @@ def shape(text: str) -> set[str]:
     tail = _MARKER.sub("", text[-TAIL:]).strip()
     end = tail[-240:]
     found: set[str] = set()
-    if sum(map(end.count, _CODE)) > 0.04 * len(end):
+    if sum(map(end.count, _CODE)) > max(6, 0.04 * len(end)):
         found.add("#code asks" if "?" in end else "#code states")
-    if sum(map(head.count, _CODE)) > 0.04 * len(head):
+    if sum(map(head.count, _CODE)) > max(6, 0.04 * len(head)):
         found.add("#code head")
-    lines = [line for line in tail.split("\n") if line.strip()]
-    labelled = [match for match in map(_LABELLED.match, lines) if match]
-    filled = Counter(_key(match) for match in labelled if match[3])
-    if labelled and not labelled[-1][3] and labelled[-1][0] == lines[-1] and filled[_key(labelled[-1])]:
-        found.add("#open label repeats")
-        if filled[_key(labelled[-1])] > 1:
-            found.add("#open label repeats often")
-    if filled and max(filled.values()) >= 3:
+    labelled = Counter(match[1].lower() for match in _LABELLED.finditer(tail))
+    if labelled and max(labelled.values()) >= 3:
         found.add("#labels repeat")
+    last = _UNFILLED.search(tail)
+    if last:
+        filled = len(re.findall(rf"(?<!\w){re.escape(last[0].strip())}[ \t]*[^\s]", tail))
+        found.update(f"#filled {count}" for count in (1, 2, 3) if filled >= count)
     return found
-
-
-def _key(match: re.Match[str]) -> str:
-    return match[1].lower() if match[2] == ":" else match[2]

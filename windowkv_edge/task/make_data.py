@@ -153,9 +153,9 @@ def _fill(rng: random.Random, template: str, slots: dict[str, list[str]]) -> str
 
 def _frame(rng: random.Random, ask: str, slots: dict[str, list[str]]) -> str:
     """Put neutral sentences, the same for both labels, before and after some instructions."""
-    if rng.random() < 0.22:
+    if rng.random() < 0.15:
         ask = _fill(rng, "{preamble} ", slots) + ask
-    if rng.random() < 0.18:
+    if rng.random() < 0.12:
         ask += _fill(rng, " {postscript}", slots)
     return ask
 
@@ -185,19 +185,14 @@ def _prompt(rng: random.Random, ask: str, category: str, label: str, passages: d
 
 def _decorate(rng: random.Random, ask: str, category: str, label: str) -> str:
     roll = rng.random()
-    if label == LOCAL:
-        if roll < 0.32:
-            return rng.choice(QUESTION).format(ask)
-        if roll < 0.38:
-            return f"Question: {ask}\nAnswer: {rng.choice(LEADS)}"
-        if roll < 0.48:
-            return rng.choice(REQUEST).format(ask)
-        return ask
-    if roll < 0.12:
+    question = ask.rstrip().endswith("?")
+    if roll < (0.03, 0.06, 0.1, 0.4)[2 * (label == LOCAL) + question]:
         return rng.choice(QUESTION).format(ask)
-    if roll < 0.28:
-        return rng.choice(REQUEST).format(ask)
-    if roll < 0.42 and category in CUES:
+    if label == LOCAL and question and roll < 0.46:
+        return f"Question: {ask}\nAnswer: {rng.choice(LEADS)}"
+    if roll < 0.55:
+        return rng.choice(REQUEST).format(ask) if roll > 0.45 else ask
+    if roll < 0.68 and category in CUES:
         return f"{ask}\n\n{rng.choice(CUES[category])}"
     return ask
 
