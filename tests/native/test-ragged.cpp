@@ -283,6 +283,24 @@ static void test_sequence_rules(llama_model * model) {
     CHECK(llama_memory_seq_rm(mem, 0, 0, -1));
 }
 
+static void test_trimmed_queries_are_forgotten(llama_model * model) {
+    auto ctx = make(model, 8);
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0); // the ring holds 292 to 299
+    CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 295, -1));
+    CHECK(decode(ctx.get(), prompt(2, 3), 295) == 0);
+
+    std::vector<float> queries(8*256);
+    std::vector<int32_t> pos(8, -1);
+    CHECK(wkv_get_queries(ctx.get(), 0, 0, queries.data(), pos.data(), queries.size()) > 0);
+    CHECK((pos == std::vector<int32_t>{ 292, 293, 294, 295, 296, -1, -1, -1 }));
+
+    // fewer observed than asked for: the mean is over those that are left
+    std::vector<float> scores(4096);
+    const int64_t n = wkv_get_scores(ctx.get(), 0, 8, scores.data(), scores.size());
+    CHECK(n == int64_t(stats(ctx.get()).n_head_kv)*297);
+    CHECK(std::fabs(std::accumulate(scores.begin(), scores.begin() + 297, 0.0f) - 1.0f) < 1e-3f);
+}
+
 static void test_batches_that_do_not_fit(llama_model * model) {
     auto ctx = make(model, 8);
     CHECK(decode(ctx.get(), prompt(10), 0) == 0);
@@ -447,6 +465,7 @@ int main(int argc, char ** argv) {
     test_compaction_moves_the_right_rows(model, windowkv());
     test_compaction_moves_the_right_rows(model, pyramidkv());
     test_sequence_rules(model);
+    test_trimmed_queries_are_forgotten(model);
     test_batches_that_do_not_fit(model);
     test_aborted_ubatch_leaves_no_trace(model);
     test_snapshot(model);

@@ -13,6 +13,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
 
 __all__ = ["CLOSE", "HEAD", "OPEN", "TAIL", "Segment", "gate_features", "label_features", "segments", "shape"]
 
@@ -21,6 +23,9 @@ HEAD = 400
 
 TAIL = 800
 """Characters read from the end of a prompt."""
+
+LEXICON = Path(__file__).parent / "data" / "lexicon.txt"
+"""Groups of words that mean much the same for the task, so that a rare verb counts like its common sisters."""
 
 OPEN, CLOSE = "\ue000", "\ue001"
 """Private-use characters around the context of a training prompt; anywhere else they only end a segment."""
@@ -119,6 +124,7 @@ def gate_features(segment: Segment) -> set[str]:
     for pair in (last, place), (last, place_end), (last, part), (last, part_end), (size, part), (size, part_end), (part, part_end):
         found.add("+".join(pair))
     found.update("^" + " ".join(words[:count]) for count in (1, 2, 3))
+    found.update("^@" + group for group in groups(words[0]))
     return found | _traits(segment.text)
 
 
@@ -131,6 +137,7 @@ def label_features(parts: Iterable[Segment], gates: Iterable[float]) -> dict[str
     pairs = list(zip(parts, gates))
     top = max((gate for _, gate in pairs), default=0.0)
     found: dict[str, float] = {"#gate": top}
+    vocabulary: dict[str, float] = {}
     for segment, gate in pairs:
         weight = (gate / max(top, 0.3)) ** 2
         if weight < 0.05:
@@ -138,9 +145,36 @@ def label_features(parts: Iterable[Segment], gates: Iterable[float]) -> dict[str
         names = _ngrams(segment.words) | _traits(segment.text)
         if segment.text[-1] in "?:":
             names.add("#ends" + segment.text[-1])
+        names.update(["^@" + group for group in groups(segment.words[0])])
         for name in names:
             if found.get(name, 0.0) < weight:
                 found[name] = weight
+        for word in segment.words:
+            if vocabulary.get(word, 0.0) < weight:
+                vocabulary[word] = weight
+    for word, weight in vocabulary.items():
+        for group in groups(word):
+            name, many = "@" + group, "@@" + group
+            found[name] = max(found.get(name, 0.0), weight)
+            found[many] = min(found.get(many, 0.0) + weight / 3, 1.0)
+    return found
+
+
+@lru_cache(maxsize=1 << 16)
+def groups(word: str) -> frozenset[str]:
+    """Return the groups of `data/lexicon.txt` that list the lower-case `word` or, with a `*`, its beginning."""
+    lexicon = _lexicon()
+    keys = [word] + [word[:length] + "*" for length in range(3, len(word) + 1)]
+    return frozenset().union(*(lexicon[key] for key in keys if key in lexicon))
+
+
+@cache
+def _lexicon() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for line in LEXICON.read_text(encoding="utf-8").splitlines():
+        group, words = line.split(": ")
+        for word in words.split():
+            found.setdefault(word, set()).add(group)
     return found
 
 

@@ -94,7 +94,7 @@ def rows(seed: int = SEED) -> list[Row]:
             made.append(_row(_wrap(rng, _few_shot(rng, shots), 0.15), "aggregation", "few_shot", group))
         group += 1
     for code in passages["code"]:
-        for _ in range(3):
+        for _ in range(12):
             made.append(_row(_cut_code(rng, code, passages["code"]), "aggregation", "code", group))
         group += 1
     unique = {row.text: row for row in made}
@@ -263,12 +263,13 @@ def _few_shot(rng: random.Random, shots: str) -> str:
 
 
 def _cut_code(rng: random.Random, code: str, others: list[str]) -> str:
-    """Return code that breaks off somewhere in its second half, as a completion prompt does."""
-    lines = code.split("\n")
-    stop = rng.randint(len(lines) // 2, len(lines))
-    text = "\n".join(lines[:stop])
+    """Return code that begins and breaks off anywhere, as a completion prompt does."""
+    text = code[: rng.randint(len(code) // 2, len(code))] if rng.random() < 0.6 else code
     if rng.random() < 0.6:
-        text = rng.choice(others) + "\n\n" + text
+        before = "\n\n".join(rng.sample(others, rng.randint(1, 3)))
+        text = f"{before[rng.randint(0, len(before) // 2):]}\n\n{text}"
+    elif rng.random() < 0.4:
+        text = text[rng.randint(0, len(text) // 2) :]
     return OPEN + text + CLOSE + rng.choice(("", "\n", "\n    "))
 
 
