@@ -77,9 +77,6 @@ class Context:
     def __init__(self, ctx: Any) -> None:
         self._ctx = ffi.cast("struct llama_context *", ctypes.cast(ctx, ctypes.c_void_p).value or 0)
 
-    def ready(self) -> None:
-        check(lib.wkv_ready(self._ctx))
-
     def reserve(self, n_tokens: int) -> None:
         check(lib.wkv_reserve(self._ctx, n_tokens))
 

@@ -56,7 +56,9 @@ class Llama(llama_cpp.Llama):
         kv_min_prompt: int = DEFAULT_MIN_PROMPT,
         **kwargs: Any,
     ) -> None:
-        self._stack = ExitStack()  # close() and __del__ need it even if the arguments are refused
+        # close() and __del__ need these even if the arguments are refused
+        self._stack = ExitStack()
+        self._kv: _native.Context | None = None
 
         if kv_policy is None and kv_budget is not None:
             raise ValueError(
@@ -68,8 +70,6 @@ class Llama(llama_cpp.Llama):
         self._kv_policy = None if kv_policy is None else get_policy(kv_policy)
         self._kv_budget = check_budget(DEFAULT_BUDGET if kv_budget is None else kv_budget)
         self._kv_min_prompt = kv_min_prompt
-        self._kv: _native.Context | None = None
-        self._kv_boundary = 0
         self._kv_generating = 0
         self._kv_prompt_next = False
 
@@ -146,15 +146,13 @@ class Llama(llama_cpp.Llama):
         assert self._kv_policy is not None
         budget = self._kv_budget if kv_budget is None else check_budget(kv_budget)
         self._sync_positions()
-        before = kv.stats().n_compactions
         kv.compact(_native.policy_struct(self._kv_policy.native(self._task())), n_cells(budget, self.n_tokens))
-        stats = kv.stats()
-        if stats.n_compactions != before:
-            self._kv_boundary = stats.n_boundary
         return self.kv_stats()
 
     def kv_stats(self) -> KVStats:
         """Cells, bytes and times of the cache now."""
+        if self._ctx.ctx is None:
+            raise UnsupportedCallError("kv_stats() needs an open session, this one was closed")
         stats = _native.Context(self._ctx.ctx).stats()
         if self._kv is not None:
             cells = self._kv.cells()
@@ -233,6 +231,11 @@ class Llama(llama_cpp.Llama):
         if self._kv is not None:
             self._clear()
 
+    def close(self) -> None:
+        """Free the model and its cache; calling it again does nothing."""
+        self._kv = None
+        super().close()
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         if self._kv_policy is not None:
@@ -260,17 +263,15 @@ class Llama(llama_cpp.Llama):
         self._ctx.kv_cache_seq_rm(-1, 0, -1)
         self.n_tokens = 0
         self._requires_eval = True
-        self._kv_boundary = 0
 
     def _sync_positions(self) -> None:
         """Bring the native cache to ``n_tokens`` positions, as ``eval`` does before every decode."""
         if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+            boundary = _native.Context(self._ctx.ctx).stats().n_boundary
             raise UnsupportedCallError(
-                f"n_tokens was set to {self.n_tokens}, but positions below {self._kv_boundary} were compacted and "
+                f"n_tokens was set to {self.n_tokens}, but positions below {boundary} were compacted and "
                 "cannot be removed one by one; call reset() and evaluate the prompt again"
             )
-        if self.n_tokens == 0:
-            self._kv_boundary = 0
 
     def _is_due(self) -> bool:
         if isinstance(self._kv_budget, int):

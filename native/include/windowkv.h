@@ -103,7 +103,8 @@ WKV_API const char * wkv_last_error(void);
 // --- creation
 
 // The next llama_context created on this thread gets a ragged KV cache with an observation ring of n_window
-// rows (> 0). Consumed by that context, whether its creation succeeds or not.
+// rows (> 0). Parameter errors can stop the creation before the request is consumed, so call wkv_pending_clear()
+// afterwards in any case.
 WKV_API int  wkv_pending_set(int32_t n_window);
 WKV_API void wkv_pending_clear(void);
 

@@ -87,6 +87,7 @@ static void check_model(const llama_model & model) {
     if (hparams.f_max_alibi_bias > 0.0f)             { no("ALiBi positions"); }
     if (hparams.n_pos_per_embd() > 1)                { no("M-RoPE positions"); }
     if (!hparams.causal_attn)                        { no("non-causal attention"); }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) { no("tensors split over devices"); }
     if (hparams.router_layer >= 0)                   { no("a router layer"); }
     if (model.arch == LLM_ARCH_GROK)                 { no("a tanh of its own on the attention logits"); }
 
@@ -147,7 +148,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
     GGML_ASSERT(n_window > 0);
 
     init_layers(params);
-    alloc_ring();
+    alloc_ring(n_window);
 }
 
 static bool attn_supported(const llama_kv_ragged_layer & layer) {
@@ -206,47 +207,55 @@ void llama_kv_cache_ragged::init_layers(const llama_memory_params & params) {
     }
 }
 
-void llama_kv_cache_ragged::alloc_ring() {
+void llama_kv_cache_ragged::alloc_ring(uint32_t n) {
     const ggml_init_params params = {
         /*.mem_size   =*/ layers.size()*ggml_tensor_overhead(),
         /*.mem_buffer =*/ nullptr,
         /*.no_alloc   =*/ true,
     };
 
-    for (auto & buf : ring_bufs) {
-        meter.add(-(int64_t) ggml_backend_buffer_get_size(buf.get()));
-    }
-    ring_bufs.clear();
-    ring_ctx.reset(ggml_init(params));
-    ring_pos.assign(n_window, -1);
+    ggml_context_ptr ctx { ggml_init(params) };
 
-    for (auto & layer : layers) {
-        layer.ring = ggml_new_tensor_3d(ring_ctx.get(), GGML_TYPE_F16, layer.n_embd_head_k, n_window, layer.n_head);
-        ggml_format_name(layer.ring, "ragged_ring_l%u", layer.il);
+    std::vector<ggml_tensor *> rings;
+    for (const auto & layer : layers) {
+        rings.push_back(ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, layer.n_embd_head_k, n, layer.n_head));
+        ggml_format_name(rings.back(), "ragged_ring_l%u", layer.il);
     }
 
+    std::vector<ggml_backend_buffer_ptr> bufs;
     for (const auto & [buft, _] : bufs_reserve) {
         size_t size = 0;
-        for (const auto & layer : layers) {
-            size += layer.buft == buft ? GGML_PAD(ggml_nbytes(layer.ring), ggml_backend_buft_get_alignment(buft)) : 0;
+        for (size_t i = 0; i < layers.size(); ++i) {
+            size += layers[i].buft == buft ? GGML_PAD(ggml_backend_buft_get_alloc_size(buft, rings[i]), ggml_backend_buft_get_alignment(buft)) : 0;
         }
 
-        ring_bufs.emplace_back(ggml_backend_buft_alloc_buffer(buft, size));
-        ggml_backend_buffer_t buf = ring_bufs.back().get();
-        if (!buf) {
-            refuse(format("no memory for an observation ring of %zu bytes", size));
+        bufs.emplace_back(ggml_backend_buft_alloc_buffer(buft, size));
+        if (!bufs.back()) {
+            refuse(format("no memory for an observation ring of %u rows (%zu bytes)", n, size));
         }
-        ggml_backend_buffer_clear(buf, 0);
-        meter.add(ggml_backend_buffer_get_size(buf));
+        ggml_backend_buffer_clear(bufs.back().get(), 0);
 
-        ggml_tallocr alloc = ggml_tallocr_new(buf);
-        for (auto & layer : layers) {
-            if (layer.buft == buft) {
-                ggml_tallocr_alloc(&alloc, layer.ring);
+        ggml_tallocr alloc = ggml_tallocr_new(bufs.back().get());
+        for (size_t i = 0; i < layers.size(); ++i) {
+            if (layers[i].buft == buft) {
+                ggml_tallocr_alloc(&alloc, rings[i]);
             }
         }
     }
 
+    for (const auto & buf : ring_bufs) {
+        meter.add(-(int64_t) ggml_backend_buffer_get_size(buf.get()));
+    }
+    for (const auto & buf : bufs) {
+        meter.add(ggml_backend_buffer_get_size(buf.get()));
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+        layers[i].ring = rings[i];
+    }
+    ring_bufs = std::move(bufs);
+    ring_ctx  = std::move(ctx);
+    n_window  = n;
+    ring_pos.assign(n_window, -1);
     epoch++;
 }
 
@@ -299,13 +308,13 @@ bool llama_kv_cache_ragged::ensure(int64_t n_tokens, bool exact) {
 
         // a prompt that arrives in pieces doubles its pool in six steps, a compressed cache stays within 2 %
         const int64_t slack = exact ? 0 : boundary == 0 ? need/8 : need/64;
-        const int64_t cap   = GGML_PAD(std::min<int64_t>(need + slack, std::max<int64_t>(need, get_size())), boundary == 0 ? 256 : 32);
+        const int64_t cap   = GGML_PAD(std::min<int64_t>(need + slack, std::max<int64_t>(need, get_size())), boundary == 0 ? 256 : layer.n_pad);
 
         if (!synced) {
             synchronize();
             synced = true;
         }
-        if (!layer.grow(cap, n_read(layer, cap), len, &meter)) {
+        if (!layer.grow(cap, len, &meter)) {
             LLAMA_LOG_ERROR("%s: no memory for %" PRId64 " cells per head in layer %u\n", __func__, cap, layer.il);
             return false;
         }
@@ -326,13 +335,11 @@ bool llama_kv_cache_ragged::reserve(int64_t n_tokens) {
     return ensure(std::min<int64_t>(n_tokens, get_size() - n_pos), /*exact =*/ true);
 }
 
-bool llama_kv_cache_ragged::set_window(uint32_t n) {
+void llama_kv_cache_ragged::set_window(uint32_t n) {
     if (n != n_window) {
         synchronize();
-        n_window = n;
-        alloc_ring();
+        alloc_ring(n);
     }
-    return true;
 }
 
 //
@@ -347,7 +354,7 @@ bool llama_kv_cache_ragged::snapshot_save() {
         const int64_t len = n_cells(layer);
         const int64_t cap = std::max<int64_t>(1, len);
 
-        res->pools.push_back(layer.copy_pool(layer.pool, cap, cap, len, &meter));
+        res->pools.push_back(layer.copy_pool(layer.pool, cap, len, &meter));
         if (res->pools.back().empty()) {
             return false;
         }
@@ -370,18 +377,22 @@ bool llama_kv_cache_ragged::snapshot_restore() {
     }
     synchronize();
 
+    // nothing changes until all copies exist
+    std::vector<llama_kv_ragged_pool> pools;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const int64_t len = snapshot->kept[i][0].size() + (snapshot->n_pos - snapshot->bounds[i]);
+        const int64_t pad = snapshot->boundary == 0 ? 256 : layers[i].n_pad;
+
+        pools.push_back(layers[i].copy_pool(snapshot->pools[i], GGML_PAD(len + 32, pad), len, &meter));
+        if (pools.back().empty()) {
+            return false;
+        }
+    }
+
     for (size_t i = 0; i < layers.size(); ++i) {
         auto & layer = layers[i];
 
-        const int64_t len = snapshot->kept[i][0].size() + (snapshot->n_pos - snapshot->bounds[i]);
-        const int64_t pad = snapshot->boundary == 0 ? 256 : layer.n_pad;
-        const int64_t cap = GGML_PAD(len + 32, pad);
-
-        llama_kv_ragged_pool pool = layer.copy_pool(snapshot->pools[i], cap, cap, len, &meter);
-        if (pool.empty()) {
-            return false;
-        }
-        layer.pool     = std::move(pool);
+        layer.pool     = std::move(pools[i]);
         layer.kept     = snapshot->kept[i];
         layer.boundary = snapshot->bounds[i];
         ggml_backend_tensor_set(layer.ring, snapshot->rings[i].data(), 0, snapshot->rings[i].size());

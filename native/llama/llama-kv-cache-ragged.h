@@ -69,9 +69,11 @@ public:
     // room for n_tokens more positions without slack
     bool reserve(int64_t n_tokens);
 
-    bool set_window(uint32_t n_window);
+    // throws std::runtime_error and changes nothing if memory runs out
+    void set_window(uint32_t n_window);
 
-    // score, select, gather; returns the number of cells released, throws std::runtime_error
+    // score, select, gather; returns the number of cells released
+    // throws std::invalid_argument before anything changed, std::runtime_error if a graph fails or memory runs out
     int64_t compact(llama_context * lctx, const wkv_policy & policy, int64_t n_cells);
 
     // keep a copy of the cache, go back to it any number of times, give it up
@@ -143,7 +145,7 @@ private:
     double  t_gather_ms    = 0.0;
 
     void init_layers(const llama_memory_params & params);
-    void alloc_ring();
+    void alloc_ring(uint32_t n);
     void synchronize() const;
 
     // cells that attention reads of a layer with len cells per head

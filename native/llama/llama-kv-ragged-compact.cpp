@@ -63,6 +63,13 @@ public:
     }
 
     void alloc() {
+        // there is no scheduler to fall back to another backend
+        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+            if (!ggml_backend_supports_op(backend, ggml_graph_node(gf, i))) {
+                fail(format("kv_policy: %s cannot compute %s, load the model with n_gpu_layers=0 or without a policy",
+                            ggml_backend_name(backend), ggml_op_name(ggml_graph_node(gf, i)->op)));
+            }
+        }
         if (!ggml_gallocr_alloc_graph(galloc.get(), gf)) {
             fail("kv_policy: no memory for the compaction graph");
         }
@@ -111,10 +118,15 @@ std::vector<float> llama_kv_cache_ragged::score(llama_context * lctx, const llam
 
     ggml_tensor * weights = graph.input(GGML_TYPE_F32, n_window*n_gqa);
 
+    // before the first compaction all heads hold the same positions
+    const int64_t n_masks = layer.kept[0].empty() ? 1 : n_head_kv;
+
     std::vector<ggml_tensor *> masks;
     std::vector<ggml_tensor *> sums;
     for (int64_t ih = 0; ih < n_head_kv; ++ih) {
-        masks.push_back(graph.input(GGML_TYPE_F32, n, n_window));
+        if (ih < n_masks) {
+            masks.push_back(graph.input(GGML_TYPE_F32, n, n_window));
+        }
 
         ggml_tensor * k = ggml_view_2d(ctx, layer.pool.k, layer.n_embd_head_k, n, layer.pool.k->nb[1], ih*layer.pool.cap*layer.pool.k->nb[1]);
         ggml_tensor * q = ggml_view_2d(ctx, layer.ring, layer.n_embd_head_k, n_window*n_gqa, layer.ring->nb[1], ih*n_gqa*layer.ring->nb[2]);
@@ -143,12 +155,14 @@ std::vector<float> llama_kv_cache_ragged::score(llama_context * lctx, const llam
     }
     ggml_backend_tensor_set(weights, data.data(), 0, ggml_nbytes(weights));
 
-    // an observed query sees the cells up to its own position; rows that are not observed weigh nothing
+    // an observed query sees the cells up to its own position; rows that are not observed weigh nothing, and a query
+    // older than every cell that is left sees all of them, which prefers none
     data.resize(n*n_window);
-    for (int64_t ih = 0; ih < n_head_kv; ++ih) {
+    for (int64_t ih = 0; ih < n_masks; ++ih) {
         const auto pos = positions(layer, ih);
         for (uint32_t i = 0; i < n_window; ++i) {
-            const int64_t n_seen = observed[i] ? std::upper_bound(pos.begin(), pos.end(), ring_pos[i]) - pos.begin() : n;
+            const int64_t n_older = std::upper_bound(pos.begin(), pos.end(), ring_pos[i]) - pos.begin();
+            const int64_t n_seen  = observed[i] && n_older > 0 ? n_older : n;
 
             std::fill_n(data.begin() + i*n,          n_seen,     0.0f);
             std::fill_n(data.begin() + i*n + n_seen, n - n_seen, -INFINITY);
@@ -174,9 +188,9 @@ static ggml_tensor * alias_i32(ggml_context * ctx, ggml_tensor * pool) {
 
 void llama_kv_cache_ragged::gather(llama_context * lctx, llama_kv_ragged_layer & layer, const uint8_t * keep, int64_t n_keep) {
     const int64_t n   = n_cells(layer);
-    const int64_t cap = GGML_PAD(n_keep + 1 + n_keep/64, 32);
+    const int64_t cap = GGML_PAD(n_keep + 1 + n_keep/64, layer.n_pad);
 
-    llama_kv_ragged_pool next = layer.make_pool(cap, GGML_PAD(cap, layer.n_pad), &meter);
+    llama_kv_ragged_pool next = layer.make_pool(cap, &meter);
     if (next.empty()) {
         fail(format("kv_policy: no memory for %" PRId64 " cells per head in layer %u", cap, layer.il));
     }
@@ -218,13 +232,13 @@ void llama_kv_cache_ragged::gather(llama_context * lctx, llama_kv_ragged_layer &
 int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & policy, int64_t n_cells_mean) {
     const std::string error = wkv::policy_error(policy);
     if (!error.empty()) {
-        fail("policy: " + error);
+        throw std::invalid_argument("policy: " + error);
     }
     if (n_cells_mean < 1) {
-        fail(format("budget is %" PRId64 " cells per head, expected at least 1", n_cells_mean));
+        throw std::invalid_argument(format("budget is %" PRId64 " cells per head, expected at least 1", n_cells_mean));
     }
     if (policy.kind != WKV_KIND_FULL && policy.alpha > (int32_t) n_window) {
-        fail(format("the policy observes %d tokens but the ring holds %u, call wkv_set_window first", policy.alpha, n_window));
+        throw std::invalid_argument(format("the policy observes %d tokens but the ring holds %u, call wkv_set_window first", policy.alpha, n_window));
     }
 
     const int32_t n_head_kv = layers[0].n_head_kv;
@@ -241,7 +255,6 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
         return 0;
     }
 
-    synchronize();
     lctx->synchronize();
 
     // score

@@ -54,8 +54,8 @@ int64_t llama_kv_ragged_layer::cell_bytes() const {
     return ggml_row_size(type_k, n_embd_head_k) + ggml_row_size(type_v, n_embd_head_v);
 }
 
-llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(int64_t cap, int64_t n_read, llama_kv_ragged_meter * meter) const {
-    const int64_t n_rows = n_head_kv*cap + std::max<int64_t>(0, n_read - cap);
+llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(int64_t cap, llama_kv_ragged_meter * meter) const {
+    const int64_t n_rows = n_head_kv*cap;
 
     const ggml_init_params params = {
         /*.mem_size   =*/ 2*ggml_tensor_overhead(),
@@ -102,8 +102,8 @@ static void copy_rows(ggml_tensor * src, ggml_tensor * dst, int64_t i_src, int64
 }
 
 llama_kv_ragged_pool llama_kv_ragged_layer::copy_pool(
-        const llama_kv_ragged_pool & src, int64_t cap, int64_t n_read, int64_t len, llama_kv_ragged_meter * meter) const {
-    llama_kv_ragged_pool res = make_pool(cap, n_read, meter);
+        const llama_kv_ragged_pool & src, int64_t cap, int64_t len, llama_kv_ragged_meter * meter) const {
+    llama_kv_ragged_pool res = make_pool(cap, meter);
     if (res.empty() || len == 0) {
         return res;
     }
@@ -115,8 +115,8 @@ llama_kv_ragged_pool llama_kv_ragged_layer::copy_pool(
     return res;
 }
 
-bool llama_kv_ragged_layer::grow(int64_t cap, int64_t n_read, int64_t len, llama_kv_ragged_meter * meter) {
-    llama_kv_ragged_pool next = copy_pool(pool, cap, n_read, len, meter);
+bool llama_kv_ragged_layer::grow(int64_t cap, int64_t len, llama_kv_ragged_meter * meter) {
+    llama_kv_ragged_pool next = copy_pool(pool, cap, len, meter);
     if (next.empty()) {
         return false;
     }

@@ -20,7 +20,7 @@ void llama_kv_ragged_trim();
 
 // K and V of all kv heads of a layer
 //   k [n_embd_head_k, n_rows], v [n_embd_head_v, n_rows]: one row = one head's cell
-//   head ih owns the rows [ih*cap, (ih + 1)*cap); the rows behind the last head pad reads past its end
+//   head ih owns the rows [ih*cap, (ih + 1)*cap)
 struct llama_kv_ragged_pool {
     ggml_context_ptr        ctx;
     ggml_backend_buffer_ptr buf;
@@ -56,7 +56,7 @@ struct llama_kv_ragged_layer {
     ggml_backend_dev_t         dev;
     ggml_backend_buffer_type_t buft;
 
-    // read length of attention is padded to this many cells once the cache was compacted
+    // read length of attention and capacity are padded to this many cells once the cache was compacted
     int64_t n_pad;
 
     // set when the attention of this layer was built for the first time
@@ -75,13 +75,12 @@ struct llama_kv_ragged_layer {
 
     int64_t cell_bytes() const; // K and V of one head's cell
 
-    // a pool of cap cells per head that attention may read up to n_read cells of any head; zeroed
-    // returns an empty pool if memory runs out
-    llama_kv_ragged_pool make_pool(int64_t cap, int64_t n_read, llama_kv_ragged_meter * meter) const;
+    // a zeroed pool of cap cells per head; empty if memory runs out
+    llama_kv_ragged_pool make_pool(int64_t cap, llama_kv_ragged_meter * meter) const;
 
     // a pool of cap cells per head with the first len cells of every head of src; empty if memory runs out
-    llama_kv_ragged_pool copy_pool(const llama_kv_ragged_pool & src, int64_t cap, int64_t n_read, int64_t len, llama_kv_ragged_meter * meter) const;
+    llama_kv_ragged_pool copy_pool(const llama_kv_ragged_pool & src, int64_t cap, int64_t len, llama_kv_ragged_meter * meter) const;
 
     // replace the pool by a larger one that holds the first len cells of every head; false if memory runs out
-    bool grow(int64_t cap, int64_t n_read, int64_t len, llama_kv_ragged_meter * meter);
+    bool grow(int64_t cap, int64_t len, llama_kv_ragged_meter * meter);
 };

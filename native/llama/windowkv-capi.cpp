@@ -25,7 +25,19 @@ static int fail(int status, const std::string & msg) {
     return status;
 }
 
-// runs fn on the ragged cache of ctx; exceptions become status codes
+// no exception leaves the C interface
+template <typename F>
+static int64_t guard(F fn) {
+    try {
+        return fn();
+    } catch (const std::invalid_argument & err) {
+        return fail(WKV_ERR_ARGUMENT, err.what());
+    } catch (const std::exception & err) {
+        return fail(WKV_ERR_COMPUTE, err.what());
+    }
+}
+
+// runs fn on the ragged cache of ctx
 template <typename F>
 static int64_t with_cache(llama_context * ctx, F fn) {
     if (!ctx) {
@@ -35,30 +47,26 @@ static int64_t with_cache(llama_context * ctx, F fn) {
     if (!kv) {
         return fail(WKV_ERR_NO_POLICY, "this context was created without a KV policy: call wkv_pending_set before creating it");
     }
-    try {
-        return fn(*kv);
-    } catch (const std::exception & err) {
-        return fail(WKV_ERR_COMPUTE, err.what());
-    }
+    return guard([&] { return fn(*kv); });
 }
 
 static const llama_kv_ragged_layer & get_layer(const llama_kv_cache_ragged & kv, int32_t layer) {
     const auto & layers = kv.get_layers();
     if (layer < 0 || layer >= (int32_t) layers.size()) {
-        throw std::runtime_error(format("layer is %d, expected 0 to %zu", layer, layers.size() - 1));
+        throw std::invalid_argument(format("layer is %d, expected 0 to %zu", layer, layers.size() - 1));
     }
     return layers[layer];
 }
 
 static void check_head(int32_t head, int64_t n) {
     if (head < 0 || head >= n) {
-        throw std::runtime_error(format("head is %d, expected 0 to %" PRId64, head, n - 1));
+        throw std::invalid_argument(format("head is %d, expected 0 to %" PRId64, head, n - 1));
     }
 }
 
 static void check_room(size_t have, size_t need) {
     if (have < need) {
-        throw std::runtime_error(format("the buffer holds %zu elements, expected at least %zu", have, need));
+        throw std::invalid_argument(format("the buffer holds %zu elements, expected at least %zu", have, need));
     }
 }
 
@@ -275,9 +283,11 @@ int wkv_budgets(const struct wkv_policy * policy, const struct wkv_shapes * shap
         return fail(WKV_ERR_ARGUMENT, format("n_cells is %" PRId64 ", expected at least 1", n_cells));
     }
 
-    const auto res = wkv::budgets(*policy, *shapes, n_cells);
-    std::copy(res.begin(), res.end(), budgets);
-    return WKV_OK;
+    return guard([&] {
+        const auto res = wkv::budgets(*policy, *shapes, n_cells);
+        std::copy(res.begin(), res.end(), budgets);
+        return WKV_OK;
+    });
 }
 
 int wkv_select(const struct wkv_policy * policy, const struct wkv_shapes * shapes, const int32_t * budgets,
@@ -287,7 +297,9 @@ int wkv_select(const struct wkv_policy * policy, const struct wkv_shapes * shape
         return status;
     }
 
-    wkv::selection sel(*policy, *shapes, budgets, positions, scores, keep);
-    const std::string refused = wkv::select(sel);
-    return refused.empty() ? WKV_OK : fail(WKV_ERR_UNSUPPORTED, refused);
+    return guard([&] {
+        wkv::selection sel(*policy, *shapes, budgets, positions, scores, keep);
+        const std::string refused = wkv::select(sel);
+        return refused.empty() ? WKV_OK : fail(WKV_ERR_UNSUPPORTED, refused);
+    });
 }

@@ -99,6 +99,8 @@ static std::vector<int64_t> want_windowkv(const wkv_policy & policy, int64_t n_l
 std::vector<int32_t> budgets(const wkv_policy & policy, const wkv_shapes & shapes, int64_t n_cells) {
     const int64_t n_layer = shapes.n_layer;
 
+    n_cells = std::min<int64_t>(n_cells, INT32_MAX); // no head holds more
+
     std::vector<int64_t> hi(shapes.cells, shapes.cells + n_layer);
     std::vector<int64_t> res;
 

@@ -6,6 +6,7 @@
 #include "windowkv.h"
 
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -301,6 +302,21 @@ static void test_trimmed_queries_are_forgotten(llama_model * model) {
     CHECK(std::fabs(std::accumulate(scores.begin(), scores.begin() + 297, 0.0f) - 1.0f) < 1e-3f);
 }
 
+static void test_queries_older_than_every_cell(llama_model * model) {
+    auto ctx = make(model, 16);
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+    auto policy = windowkv();
+    CHECK(wkv_compact(ctx.get(), &policy, 4) > 0); // the last four stay, the ring still holds sixteen
+    CHECK(decode(ctx.get(), prompt(2, 3), 300) == 0);
+
+    std::vector<float> scores(64);
+    const int64_t n = wkv_get_scores(ctx.get(), 0, 16, scores.data(), scores.size());
+    CHECK(n == int64_t(stats(ctx.get()).n_head_kv)*6);
+    for (int64_t i = 0; i < n; ++i) {
+        CHECK(std::isfinite(scores[i]));
+    }
+}
+
 static void test_batches_that_do_not_fit(llama_model * model) {
     auto ctx = make(model, 8);
     CHECK(decode(ctx.get(), prompt(10), 0) == 0);
@@ -390,19 +406,19 @@ static void test_refusals(llama_model * model) {
     CHECK(decode(ctx.get(), prompt(100), 0) == 0);
 
     auto policy = windowkv();
-    CHECK(wkv_compact(ctx.get(), &policy, 0) == WKV_ERR_COMPUTE);
+    CHECK(wkv_compact(ctx.get(), &policy, 0) == WKV_ERR_ARGUMENT);
     CHECK(last_error_has("expected at least 1"));
     CHECK(wkv_compact(ctx.get(), nullptr, 10) == WKV_ERR_ARGUMENT);
     policy.alpha = policy.suffix = 9;
-    CHECK(wkv_compact(ctx.get(), &policy, 10) == WKV_ERR_COMPUTE);
+    CHECK(wkv_compact(ctx.get(), &policy, 10) == WKV_ERR_ARGUMENT);
     CHECK(last_error_has("the ring holds 8"));
     policy.omega = 0;
-    CHECK(wkv_compact(ctx.get(), &policy, 10) == WKV_ERR_COMPUTE);
+    CHECK(wkv_compact(ctx.get(), &policy, 10) == WKV_ERR_ARGUMENT);
     CHECK(stats(ctx.get()).n_compactions == 0);
 
     int32_t pos[4];
     float   out[4];
-    CHECK(wkv_get_positions(ctx.get(), 99, 0, pos, 4) < 0);
+    CHECK(wkv_get_positions(ctx.get(), 99, 0, pos, 4) == WKV_ERR_ARGUMENT);
     CHECK(wkv_get_positions(ctx.get(), 0, 99, pos, 4) < 0);
     CHECK(wkv_get_positions(ctx.get(), 0, 0, pos, 4) == 100); // says how many there are, writes four
     CHECK(wkv_get_rows(ctx.get(), 0, 0, 0, out, 4) < 0);
@@ -427,6 +443,9 @@ static void test_refusals(llama_model * model) {
     CHECK(decode(ctx.get(), prompt(20), 101) == 0);
     CHECK(wkv_compact(ctx.get(), &policy, 10) > 0);
     CHECK(wkv_set_window(ctx.get(), 0) == WKV_ERR_ARGUMENT);
+
+    // a budget beyond all cells evicts nothing, however large
+    CHECK(wkv_compact(ctx.get(), &policy, INT64_MAX) == 0);
 }
 
 static void test_cells_f32(llama_model * model) {
@@ -466,6 +485,7 @@ int main(int argc, char ** argv) {
     test_compaction_moves_the_right_rows(model, pyramidkv());
     test_sequence_rules(model);
     test_trimmed_queries_are_forgotten(model);
+    test_queries_older_than_every_cell(model);
     test_batches_that_do_not_fit(model);
     test_aborted_ubatch_leaves_no_trace(model);
     test_snapshot(model);

@@ -203,6 +203,11 @@ def test_close_twice(session: Callable[..., Llama]) -> None:
     llm = session(**POLICY)
     llm.close()
     llm.close()
+    with pytest.raises(UnsupportedCallError):
+        llm.kv_positions(0, 0)
+    with pytest.raises(UnsupportedCallError, match="was closed"):
+        llm.kv_stats()
+    llm.reset()
 
 
 def test_sessions_side_by_side(session: Callable[..., Llama], text: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-__all__ = ["CLOSE", "HEAD", "OPEN", "TAIL", "Segment", "gate_features", "label_features", "segments", "shape"]
+__all__ = ["CLOSE", "HEAD", "OPEN", "TAIL", "Segment", "gate_features", "label_features", "segments"]
 
 HEAD = 400
 """Characters read from the start of a prompt."""
@@ -120,7 +120,8 @@ def gate_features(segment: Segment) -> set[str]:
     place, place_end = f"place{min(segment.place, 2)}", f"place-{min(segment.place_end, 3)}"
     part, part_end = f"part{min(segment.paragraph, 1)}", f"part-{min(segment.paragraph_end, 2)}"
     size = f"size{min(segment.size, 4)}"
-    found = {last, place, place_end, part, part_end, size, f"length{min(len(words) // 4, 8)}"}
+    first = "first" if segment.text[0].isalnum() else "first" + segment.text[0]
+    found = {first, last, place, place_end, part, part_end, size, f"length{min(len(words) // 4, 8)}"}
     for pair in (last, place), (last, place_end), (last, part), (last, part_end), (size, part), (size, part_end), (part, part_end):
         found.add("+".join(pair))
     found.update("^" + " ".join(words[:count]) for count in (1, 2, 3))
@@ -128,8 +129,8 @@ def gate_features(segment: Segment) -> set[str]:
     return found | _traits(segment.text)
 
 
-def label_features(parts: Iterable[Segment], gates: Iterable[float]) -> dict[str, float]:
-    """Return the n-grams of the segments with their weight in [0, 1], which falls off as the gate closes.
+def label_features(text: str, parts: Iterable[Segment], gates: Iterable[float]) -> dict[str, float]:
+    """Return the layout of `text` and the n-grams of its segments, which weigh less as their gate closes.
 
     `gates` holds the probability of each segment to be an instruction. Gates count relative to the most
     open one, squared, so that stray sentences of a long context stay quiet beside a clear instruction.
@@ -139,7 +140,7 @@ def label_features(parts: Iterable[Segment], gates: Iterable[float]) -> dict[str
     found: dict[str, float] = {"#gate": top}
     vocabulary: dict[str, float] = {}
     for segment, gate in pairs:
-        weight = (gate / max(top, 0.3)) ** 2
+        weight = (gate / max(top, 0.6)) ** 2
         if weight < 0.05:
             continue
         names = _ngrams(segment.words) | _traits(segment.text)
@@ -157,6 +158,9 @@ def label_features(parts: Iterable[Segment], gates: Iterable[float]) -> dict[str
             name, many = "@" + group, "@@" + group
             found[name] = max(found.get(name, 0.0), weight)
             found[many] = min(found.get(many, 0.0) + weight / 3, 1.0)
+    for name in _shape(text):
+        found[name] = 1.0
+        found[name + " alone"] = 1.0 - top
     return found
 
 
@@ -196,10 +200,12 @@ def _traits(line: str) -> set[str]:
         found.add("#quote")
     if _IDENTIFIER.search(line):
         found.add("#identifier")
+    if sum(map(line.count, _CODE)) > max(1, 0.06 * len(line)):
+        found.add("#code")
     return found
 
 
-def shape(text: str) -> set[str]:
+def _shape(text: str) -> set[str]:
     """Return layout features: code at the start or the end, labelled lines that repeat as in few-shot prompts."""
     head = _MARKER.sub("", text[:HEAD]).strip()
     tail = _MARKER.sub("", text[-TAIL:]).strip()

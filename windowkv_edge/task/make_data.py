@@ -95,7 +95,12 @@ def rows(seed: int = SEED) -> list[Row]:
         group += 1
     for code in passages["code"]:
         for _ in range(12):
-            made.append(_row(_cut_code(rng, code, passages["code"]), "aggregation", "code", group))
+            made.append(_row(_cut(rng, code, passages["code"]), "aggregation", "code", group))
+        group += 1
+    texts = passages["prose"] + passages["dialogue"] + passages["foreign"]
+    for text in texts:
+        for _ in range(3):
+            made.append(_row(_cut(rng, text, texts), "aggregation", "chat", group))
         group += 1
     unique = {row.text: row for row in made}
     return list(unique.values())
@@ -262,9 +267,9 @@ def _few_shot(rng: random.Random, shots: str) -> str:
     return OPEN + "".join(lines) + last + CLOSE
 
 
-def _cut_code(rng: random.Random, code: str, others: list[str]) -> str:
-    """Return code that begins and breaks off anywhere, as a completion prompt does."""
-    text = code[: rng.randint(len(code) // 2, len(code))] if rng.random() < 0.6 else code
+def _cut(rng: random.Random, passage: str, others: list[str]) -> str:
+    """Return a text or code without any instruction, which begins and breaks off anywhere: it is to be continued."""
+    text = passage[: rng.randint(len(passage) // 2, len(passage))] if rng.random() < 0.6 else passage
     if rng.random() < 0.6:
         before = "\n\n".join(rng.sample(others, rng.randint(1, 3)))
         text = f"{before[rng.randint(0, len(before) // 2):]}\n\n{text}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .features import Segment, gate_features, label_features, segments, shape
+from .features import Segment, gate_features, label_features, segments
 
 __all__ = ["BIAS", "WEIGHTS", "Model", "sigmoid"]
 
@@ -51,13 +51,9 @@ class Model:
     def score(self, text: str) -> float:
         """Return the log odds of "aggregation" against "localization" for the prompt `text`."""
         parts = segments(text)
-        found = label_features(parts, (self.open(part) for part in parts))
+        found = label_features(text, parts, map(self.open, parts))
         weight = self.label.get
-        return (
-            self.label[BIAS]
-            + sum(weight(name, 0.0) * value for name, value in found.items())
-            + sum(weight(name, 0.0) for name in shape(text))
-        )
+        return self.label[BIAS] + sum(weight(name, 0.0) * value for name, value in found.items())
 
     def open(self, segment: Segment) -> float:
         """Return the probability that `segment` is part of the instruction."""

@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from .features import CLOSE, OPEN, gate_features, label_features, segments, shape
+from .features import CLOSE, OPEN, gate_features, label_features, segments
 from .model import BIAS, WEIGHTS, Model
 
 __all__ = ["DATA", "Example", "accuracy", "difference", "fit", "main", "read", "table"]
@@ -151,8 +151,7 @@ def fit(examples: Sequence[Example]) -> Model:
     )
     half = Model(gate, {})
     rows = [
-        {**label_features(parts, map(half.open, parts)), **dict.fromkeys(shape(example.text), 1.0)}
-        for example, parts in zip(examples, cut)
+        label_features(example.text, parts, map(half.open, parts)) for example, parts in zip(examples, cut)
     ]
     return Model(gate, _logistic(rows, np.array([example.target for example in examples]), LABEL_PENALTY))
 
