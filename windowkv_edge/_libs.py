@@ -9,10 +9,26 @@ from pathlib import Path
 
 from .errors import LibraryMismatchError
 
-__all__ = ["LIB_DIR", "LLAMA_CPP_PYTHON", "llama_library", "load_llama_cpp"]
+__all__ = ["BUILT", "LIB_DIR", "LLAMA_CPP_PYTHON", "llama_library", "load_llama_cpp"]
 
 LLAMA_CPP_PYTHON = "0.3.36"
-LIB_DIR = Path(__file__).resolve().parent / "lib"
+
+
+def _built() -> Path:
+    """Folder with what the build made: this package, or the installed one when Python runs in a source folder."""
+    here = Path(__file__).resolve().parent
+    if not (here / "lib").exists():
+        try:
+            installed = Path(str(importlib.metadata.distribution("windowkv-edge").locate_file("windowkv_edge")))
+        except importlib.metadata.PackageNotFoundError:
+            return here
+        if (installed / "lib").exists():
+            return installed.resolve()
+    return here
+
+
+BUILT = _built()
+LIB_DIR = BUILT / "lib"
 
 _REINSTALL = 'reinstall with: CMAKE_ARGS="-DLLAMA_BUILD=OFF" pip install --force-reinstall .'
 
@@ -28,7 +44,7 @@ def llama_library() -> Path:
         if path.exists():
             return path
     raise LibraryMismatchError(
-        f"no libllama in {LIB_DIR}: the package runs from an installed wheel, not from a source folder; {_REINSTALL}"
+        f"no libllama in {LIB_DIR} and no installed windowkv-edge that has one; {_REINSTALL}"
     )
 
 
@@ -62,7 +78,7 @@ def load_llama_cpp() -> None:
             else:
                 os.environ["LLAMA_CPP_LIB_PATH"] = before
 
-    path = Path(loaded._lib._name).resolve()
+    path = Path(vars(loaded)["_lib"]._name).resolve()
     if path != library.resolve():
         raise LibraryMismatchError(
             f"llama_cpp was imported before windowkv_edge and loaded {path}, expected {library}; "

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
+import runpy
 from typing import Any
 
 import cffi
 import numpy as np
 import numpy.typing as npt
 
-from ._libs import llama_library
+from ._libs import BUILT, llama_library
 from .errors import LibraryMismatchError, NativeError
 
 __all__ = ["Context", "budgets", "ffi", "lib", "pending", "select"]
 
-HEADER = Path(__file__).resolve().parent / "include" / "windowkv.h"
+HEADER = BUILT / "include" / "windowkv.h"
 
 
 def _declarations() -> str:
@@ -31,7 +31,10 @@ lib: Any = ffi.dlopen(str(llama_library()))
 
 def check_stamp() -> None:
     """Raise LibraryMismatchError unless the library was built together with this package."""
-    from ._stamp import STAMP
+    try:
+        from ._stamp import STAMP
+    except ModuleNotFoundError:
+        STAMP = str(runpy.run_path(str(BUILT / "_stamp.py"))["STAMP"])
 
     got = ffi.string(lib.wkv_build_stamp()).decode()
     if got != STAMP:
