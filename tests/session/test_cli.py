@@ -323,6 +323,14 @@ def test_a_scripted_chat(smollm2: Path, short_text: Path) -> None:
     assert "expected /file PATH" in said["/file"]
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts() -> Iterator[None]:
+    """A runner that was started in the background inherits an ignored SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def row(table: str, name: str) -> str:
     line = next(line for line in table.splitlines() if line.strip("│ ").startswith(name))
     return line.strip("│ ").removeprefix(name).strip("│ ")
