@@ -35,7 +35,7 @@ _MARKER = re.compile(
     r"<\|im_(?:start|end)\|>(?:system|user|assistant)?\n?"
     r"|<\|start_header_id\|>\w+<\|end_header_id\|>|<\|[\w ]{1,24}\|>"
     r"|<start_of_turn>(?:user|model)?\n?|<end_of_turn>|</?s>|<bos>|\[/?INST\]|<</?SYS>>"
-    r"|^(?:user|assistant):",
+    r"|^(?:user|human|assistant|ai|bot|model|system):|\bassistant:\s*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _WRAPPED = re.compile(r"(?<=[^\n]{40})(?<![.?!:;])\n(?=[^\W\d_A-Z])")

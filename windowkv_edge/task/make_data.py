@@ -49,6 +49,13 @@ FRAMES = (
     "{}", "{}", "{}", "Text:\n{}", "Context:\n{}", "Document:\n{}", '"""\n{}\n"""', "### Input\n{}", "<document>\n{}\n</document>",
     "Article: {}", "---\n{}\n---", "Here it is:\n\n{}", "[Start]\n{}\n[End]",
 )  # fmt: skip
+LAYOUTS = (
+    "Passage: {c} Question: {a} Answer:", "Text: {c}\nTask: {a}", "## Context\n{c}\n\n## Request\n{a}", "{a} \"{c}\"",
+    "<context>\n{c}\n</context>\n<query>{a}</query>", "<text>{c}</text>\n\n{a}", "<prompt>{a}</prompt>\n<input>{c}</input>",
+    "**Context:** {c}\n\n**Prompt:** {a}\n\n**Output:**", "[TEXT]\n{c}\n[/TEXT]\n[TASK]\n{a}\n[/TASK]", "{a}\n\nInput: {c}\nOutput:",
+    "# Request\n{a}\n\n# Material\n{c}\n\n# Response", "{c}\n\n----\n{a}", "{a} Here is the text: {c}", "Material:\n{c}\n\nRequest: {a}\n",
+    "Context: {c}\n{a}", "{c}\n=> {a}", "{a}\n\nBEGIN\n{c}\nEND\n\nAnswer:", "INPUT\n{c}\n\nPROMPT\n{a}\n\nOUTPUT\n",
+)  # fmt: skip
 KINDS: dict[str, tuple[str, ...]] = {
     "qa": ("prose", "prose", "prose", "foreign", "dialogue"),
     "multidoc_qa": ("data", "prose", "prose"),
@@ -97,6 +104,12 @@ def rows(seed: int = SEED) -> list[Row]:
         for _ in range(12):
             made.append(_row(_cut(rng, code, passages["code"]), "aggregation", "code", group))
         group += 1
+    for heading, prompts in _sections((DATA / "prompts.txt").read_text(encoding="utf-8"), "\n").items():
+        category, label = heading.split()
+        for prompt in prompts:
+            made.append(_row(prompt, label, category, group))
+            made.append(_row(_wrap(rng, prompt, 0.4), label, category, group))
+            group += 1
     texts = passages["prose"] + passages["dialogue"] + passages["foreign"]
     for text in texts:
         for _ in range(3):
@@ -171,7 +184,7 @@ def _prompt(rng: random.Random, ask: str, category: str, label: str, passages: d
         return _wrap(rng, rng.choice((f"{ask}\n\n{shots}", f"{shots}\n\n{ask}", f"{ask}\n{shots}\n{ask}")), 0.3)
     context = _context(rng, category, passages)
     decorated = _decorate(rng, ask, category, label)
-    place = rng.choices(("before", "after", "both", "only"), (18, 24, 8, 50))[0]
+    place = rng.choices(("before", "after", "both", "layout", "only"), (16, 20, 6, 10, 48))[0]
     gap = rng.choices(("\n\n", "\n", " "), (74, 20, 6))[0]
     if place == "before":
         text = f"{ask}{gap}{context}"
@@ -179,6 +192,8 @@ def _prompt(rng: random.Random, ask: str, category: str, label: str, passages: d
             text += "\n\n" + (rng.choice(CUES[category]) if category in CUES else "Answer:")
     elif place == "after":
         text = f"{context}{gap}{decorated}"
+    elif place == "layout":
+        text = rng.choice(LAYOUTS).replace("{c}", context).replace("{a}", ask)
     elif place == "both":
         text = f"{ask}{gap}{context}{gap}{decorated}"
     else:
@@ -236,6 +251,7 @@ def _wrap(rng: random.Random, text: str, chance: float) -> str:
         "<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n",
         "{system}\n\nUser: {text}\nAssistant:",
         "### Instruction:\n{text}\n\n### Response:\n",
+        "<|user|>\n{text}</s>\n<|assistant|>\n",
     )
     return rng.choice(forms).replace("{system}", system).replace("{text}", text)
 
