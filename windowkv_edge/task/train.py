@@ -102,7 +102,7 @@ class _Rows:
         return np.add.reduceat(w[self._index] * self._value, self._starts)
 
     def transposed_times(self, r: Floats) -> Floats:
-        return np.bincount(self._index, self._value * r[self._row], self.width)
+        return np.bincount(self._index, self._value * r[self._row], self.width).astype(np.float64)
 
 
 def _logistic(rows: Sequence[Mapping[str, float]], y: Floats, penalty: float, balanced: bool = False) -> dict[str, float]:
@@ -178,8 +178,8 @@ def table(model: Model, examples: Sequence[Example]) -> str:
         counts[example.category, example.label, right] += 1
     lines = [f"{'category':<12} {'label':<13} {'localization':>12} {'aggregation':>11}"]
     for category, label in sorted({key[:2] for key in counts}):
-        right, wrong = counts[category, label, True], counts[category, label, False]
-        local, whole = (right, wrong) if label == "localization" else (wrong, right)
+        hits, misses = counts[category, label, True], counts[category, label, False]
+        local, whole = (hits, misses) if label == "localization" else (misses, hits)
         lines.append(f"{category:<12} {label:<13} {local:>12} {whole:>11}")
     return "\n".join(lines)
 
