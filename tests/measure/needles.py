@@ -265,6 +265,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 2000, 4000])
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
     parser.add_argument("--needles", nargs="+", default=[n.kind for n in NEEDLES])
+    parser.add_argument(
+        "--needle-file", type=Path, help="other needles: JSON lines with kind, sentence, question, lead and word"
+    )
     parser.add_argument("--policies", nargs="+", help="names of the table, or expressions such as WindowKV(omega=4)")
     parser.add_argument(
         "--fidelity", type=int, default=0, metavar="N", help="also KL over N tokens after each 2000-token window"
@@ -283,7 +286,10 @@ def main() -> None:
 
     start = time.perf_counter()
     with args.out.open("w") as out:
-        chosen = tuple(n for n in NEEDLES if n.kind in args.needles)
+        if args.needle_file:
+            chosen = tuple(Needle(**json.loads(line)) for line in args.needle_file.read_text().splitlines())
+        else:
+            chosen = tuple(n for n in NEEDLES if n.kind in args.needles)
         meta = {
             "model": args.model.name,
             "policies": {n: repr(p) for n, p in policies.items()},

@@ -100,7 +100,10 @@ def main() -> None:
     ours._kv.snapshot_drop()
     compaction = median(compactions)
 
-    everyone = {**deep, f"stock f16 at depth {args.cells}": shallow}
+    empty = session()
+    timed(empty, tokens[:2])
+    nothing = "stock f16 at depth 2"
+    everyone = {**deep, f"stock f16 at depth {args.cells}": shallow, nothing: empty}
     times: dict[str, list[float]] = {name: [] for name in everyone}
     for _ in range(args.rounds):
         for name, llm in everyone.items():
@@ -133,6 +136,10 @@ def main() -> None:
         ok = value <= bound if sign == "<=" else value >= bound
         missed += [] if ok else [what]
         console.print(f"{what}: {value:.3f} (target {sign} {bound}) {'ok' if ok else 'MISSED'}")
+    console.print(
+        f"with no cells at all decoding would be {decode['stock f16'] / decode[nothing]:.3f} times as fast as stock f16 "
+        f"at depth {args.depth}: what is left then are the weights"
+    )
     if args.check and missed:
         raise SystemExit(1)
 

@@ -35,7 +35,7 @@ def test_accuracy_on_held_out_prompts(heldout: list[dict[str, str]]) -> None:
     assert len(heldout) >= 300
     assert {row["category"] for row in heldout} == CATEGORIES
     right = sum(classify(row["text"]) == row["label"] for row in heldout)
-    assert right / len(heldout) >= 0.93  # measured 0.936; the aim is 0.95
+    assert right / len(heldout) >= 0.95
 
 
 def test_no_held_out_prompt_was_trained_on(heldout: list[dict[str, str]]) -> None:
@@ -51,16 +51,15 @@ def test_no_held_out_prompt_was_trained_on(heldout: list[dict[str, str]]) -> Non
             assert overlap <= 0.5, row["text"]
 
 
-def test_about_a_millisecond() -> None:
+def test_under_a_millisecond() -> None:
     text = ("The harbour was quiet and the boats lay in rows. " * 2500) + "\n\nQuestion: Who owns the red boat?\nAnswer:"
     assert len(text) > 120_000
     times = []
-    for _ in range(60):
+    for _ in range(300):
         start = time.perf_counter()
         classify(text)
         times.append(time.perf_counter() - start)
-    # the aim is 1 ms; the bound leaves room for slower cores and for other processes on them
-    assert min(times) < 2e-3
+    assert min(times) < 1e-3  # the best of many, because other processes may use the cores
 
 
 def test_odd_input() -> None:

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 __all__ = ["CLOSE", "HEAD", "OPEN", "TAIL", "Segment", "gate_features", "label_features", "segments"]
@@ -66,6 +66,11 @@ class Segment:
     paragraph_end: int
     size: int
     context: bool = False
+
+    @cached_property
+    def traits(self) -> frozenset[str]:
+        """Kinds of characters in the text; both models read them."""
+        return _traits(self.text)
 
 
 def segments(text: str) -> list[Segment]:
@@ -126,7 +131,7 @@ def gate_features(segment: Segment) -> set[str]:
         found.add("+".join(pair))
     found.update("^" + " ".join(words[:count]) for count in (1, 2, 3))
     found.update("^@" + group for group in groups(words[0]))
-    return found | _traits(segment.text)
+    return found | segment.traits
 
 
 def label_features(text: str, parts: Iterable[Segment], gates: Iterable[float]) -> dict[str, float]:
@@ -143,7 +148,7 @@ def label_features(text: str, parts: Iterable[Segment], gates: Iterable[float]) 
         weight = (gate / max(top, 0.6)) ** 2
         if weight < 0.05:
             continue
-        names = _ngrams(segment.words) | _traits(segment.text)
+        names = _ngrams(segment.words) | segment.traits
         if segment.text[-1] in "?:":
             names.add("#ends" + segment.text[-1])
         names.update(["^@" + group for group in groups(segment.words[0])])
@@ -190,7 +195,7 @@ def _ngrams(words: Sequence[str]) -> set[str]:
     return found
 
 
-def _traits(line: str) -> set[str]:
+def _traits(line: str) -> frozenset[str]:
     found: set[str] = set()
     if _PROPER.search(line):
         found.add("#proper")
@@ -202,7 +207,7 @@ def _traits(line: str) -> set[str]:
         found.add("#identifier")
     if sum(map(line.count, _CODE)) > max(1, 0.06 * len(line)):
         found.add("#code")
-    return found
+    return frozenset(found)
 
 
 def _shape(text: str) -> set[str]:
@@ -218,7 +223,7 @@ def _shape(text: str) -> set[str]:
     labelled = Counter(match[1].lower() for match in _LABELLED.finditer(tail))
     if labelled and max(labelled.values()) >= 3:
         found.add("#labels repeat")
-    last = _UNFILLED.search(tail)
+    last = _UNFILLED.search(tail[-60:])
     if last:
         filled = len(re.findall(rf"(?<!\w){re.escape(last[0].strip())}[ \t]*[^\s]", tail))
         found.update(f"#filled {count}" for count in (1, 2, 3) if filled >= count)

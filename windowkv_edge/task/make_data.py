@@ -1,4 +1,5 @@
-"""Write the training set: instructions from `data/templates.txt` set into passages from `data/passages.txt`.
+"""Write the training set: instructions from `data/templates.txt` set into passages from `data/passages.txt`, and
+whole prompts from `data/prompts.txt` and `data/prompts.jsonl`.
 
     python -m windowkv_edge.task.make_data            # writes data/train.jsonl
     python -m windowkv_edge.task.make_data --check    # exit status 1 if the shipped file differs
@@ -71,12 +72,15 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One training prompt; `group` numbers the template it came from, so that folds can keep renderings together."""
+    """One training prompt; `group` numbers the template it came from, so that folds can keep renderings together.
+
+    `context` is None where nobody marked it: such a prompt teaches the label and not the gate.
+    """
 
     text: str
     label: str
     category: str
-    context: tuple[int, int]
+    context: tuple[int, int] | None
     group: int
 
 
@@ -114,6 +118,10 @@ def rows(seed: int = SEED) -> list[Row]:
     for text in texts:
         for _ in range(3):
             made.append(_row(_cut(rng, text, texts), "aggregation", "chat", group))
+        group += 1
+    for line in (DATA / "prompts.jsonl").read_text(encoding="utf-8").splitlines():
+        written = json.loads(line)
+        made.append(Row(written["text"], written["label"], written["category"], None, group))
         group += 1
     unique = {row.text: row for row in made}
     return list(unique.values())
