@@ -18,20 +18,26 @@ _native.check_stamp()
 
 from .errors import (  # noqa: E402
     LibraryMismatchError,
+    MissingProfileError,
     ModelFetchError,
     NativeError,
     UnsupportedCallError,
     UnsupportedModelError,
     WindowKVError,
 )
+from .heads import HeadScores  # noqa: E402
 from .llama import Llama  # noqa: E402
 from .policies import (  # noqa: E402
     POLICIES,
+    AdaKV,
     Full,
+    HeadKV,
+    HeadKVR2,
     KVPolicy,
     PyramidKV,
     SnapKV,
     StreamingLLM,
+    WindowHeadKV,
     WindowKV,
     get_policy,
 )
@@ -39,11 +45,16 @@ from .stats import KVStats  # noqa: E402
 
 __all__ = [
     "POLICIES",
+    "AdaKV",
     "Full",
+    "HeadKV",
+    "HeadKVR2",
+    "HeadScores",
     "KVPolicy",
     "KVStats",
     "LibraryMismatchError",
     "Llama",
+    "MissingProfileError",
     "ModelFetchError",
     "NativeError",
     "PyramidKV",
@@ -51,6 +62,7 @@ __all__ = [
     "StreamingLLM",
     "UnsupportedCallError",
     "UnsupportedModelError",
+    "WindowHeadKV",
     "WindowKV",
     "WindowKVError",
     "get_policy",

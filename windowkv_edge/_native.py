@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import runpy
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cffi
@@ -69,9 +71,22 @@ class pending:
         lib.wkv_pending_clear()
 
 
-def policy_struct(fields: dict[str, float]) -> Any:
-    """A ``struct wkv_policy`` with the given fields; the others are 0."""
-    return ffi.new("struct wkv_policy *", fields)
+Fields = Mapping[str, Any]
+"""Fields of ``struct wkv_policy``; numbers, and ``importance`` as an array [n_layer, n_head_kv]."""
+
+# arrays that a struct points to live as long as it
+_arrays: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def policy_struct(fields: Fields) -> Any:
+    """A ``struct wkv_policy *`` with the given fields; the others are 0."""
+    numbers = {name: value for name, value in fields.items() if name != "importance"}
+    res = ffi.new("struct wkv_policy *", numbers)
+    if fields.get("importance") is not None:
+        scores = np.ascontiguousarray(fields["importance"], dtype=np.float64)
+        res.importance, res.n_importance = ffi.cast("double *", ffi.from_buffer(scores)), scores.size
+        _arrays[res] = scores
+    return res
 
 
 class Context:
@@ -118,12 +133,20 @@ class Context:
         n = check(lib.wkv_get_positions(self._ctx, layer, head, ffi.from_buffer("int32_t[]", res), res.size))
         return res[:n]
 
-    def scores(self, layer: int, alpha: int) -> npt.NDArray[np.float32]:
-        """float32 [n_head_kv, cells]: mean attention of the last alpha observed queries."""
-        n_head_kv, n = self.stats().n_head_kv, len(self.positions(layer, 0))
-        res = np.zeros((n_head_kv, n), dtype=np.float32)
+    def scores(self, layer: int, alpha: int) -> list[npt.NDArray[np.float32]]:
+        """Per kv head float32 [cells]: mean attention of the last alpha observed queries."""
+        cells = self.cells()[layer]
+        res = np.zeros(cells.sum(), dtype=np.float32)
         check(lib.wkv_get_scores(self._ctx, layer, alpha, ffi.from_buffer("float[]", res), res.size))
-        return res
+        return np.split(res, np.cumsum(cells)[:-1])
+
+    def attention(self, layer: int) -> list[npt.NDArray[np.float32]]:
+        """Per kv head float32 [n_gqa, cells]: attention of the last position, a row for every query head."""
+        cells = self.cells()[layer]
+        n_gqa = self.stats().n_gqa
+        res = np.zeros(cells.sum() * n_gqa, dtype=np.float32)
+        check(lib.wkv_get_attention(self._ctx, layer, ffi.from_buffer("float[]", res), res.size))
+        return [part.reshape(n_gqa, -1) for part in np.split(res, n_gqa * np.cumsum(cells)[:-1])]
 
     def rows(self, layer: int, head: int, which: str) -> npt.NDArray[np.float32]:
         """float32 [cells, head_dim] of K ("k") or V ("v")."""
@@ -147,62 +170,72 @@ class Context:
         return stats_pos, res[:size].reshape(len(stats_pos), -1)
 
 
-def _shapes(cells: npt.NDArray[np.int32], n_head_kv: int, n_past: int) -> Any:
+Cache = Sequence[Sequence[npt.NDArray[Any]]]
+"""Per layer and kv head an array [cells]."""
+
+
+def _shapes(cells: npt.NDArray[np.int32], n_past: int) -> Any:
     res = ffi.new("struct wkv_shapes *")
-    res.n_layer, res.n_head_kv, res.n_past = len(cells), n_head_kv, n_past
+    (res.n_layer, res.n_head_kv), res.n_past = cells.shape, n_past
     res.cells = ffi.cast("int32_t *", ffi.from_buffer(cells))
+    _arrays[res] = cells
     return res
 
 
-def budgets(fields: dict[str, float], cells: npt.ArrayLike, n_head_kv: int, n_cells: int) -> npt.NDArray[np.int32]:
-    """Native budgets: int32 [n_layer], cells per kv head.
+def _flat(cache: Cache, dtype: type) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(np.concatenate([own for layer in cache for own in layer]), dtype=dtype)
+
+
+def budgets(
+    fields: Fields,
+    cells: npt.ArrayLike,
+    n_cells: int,
+    positions: Cache | None = None,
+    scores: Cache | None = None,
+) -> npt.NDArray[np.int32]:
+    """Native budgets: int32 [n_layer, n_head_kv].
 
     Args:
-        fields: fields of ``struct wkv_policy``.
-        cells: [n_layer], cells that each head of a layer holds now.
-        n_head_kv: kv heads per layer.
+        fields: see :data:`Fields`.
+        cells: [n_layer, n_head_kv], cells that each head holds now.
         n_cells: average cells per (layer, kv head).
+        positions: per layer and kv head int32 [cells], ascending; needed where heads compete.
+        scores: per layer and kv head float32 [cells]; likewise.
     """
     have = np.ascontiguousarray(cells, dtype=np.int32)
-    res = np.zeros(len(have), dtype=np.int32)
-    shapes = _shapes(have, n_head_kv, int(have.max(initial=0)))
-    check(lib.wkv_budgets(policy_struct(fields), shapes, n_cells, ffi.from_buffer("int32_t[]", res)))
+    res = np.zeros_like(have)
+    pos = ffi.NULL if positions is None else ffi.from_buffer("int32_t[]", _flat(positions, np.int32))
+    score = ffi.NULL if scores is None else ffi.from_buffer("float[]", _flat(scores, np.float32))
+    shapes = _shapes(have, int(have.max(initial=0)))
+    check(lib.wkv_budgets(policy_struct(fields), shapes, n_cells, pos, score, ffi.from_buffer("int32_t[]", res)))
     return res
 
 
-def select(
-    fields: dict[str, float],
-    budget: npt.ArrayLike,
-    positions: list[npt.NDArray[np.int32]],
-    scores: list[npt.NDArray[np.float32]],
-) -> list[npt.NDArray[np.bool_]]:
+def select(fields: Fields, budget: npt.ArrayLike, positions: Cache, scores: Cache) -> list[list[npt.NDArray[np.bool_]]]:
     """Native selection over arrays.
 
     Args:
-        fields: fields of ``struct wkv_policy``.
-        budget: [n_layer], cells per kv head.
-        positions: per layer int32 [n_head_kv, cells], ascending.
-        scores: per layer float32 [n_head_kv, cells].
+        fields: see :data:`Fields`.
+        budget: [n_layer, n_head_kv], cells that stay.
+        positions: per layer and kv head int32 [cells], ascending.
+        scores: per layer and kv head float32 [cells].
 
     Returns:
-        Per layer bool [n_head_kv, cells], True where the cell stays.
+        Per layer and kv head bool [cells], True where the cell stays.
     """
-    cells = np.array([p.shape[1] for p in positions], dtype=np.int32)
-    n_head_kv = positions[0].shape[0]
-    pos = np.ascontiguousarray(np.concatenate([p.ravel() for p in positions]), dtype=np.int32)
-    score = np.ascontiguousarray(np.concatenate([s.ravel() for s in scores]), dtype=np.float32)
+    cells = np.array([[len(own) for own in layer] for layer in positions], dtype=np.int32)
+    pos, score = _flat(positions, np.int32), _flat(scores, np.float32)
     keep = np.zeros(pos.size, dtype=np.uint8)
-    shapes = _shapes(cells, n_head_kv, int(pos.max(initial=-1)) + 1)
     own = np.ascontiguousarray(budget, dtype=np.int32)
     check(
         lib.wkv_select(
             policy_struct(fields),
-            shapes,
+            _shapes(cells, int(pos.max(initial=-1)) + 1),
             ffi.from_buffer("int32_t[]", own),
             ffi.from_buffer("int32_t[]", pos),
             ffi.from_buffer("float[]", score),
             ffi.from_buffer("uint8_t[]", keep),
         )
     )
-    ends = np.cumsum(cells * n_head_kv)
-    return [part.reshape(n_head_kv, -1).astype(bool) for part in np.split(keep, ends[:-1])]
+    parts = iter(np.split(keep.astype(bool), np.cumsum(cells.ravel())[:-1]))
+    return [[next(parts) for _ in layer] for layer in positions]

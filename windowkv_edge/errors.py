@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "LibraryMismatchError",
+    "MissingProfileError",
     "ModelFetchError",
     "NativeError",
     "UnsupportedCallError",
@@ -26,6 +27,10 @@ class UnsupportedModelError(WindowKVError, ValueError):
 
 class UnsupportedCallError(WindowKVError, RuntimeError):
     """The call cannot be served while a policy is on."""
+
+
+class MissingProfileError(WindowKVError, LookupError):
+    """The policy needs head scores and the model has none."""
 
 
 class NativeError(WindowKVError, RuntimeError):

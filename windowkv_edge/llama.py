@@ -13,7 +13,8 @@ import numpy.typing as npt
 from . import _native
 from .budget import check_budget, n_cells
 from .errors import UnsupportedCallError, UnsupportedModelError
-from .policies import KVPolicy, Task, get_policy
+from .heads import ModelHeads
+from .policies import Full, KVPolicy, Task, get_policy
 from .stats import KVStats
 from .task import classify
 
@@ -70,6 +71,7 @@ class Llama(llama_cpp.Llama):
         self._kv_policy = None if kv_policy is None else get_policy(kv_policy)
         self._kv_budget = check_budget(DEFAULT_BUDGET if kv_budget is None else kv_budget)
         self._kv_min_prompt = kv_min_prompt
+        self._kv_bound = self._kv_policy or Full()
         self._kv_generating = 0
         self._kv_prompt_next = False
 
@@ -96,10 +98,11 @@ class Llama(llama_cpp.Llama):
                 raise
 
         kv = _native.Context(self._ctx.ctx)
-        status = _native.lib.wkv_ready(kv._ctx)
-        if status < 0:
+        try:
+            self._kv_bound = self._bind(kv, self._kv_policy)
+        except BaseException:
             self.close()
-            raise UnsupportedModelError(f"{model_path}: {_native.last_error()}")
+            raise
         self._kv = kv
 
     #
@@ -119,9 +122,10 @@ class Llama(llama_cpp.Llama):
     def kv_policy(self, policy: str | KVPolicy) -> None:
         kv = self._need_kv("setting kv_policy")
         new = get_policy(policy)
+        bound = self._bind(kv, new)
         self._clear()
         kv.set_window(new.window)
-        self._kv_policy = new
+        self._kv_policy, self._kv_bound = new, bound
 
     @property
     def kv_budget(self) -> float | int:
@@ -143,10 +147,9 @@ class Llama(llama_cpp.Llama):
             NativeError: nothing was evaluated yet.
         """
         kv = self._need_kv("kv_compact()")
-        assert self._kv_policy is not None
         budget = self._kv_budget if kv_budget is None else check_budget(kv_budget)
         self._sync_positions()
-        kv.compact(_native.policy_struct(self._kv_policy.native(self._task())), n_cells(budget, self.n_tokens))
+        kv.compact(_native.policy_struct(self._kv_bound.native(self._task())), n_cells(budget, self.n_tokens))
         return self.kv_stats()
 
     def kv_stats(self) -> KVStats:
@@ -252,6 +255,15 @@ class Llama(llama_cpp.Llama):
                 f"{what} needs a session with a policy; create it with Llama(..., kv_policy='windowkv')"
             )
         return self._kv
+
+    def _bind(self, kv: _native.Context, policy: KVPolicy) -> KVPolicy:
+        """The policy for this model, if model and backend serve it."""
+        if _native.lib.wkv_ready(kv._ctx, policy.ragged) < 0:
+            raise UnsupportedModelError(f"{self.model_path}: {_native.last_error()}")
+        n_layer = int(llama_cpp.llama_model_n_layer(self._model.model))
+        return policy.bind(
+            ModelHeads(self.model_path, self.metadata, n_layer, int(kv.stats().n_head_kv), tuple(range(n_layer)))
+        )
 
     def _refuse(self, what: str, instead: str) -> None:
         if self._kv_policy is not None:

@@ -1,7 +1,7 @@
 """Budgets and selection in NumPy: the readable truth that the native code equals cell by cell.
 
-Positions and scores of a cache are lists over layers of arrays [n_head_kv, cells]; positions ascend. Every selection is
-an order of cells, most important first, of which a budget takes a prefix. Ties go to the earlier cell. Sums run in the
+Positions and scores of a cache are lists over layers of lists over kv heads of arrays [cells]; positions ascend. Every
+selection is an order of cells, most important first, of which a budget takes a prefix. Ties go to the earlier cell. Sums run in the
 order in which the arrays list their elements, in float64, so that the results do not depend on the implementation.
 """
 
@@ -15,13 +15,16 @@ import numpy.typing as npt
 
 from .policies import KVPolicy, Task
 
-__all__ = ["apportion", "budgets", "observe", "paper_window_budgets", "select"]
+__all__ = ["apportion", "budgets", "observe", "paper_window_budgets", "pour", "select"]
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 Order = list[int]
+Cache = list[list[npt.NDArray[Any]]]
+Ranking = tuple[Order, list[float]]  # cells and their keys, which never rise; inf where a cell stays, -inf where it goes
 
 FULL, STREAMINGLLM, SNAPKV, PYRAMIDKV, WINDOWKV = range(5)
+EQUAL, IMPORTANCE, SCORE = range(3)
 
 
 #
@@ -116,31 +119,107 @@ def _want_pyramidkv(p: dict[str, float], n_layer: int, n_cells: int) -> list[int
     return [suffix + b for b in _fall(2 * mean - last, last, n_layer)]
 
 
-def budgets(policy: KVPolicy, cells: list[int], n_cells: int, task: Task = "localization") -> list[int]:
-    """Cells per kv head for every layer.
+def pour(base: float, weight: list[float], lo: list[int], hi: list[int], total: int) -> list[int]:
+    """Integers between lo and hi that sum to total (clamped to the sums of the bounds): base + level * weight.
 
-    Args:
-        policy: the policy.
-        cells: [n_layer], cells that each head of a layer holds now.
-        n_cells: average cells per (layer, kv head) that stay, >= 1.
-        task: the prompt's task.
-
-    Returns:
-        [n_layer]; the mean is n_cells unless the layers hold fewer (or ``accounting="paper"``).
+    The level is that which spends total, so what clamping takes from some is given to the others by weight. Rounding
+    favours the largest fractions.
     """
-    p = policy.native(task)
-    n_layer = len(cells)
-    if p["kind"] == FULL:
-        return list(cells)
+
+    def at(level: float) -> list[float]:
+        return [min(max(base + level * w, float(a)), float(b)) for w, a, b in zip(weight, lo, hi, strict=True)]
+
+    positive = [w for w in weight if w > 0]
+    below, above = 0.0, max(map(float, hi), default=0.0) / min(positive) if positive else 0.0
+    for _ in range(200):
+        mid = 0.5 * (below + above)
+        spent = 0.0
+        for x in at(mid):
+            spent += x
+        if spent <= total:
+            below = mid
+        else:
+            above = mid
+
+    exact = at(below)
+    res = [math.floor(x) for x in exact]
+    part = [x - math.floor(x) for x in exact]
+    rest = total - sum(res)
+    for i in sorted(range(len(res)), key=lambda i: -part[i]):
+        if rest > 0 and part[i] > 0 and res[i] < hi[i]:
+            res[i] += 1
+            rest -= 1
+    return apportion(res, lo, hi, total)
+
+
+def _layer_budgets(p: dict[str, Any], hi: list[int], n_cells: int) -> list[int]:
+    n_layer = len(hi)
     if p["kind"] == WINDOWKV and p["accounting"] == 1:
-        return [min(b + int(p["alpha"]), have) for b, have in zip(_want_windowkv(p, n_layer, n_cells), cells, strict=True)]
+        return [min(b + int(p["alpha"]), have) for b, have in zip(_want_windowkv(p, n_layer, n_cells), hi, strict=True)]
 
     want, floor = [n_cells] * n_layer, 1
     if p["kind"] == PYRAMIDKV:
         want, floor = _want_pyramidkv(p, n_layer, n_cells), int(p["suffix"]) + 1
     elif p["kind"] == WINDOWKV:
         want, floor = _want_windowkv(p, n_layer, n_cells), int(p["suffix"] + p["omega"])
-    return apportion(want, [min(floor, n_cells, have) for have in cells], list(cells), n_cells * n_layer)
+    return apportion(want, [min(floor, n_cells, have) for have in hi], hi, n_cells * n_layer)
+
+
+def _score_budgets(budget: int, share: float, ranked: list[Ranking]) -> list[int]:
+    """AdaKV (arXiv 2407.11550, algorithm 1): a part of an equal budget for sure, the rest to the best of all heads."""
+    sure = []
+    for _, key in ranked:
+        stays = min(budget, key.count(math.inf))
+        sure.append(min(len(key), stays + math.floor((budget - stays) * share)))
+    rest = budget * len(ranked) - sum(sure)
+    best = sorted((-key[i], i, head) for head, (_, key) in enumerate(ranked) for i in range(sure[head], len(key)))
+    for _, _, head in best[:rest]:
+        sure[head] += 1
+    return sure
+
+
+def budgets(
+    policy: KVPolicy,
+    cells: npt.ArrayLike,
+    n_cells: int,
+    positions: Cache | None = None,
+    scores: Cache | None = None,
+    task: Task = "localization",
+) -> IntArray:
+    """Cells that stay, for every (layer, kv head).
+
+    Args:
+        policy: the policy.
+        cells: [n_layer, n_head_kv], cells that each head holds now.
+        n_cells: average cells per (layer, kv head) that stay, >= 1.
+        positions, scores: as for :func:`select`; only policies whose heads compete look at them.
+        task: the prompt's task.
+
+    Returns:
+        int32 [n_layer, n_head_kv]; the mean is n_cells unless the cache holds fewer (or ``accounting="paper"``).
+    """
+    p = policy.native(task)
+    have = np.asarray(cells, dtype=np.int32)
+    n_head_kv = have.shape[1]
+    if p["kind"] == FULL:
+        return have.copy()
+    heads = p.get("heads", EQUAL)
+    if heads == IMPORTANCE:
+        lo = [min(int(p["suffix"]), n_cells, h) for h in have.ravel().tolist()]
+        base = float(n_cells) - float(n_cells) * p["pool"]
+        weight = np.asarray(p["importance"], dtype=np.float64).ravel().tolist()
+        own = pour(base, weight, lo, have.ravel().tolist(), n_cells * have.size)
+        return np.array(own, dtype=np.int32).reshape(have.shape)
+
+    hi = have.min(axis=1) if heads == EQUAL else have.sum(axis=1) // n_head_kv
+    layers = _layer_budgets(p, hi.tolist(), n_cells)
+    equal = np.repeat(np.array(layers, dtype=np.int32)[:, None], n_head_kv, axis=1)
+    if heads == EQUAL:
+        return equal
+    assert positions is not None and scores is not None
+    ranked = _rankings(p, equal, positions, scores)
+    own = [_score_budgets(b, p["floor_share"], r) for b, r in zip(layers, ranked, strict=True)]
+    return np.array(own, dtype=np.int32)
 
 
 #
@@ -153,19 +232,26 @@ def _newest(n: int, start: int, stop: int) -> Order:
     return list(range(stop - 1, start - 1, -1))
 
 
-def _order_streamingllm(pos: IntArray, n_sink: int) -> Order:
+def _ranking(n: int, stays: Order, best: Order, key: list[float], goes: Order) -> Ranking:
+    order = stays + best + goes
+    assert len(order) == n
+    return order, [math.inf] * len(stays) + key + [-math.inf] * len(goes)
+
+
+def _rank_streamingllm(pos: IntArray, n_sink: int) -> Ranking:
     n = len(pos)
     sinks = [i for i in range(n - 1) if pos[i] < n_sink]
-    return _newest(n, n - 1, n) + sinks + _newest(n, len(sinks), n - 1)
+    return _ranking(n, [], [], [], _newest(n, n - 1, n) + sinks + _newest(n, len(sinks), n - 1))
 
 
-def _order_snapkv(score: FloatArray, p: dict[str, float]) -> Order:
+def _rank_snapkv(score: FloatArray, p: dict[str, float]) -> Ranking:
     n, half = len(score), int(p["kernel"]) // 2
     n_review, n_suffix = max(0, n - int(p["alpha"])), min(n, int(p["suffix"]))
     review = score[:n_review]
     pooled = np.array([review[max(0, i - half) : i + half + 1].max() for i in range(n_review)], dtype=np.float32)
     best: Order = np.argsort(-pooled, kind="stable").tolist()
-    return _newest(n, n - n_suffix, n) + best + _newest(n, n_review, n - n_suffix)
+    key = [float(pooled[i]) for i in best]
+    return _ranking(n, _newest(n, n - n_suffix, n), best, key, _newest(n, n_review, n - n_suffix))
 
 
 def _window_score(score: npt.NDArray[np.float64], top_p: int) -> float:
@@ -173,9 +259,9 @@ def _window_score(score: npt.NDArray[np.float64], top_p: int) -> float:
     return float(np.cumsum(best)[-1] / len(best))
 
 
-def _order_windows(
+def _rank_windows(
     pos: npt.NDArray[np.int64], score: npt.NDArray[np.float64], p: dict[str, float], budget: int
-) -> Order:
+) -> Ranking:
     n = len(pos)
     n_review = max(0, n - int(p["alpha"]))
     n_suffix = min(n, int(p["suffix"]), max(1, math.floor(budget * p["suffix_share"])))
@@ -185,21 +271,23 @@ def _order_windows(
     windows = [np.flatnonzero(block == b).tolist() for b in dict.fromkeys(block.tolist())]
 
     held = windows[:1] if p["protect_first"] else []
-    rest = windows[len(held) :]
-    rest.sort(key=lambda w: -_window_score(score[w], int(p["top_p"])))
+    value = {w[0]: _window_score(score[w], int(p["top_p"])) for w in windows}
+    rest = sorted(windows[len(held) :], key=lambda w: -value[w[0]])
 
-    order = _newest(n, n - n_suffix, n)
+    order: Order = []
+    key: list[float] = []
     for window in held + rest:
         order += sorted(window, key=lambda i: -score[i])
-    return order + _newest(n, n_review, n - n_suffix)
+        key += [math.inf if window in held else value[window[0]]] * len(window)
+    return _ranking(n, _newest(n, n - n_suffix, n), order, key, _newest(n, n_review, n - n_suffix))
 
 
 def _cells_of(
-    p: dict[str, float], pos: IntArray, score: FloatArray, head: int
+    p: dict[str, float], pos: list[IntArray], score: list[FloatArray], head: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     if p["scope"] == 1:
         return pos[head].astype(np.int64), score[head].astype(np.float64)
-    total = np.cumsum(score.astype(np.float64), axis=0)[-1]
+    total = np.cumsum(np.stack(score).astype(np.float64), axis=0)[-1]
     return pos[0].astype(np.int64), total / len(score)
 
 
@@ -216,64 +304,64 @@ def _mean_cells(
     return np.array(keys, dtype=np.int64), np.array([sums[q][0] / sums[q][1] for q in keys], dtype=np.float64)
 
 
-def _translate(order: Order, shared: npt.NDArray[np.int64], own: IntArray) -> Order:
-    """The order of a shared set in the indices of a head's own cells; what the set lacks comes last, newest first."""
+def _translate(ranking: Ranking, shared: npt.NDArray[np.int64], own: IntArray) -> Ranking:
+    """The ranking of a shared set in the indices of a head's own cells; what the set lacks comes last, newest first."""
     index = {int(q): i for i, q in enumerate(own)}
-    res = [index[int(shared[i])] for i in order if int(shared[i]) in index]
-    seen = set(res)
-    return res + [i for i in range(len(own) - 1, -1, -1) if i not in seen]
+    found = [(index[int(shared[i])], key) for i, key in zip(*ranking, strict=True) if int(shared[i]) in index]
+    seen = {i for i, _ in found}
+    rest = [i for i in range(len(own) - 1, -1, -1) if i not in seen]
+    return [i for i, _ in found] + rest, [key for _, key in found] + [-math.inf] * len(rest)
 
 
-def _orders_windowkv(
-    p: dict[str, float], budget: list[int], positions: list[IntArray], scores: list[FloatArray]
-) -> list[list[Order]]:
+def _rankings(p: dict[str, Any], budget: IntArray, positions: Cache, scores: Cache) -> list[list[Ranking]]:
+    """Rankings of all heads; budget is [n_layer, n_head_kv]."""
+    if p["kind"] == STREAMINGLLM:
+        return [[_rank_streamingllm(q, p["n_sink"]) for q in layer] for layer in positions]
+    if p["kind"] in (SNAPKV, PYRAMIDKV):
+        return [[_rank_snapkv(s, p) for s in layer] for layer in scores]
+
     n_layer, n_head_kv, gamma = len(positions), len(positions[0]), int(p["gamma"])
-    res: list[list[Order]] = [[[] for _ in range(n_head_kv)] for _ in range(n_layer)]
+    res: list[list[Ranking]] = [[([], []) for _ in range(n_head_kv)] for _ in range(n_layer)]
     for il0 in range(0, n_layer, gamma):
         group = range(il0, min(n_layer, il0 + gamma))
         for head in range(n_head_kv):
             sets = [_cells_of(p, positions[il], scores[il], head) for il in group]
             shared, score = _mean_cells(sets) if p["share"] == 1 else sets[0]
-            order = _order_windows(shared, score, p, budget[il0])
+            own = int(budget[il0, head])
+            if p.get("heads", EQUAL) == SCORE:
+                own = int(budget[il0].sum()) // n_head_kv  # heads that compete are ranked before they know their budgets
+            ranking = _rank_windows(shared, score, p, own)
             for il in group:
-                res[il][head] = _translate(order, shared, positions[il][head])
+                res[il][head] = _translate(ranking, shared, positions[il][head])
     return res
 
 
 def select(
     policy: KVPolicy,
-    budget: list[int],
-    positions: list[IntArray],
-    scores: list[FloatArray],
+    budget: npt.ArrayLike,
+    positions: Cache,
+    scores: Cache,
     task: Task = "localization",
-) -> list[npt.NDArray[np.bool_]]:
+) -> list[list[npt.NDArray[np.bool_]]]:
     """Which cells stay.
 
     Args:
         policy: the policy.
-        budget: [n_layer], cells per kv head.
-        positions: per layer int32 [n_head_kv, cells], ascending.
-        scores: per layer float32 [n_head_kv, cells], mean attention of the observation window.
+        budget: [n_layer, n_head_kv], cells that stay.
+        positions: per layer and kv head int32 [cells], ascending.
+        scores: per layer and kv head float32 [cells], mean attention of the observation window.
         task: the prompt's task.
 
     Returns:
-        Per layer bool [n_head_kv, cells].
+        Per layer and kv head bool [cells].
     """
     p: dict[str, Any] = policy.native(task)
     if p["kind"] == FULL:
-        return [np.ones(q.shape, dtype=bool) for q in positions]
+        return [[np.ones(q.shape, dtype=bool) for q in layer] for layer in positions]
 
-    if p["kind"] == STREAMINGLLM:
-        orders = [[_order_streamingllm(q, p["n_sink"]) for q in layer] for layer in positions]
-    elif p["kind"] in (SNAPKV, PYRAMIDKV):
-        orders = [[_order_snapkv(s, p) for s in layer] for layer in scores]
-    else:
-        orders = _orders_windowkv(p, budget, positions, scores)
-
-    res = []
-    for il, layer in enumerate(positions):
-        keep = np.zeros(layer.shape, dtype=bool)
-        for head in range(len(layer)):
-            keep[head, orders[il][head][: budget[il]]] = True
-        res.append(keep)
+    own = np.asarray(budget, dtype=np.int32)
+    res = [[np.zeros(q.shape, dtype=bool) for q in layer] for layer in positions]
+    for il, layer in enumerate(_rankings(p, own, positions, scores)):
+        for head, (order, _) in enumerate(layer):
+            res[il][head][order[: own[il, head]]] = True
     return res

@@ -47,6 +47,13 @@ enum wkv_shape      { WKV_SHAPE_FLAT = 0, WKV_SHAPE_ARITHMETIC = 1 };
 enum wkv_share      { WKV_SHARE_FIRST = 0, WKV_SHARE_MEAN = 1 };
 enum wkv_accounting { WKV_ACCOUNTING_NATIVE = 0, WKV_ACCOUNTING_PAPER = 1 };
 
+// how the kv heads divide what there is
+enum wkv_heads {
+    WKV_HEADS_EQUAL      = 0, // every head of a layer holds the same number of cells
+    WKV_HEADS_IMPORTANCE = 1, // HeadKV, arXiv 2410.19258: by a score that the model's heads were given beforehand
+    WKV_HEADS_SCORE      = 2, // AdaKV, arXiv 2407.11550: the heads of a layer compete with the scores of their cells
+};
+
 // One policy. Fields that a kind does not use are ignored.
 struct wkv_policy {
     int32_t kind;          // enum wkv_kind
@@ -65,19 +72,25 @@ struct wkv_policy {
     int32_t carry;         // windowkv: a token's score carries over to this many tokens behind it, >= 0
     double  suffix_share;  // windowkv: of a budget the suffix takes at most this share, over 0 and up to 1
     double  slope;         // lambda of windowkv, beta of pyramidkv: the last budget is C*gamma/lambda or C/beta
+    int32_t heads;         // enum wkv_heads
+    double  pool;          // heads = importance: the share of all cells that is divided by importance, 0..1 (HeadKV's 1/beta)
+    double  floor_share;   // heads = score: the share of an equal budget that every head is sure of, 0..1
+    const double * importance; // heads = importance: [n_layer, n_head_kv], not negative, any scale
+    int64_t n_importance;      // elements of importance
 };
 
-// Shapes of one selection. cells[il] counts the cells each kv head of layer il holds now.
+// Shapes of one selection.
 struct wkv_shapes {
     int32_t n_layer;
     int32_t n_head_kv;
     int32_t n_past;             // positions the sequence has seen, evicted ones included
-    const int32_t * cells;      // [n_layer]
+    const int32_t * cells;      // cells that each (layer, kv head) holds now, row major [n_layer, n_head_kv]
 };
 
 struct wkv_stats {
     int32_t n_layer;
     int32_t n_head_kv;
+    int32_t n_gqa;              // query heads per kv head
     int32_t n_past;             // positions
     int32_t n_boundary;         // positions below this one were subject to the last compaction
     int32_t n_compactions;
@@ -108,8 +121,9 @@ WKV_API const char * wkv_last_error(void);
 WKV_API int  wkv_pending_set(int32_t n_window);
 WKV_API void wkv_pending_clear(void);
 
-// WKV_OK if the context has a ragged cache that serves all of its attention layers
-WKV_API int wkv_ready(struct llama_context * ctx);
+// WKV_OK if the context has a ragged cache that serves all of its attention layers, with ragged = true also for
+// policies that give the heads of a layer different numbers of cells
+WKV_API int wkv_ready(struct llama_context * ctx, bool ragged);
 
 // --- runtime
 
@@ -139,9 +153,13 @@ WKV_API int wkv_get_cells(struct llama_context * ctx, int32_t * cells, size_t n)
 // positions kept by one head, ascending; returns their number or a negative status, writes at most n of them
 WKV_API int wkv_get_positions(struct llama_context * ctx, int32_t layer, int32_t head, int32_t * pos, size_t n);
 
-// mean attention of the last alpha observed queries over the cells of one layer, per kv head (mean over its
-// query heads), row major [n_head_kv, cells]; returns the number of floats or a negative status
+// mean attention of the last alpha observed queries over the cells of one layer: for every kv head in turn its cells
+// (mean over its query heads); returns the number of floats or a negative status
 WKV_API int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t alpha, float * scores, size_t n);
+
+// attention of the last position over the cells of one layer: for every kv head in turn row major [n_gqa, cells];
+// returns the number of floats or a negative status
+WKV_API int64_t wkv_get_attention(struct llama_context * ctx, int32_t layer, float * weights, size_t n);
 
 // K (0) or V (1) of one head as F32, row major [cells, head_dim]; returns the number of floats
 WKV_API int64_t wkv_get_rows(struct llama_context * ctx, int32_t layer, int32_t head, int32_t which, float * rows, size_t n);
@@ -151,12 +169,13 @@ WKV_API int64_t wkv_get_queries(struct llama_context * ctx, int32_t layer, int32
 
 // --- pure functions: the same code the runtime calls, no context needed
 
-// budgets of the layers in cells per kv head, [n_layer]; n_cells = average cells per (layer, kv head)
-WKV_API int wkv_budgets(const struct wkv_policy * policy, const struct wkv_shapes * shapes, int64_t n_cells, int32_t * budgets);
+// positions: for every (layer, kv head) in turn its ascending positions
+// scores:    same layout, F32; only heads = score looks at positions and scores, they may be NULL otherwise
+// budgets:   cells that stay, row major [n_layer, n_head_kv]; n_cells = average cells per (layer, kv head)
+WKV_API int wkv_budgets(const struct wkv_policy * policy, const struct wkv_shapes * shapes, int64_t n_cells,
+                        const int32_t * positions, const float * scores, int32_t * budgets);
 
-// positions: for every layer n_head_kv rows of cells[il] ascending positions, layers one after the other
-// scores:    same layout, F32
-// keep:      same layout, set to 1 where the cell stays, else 0
+// keep: layout of positions, set to 1 where the cell stays, else 0
 WKV_API int wkv_select(const struct wkv_policy * policy, const struct wkv_shapes * shapes, const int32_t * budgets,
                        const int32_t * positions, const float * scores, uint8_t * keep);
 

@@ -7,6 +7,8 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include "ggml-flash-attn-ragged.h"
+
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
@@ -173,6 +175,23 @@ static bool attn_supported(const llama_kv_ragged_layer & layer) {
     return ggml_backend_dev_supports_op(layer.dev, attn) && ggml_backend_dev_supports_op(layer.dev, get);
 }
 
+static bool ragged_supported(const llama_kv_ragged_layer & layer) {
+    const ggml_init_params params = {
+        /*.mem_size   =*/ 16*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx_ptr { ggml_init(params) };
+    ggml_context * ctx = ctx_ptr.get();
+
+    ggml_tensor * q      = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.n_embd_head_k, 1, layer.n_head);
+    ggml_tensor * k      = ggml_new_tensor_2d(ctx, layer.type_k, layer.n_embd_head_k, 256);
+    ggml_tensor * v      = ggml_new_tensor_2d(ctx, layer.type_v, layer.n_embd_head_v, 256);
+    ggml_tensor * ranges = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, layer.n_head_kv, 1);
+
+    return ggml_backend_dev_supports_op(layer.dev, ggml_flash_attn_ragged(ctx, q, k, v, ranges, nullptr, 0, 1.0f, 0.0f, true));
+}
+
 void llama_kv_cache_ragged::init_layers(const llama_memory_params & params) {
     map_layer.assign(hparams.n_layer_all, -1);
 
@@ -197,6 +216,8 @@ void llama_kv_cache_ragged::init_layers(const llama_memory_params & params) {
                         "load the model with n_gpu_layers=0 or without a policy",
                         ggml_backend_dev_name(layer.dev), il, layer.n_embd_head_k));
         }
+
+        layer.has_ragged = ragged_supported(layer);
 
         if (!bufs_reserve.count(layer.buft)) {
             bufs_reserve[layer.buft].reset(ggml_backend_buft_alloc_buffer(layer.buft, 0));
@@ -265,8 +286,11 @@ void llama_kv_cache_ragged::synchronize() const {
     }
 }
 
-std::string llama_kv_cache_ragged::ready() const {
+std::string llama_kv_cache_ragged::ready(bool ragged) const {
     for (const auto & layer : layers) {
+        if (ragged && !layer.has_ragged) {
+            return no_ragged_attention(layer);
+        }
         if (!layer.hooked) {
             return format("kv_policy: the attention of layer %u does not run through the KV cache, use the model without a policy", layer.il);
         }
@@ -278,13 +302,30 @@ std::string llama_kv_cache_ragged::ready() const {
 // cells
 //
 
-int64_t llama_kv_cache_ragged::n_cells(const llama_kv_ragged_layer & layer) const {
-    return layer.kept[0].size() + (n_pos - layer.boundary);
+int64_t llama_kv_cache_ragged::n_cells(const llama_kv_ragged_layer & layer, int64_t ih) const {
+    return layer.kept[ih].size() + (n_pos - layer.boundary);
+}
+
+std::vector<int64_t> llama_kv_cache_ragged::n_cells(const llama_kv_ragged_layer & layer) const {
+    std::vector<int64_t> res(layer.n_head_kv);
+    for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
+        res[ih] = n_cells(layer, ih);
+    }
+    return res;
+}
+
+bool llama_kv_cache_ragged::is_uniform(const llama_kv_ragged_layer & layer) const {
+    for (const auto & kept : layer.kept) {
+        if (kept.size() != layer.kept[0].size()) {
+            return false;
+        }
+    }
+    return true;
 }
 
 std::vector<int32_t> llama_kv_cache_ragged::positions(const llama_kv_ragged_layer & layer, int64_t ih) const {
     std::vector<int32_t> res = layer.kept[ih];
-    res.reserve(n_cells(layer));
+    res.reserve(n_cells(layer, ih));
     for (uint32_t pos = layer.boundary; pos < n_pos; ++pos) {
         res.push_back(pos);
     }
@@ -300,24 +341,34 @@ bool llama_kv_cache_ragged::ensure(int64_t n_tokens, bool exact) {
     bool synced = false;
 
     for (auto & layer : layers) {
-        const int64_t len  = n_cells(layer);
-        const int64_t need = len + n_tokens;
-        if (need <= layer.pool.cap) {
+        const auto len = n_cells(layer);
+
+        bool    fits = true;
+        int64_t sum  = 0;
+        for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
+            fits = fits && len[ih] + n_tokens <= layer.pool.cap(ih);
+            sum += len[ih] + n_tokens;
+        }
+        if (fits) {
             continue;
         }
 
-        // a prompt that arrives in pieces doubles its pool in six steps, a compressed cache stays within 2 %
-        const int64_t slack = exact ? 0 : boundary == 0 ? need/8 : need/64;
-        const int64_t cap   = GGML_PAD(std::min<int64_t>(need + slack, std::max<int64_t>(need, get_size())), boundary == 0 ? 256 : layer.n_pad);
+        // a prompt that arrives in pieces doubles its pool in six steps, a compressed cache stays within 2 %; heads of
+        // different lengths grow by the same number of cells, because they fill together
+        const int64_t need  = sum/layer.n_head_kv;
+        const int64_t slack = exact ? 0 : boundary == 0 ? need/8 : std::max<int64_t>(is_uniform(layer) ? 0 : 16, need/64);
+        const int64_t room  = n_tokens + std::min<int64_t>(slack, std::max<int64_t>(0, get_size() - n_pos - n_tokens));
 
         if (!synced) {
             synchronize();
             synced = true;
         }
-        if (!layer.grow(cap, len, &meter)) {
-            LLAMA_LOG_ERROR("%s: no memory for %" PRId64 " cells per head in layer %u\n", __func__, cap, layer.il);
+        llama_kv_ragged_pool next = layer.copy_pool(layer.pool, layer.capacity(len, room, boundary > 0), len, &meter);
+        if (next.empty()) {
+            LLAMA_LOG_ERROR("%s: no memory for %" PRId64 " cells per head in layer %u\n", __func__, need, layer.il);
             return false;
         }
+        layer.pool = std::move(next);
         epoch++;
     }
 
@@ -351,8 +402,12 @@ bool llama_kv_cache_ragged::snapshot_save() {
 
     auto res = std::make_unique<snapshot_t>();
     for (const auto & layer : layers) {
-        const int64_t len = n_cells(layer);
-        const int64_t cap = std::max<int64_t>(1, len);
+        const auto len = n_cells(layer);
+
+        auto cap = len;
+        for (auto & n : cap) {
+            n = std::max<int64_t>(1, n);
+        }
 
         res->pools.push_back(layer.copy_pool(layer.pool, cap, len, &meter));
         if (res->pools.back().empty()) {
@@ -380,10 +435,14 @@ bool llama_kv_cache_ragged::snapshot_restore() {
     // nothing changes until all copies exist
     std::vector<llama_kv_ragged_pool> pools;
     for (size_t i = 0; i < layers.size(); ++i) {
-        const int64_t len = snapshot->kept[i][0].size() + (snapshot->n_pos - snapshot->bounds[i]);
-        const int64_t pad = snapshot->boundary == 0 ? 256 : layers[i].n_pad;
+        std::vector<int64_t> len;
+        for (const auto & kept : snapshot->kept[i]) {
+            len.push_back(kept.size() + (snapshot->n_pos - snapshot->bounds[i]));
+        }
 
-        pools.push_back(layers[i].copy_pool(snapshot->pools[i], GGML_PAD(len + 32, pad), len, &meter));
+        const auto cap = layers[i].capacity(len, 32, snapshot->boundary > 0);
+
+        pools.push_back(layers[i].copy_pool(snapshot->pools[i], cap, len, &meter));
         if (pools.back().empty()) {
             return false;
         }
@@ -577,6 +636,7 @@ void llama_kv_cache_ragged::get_stats(wkv_stats & stats) const {
     stats = {};
     stats.n_layer        = layers.size();
     stats.n_head_kv      = layers[0].n_head_kv;
+    stats.n_gqa          = layers[0].n_head/layers[0].n_head_kv;
     stats.n_past         = n_pos;
     stats.n_boundary     = boundary;
     stats.n_compactions  = n_compactions;
@@ -628,19 +688,36 @@ llama_kv_cache_ragged_context::layer_view llama_kv_cache_ragged_context::get_vie
     const auto & layer = kv->layers.at(kv->map_layer.at(il));
 
     if (!full) {
-        const int64_t n_cells = kv->n_cells(layer);
-        return { layer.pool.k, layer.pool.v, layer.pool.cap, n_cells, kv->n_read(layer, n_cells) };
+        const int64_t n_cells = kv->n_cells(layer, 0);
+        return { layer.pool.k, layer.pool.v, kv->is_uniform(layer), layer.pool.cap(0), n_cells, kv->n_read(layer, n_cells) };
     }
 
     const int64_t n = kv->get_size();
 
-    layer_view res = { nullptr, nullptr, n, n, n };
+    layer_view res = { nullptr, nullptr, true, n, n, n };
     if (ctx) {
         res.k = ggml_new_tensor_2d(ctx, layer.type_k, layer.n_embd_head_k, n*layer.n_head_kv);
         res.v = ggml_new_tensor_2d(ctx, layer.type_v, layer.n_embd_head_v, n*layer.n_head_kv);
         res.k->buffer = res.v->buffer = kv->bufs_reserve.at(layer.buft).get();
     }
     return res;
+}
+
+void llama_kv_cache_ragged_context::get_ranges(int32_t il, int32_t * ranges) const {
+    const auto & layer = kv->layers.at(kv->map_layer.at(il));
+
+    for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
+        ranges[2*ih + 0] = layer.pool.first[ih];
+        ranges[2*ih + 1] = kv->n_cells(layer, ih);
+    }
+}
+
+int32_t llama_kv_cache_ragged_context::get_index(int32_t il) const {
+    return kv->map_layer.at(il);
+}
+
+int32_t llama_kv_cache_ragged_context::get_n_layer() const {
+    return kv->layers.size();
 }
 
 uint64_t llama_kv_cache_ragged_context::get_epoch() const {

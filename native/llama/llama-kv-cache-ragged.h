@@ -63,8 +63,8 @@ public:
     // llama_kv_cache_ragged specific API
     //
 
-    // "" or why a layer's attention does not run through this cache
-    std::string ready() const;
+    // "" or why a layer's attention does not run through this cache, or lacks what the policy needs
+    std::string ready(bool ragged) const;
 
     // room for n_tokens more positions without slack
     bool reserve(int64_t n_tokens);
@@ -86,15 +86,21 @@ public:
 
     const std::vector<llama_kv_ragged_layer> & get_layers() const { return layers; }
 
-    int64_t n_cells(const llama_kv_ragged_layer & layer) const; // cells of each head now
+    int64_t n_cells(const llama_kv_ragged_layer & layer, int64_t ih) const; // cells of a head now
+
+    std::vector<int64_t> n_cells(const llama_kv_ragged_layer & layer) const; // of every head
+
+    // whether all heads of a layer hold equally many cells; stock attention serves these
+    bool is_uniform(const llama_kv_ragged_layer & layer) const;
 
     std::vector<int32_t> positions(const llama_kv_ragged_layer & layer, int64_t ih) const;
 
     // positions of the ring rows whose queries are still part of the sequence, -1 elsewhere; [n_window]
     const std::vector<int32_t> & get_ring_pos() const { return ring_pos; }
 
-    // mean attention of the last alpha observed queries, row major [n_head_kv, n_cells]; throws std::runtime_error
-    std::vector<float> score(llama_context * lctx, const llama_kv_ragged_layer & layer, int32_t alpha);
+    // mean attention of the last alpha observed queries over the cells of every head in turn; with mean = false that of
+    // every query head, for each kv head row major [n_gqa, n_cells]; throws std::runtime_error
+    std::vector<float> score(llama_context * lctx, const llama_kv_ragged_layer & layer, int32_t alpha, bool mean = true);
 
 private:
     friend class llama_kv_cache_ragged_context;
@@ -151,13 +157,15 @@ private:
     // cells that attention reads of a layer with len cells per head
     int64_t n_read(const llama_kv_ragged_layer & layer, int64_t len) const;
 
+    static std::string no_ragged_attention(const llama_kv_ragged_layer & layer);
+
     // room for n_tokens more cells in every head, with slack cells beyond
     bool ensure(int64_t n_tokens, bool exact);
 
     // account for an ubatch whose cells have room
     void append(const llama_ubatch & ubatch);
 
-    void gather(llama_context * lctx, llama_kv_ragged_layer & layer, const uint8_t * keep, int64_t n_keep);
+    void gather(llama_context * lctx, llama_kv_ragged_layer & layer, const uint8_t * keep, const int32_t * n_keep);
 };
 
 //
@@ -185,12 +193,19 @@ public:
     struct layer_view {
         ggml_tensor * k;  // [n_embd_head_k, n_rows]
         ggml_tensor * v;  // [n_embd_head_v, n_rows]
+        bool uniform;     // the heads hold equally many cells; what follows is for them
         int64_t cap;      // rows per head
         int64_t n_cells;  // cells per head, those of the ubatch included
         int64_t n_read;   // cells per head that attention reads
     };
 
     layer_view get_view(ggml_context * ctx, int32_t il) const;
+
+    // first row and cells of every head, those of the ubatch included, {first, cells} x n_head_kv
+    void get_ranges(int32_t il, int32_t * ranges) const;
+
+    int32_t get_index  (int32_t il) const; // of a layer of the model among those of the cache
+    int32_t get_n_layer() const;
 
     uint64_t get_epoch()  const;
     uint32_t get_window() const;

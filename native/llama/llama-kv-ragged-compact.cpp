@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
 
 static double elapsed_ms(int64_t t_start_us) {
@@ -21,6 +22,12 @@ static double elapsed_ms(int64_t t_start_us) {
 [[noreturn]] static void fail(const std::string & msg) {
     llama_kv_ragged_set_error(msg);
     throw std::runtime_error(msg);
+}
+
+std::string llama_kv_cache_ragged::no_ragged_attention(const llama_kv_ragged_layer & layer) {
+    return format("kv_policy: %s has no attention over heads of different lengths (layer %u, head size %" PRId64 "), load the model "
+            "with n_gpu_layers=0 or choose a policy that gives all heads of a layer the same number of cells",
+            ggml_backend_dev_name(layer.dev), layer.il, layer.n_embd_head_k);
 }
 
 // a graph on one backend; its compute buffer counts as live while it exists
@@ -94,8 +101,9 @@ private:
     int64_t          size = 0;
 };
 
-std::vector<float> llama_kv_cache_ragged::score(llama_context * lctx, const llama_kv_ragged_layer & layer, int32_t alpha) {
-    const int64_t n         = n_cells(layer);
+std::vector<float> llama_kv_cache_ragged::score(
+        llama_context * lctx, const llama_kv_ragged_layer & layer, int32_t alpha, bool mean) {
+    const auto    len       = n_cells(layer);
     const int64_t n_gqa     = layer.n_head/layer.n_head_kv;
     const int64_t n_head_kv = layer.n_head_kv;
 
@@ -107,7 +115,7 @@ std::vector<float> llama_kv_cache_ragged::score(llama_context * lctx, const llam
         n_observed += observed[i];
     }
 
-    if (n == 0 || n_observed == 0) {
+    if (n_pos == 0 || n_observed == 0) {
         fail("kv_policy: nothing to score, evaluate a prompt first");
     }
 
@@ -116,19 +124,24 @@ std::vector<float> llama_kv_cache_ragged::score(llama_context * lctx, const llam
 
     const float softcap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
 
-    ggml_tensor * weights = graph.input(GGML_TYPE_F32, n_window*n_gqa);
+    // a column of weights for every result: one for the mean, or one per query head
+    const int64_t n_res = mean ? 1 : n_gqa;
+
+    ggml_tensor * weights = graph.input(GGML_TYPE_F32, n_window*n_gqa, n_res);
 
     // before the first compaction all heads hold the same positions
-    const int64_t n_masks = layer.kept[0].empty() ? 1 : n_head_kv;
+    const int64_t n_masks = layer.boundary == 0 ? 1 : n_head_kv;
 
     std::vector<ggml_tensor *> masks;
     std::vector<ggml_tensor *> sums;
     for (int64_t ih = 0; ih < n_head_kv; ++ih) {
+        const int64_t n = len[ih];
+
         if (ih < n_masks) {
             masks.push_back(graph.input(GGML_TYPE_F32, n, n_window));
         }
 
-        ggml_tensor * k = ggml_view_2d(ctx, layer.pool.k, layer.n_embd_head_k, n, layer.pool.k->nb[1], ih*layer.pool.cap*layer.pool.k->nb[1]);
+        ggml_tensor * k = ggml_view_2d(ctx, layer.pool.k, layer.n_embd_head_k, n, layer.pool.k->nb[1], layer.pool.first[ih]*layer.pool.k->nb[1]);
         ggml_tensor * q = ggml_view_2d(ctx, layer.ring, layer.n_embd_head_k, n_window*n_gqa, layer.ring->nb[1], ih*n_gqa*layer.ring->nb[2]);
 
         ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_cast(ctx, q, GGML_TYPE_F32)); // [n, n_window*n_gqa]
@@ -141,7 +154,7 @@ std::vector<float> llama_kv_cache_ragged::score(llama_context * lctx, const llam
         kq = ggml_soft_max_ext(ctx, kq, masks.back(), softcap > 0.0f ? 1.0f : layer.kq_scale, 0.0f);
         kq = ggml_reshape_2d(ctx, kq, n, n_window*n_gqa);
 
-        ggml_tensor * sum = ggml_mul_mat(ctx, weights, ggml_cont(ctx, ggml_transpose(ctx, kq))); // [1, n]
+        ggml_tensor * sum = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, kq)), weights); // [n, n_res]
         ggml_set_output(sum);
         graph.expand(sum);
         sums.push_back(sum);
@@ -149,17 +162,23 @@ std::vector<float> llama_kv_cache_ragged::score(llama_context * lctx, const llam
 
     graph.alloc();
 
-    std::vector<float> data(n_window*n_gqa);
-    for (size_t i = 0; i < data.size(); ++i) {
-        data[i] = observed[i % n_window] ? 1.0f/float(n_observed*n_gqa) : 0.0f;
+    std::vector<float> data(n_window*n_gqa*n_res, 0.0f);
+    for (int64_t ig = 0; ig < n_gqa; ++ig) {
+        for (uint32_t i = 0; i < n_window; ++i) {
+            if (observed[i]) {
+                data[(mean ? 0 : ig)*n_window*n_gqa + ig*n_window + i] = 1.0f/float(mean ? n_observed*n_gqa : n_observed);
+            }
+        }
     }
     ggml_backend_tensor_set(weights, data.data(), 0, ggml_nbytes(weights));
 
     // an observed query sees the cells up to its own position; rows that are not observed weigh nothing, and a query
     // older than every cell that is left sees all of them, which prefers none
-    data.resize(n*n_window);
     for (int64_t ih = 0; ih < n_masks; ++ih) {
-        const auto pos = positions(layer, ih);
+        const int64_t n   = len[ih];
+        const auto    pos = positions(layer, ih);
+
+        data.resize(n*n_window);
         for (uint32_t i = 0; i < n_window; ++i) {
             const int64_t n_older = std::upper_bound(pos.begin(), pos.end(), ring_pos[i]) - pos.begin();
             const int64_t n_seen  = observed[i] && n_older > 0 ? n_older : n;
@@ -172,9 +191,11 @@ std::vector<float> llama_kv_cache_ragged::score(llama_context * lctx, const llam
 
     graph.compute();
 
-    std::vector<float> res(n_head_kv*n);
+    std::vector<float> res;
     for (int64_t ih = 0; ih < n_head_kv; ++ih) {
-        ggml_backend_tensor_get(sums[ih], res.data() + ih*n, 0, n*sizeof(float));
+        const size_t i0 = res.size();
+        res.resize(i0 + len[ih]*n_res);
+        ggml_backend_tensor_get(sums[ih], res.data() + i0, 0, len[ih]*n_res*sizeof(float));
     }
     return res;
 }
@@ -186,13 +207,18 @@ static ggml_tensor * alias_i32(ggml_context * ctx, ggml_tensor * pool) {
     return res;
 }
 
-void llama_kv_cache_ragged::gather(llama_context * lctx, llama_kv_ragged_layer & layer, const uint8_t * keep, int64_t n_keep) {
-    const int64_t n   = n_cells(layer);
-    const int64_t cap = GGML_PAD(n_keep + 1 + n_keep/64, layer.n_pad);
+void llama_kv_cache_ragged::gather(llama_context * lctx, llama_kv_ragged_layer & layer, const uint8_t * keep, const int32_t * n_keep) {
+    const auto len = n_cells(layer);
 
-    llama_kv_ragged_pool next = layer.make_pool(cap, &meter);
+    const std::vector<int64_t> len_next(n_keep, n_keep + layer.n_head_kv);
+
+    // heads that fill at different rows are given the same room
+    const int64_t n_mean  = std::accumulate(len_next.begin(), len_next.end(), int64_t(0))/layer.n_head_kv;
+    const bool    uniform = std::all_of(len_next.begin(), len_next.end(), [&](int64_t n) { return n == n_mean; });
+
+    llama_kv_ragged_pool next = layer.make_pool(layer.capacity(len_next, uniform ? 1 + n_mean/64 : 16, true), &meter);
     if (next.empty()) {
-        fail(format("kv_policy: no memory for %" PRId64 " cells per head in layer %u", cap, layer.il));
+        fail(format("kv_policy: no memory for %" PRId64 " cells per head in layer %u", n_mean, layer.il));
     }
 
     std::vector<std::vector<int32_t>> kept(layer.n_head_kv);
@@ -201,13 +227,14 @@ void llama_kv_cache_ragged::gather(llama_context * lctx, llama_kv_ragged_layer &
     std::vector<int32_t> rows(next.n_rows(), 0);
     for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
         const auto pos = positions(layer, ih);
-        for (int64_t i = 0; i < n; ++i) {
-            if (keep[ih*n + i]) {
-                rows[ih*cap + kept[ih].size()] = ih*layer.pool.cap + i;
+        for (int64_t i = 0; i < len[ih]; ++i) {
+            if (keep[i]) {
+                rows[next.first[ih] + kept[ih].size()] = layer.pool.first[ih] + i;
                 kept[ih].push_back(pos[i]);
             }
         }
-        GGML_ASSERT((int64_t) kept[ih].size() == n_keep);
+        keep += len[ih];
+        GGML_ASSERT((int64_t) kept[ih].size() == len_next[ih]);
     }
 
     ragged_graph graph(lctx, layer, meter, 8);
@@ -245,14 +272,28 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
 
     std::vector<int32_t> cells;
     for (const auto & layer : layers) {
-        cells.push_back(n_cells(layer));
+        for (const int64_t n : n_cells(layer)) {
+            cells.push_back(n);
+        }
     }
 
     const wkv_shapes shapes = { (int32_t) layers.size(), n_head_kv, (int32_t) n_pos, cells.data() };
 
-    const auto budgets = wkv::budgets(policy, shapes, n_cells_mean);
-    if (budgets == cells) {
+    const std::string misfit = wkv::shapes_error(policy, shapes);
+    if (!misfit.empty()) {
+        throw std::invalid_argument("policy: " + misfit);
+    }
+    if (policy.kind == WKV_KIND_FULL) {
         return 0;
+    }
+
+    // heads that compete need scores, for the others nothing is computed if everything fits
+    std::vector<int32_t> budgets;
+    if (policy.heads != WKV_HEADS_SCORE) {
+        wkv::budgets(wkv::cache_view(policy, shapes, nullptr, nullptr), n_cells_mean, budgets);
+        if (budgets == cells) {
+            return 0;
+        }
     }
 
     lctx->synchronize();
@@ -280,12 +321,26 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
 
     // select
 
+    const wkv::cache_view view(policy, shapes, pos.data(), scores.data());
+
     std::vector<uint8_t> keep(pos.size());
 
-    wkv::selection sel(policy, shapes, budgets.data(), pos.data(), scores.data(), keep.data());
-    const std::string refused = wkv::select(sel);
+    std::string refused = wkv::budgets(view, n_cells_mean, budgets);
+    if (refused.empty()) {
+        refused = wkv::select(view, budgets.data(), keep.data());
+    }
     if (!refused.empty()) {
         fail("kv_policy: " + refused);
+    }
+    if (budgets == cells) {
+        return 0;
+    }
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const auto * first = budgets.data() + i*n_head_kv;
+        if (!layers[i].has_ragged && std::any_of(first, first + n_head_kv, [&](int32_t n) { return n != *first; })) {
+            fail(no_ragged_attention(layers[i]));
+        }
     }
 
     const int64_t t_gather_us = ggml_time_us();
@@ -299,8 +354,12 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
     epoch++;
 
     for (size_t i = 0; i < layers.size(); ++i) {
-        gather(lctx, layers[i], keep.data() + sel.offsets[i], budgets[i]);
-        n_released += int64_t(n_head_kv)*(cells[i] - budgets[i]);
+        const size_t i0 = i*n_head_kv;
+
+        gather(lctx, layers[i], keep.data() + view.offsets[i0], budgets.data() + i0);
+        for (size_t j = i0; j < i0 + n_head_kv; ++j) {
+            n_released += cells[j] - budgets[j];
+        }
     }
 
     llama_kv_ragged_trim();

@@ -5,6 +5,8 @@
 #include "llama-graph.h"
 #include "llama-impl.h"
 
+#include "ggml-flash-attn-ragged.h"
+
 #include <algorithm>
 #include <stdexcept>
 
@@ -32,6 +34,11 @@ public:
 
     ggml_tensor * get_ring_idxs(ggml_context * ctx);
 
+    // inputs of the layers whose heads differ: where their heads stand, and the rows of the new cells; all layers share
+    // a tensor and each looks at its own plane
+    ggml_tensor * get_ranges(ggml_context * ctx, int64_t n_head_kv);
+    ggml_tensor * get_rows  (ggml_context * ctx, int64_t n_head_kv, int32_t il);
+
     static llm_graph_input_ragged * find(llm_graph_result * res);
 
 private:
@@ -43,6 +50,10 @@ private:
     std::vector<cell_class> classes;
 
     ggml_tensor * ring_idxs = nullptr; // I64 [n_observed]
+    ggml_tensor * ranges    = nullptr; // I32 [2, n_head_kv, n_layer]
+    ggml_tensor * rows      = nullptr; // I64 [n_head_kv*n_tokens, n_layer]
+
+    std::vector<int32_t> ragged; // layers that look at ranges
 };
 
 llm_graph_input_ragged * llm_graph_input_ragged::find(llm_graph_result * res) {
@@ -85,6 +96,25 @@ ggml_tensor * llm_graph_input_ragged::get_ring_idxs(ggml_context * ctx) {
     return ring_idxs;
 }
 
+ggml_tensor * llm_graph_input_ragged::get_ranges(ggml_context * ctx, int64_t n_head_kv) {
+    if (!ranges) {
+        ranges = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, n_head_kv, mctx->get_n_layer());
+        ggml_set_input(ranges);
+        ggml_set_name(ranges, "ragged_ranges");
+    }
+    return ranges;
+}
+
+ggml_tensor * llm_graph_input_ragged::get_rows(ggml_context * ctx, int64_t n_head_kv, int32_t il) {
+    if (!rows) {
+        rows = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, n_head_kv*n_tokens, mctx->get_n_layer());
+        ggml_set_input(rows);
+        ggml_set_name(rows, "ragged_rows");
+    }
+    ragged.push_back(il);
+    return ggml_view_1d(ctx, rows, rows->ne[0], mctx->get_index(il)*rows->nb[1]);
+}
+
 void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
     GGML_ASSERT(ubatch->n_tokens == n_tokens);
 
@@ -107,6 +137,26 @@ void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
 
         ggml_backend_tensor_set(cls.mask, mask.data(), 0, ggml_nbytes(cls.mask));
         ggml_backend_tensor_set(cls.idxs, idxs.data(), 0, ggml_nbytes(cls.idxs));
+    }
+
+    if (rows) {
+        const int64_t n_head_kv = ranges->ne[1];
+
+        std::vector<int32_t> all_ranges(ggml_nelements(ranges), 0);
+        std::vector<int64_t> all_rows(ggml_nelements(rows), 0);
+        for (const int32_t il : ragged) {
+            int32_t * cur_ranges = all_ranges.data() + mctx->get_index(il)*2*n_head_kv;
+            int64_t * cur_rows   = all_rows.data()   + mctx->get_index(il)*rows->ne[0];
+
+            mctx->get_ranges(il, cur_ranges);
+            for (int64_t t = 0; t < n_tokens; ++t) {
+                for (int64_t ih = 0; ih < n_head_kv; ++ih) {
+                    cur_rows[t*n_head_kv + ih] = cur_ranges[2*ih] + cur_ranges[2*ih + 1] - n_tokens + t;
+                }
+            }
+        }
+        ggml_backend_tensor_set(ranges, all_ranges.data(), 0, ggml_nbytes(ranges));
+        ggml_backend_tensor_set(rows,   all_rows.data(),   0, ggml_nbytes(rows));
     }
 
     const int64_t n_observed = ring_idxs->ne[0];
@@ -143,6 +193,11 @@ static ggml_tensor * view_cells(ggml_context * ctx, ggml_tensor * pool, int64_t 
 // [n_embd_head, n_head, n_tokens] -> [n_embd_head, n_tokens, n_head]
 static ggml_tensor * by_head(ggml_context * ctx, ggml_tensor * cur) {
     return ggml_permute(ctx, cur, 0, 2, 1, 3);
+}
+
+// [n_embd_head, n_head, n_tokens] -> [n_embd_head, n_head*n_tokens]
+static ggml_tensor * all_heads(ggml_context * ctx, ggml_tensor * cur) {
+    return ggml_reshape_2d(ctx, ggml_is_contiguous(cur) ? cur : ggml_cont(ctx, cur), cur->ne[0], cur->ne[1]*cur->ne[2]);
 }
 
 // flash attention takes no F32 cells on most backends, stock casts as well
@@ -184,15 +239,9 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
     }
 
     const layer_view view = get_view(ctx, il);
-    const auto cls = inp->get_class(ctx, view, il);
 
     const int64_t n_head_kv = layer.n_head_kv;
-
-    ggml_tensor * k_all = view_cells(ctx, view.k, view.cap, view.cap, n_head_kv);
-    ggml_tensor * v_all = view_cells(ctx, view.v, view.cap, view.cap, n_head_kv);
-
-    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, k_all, by_head(ctx, k_cur), cls.idxs));
-    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, v_all, by_head(ctx, v_cur), cls.idxs));
+    const float   softcap   = g.hparams.attn_soft_cap ? g.hparams.f_attn_logit_softcapping : 0.0f;
 
     // the last queries of the ubatch go to the observation ring
     {
@@ -207,13 +256,32 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
     }
 
     ggml_tensor * q = by_head(ctx, q_cur);
-    ggml_tensor * k = cast_f32(ctx, view_cells(ctx, view.k, view.cap, view.n_read, n_head_kv));
-    ggml_tensor * v = cast_f32(ctx, view_cells(ctx, view.v, view.cap, view.n_read, n_head_kv));
 
-    ggml_tensor * cur = ggml_flash_attn_ext(ctx, q, k, v, cls.mask, kq_scale, 0.0f,
-            g.hparams.attn_soft_cap ? g.hparams.f_attn_logit_softcapping : 0.0f);
-    g.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, il });
-    ggml_prec_set_acc(cur, GGML_PREC_F32);
+    ggml_tensor * cur;
+    if (view.uniform) {
+        const auto cls = inp->get_class(ctx, view, il);
+
+        ggml_tensor * k_all = view_cells(ctx, view.k, view.cap, view.cap, n_head_kv);
+        ggml_tensor * v_all = view_cells(ctx, view.v, view.cap, view.cap, n_head_kv);
+
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, k_all, by_head(ctx, k_cur), cls.idxs));
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, v_all, by_head(ctx, v_cur), cls.idxs));
+
+        ggml_tensor * k = cast_f32(ctx, view_cells(ctx, view.k, view.cap, view.n_read, n_head_kv));
+        ggml_tensor * v = cast_f32(ctx, view_cells(ctx, view.v, view.cap, view.n_read, n_head_kv));
+
+        cur = ggml_flash_attn_ext(ctx, q, k, v, cls.mask, kq_scale, 0.0f, softcap);
+        g.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, il });
+        ggml_prec_set_acc(cur, GGML_PREC_F32);
+    } else {
+        ggml_tensor * rows = inp->get_rows(ctx, n_head_kv, il);
+
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, view.k, all_heads(ctx, k_cur), rows));
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, view.v, all_heads(ctx, v_cur), rows));
+
+        cur = ggml_flash_attn_ragged(ctx, q, view.k, view.v, inp->get_ranges(ctx, n_head_kv), nullptr, get_index(il),
+                kq_scale, softcap, /*causal =*/ true);
+    }
 
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(g.gf, cur);

@@ -35,7 +35,7 @@ llama_kv_ragged_pool & llama_kv_ragged_pool::operator=(llama_kv_ragged_pool && o
     std::swap(buf,   other.buf);
     std::swap(k,     other.k);
     std::swap(v,     other.v);
-    std::swap(cap,   other.cap);
+    std::swap(first, other.first);
     std::swap(meter, other.meter);
     return *this;
 }
@@ -54,8 +54,22 @@ int64_t llama_kv_ragged_layer::cell_bytes() const {
     return ggml_row_size(type_k, n_embd_head_k) + ggml_row_size(type_v, n_embd_head_v);
 }
 
-llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(int64_t cap, llama_kv_ragged_meter * meter) const {
-    const int64_t n_rows = n_head_kv*cap;
+std::vector<int64_t> llama_kv_ragged_layer::capacity(const std::vector<int64_t> & len, int64_t slack, bool compacted) const {
+    const bool uniform = std::all_of(len.begin(), len.end(), [&](int64_t n) { return n == len[0]; });
+
+    std::vector<int64_t> res;
+    for (const int64_t n : len) {
+        res.push_back(uniform ? GGML_PAD(n + slack, compacted ? n_pad : 256) : n + slack);
+    }
+    return res;
+}
+
+llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(const std::vector<int64_t> & cap, llama_kv_ragged_meter * meter) const {
+    std::vector<int64_t> first(1, 0);
+    for (const int64_t n : cap) {
+        first.push_back(first.back() + n);
+    }
+    const int64_t n_rows = first.back();
 
     const ggml_init_params params = {
         /*.mem_size   =*/ 2*ggml_tensor_overhead(),
@@ -78,7 +92,7 @@ llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(int64_t cap, llama_kv_ragg
     // masked cells are multiplied by zero weights, so even unused rows have to be finite
     ggml_backend_buffer_clear(res.buf.get(), 0);
 
-    res.cap   = cap;
+    res.first = std::move(first);
     res.meter = meter;
     if (meter) {
         meter->add(res.bytes());
@@ -102,25 +116,20 @@ static void copy_rows(ggml_tensor * src, ggml_tensor * dst, int64_t i_src, int64
 }
 
 llama_kv_ragged_pool llama_kv_ragged_layer::copy_pool(
-        const llama_kv_ragged_pool & src, int64_t cap, int64_t len, llama_kv_ragged_meter * meter) const {
+        const llama_kv_ragged_pool & src,
+        const std::vector<int64_t> & cap,
+        const std::vector<int64_t> & len,
+        llama_kv_ragged_meter      * meter) const {
     llama_kv_ragged_pool res = make_pool(cap, meter);
-    if (res.empty() || len == 0) {
+    if (res.empty()) {
         return res;
     }
 
     for (int64_t ih = 0; ih < n_head_kv; ++ih) {
-        copy_rows(src.k, res.k, ih*src.cap, ih*cap, len);
-        copy_rows(src.v, res.v, ih*src.cap, ih*cap, len);
+        if (len[ih] > 0) {
+            copy_rows(src.k, res.k, src.first[ih], res.first[ih], len[ih]);
+            copy_rows(src.v, res.v, src.first[ih], res.first[ih], len[ih]);
+        }
     }
     return res;
-}
-
-bool llama_kv_ragged_layer::grow(int64_t cap, int64_t len, llama_kv_ragged_meter * meter) {
-    llama_kv_ragged_pool next = copy_pool(pool, cap, len, meter);
-    if (next.empty()) {
-        return false;
-    }
-
-    pool = std::move(next);
-    return true;
 }

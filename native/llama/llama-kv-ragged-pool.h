@@ -20,7 +20,7 @@ void llama_kv_ragged_trim();
 
 // K and V of all kv heads of a layer
 //   k [n_embd_head_k, n_rows], v [n_embd_head_v, n_rows]: one row = one head's cell
-//   head ih owns the rows [ih*cap, (ih + 1)*cap)
+//   head ih owns the rows [first[ih], first[ih + 1])
 struct llama_kv_ragged_pool {
     ggml_context_ptr        ctx;
     ggml_backend_buffer_ptr buf;
@@ -28,7 +28,7 @@ struct llama_kv_ragged_pool {
     ggml_tensor * k = nullptr;
     ggml_tensor * v = nullptr;
 
-    int64_t cap = 0; // cells per head
+    std::vector<int64_t> first; // [n_head_kv + 1], empty without a buffer
 
     llama_kv_ragged_meter * meter = nullptr;
 
@@ -38,6 +38,7 @@ struct llama_kv_ragged_pool {
     ~llama_kv_ragged_pool();
 
     bool    empty()  const { return buf == nullptr; }
+    int64_t cap(int64_t ih) const { return buf ? first[ih + 1] - first[ih] : 0; }
     int64_t n_rows() const { return k ? k->ne[1] : 0; }
     int64_t bytes()  const { return buf ? ggml_backend_buffer_get_size(buf.get()) : 0; }
 };
@@ -59,6 +60,9 @@ struct llama_kv_ragged_layer {
     // read length of attention and capacity are padded to this many cells once the cache was compacted
     int64_t n_pad;
 
+    // whether the device attends over heads of different lengths
+    bool has_ragged;
+
     // set when the attention of this layer was built for the first time
     bool  hooked   = false;
     float kq_scale = 0.0f;
@@ -75,12 +79,17 @@ struct llama_kv_ragged_layer {
 
     int64_t cell_bytes() const; // K and V of one head's cell
 
-    // a zeroed pool of cap cells per head; empty if memory runs out
-    llama_kv_ragged_pool make_pool(int64_t cap, llama_kv_ragged_meter * meter) const;
+    // rows that heads with len cells are given, slack of them free at least; heads of equal length stay equal, padded for
+    // attention over views
+    std::vector<int64_t> capacity(const std::vector<int64_t> & len, int64_t slack, bool compacted) const;
 
-    // a pool of cap cells per head with the first len cells of every head of src; empty if memory runs out
-    llama_kv_ragged_pool copy_pool(const llama_kv_ragged_pool & src, int64_t cap, int64_t len, llama_kv_ragged_meter * meter) const;
+    // a zeroed pool with room for cap[ih] cells of every head; empty if memory runs out
+    llama_kv_ragged_pool make_pool(const std::vector<int64_t> & cap, llama_kv_ragged_meter * meter) const;
 
-    // replace the pool by a larger one that holds the first len cells of every head; false if memory runs out
-    bool grow(int64_t cap, int64_t len, llama_kv_ragged_meter * meter);
+    // the same with the first len[ih] cells of every head of src
+    llama_kv_ragged_pool copy_pool(
+            const llama_kv_ragged_pool & src,
+            const std::vector<int64_t> & cap,
+            const std::vector<int64_t> & len,
+            llama_kv_ragged_meter      * meter) const;
 };

@@ -103,9 +103,9 @@ void wkv_pending_clear(void) {
     llama_kv_ragged_pending_set(0);
 }
 
-int wkv_ready(struct llama_context * ctx) {
-    return with_cache(ctx, [](const llama_kv_cache_ragged & kv) {
-        const std::string error = kv.ready();
+int wkv_ready(struct llama_context * ctx, bool ragged) {
+    return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) {
+        const std::string error = kv.ready(ragged);
         return error.empty() ? WKV_OK : fail(WKV_ERR_UNSUPPORTED, error);
     });
 }
@@ -166,6 +166,7 @@ static int stock_stats(const llama_context & ctx, struct wkv_stats & stats) {
     stats = {};
     stats.n_layer   = hparams.n_layer();
     stats.n_head_kv = hparams.n_head_kv(0);
+    stats.n_gqa     = hparams.n_gqa(0);
     stats.n_past    = mem->seq_pos_max(0) + 1;
     for (const auto & [_, size] : mem->memory_breakdown()) {
         stats.bytes_live += size;
@@ -191,7 +192,8 @@ int wkv_get_cells(struct llama_context * ctx, int32_t * cells, size_t n) {
         const auto & layers = kv.get_layers();
         check_room(n, layers.size()*layers[0].n_head_kv);
         for (const auto & layer : layers) {
-            cells = std::fill_n(cells, layer.n_head_kv, kv.n_cells(layer));
+            const auto own = kv.n_cells(layer);
+            cells = std::copy(own.begin(), own.end(), cells);
         }
         return WKV_OK;
     });
@@ -218,6 +220,16 @@ int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t alpha,
     });
 }
 
+int64_t wkv_get_attention(struct llama_context * ctx, int32_t layer, float * weights, size_t n) {
+    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
+        ctx->synchronize();
+        const auto res = kv.score(ctx, get_layer(kv, layer), 1, /*mean =*/ false);
+        check_room(n, res.size());
+        std::copy(res.begin(), res.end(), weights);
+        return res.size();
+    });
+}
+
 int64_t wkv_get_rows(struct llama_context * ctx, int32_t layer, int32_t head, int32_t which, float * rows, size_t n) {
     return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) -> int64_t {
         const auto & cur = get_layer(kv, layer);
@@ -225,12 +237,12 @@ int64_t wkv_get_rows(struct llama_context * ctx, int32_t layer, int32_t head, in
         ctx->synchronize();
 
         const ggml_tensor * pool  = which == 0 ? cur.pool.k : cur.pool.v;
-        const int64_t     n_cells = kv.n_cells(cur);
+        const int64_t     n_cells = kv.n_cells(cur, head);
         if (n_cells == 0) {
             return 0;
         }
         check_room(n, n_cells*pool->ne[0]);
-        read_rows(pool, head*cur.pool.cap*pool->nb[1], n_cells, rows);
+        read_rows(pool, cur.pool.first[head]*pool->nb[1], n_cells, rows);
         return n_cells*pool->ne[0];
     });
 }
@@ -269,12 +281,13 @@ static int check_selection(const struct wkv_policy * policy, const struct wkv_sh
     }
     std::string error = wkv::policy_error(*policy);
     if (error.empty()) {
-        error = wkv::shapes_error(*shapes);
+        error = wkv::shapes_error(*policy, *shapes);
     }
     return error.empty() ? WKV_OK : fail(WKV_ERR_ARGUMENT, error);
 }
 
-int wkv_budgets(const struct wkv_policy * policy, const struct wkv_shapes * shapes, int64_t n_cells, int32_t * budgets) {
+int wkv_budgets(const struct wkv_policy * policy, const struct wkv_shapes * shapes, int64_t n_cells,
+                const int32_t * positions, const float * scores, int32_t * budgets) {
     const int status = check_selection(policy, shapes);
     if (status != WKV_OK) {
         return status;
@@ -282,11 +295,18 @@ int wkv_budgets(const struct wkv_policy * policy, const struct wkv_shapes * shap
     if (n_cells < 1) {
         return fail(WKV_ERR_ARGUMENT, format("n_cells is %" PRId64 ", expected at least 1", n_cells));
     }
+    if (policy->kind != WKV_KIND_FULL && policy->heads == WKV_HEADS_SCORE && (!positions || !scores)) {
+        return fail(WKV_ERR_ARGUMENT, "positions or scores is null, heads that compete need both");
+    }
 
     return guard([&] {
-        const auto res = wkv::budgets(*policy, *shapes, n_cells);
+        std::vector<int32_t> res;
+        const std::string refused = wkv::budgets(wkv::cache_view(*policy, *shapes, positions, scores), n_cells, res);
+        if (!refused.empty()) {
+            return fail(WKV_ERR_UNSUPPORTED, refused);
+        }
         std::copy(res.begin(), res.end(), budgets);
-        return WKV_OK;
+        return int(WKV_OK);
     });
 }
 
@@ -298,8 +318,7 @@ int wkv_select(const struct wkv_policy * policy, const struct wkv_shapes * shape
     }
 
     return guard([&] {
-        wkv::selection sel(*policy, *shapes, budgets, positions, scores, keep);
-        const std::string refused = wkv::select(sel);
+        const std::string refused = wkv::select(wkv::cache_view(*policy, *shapes, positions, scores), budgets, keep);
         return refused.empty() ? WKV_OK : fail(WKV_ERR_UNSUPPORTED, refused);
     });
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 namespace wkv {
@@ -96,43 +97,205 @@ static std::vector<int64_t> want_windowkv(const wkv_policy & policy, int64_t n_l
     return res;
 }
 
-std::vector<int32_t> budgets(const wkv_policy & policy, const wkv_shapes & shapes, int64_t n_cells) {
-    const int64_t n_layer = shapes.n_layer;
+// budgets of heads that share a layer equally, [n_layer]; hi holds what a head of the layer can take
+static std::vector<int64_t> layer_budgets(const wkv_policy & policy, const std::vector<int64_t> & hi, int64_t n_cells) {
+    const int64_t n_layer = hi.size();
 
-    n_cells = std::min<int64_t>(n_cells, INT32_MAX); // no head holds more
-
-    std::vector<int64_t> hi(shapes.cells, shapes.cells + n_layer);
-    std::vector<int64_t> res;
-
-    if (policy.kind == WKV_KIND_FULL) {
-        res = hi;
-    } else if (policy.kind == WKV_KIND_WINDOWKV && policy.accounting == WKV_ACCOUNTING_PAPER) {
+    if (policy.kind == WKV_KIND_WINDOWKV && policy.accounting == WKV_ACCOUNTING_PAPER) {
         // the authors keep the observation window on top of the budget and do not correct the mean
-        res = want_windowkv(policy, n_layer, n_cells);
+        auto res = want_windowkv(policy, n_layer, n_cells);
         for (int64_t il = 0; il < n_layer; ++il) {
             res[il] = std::min(res[il] + policy.alpha, hi[il]);
         }
-    } else {
-        std::vector<int64_t> want(n_layer, n_cells);
-        int64_t floor = 1;
-
-        if (policy.kind == WKV_KIND_PYRAMIDKV) {
-            want  = want_pyramidkv(policy, n_layer, n_cells);
-            floor = policy.suffix + 1;
-        } else if (policy.kind == WKV_KIND_WINDOWKV) {
-            want  = want_windowkv(policy, n_layer, n_cells);
-            floor = policy.suffix + policy.omega;
-        }
-
-        std::vector<int64_t> lo(n_layer);
-        for (int64_t il = 0; il < n_layer; ++il) {
-            lo[il] = std::min({ floor, n_cells, hi[il] });
-        }
-
-        res = apportion(want, lo, hi, n_cells*n_layer);
+        return res;
     }
 
-    return std::vector<int32_t>(res.begin(), res.end());
+    std::vector<int64_t> want(n_layer, n_cells);
+    int64_t floor = 1;
+
+    if (policy.kind == WKV_KIND_PYRAMIDKV) {
+        want  = want_pyramidkv(policy, n_layer, n_cells);
+        floor = policy.suffix + 1;
+    } else if (policy.kind == WKV_KIND_WINDOWKV) {
+        want  = want_windowkv(policy, n_layer, n_cells);
+        floor = policy.suffix + policy.omega;
+    }
+
+    std::vector<int64_t> lo(n_layer);
+    for (int64_t il = 0; il < n_layer; ++il) {
+        lo[il] = std::min({ floor, n_cells, hi[il] });
+    }
+
+    return apportion(want, lo, hi, n_cells*n_layer);
+}
+
+std::vector<int64_t> pour(
+                          double     base,
+        const std::vector<double>  & weight,
+        const std::vector<int64_t> & lo,
+        const std::vector<int64_t> & hi,
+                         int64_t     total) {
+    const size_t n = weight.size();
+
+    const auto at = [&](double level, size_t i) {
+        return std::clamp(base + level*weight[i], double(lo[i]), double(hi[i]));
+    };
+    const auto spent = [&](double level) {
+        double sum = 0.0;
+        for (size_t i = 0; i < n; ++i) {
+            sum += at(level, i);
+        }
+        return sum;
+    };
+
+    // the largest level that does not overspend
+    double least = 0.0; // of the weights over 0
+    double most  = 0.0;
+    for (size_t i = 0; i < n; ++i) {
+        if (weight[i] > 0.0) {
+            least = least > 0.0 ? std::min(least, weight[i]) : weight[i];
+        }
+        most = std::max(most, double(hi[i]));
+    }
+    double below = 0.0;
+    double above = least > 0.0 ? most/least : 0.0;
+    for (int i = 0; i < 200; ++i) {
+        const double mid = 0.5*(below + above);
+        (spent(mid) <= double(total) ? below : above) = mid;
+    }
+
+    std::vector<int64_t> res(n);
+    std::vector<double>  part(n);
+    for (size_t i = 0; i < n; ++i) {
+        const double cur = at(below, i);
+        res[i]  = int64_t(std::floor(cur));
+        part[i] = cur - std::floor(cur);
+    }
+
+    std::vector<size_t> order(n);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return part[a] > part[b]; });
+
+    int64_t rest = total - std::accumulate(res.begin(), res.end(), int64_t(0));
+    for (const size_t i : order) {
+        if (rest > 0 && part[i] > 0.0 && res[i] < hi[i]) {
+            res[i]++;
+            rest--;
+        }
+    }
+    return apportion(res, lo, hi, total);
+}
+
+// HeadKV (arXiv 2410.19258, section 3.2): a part of the cells is shared equally, the pool by importance
+static std::vector<int64_t> importance_budgets(const wkv_policy & policy, const std::vector<int64_t> & hi, int64_t n_cells) {
+    std::vector<int64_t> lo(hi.size());
+    for (size_t i = 0; i < hi.size(); ++i) {
+        lo[i] = std::min({ int64_t(policy.suffix), n_cells, hi[i] });
+    }
+    const std::vector<double> weight(policy.importance, policy.importance + hi.size());
+
+    return pour(double(n_cells) - double(n_cells)*policy.pool, weight, lo, hi, n_cells*int64_t(hi.size()));
+}
+
+// AdaKV (arXiv 2407.11550, algorithm 1): every head is sure of a part of an equal budget, the rest goes to the best
+// cells of the layer, whoever holds them
+static std::string score_budgets(const cache_view & view, const std::vector<int64_t> & layers, std::vector<int32_t> & res) {
+    struct candidate {
+        double  key;
+        int32_t ih;
+        int32_t i; // place in the ranking
+    };
+
+    const int32_t n_head_kv = view.shapes.n_head_kv;
+
+    std::vector<ranking> ranked(n_head_kv);
+
+    const auto share = [&](int32_t il) {
+        const int64_t budget = layers[il];
+
+        int64_t rest = budget*n_head_kv;
+        std::vector<candidate> open;
+        for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+            const auto &  key     = ranked[ih].key;
+            const int64_t n       = key.size();
+            const int64_t n_stays = std::min<int64_t>(budget, std::count(key.begin(), key.end(), std::numeric_limits<double>::infinity()));
+            const int64_t n_sure  = std::min(n, n_stays + int64_t(std::floor((budget - n_stays)*view.policy.floor_share)));
+
+            res[view.index(il, ih)] = n_sure;
+            rest -= n_sure;
+            for (int64_t i = n_sure; i < n; ++i) {
+                open.push_back({ key[i], ih, int32_t(i) });
+            }
+        }
+
+        rest = std::min<int64_t>(rest, open.size());
+
+        // ties: the earlier place first, then the earlier head
+        const auto better = [](const candidate & a, const candidate & b) {
+            return a.key != b.key ? a.key > b.key : a.i != b.i ? a.i < b.i : a.ih < b.ih;
+        };
+        if (rest < (int64_t) open.size()) {
+            std::nth_element(open.begin(), open.begin() + rest, open.end(), better);
+        }
+        for (int64_t i = 0; i < rest; ++i) {
+            res[view.index(il, open[i].ih)]++;
+        }
+    };
+
+    // the rankings of a layer may come in any order, with layers in between: those of a group come head by head
+    std::vector<std::vector<ranking>> waiting(view.shapes.n_layer);
+    std::vector<int32_t>              equal(res.size());
+    for (size_t i = 0; i < equal.size(); ++i) {
+        equal[i] = layers[i/n_head_kv];
+    }
+
+    return rank(view, equal.data(), [&](int32_t il, int32_t ih, const ranking & cur) {
+        waiting[il].resize(n_head_kv);
+        waiting[il][ih] = cur;
+        if (ih == n_head_kv - 1) {
+            ranked = std::move(waiting[il]);
+            share(il);
+        }
+    });
+}
+
+std::string budgets(const cache_view & view, int64_t n_cells, std::vector<int32_t> & res) {
+    const wkv_policy & policy    = view.policy;
+    const int64_t      n_layer   = view.shapes.n_layer;
+    const int64_t      n_head_kv = view.shapes.n_head_kv;
+
+    n_cells = std::min<int64_t>(n_cells, INT32_MAX); // no head holds more
+
+    const std::vector<int64_t> cells(view.shapes.cells, view.shapes.cells + n_layer*n_head_kv);
+
+    res.assign(cells.begin(), cells.end());
+    if (policy.kind == WKV_KIND_FULL) {
+        return "";
+    }
+
+    if (policy.heads == WKV_HEADS_IMPORTANCE) {
+        const auto own = importance_budgets(policy, cells, n_cells);
+        res.assign(own.begin(), own.end());
+        return "";
+    }
+
+    // heads that hold equally many go on doing so; heads that compete can use all that their layer holds
+    std::vector<int64_t> hi(n_layer);
+    for (int64_t il = 0; il < n_layer; ++il) {
+        const auto first = cells.begin() + il*n_head_kv;
+        const auto last  = first + n_head_kv;
+        hi[il] = policy.heads == WKV_HEADS_EQUAL ? *std::min_element(first, last) : std::accumulate(first, last, int64_t(0))/n_head_kv;
+    }
+
+    const auto layers = layer_budgets(policy, hi, n_cells);
+    if (policy.heads == WKV_HEADS_SCORE) {
+        return score_budgets(view, layers, res);
+    }
+
+    for (size_t i = 0; i < res.size(); ++i) {
+        res[i] = layers[i/n_head_kv];
+    }
+    return "";
 }
 
 } // namespace wkv

@@ -6,6 +6,7 @@
 #include "windowkv.h"
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -14,8 +15,8 @@ namespace wkv {
 // "" or what is wrong with the policy
 std::string policy_error(const wkv_policy & policy);
 
-// "" or what is wrong with the shapes
-std::string shapes_error(const wkv_shapes & shapes);
+// "" or what is wrong with the shapes, or with the policy for these shapes
+std::string shapes_error(const wkv_policy & policy, const wkv_shapes & shapes);
 
 // Integers with lo[i] <= b[i] <= hi[i] that sum to total (itself clamped to the sums of the bounds), as near to
 // want as the bounds allow: what clamping takes from some is given to the others in equal parts, the indivisible
@@ -26,36 +27,54 @@ std::vector<int64_t> apportion(
         const std::vector<int64_t> & hi,
                          int64_t     total);
 
-// cells per kv head for every layer, [n_layer]; their mean is n_cells unless the layers hold fewer
-std::vector<int32_t> budgets(const wkv_policy & policy, const wkv_shapes & shapes, int64_t n_cells);
+// The same with base + level*weight[i] in place of want, for the level that spends total: what clamping takes from
+// some is given to the others by weight. Rounding favours the largest fractions.
+std::vector<int64_t> pour(
+                          double     base,
+        const std::vector<double>  & weight,
+        const std::vector<int64_t> & lo,
+        const std::vector<int64_t> & hi,
+                         int64_t     total);
 
-// views on the inputs of one selection: layer il, head h -> its cells[il] ascending positions and scores
-struct selection {
+// the cells that one selection chooses from
+struct cache_view {
     const wkv_policy & policy;
     const wkv_shapes & shapes;
-    const int32_t    * budgets;   // [n_layer]
-    const int32_t    * positions; // layers one after the other, each [n_head_kv, cells[il]]
+    const int32_t    * positions; // for every (layer, head) in turn its ascending positions
     const float      * scores;    // same layout
-    uint8_t          * keep;      // same layout
 
-    std::vector<size_t> offsets;  // [n_layer + 1], first element of each layer
+    std::vector<size_t> offsets;  // [n_layer*n_head_kv + 1]
 
-    selection(const wkv_policy & policy, const wkv_shapes & shapes, const int32_t * budgets,
-              const int32_t * positions, const float * scores, uint8_t * keep);
+    cache_view(const wkv_policy & policy, const wkv_shapes & shapes, const int32_t * positions, const float * scores);
 
-    size_t n_cells(int32_t il) const { return shapes.cells[il]; }
-    size_t at(int32_t il, int32_t ih) const { return offsets[il] + size_t(ih)*shapes.cells[il]; }
+    size_t index(int32_t il, int32_t ih) const { return size_t(il)*shapes.n_head_kv + ih; }
+
+    size_t          n_cells(int32_t il, int32_t ih) const { return shapes.cells[index(il, ih)]; }
+    const int32_t * pos    (int32_t il, int32_t ih) const { return positions + offsets[index(il, ih)]; }
+    const float   * score  (int32_t il, int32_t ih) const { return scores    + offsets[index(il, ih)]; }
 };
 
+// the cells of one (layer, head), most important first, as indices
+struct ranking {
+    std::vector<int32_t> order;
+    std::vector<double>  key; // never rises along the order; infinite where a cell stays before, or goes before, all others
+};
+
+using rank_fn = std::function<void(int32_t il, int32_t ih, const ranking & res)>;
+
+// the policies: each calls fn for every (layer, head); budgets as for select(), "" or why these inputs cannot be served
+std::string rank(const cache_view & view, const int32_t * budgets, const rank_fn & fn);
+
+std::string rank_streamingllm(const cache_view & view, const rank_fn & fn);
+std::string rank_snapkv      (const cache_view & view, const rank_fn & fn); // and pyramidkv, which differs in its budgets
+std::string rank_windowkv    (const cache_view & view, const int32_t * budgets, const rank_fn & fn);
+
+// cells that stay, [n_layer, n_head_kv]; their mean is n_cells unless the cache holds fewer
+// "" or why these inputs cannot be served
+std::string budgets(const cache_view & view, int64_t n_cells, std::vector<int32_t> & res);
+
+// set keep, in the layout of positions, for the first budget entries of every ranking
 // "" or why these inputs cannot be served; keep is written only on success
-std::string select(selection & sel);
-
-// the policies: each fills keep for all layers
-std::string select_streamingllm(selection & sel);
-std::string select_snapkv      (selection & sel); // and pyramidkv, which differs in its budgets
-std::string select_windowkv    (selection & sel);
-
-// set keep for the first budget entries of order, an order of cell indices of this (layer, head)
-void keep_first(selection & sel, int32_t il, int32_t ih, const std::vector<int32_t> & order);
+std::string select(const cache_view & view, const int32_t * budgets, uint8_t * keep);
 
 } // namespace wkv

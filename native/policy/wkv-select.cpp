@@ -1,7 +1,9 @@
 #include "wkv-policy.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 namespace wkv {
@@ -22,6 +24,15 @@ std::string policy_error(const wkv_policy & p) {
     }
     if (p.suffix < 0 || p.suffix > p.alpha) {
         return range("suffix", p.suffix, "0 to alpha");
+    }
+    if (p.heads < WKV_HEADS_EQUAL || p.heads > WKV_HEADS_SCORE) {
+        return range("heads", p.heads, "a value of enum wkv_heads");
+    }
+    if (p.heads == WKV_HEADS_IMPORTANCE && !(p.pool >= 0.0 && p.pool <= 1.0)) {
+        return "pool must be 0 to 1";
+    }
+    if (p.heads == WKV_HEADS_SCORE && !(p.floor_share >= 0.0 && p.floor_share <= 1.0)) {
+        return "floor_share must be 0 to 1";
     }
     if (p.n_sink < 0) {
         return range("n_sink", p.n_sink, "at least 0");
@@ -48,6 +59,9 @@ std::string policy_error(const wkv_policy & p) {
         if (!(p.suffix_share > 0.0 && p.suffix_share <= 1.0)) {
             return "suffix_share must be over 0 and up to 1";
         }
+        if (p.scope == WKV_SCOPE_LAYER && p.heads != WKV_HEADS_EQUAL) {
+            return "scope = layer gives all heads of a layer the same cells, head budgets need scope = head";
+        }
         if (p.shape == WKV_SHAPE_ARITHMETIC && !(p.slope > 0.0)) {
             return "slope (lambda) must be positive";
         }
@@ -55,73 +69,81 @@ std::string policy_error(const wkv_policy & p) {
     return "";
 }
 
-std::string shapes_error(const wkv_shapes & shapes) {
+std::string shapes_error(const wkv_policy & policy, const wkv_shapes & shapes) {
     if (shapes.n_layer < 1 || shapes.n_head_kv < 1 || shapes.n_past < 0 || !shapes.cells) {
         return "shapes need n_layer >= 1, n_head_kv >= 1, n_past >= 0 and cells";
     }
-    for (int32_t il = 0; il < shapes.n_layer; ++il) {
-        if (shapes.cells[il] < 0) {
-            return "cells of layer " + std::to_string(il) + " is negative";
+
+    const int64_t n = int64_t(shapes.n_layer)*shapes.n_head_kv;
+    for (int64_t i = 0; i < n; ++i) {
+        if (shapes.cells[i] < 0) {
+            return "cells of layer " + std::to_string(i/shapes.n_head_kv) + " are negative";
+        }
+    }
+
+    if (policy.kind != WKV_KIND_FULL && policy.heads == WKV_HEADS_IMPORTANCE) {
+        if (!policy.importance || policy.n_importance != n) {
+            return "importance holds " + std::to_string(policy.importance ? policy.n_importance : 0) + " scores, expected " +
+                std::to_string(shapes.n_layer) + " layers x " + std::to_string(shapes.n_head_kv) + " kv heads";
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            if (!(policy.importance[i] >= 0.0 && std::isfinite(policy.importance[i]))) {
+                return "importance of layer " + std::to_string(i/shapes.n_head_kv) + " is negative or not a number";
+            }
         }
     }
     return "";
 }
 
-selection::selection(const wkv_policy & policy, const wkv_shapes & shapes, const int32_t * budgets,
-                     const int32_t * positions, const float * scores, uint8_t * keep) :
-    policy(policy), shapes(shapes), budgets(budgets), positions(positions), scores(scores), keep(keep) {
-    offsets.resize(shapes.n_layer + 1, 0);
-    for (int32_t il = 0; il < shapes.n_layer; ++il) {
-        offsets[il + 1] = offsets[il] + size_t(shapes.n_head_kv)*shapes.cells[il];
-    }
-}
+cache_view::cache_view(const wkv_policy & policy, const wkv_shapes & shapes, const int32_t * positions, const float * scores) :
+    policy(policy), shapes(shapes), positions(positions), scores(scores) {
+    const size_t n = size_t(shapes.n_layer)*shapes.n_head_kv;
 
-void keep_first(selection & sel, int32_t il, int32_t ih, const std::vector<int32_t> & order) {
-    uint8_t * keep = sel.keep + sel.at(il, ih);
-
-    memset(keep, 0, sel.n_cells(il));
-
-    const size_t n = std::min<size_t>(std::max(0, sel.budgets[il]), order.size());
+    offsets.resize(n + 1, 0);
     for (size_t i = 0; i < n; ++i) {
-        keep[order[i]] = 1;
+        offsets[i + 1] = offsets[i] + shapes.cells[i];
     }
 }
 
-std::string select_streamingllm(selection & sel) {
-    for (int32_t il = 0; il < sel.shapes.n_layer; ++il) {
-        const int32_t n = sel.shapes.cells[il];
+// the newest tokens first, then those that are chosen, then what is left of the observation window
+static const double STAYS =  std::numeric_limits<double>::infinity();
+static const double GOES  = -std::numeric_limits<double>::infinity();
 
-        for (int32_t ih = 0; ih < sel.shapes.n_head_kv; ++ih) {
-            const int32_t * pos = sel.positions + sel.at(il, ih);
+std::string rank_streamingllm(const cache_view & view, const rank_fn & fn) {
+    for (int32_t il = 0; il < view.shapes.n_layer; ++il) {
+        for (int32_t ih = 0; ih < view.shapes.n_head_kv; ++ih) {
+            const int32_t   n   = view.n_cells(il, ih);
+            const int32_t * pos = view.pos(il, ih);
 
-            std::vector<int32_t> order;
-            order.reserve(n);
+            ranking res;
+            res.order.reserve(n);
             if (n > 0) {
-                order.push_back(n - 1);
+                res.order.push_back(n - 1);
             }
-            for (int32_t i = 0; i < n - 1 && pos[i] < sel.policy.n_sink; ++i) {
-                order.push_back(i);
+            for (int32_t i = 0; i < n - 1 && pos[i] < view.policy.n_sink; ++i) {
+                res.order.push_back(i);
             }
-            for (int32_t i = n - 2; i >= 0 && pos[i] >= sel.policy.n_sink; --i) {
-                order.push_back(i);
+            for (int32_t i = n - 2; i >= 0 && pos[i] >= view.policy.n_sink; --i) {
+                res.order.push_back(i);
             }
+            res.key.assign(n, GOES);
 
-            keep_first(sel, il, ih, order);
+            fn(il, ih, res);
         }
     }
     return "";
 }
 
 // SnapKV (arXiv 2404.14469, section 3): max-pooled attention of the observation window, best tokens first
-std::string select_snapkv(selection & sel) {
-    const int32_t half = sel.policy.kernel/2;
+std::string rank_snapkv(const cache_view & view, const rank_fn & fn) {
+    const int32_t half = view.policy.kernel/2;
 
-    for (int32_t il = 0; il < sel.shapes.n_layer; ++il) {
-        const int32_t n        = sel.shapes.cells[il];
-        const int32_t n_review = std::max(0, n - sel.policy.alpha);
-
-        for (int32_t ih = 0; ih < sel.shapes.n_head_kv; ++ih) {
-            const float * score = sel.scores + sel.at(il, ih);
+    for (int32_t il = 0; il < view.shapes.n_layer; ++il) {
+        for (int32_t ih = 0; ih < view.shapes.n_head_kv; ++ih) {
+            const int32_t n        = view.n_cells(il, ih);
+            const int32_t n_review = std::max(0, n - view.policy.alpha);
+            const int32_t n_suffix = std::min(n, view.policy.suffix);
+            const float * score    = view.score(il, ih);
 
             std::vector<float> pooled(n_review);
             for (int32_t i = 0; i < n_review; ++i) {
@@ -135,33 +157,52 @@ std::string select_snapkv(selection & sel) {
             std::iota(best.begin(), best.end(), 0);
             std::stable_sort(best.begin(), best.end(), [&](int32_t a, int32_t b) { return pooled[a] > pooled[b]; });
 
-            const int32_t n_suffix = std::min(n, sel.policy.suffix);
-
-            std::vector<int32_t> order;
-            order.reserve(n);
+            ranking res;
+            res.order.reserve(n);
+            res.key.assign(n_suffix, STAYS);
             for (int32_t i = 0; i < n_suffix; ++i) {
-                order.push_back(n - 1 - i);
+                res.order.push_back(n - 1 - i);
             }
-            order.insert(order.end(), best.begin(), best.end());
+            for (const int32_t i : best) {
+                res.order.push_back(i);
+                res.key.push_back(pooled[i]);
+            }
             for (int32_t i = n - 1 - n_suffix; i >= n_review; --i) {
-                order.push_back(i);
+                res.order.push_back(i);
             }
+            res.key.resize(n, GOES);
 
-            keep_first(sel, il, ih, order);
+            fn(il, ih, res);
         }
     }
     return "";
 }
 
-std::string select(selection & sel) {
-    switch (sel.policy.kind) {
-        case WKV_KIND_FULL:         memset(sel.keep, 1, sel.offsets.back()); return "";
-        case WKV_KIND_STREAMINGLLM: return select_streamingllm(sel);
+std::string rank(const cache_view & view, const int32_t * budgets, const rank_fn & fn) {
+    switch (view.policy.kind) {
+        case WKV_KIND_STREAMINGLLM: return rank_streamingllm(view, fn);
         case WKV_KIND_SNAPKV:
-        case WKV_KIND_PYRAMIDKV:    return select_snapkv(sel);
-        case WKV_KIND_WINDOWKV:     return select_windowkv(sel);
+        case WKV_KIND_PYRAMIDKV:    return rank_snapkv(view, fn);
+        case WKV_KIND_WINDOWKV:     return rank_windowkv(view, budgets, fn);
     }
     return "unknown kind";
+}
+
+std::string select(const cache_view & view, const int32_t * budgets, uint8_t * keep) {
+    if (view.policy.kind == WKV_KIND_FULL) {
+        memset(keep, 1, view.offsets.back());
+        return "";
+    }
+
+    return rank(view, budgets, [&](int32_t il, int32_t ih, const ranking & res) {
+        const size_t i = view.index(il, ih);
+        const size_t n = std::min<size_t>(std::max(0, budgets[i]), res.order.size());
+
+        memset(keep + view.offsets[i], 0, view.n_cells(il, ih));
+        for (size_t j = 0; j < n; ++j) {
+            keep[view.offsets[i] + res.order[j]] = 1;
+        }
+    });
 }
 
 } // namespace wkv

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <limits>
 #include <map>
 #include <numeric>
 
@@ -26,42 +26,42 @@ struct window {
 };
 
 // mean over the kv heads of a layer, summed in head order
-static cell_set layer_cells(const selection & sel, int32_t il) {
-    const size_t n = sel.n_cells(il);
+static cell_set layer_cells(const cache_view & view, int32_t il) {
+    const size_t n = view.n_cells(il, 0);
 
     cell_set res;
-    res.pos.assign(sel.positions + sel.at(il, 0), sel.positions + sel.at(il, 0) + n);
+    res.pos.assign(view.pos(il, 0), view.pos(il, 0) + n);
     res.score.assign(n, 0.0);
-    for (int32_t ih = 0; ih < sel.shapes.n_head_kv; ++ih) {
-        const float * score = sel.scores + sel.at(il, ih);
+    for (int32_t ih = 0; ih < view.shapes.n_head_kv; ++ih) {
+        const float * score = view.score(il, ih);
         for (size_t i = 0; i < n; ++i) {
             res.score[i] += score[i];
         }
     }
     for (auto & s : res.score) {
-        s /= sel.shapes.n_head_kv;
+        s /= view.shapes.n_head_kv;
     }
     return res;
 }
 
-static cell_set head_cells(const selection & sel, int32_t il, int32_t ih) {
-    const size_t n = sel.n_cells(il);
+static cell_set head_cells(const cache_view & view, int32_t il, int32_t ih) {
+    const size_t n = view.n_cells(il, ih);
 
     cell_set res;
-    res.pos.assign(sel.positions + sel.at(il, ih), sel.positions + sel.at(il, ih) + n);
-    res.score.assign(sel.scores + sel.at(il, ih), sel.scores + sel.at(il, ih) + n);
+    res.pos.assign(view.pos(il, ih), view.pos(il, ih) + n);
+    res.score.assign(view.score(il, ih), view.score(il, ih) + n);
     return res;
 }
 
-static cell_set cells_of(const selection & sel, int32_t il, int32_t ih) {
-    return sel.policy.scope == WKV_SCOPE_LAYER ? layer_cells(sel, il) : head_cells(sel, il, ih);
+static cell_set cells_of(const cache_view & view, int32_t il, int32_t ih) {
+    return view.policy.scope == WKV_SCOPE_LAYER ? layer_cells(view, il) : head_cells(view, il, ih);
 }
 
 // union of the layers' cells; a score is the mean over the layers that hold the cell, summed in layer order
-static cell_set mean_cells(const selection & sel, int32_t il0, int32_t il1, int32_t ih) {
+static cell_set mean_cells(const cache_view & view, int32_t il0, int32_t il1, int32_t ih) {
     std::map<int32_t, std::pair<double, int32_t>> sums;
     for (int32_t il = il0; il < il1; ++il) {
-        const cell_set cur = cells_of(sel, il, ih);
+        const cell_set cur = cells_of(view, il, ih);
         for (size_t i = 0; i < cur.pos.size(); ++i) {
             auto & sum = sums[cur.pos[i]];
             sum.first  += cur.score[i];
@@ -108,8 +108,8 @@ static void carry_scores(cell_set & cells, int32_t n_review, int32_t carry) {
     }
 }
 
-// all cells, most important first, as indices into the set; budget is that of the layer whose cells they are
-static std::vector<int32_t> window_order(cell_set cells, const wkv_policy & policy, int32_t budget) {
+// all cells, most important first, as indices into the set; budget is that of the head whose cells they are
+static ranking rank_windows(cell_set cells, const wkv_policy & policy, int32_t budget) {
     const int32_t n        = cells.pos.size();
     const int32_t n_review = std::max(0, n - policy.alpha);
     const int32_t n_share  = std::max(1, int32_t(std::floor(budget*policy.suffix_share)));
@@ -120,89 +120,107 @@ static std::vector<int32_t> window_order(cell_set cells, const wkv_policy & poli
     auto windows = make_windows(cells, n_review, policy);
 
     const auto better = [](const window & a, const window & b) { return a.score > b.score; };
-    std::stable_sort(windows.begin() + (policy.protect_first && !windows.empty() ? 1 : 0), windows.end(), better);
+    const size_t n_held = policy.protect_first && !windows.empty() ? 1 : 0;
+    std::stable_sort(windows.begin() + n_held, windows.end(), better);
 
-    std::vector<int32_t> order;
-    order.reserve(n);
+    ranking res;
+    res.order.reserve(n);
+    res.key.reserve(n);
     for (int32_t i = 0; i < n_suffix; ++i) {
-        order.push_back(n - 1 - i);
+        res.order.push_back(n - 1 - i);
     }
-    for (const auto & w : windows) {
-        const size_t i0 = order.size();
+    res.key.assign(n_suffix, std::numeric_limits<double>::infinity());
+    for (size_t iw = 0; iw < windows.size(); ++iw) {
+        const window & w = windows[iw];
+
+        const size_t i0 = res.order.size();
         for (int32_t i = w.i0; i < w.i1; ++i) {
-            order.push_back(i);
+            res.order.push_back(i);
         }
-        std::stable_sort(order.begin() + i0, order.end(),
+        std::stable_sort(res.order.begin() + i0, res.order.end(),
                 [&](int32_t a, int32_t b) { return cells.score[a] > cells.score[b]; });
+        res.key.resize(res.order.size(), iw < n_held ? std::numeric_limits<double>::infinity() : w.score);
     }
     for (int32_t i = n - 1 - n_suffix; i >= n_review; --i) {
-        order.push_back(i);
+        res.order.push_back(i);
     }
-    return order;
+    res.key.resize(n, -std::numeric_limits<double>::infinity());
+    return res;
 }
 
-// the order of the shared set, translated to the cells that this head holds; what the set lacks comes last, newest first
-static std::vector<int32_t> translate(
-        const selection & sel, int32_t il, int32_t ih, const cell_set & cells, const std::vector<int32_t> & order) {
-    const size_t    n   = sel.n_cells(il);
-    const int32_t * pos = sel.positions + sel.at(il, ih);
+// the ranking of the shared set for the cells that this head holds; what the set lacks comes last, newest first
+static ranking translate(const cache_view & view, int32_t il, int32_t ih, const cell_set & cells, const ranking & shared) {
+    const size_t    n   = view.n_cells(il, ih);
+    const int32_t * pos = view.pos(il, ih);
 
     if (n == cells.pos.size() && std::equal(pos, pos + n, cells.pos.begin())) {
-        return order;
+        return shared;
     }
 
-    std::vector<int32_t> res;
+    ranking res;
     std::vector<uint8_t> seen(n, 0);
-    res.reserve(n);
-    for (const int32_t i : order) {
-        const auto * it = std::lower_bound(pos, pos + n, cells.pos[i]);
-        if (it != pos + n && *it == cells.pos[i]) {
+    res.order.reserve(n);
+    for (size_t j = 0; j < shared.order.size(); ++j) {
+        const int32_t cur = cells.pos[shared.order[j]];
+        const auto * it = std::lower_bound(pos, pos + n, cur);
+        if (it != pos + n && *it == cur) {
             seen[it - pos] = 1;
-            res.push_back(it - pos);
+            res.order.push_back(it - pos);
+            res.key.push_back(shared.key[j]);
         }
     }
     for (int32_t i = int32_t(n) - 1; i >= 0; --i) {
         if (!seen[i]) {
-            res.push_back(i);
+            res.order.push_back(i);
         }
     }
+    res.key.resize(n, -std::numeric_limits<double>::infinity());
     return res;
 }
 
-static bool heads_agree(const selection & sel, int32_t il) {
-    const size_t n = sel.n_cells(il);
-    for (int32_t ih = 1; ih < sel.shapes.n_head_kv; ++ih) {
-        if (memcmp(sel.positions + sel.at(il, 0), sel.positions + sel.at(il, ih), n*sizeof(int32_t)) != 0) {
+static bool heads_agree(const cache_view & view, int32_t il) {
+    const size_t n = view.n_cells(il, 0);
+    for (int32_t ih = 1; ih < view.shapes.n_head_kv; ++ih) {
+        if (view.n_cells(il, ih) != n || !std::equal(view.pos(il, 0), view.pos(il, 0) + n, view.pos(il, ih))) {
             return false;
         }
     }
     return true;
 }
 
-std::string select_windowkv(selection & sel) {
-    const wkv_policy & policy    = sel.policy;
-    const int32_t      n_head_kv = sel.shapes.n_head_kv;
+// heads that compete are ranked before they know their budgets: with the mean of their layer
+static int32_t rank_budget(const cache_view & view, const int32_t * budgets, int32_t il, int32_t ih) {
+    if (view.policy.heads != WKV_HEADS_SCORE) {
+        return budgets[view.index(il, ih)];
+    }
+    const int32_t * first = budgets + view.index(il, 0);
+    return std::accumulate(first, first + view.shapes.n_head_kv, int64_t(0))/view.shapes.n_head_kv;
+}
+
+std::string rank_windowkv(const cache_view & view, const int32_t * budgets, const rank_fn & fn) {
+    const wkv_policy & policy    = view.policy;
+    const int32_t      n_head_kv = view.shapes.n_head_kv;
     const bool         per_layer = policy.scope == WKV_SCOPE_LAYER;
 
-    for (int32_t il = 0; per_layer && il < sel.shapes.n_layer; ++il) {
-        if (!heads_agree(sel, il)) {
+    for (int32_t il = 0; per_layer && il < view.shapes.n_layer; ++il) {
+        if (!heads_agree(view, il)) {
             return "scope = layer needs heads that hold the same positions, but those of layer " + std::to_string(il) +
                 " differ: another policy compacted this cache, clear it first";
         }
     }
 
-    for (int32_t il0 = 0; il0 < sel.shapes.n_layer; il0 += policy.gamma) {
-        const int32_t il1 = std::min(sel.shapes.n_layer, il0 + policy.gamma);
+    for (int32_t il0 = 0; il0 < view.shapes.n_layer; il0 += policy.gamma) {
+        const int32_t il1 = std::min(view.shapes.n_layer, il0 + policy.gamma);
 
         for (int32_t is = 0; is < (per_layer ? 1 : n_head_kv); ++is) {
-            const cell_set cells = policy.share == WKV_SHARE_MEAN ? mean_cells(sel, il0, il1, is) : cells_of(sel, il0, is);
-            const auto     order = window_order(cells, policy, sel.budgets[il0]);
+            const cell_set cells  = policy.share == WKV_SHARE_MEAN ? mean_cells(view, il0, il1, is) : cells_of(view, il0, is);
+            const ranking  shared = rank_windows(cells, policy, rank_budget(view, budgets, il0, is));
 
             for (int32_t il = il0; il < il1; ++il) {
-                const auto own = translate(sel, il, is, cells, order);
+                const ranking own = translate(view, il, is, cells, shared);
 
                 for (int32_t ih = is; ih < (per_layer ? n_head_kv : is + 1); ++ih) {
-                    keep_first(sel, il, ih, own);
+                    fn(il, ih, own);
                 }
             }
         }

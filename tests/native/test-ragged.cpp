@@ -140,8 +140,8 @@ static void test_equals_stock(llama_model * model) {
         CHECK(logits(stock.get()) == logits(ragged.get()));
         p0 += n;
     }
-    CHECK(wkv_ready(ragged.get()) == WKV_OK);
-    CHECK(wkv_ready(stock.get()) == WKV_ERR_NO_POLICY);
+    CHECK(wkv_ready(ragged.get(), true) == WKV_OK);
+    CHECK(wkv_ready(stock.get(), false) == WKV_ERR_NO_POLICY);
     CHECK(wkv_compact(stock.get(), nullptr, 1) == WKV_ERR_NO_POLICY);
 }
 

@@ -81,7 +81,7 @@ def test_scores_and_selection_equal_the_reference(session: Callable[..., Llama],
     for layer in range(N_LAYER):
         pos = [llm.kv_positions(layer, head) for head in range(N_HEAD_KV)]
         got = kv.scores(layer, policy.alpha)
-        positions.append(np.stack(pos))
+        positions.append(pos)
         scores.append(got)
         if layer in (0, 11, 29):
             for head in range(N_HEAD_KV):
@@ -94,7 +94,7 @@ def test_scores_and_selection_equal_the_reference(session: Callable[..., Llama],
                 np.testing.assert_allclose(got[head].sum(), 1.0, rtol=1e-4)
 
     llm.kv_compact(60)
-    budget = reference.budgets(policy, [500] * N_LAYER, 60)
+    budget = reference.budgets(policy, np.full((N_LAYER, N_HEAD_KV), 500), 60)
     keep = reference.select(policy, budget, positions, scores)
     for layer in range(N_LAYER):
         for head in range(N_HEAD_KV):

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from windowkv_edge import Full, KVPolicy, NativeError, PyramidKV, SnapKV, StreamingLLM, WindowKV, _native, reference
+from windowkv_edge import (
+    AdaKV,
+    Full,
+    HeadKV,
+    HeadScores,
+    KVPolicy,
+    NativeError,
+    PyramidKV,
+    SnapKV,
+    StreamingLLM,
+    WindowHeadKV,
+    WindowKV,
+    _native,
+    reference,
+)
+from windowkv_edge.heads import ModelHeads
+
+Cache = list[list[np.ndarray]]
 
 windowkv = st.builds(
     WindowKV,
@@ -29,77 +48,159 @@ policies = st.one_of(
     st.builds(StreamingLLM, n_sink=st.integers(0, 8)),
     st.builds(SnapKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 3, 7, 21])),
     st.builds(PyramidKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 7]), beta=st.floats(1, 40)),
+    st.builds(
+        AdaKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 7]), floor=st.sampled_from([0.0, 0.2, 0.5, 1.0])
+    ),
+    st.builds(
+        HeadKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 7]), beta=st.sampled_from([1.0, 1.005, 1.2, 2.0, 10.0])
+    ),
+    st.builds(
+        WindowHeadKV,
+        omega=st.integers(1, 40),
+        alpha=st.integers(1, 40),
+        suffix=st.sampled_from([1.0, 0.25]),
+        carry=st.integers(0, 6),
+        gamma=st.integers(1, 3),
+        share=st.sampled_from(["first", "mean"]),
+        beta=st.sampled_from([1.0, 1.2, 5.0]),
+        protect_first=st.booleans(),
+    ),
     windowkv,
     windowkv,
 )
 
 
+def bound(policy: KVPolicy, n_layer: int, n_head: int, seed: int) -> KVPolicy:
+    """The policy with head scores: some heads matter most, many not at all."""
+    if not isinstance(policy, HeadKV | WindowHeadKV):
+        return policy
+    rng = np.random.default_rng(seed)
+    scores = rng.random((n_layer, n_head)) ** 4 * (rng.random((n_layer, n_head)) < 0.7)
+    model = ModelHeads("model", {}, n_layer, n_head, tuple(range(n_layer)))
+    return dataclasses.replace(policy, importance=HeadScores({"r": scores, "r2": scores})).bind(model)
+
+
 @st.composite
-def caches(draw: st.DrawFn, layers_agree: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Positions and scores of a small cache; few distinct scores, so that ties are common."""
+def caches(draw: st.DrawFn, heads: str) -> tuple[Cache, Cache]:
+    """Positions and scores of a small cache; few distinct scores, so that ties are common.
+
+    heads: "alike" = all heads of all layers hold the same positions, "equal" = those of a layer hold equally many,
+    "ragged" = every head holds its own number.
+    """
     n_layer, n_head = draw(st.integers(1, 12)), draw(st.integers(1, 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     n_past = draw(st.sampled_from([1, 2, 7, 31, 32, 33, 100, 257]))
     n_levels = draw(st.sampled_from([1, 3, 1000]))
     evicted = draw(st.booleans())
-    positions, scores = [], []
-    shared = np.sort(rng.choice(n_past, size=rng.integers(1, n_past + 1), replace=False))
+    shared = rng.integers(1, n_past + 1)
+    alike = np.sort(rng.choice(n_past, size=shared, replace=False))
+    positions: Cache = []
+    scores: Cache = []
     for _ in range(n_layer):
-        n = int(rng.integers(1, n_past + 1)) if evicted and not layers_agree else len(shared) if evicted else n_past
-        if not evicted:
-            pos = np.tile(np.arange(n_past), (n_head, 1))
-        elif layers_agree:
-            pos = np.tile(shared, (n_head, 1))
-        else:
-            pos = np.stack([np.sort(rng.choice(n_past, size=n, replace=False)) for _ in range(n_head)])
-        positions.append(pos.astype(np.int32))
-        scores.append((rng.integers(0, n_levels, size=pos.shape) / n_levels).astype(np.float32))
+        n = rng.integers(1, n_past + 1)
+        positions.append([])
+        for _ in range(n_head):
+            if not evicted:
+                pos = np.arange(n_past)
+            elif heads == "alike":
+                pos = alike
+            else:
+                size = n if heads == "equal" else rng.integers(1, n_past + 1)
+                pos = np.sort(rng.choice(n_past, size=size, replace=False))
+            positions[-1].append(pos.astype(np.int32))
+        scores.append([(rng.integers(0, n_levels, size=p.size) / n_levels).astype(np.float32) for p in positions[-1]])
     return positions, scores
 
 
-def check(policy: KVPolicy, positions: list[np.ndarray], scores: list[np.ndarray], n_cells: int) -> None:
-    cells = [p.shape[1] for p in positions]
+def check(policy: KVPolicy, positions: Cache, scores: Cache, n_cells: int) -> None:
+    cells = np.array([[len(p) for p in layer] for layer in positions])
+    policy = bound(policy, *cells.shape, seed=n_cells)
     fields = policy.native()
-    want = reference.budgets(policy, cells, n_cells)
-    got = _native.budgets(fields, cells, positions[0].shape[0], n_cells).tolist()
-    assert got == want
+    want = reference.budgets(policy, cells, n_cells, positions, scores)
+    got = _native.budgets(fields, cells, n_cells, positions, scores)
+    assert got.tolist() == want.tolist(), policy
 
     keep_want = reference.select(policy, want, positions, scores)
     keep_got = _native.select(fields, want, positions, scores)
-    for il, (a, b) in enumerate(zip(keep_got, keep_want)):
-        assert np.array_equal(a, b), f"layer {il}: {policy}"
-        assert (b.sum(axis=1) == min(want[il], cells[il])).all()
+    for il, (a, b) in enumerate(zip(keep_got, keep_want, strict=True)):
+        for head, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert np.array_equal(x, y), f"layer {il}, head {head}: {policy}"
+            assert y.sum() == min(want[il, head], cells[il, head])
 
 
 @settings(max_examples=400, deadline=None)
-@given(policy=policies, cache=caches(layers_agree=True), n_cells=st.integers(1, 300))
-def test_native_equals_reference(
-    policy: KVPolicy, cache: tuple[list[np.ndarray], list[np.ndarray]], n_cells: int
-) -> None:
+@given(policy=policies, cache=caches(heads="alike"), n_cells=st.integers(1, 300))
+def test_native_equals_reference(policy: KVPolicy, cache: tuple[Cache, Cache], n_cells: int) -> None:
     check(policy, *cache, n_cells)
 
 
-@settings(max_examples=200, deadline=None)
-@given(policy=policies, cache=caches(layers_agree=False), n_cells=st.integers(1, 300))
+@settings(max_examples=400, deadline=None)
+@given(policy=policies, cache=st.one_of(caches(heads="equal"), caches(heads="ragged")), n_cells=st.integers(1, 300))
 def test_native_equals_reference_on_cells_that_differ(
-    policy: KVPolicy, cache: tuple[list[np.ndarray], list[np.ndarray]], n_cells: int
+    policy: KVPolicy, cache: tuple[Cache, Cache], n_cells: int
 ) -> None:
     positions, scores = cache
     if isinstance(policy, WindowKV) and policy.scope == "layer":
-        positions = [np.tile(p[:1], (len(p), 1)) for p in positions]
+        positions = [[layer[0]] * len(layer) for layer in positions]
+        scores = [[layer[0] * (head + 1) for head in range(len(layer))] for layer in scores]
     check(policy, positions, scores, n_cells)
 
 
-@settings(max_examples=200, deadline=None)
-@given(policy=policies, cells=st.lists(st.integers(0, 500), min_size=1, max_size=40), n_cells=st.integers(1, 600))
-def test_budgets_spend_exactly_what_is_there(policy: KVPolicy, cells: list[int], n_cells: int) -> None:
-    got = _native.budgets(policy.native(), cells, 2, n_cells)
-    assert got.tolist() == reference.budgets(policy, cells, n_cells)
+@settings(max_examples=300, deadline=None)
+@given(policy=policies, cache=caches(heads="ragged"), n_cells=st.integers(1, 600))
+def test_budgets_spend_exactly_what_is_there(policy: KVPolicy, cache: tuple[Cache, Cache], n_cells: int) -> None:
+    positions, scores = cache
+    cells = np.array([[len(p) for p in layer] for layer in positions])
+    policy = bound(policy, *cells.shape, seed=n_cells)
+    got = _native.budgets(policy.native(), cells, n_cells, positions, scores)
     assert (0 <= got).all() and (got <= cells).all()
     if isinstance(policy, Full):
-        assert got.tolist() == cells
+        assert (got == cells).all()
+    elif policy.ragged and policy.name != "adakv":
+        assert got.sum() == min(n_cells * cells.size, cells.sum())
+    elif isinstance(policy, AdaKV):
+        # a layer's heads share what an equal budget per layer gives them
+        assert got.sum() == cells.shape[1] * np.array(
+            reference.apportion(
+                [n_cells] * len(cells),
+                [min(1, n_cells, c) for c in (cells.sum(axis=1) // cells.shape[1]).tolist()],
+                (cells.sum(axis=1) // cells.shape[1]).tolist(),
+                n_cells * len(cells),
+            )
+        ).sum()
     elif not (isinstance(policy, WindowKV) and policy.accounting == "paper"):
-        assert got.sum() == min(n_cells * len(cells), sum(cells))
+        assert got.sum() == min(n_cells * cells.size, int(cells.min(axis=1).sum()) * cells.shape[1])
+
+
+def test_headkv_budgets_are_the_papers() -> None:
+    """b - b/beta + S * (b/beta) * heads, by hand: b = 100, beta = 2, eight heads, one with half of the importance."""
+    scores = np.array([[8.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    policy = HeadKV(beta=2.0, importance=HeadScores({"r": scores})).bind(ModelHeads("m", {}, 2, 4, (0, 1)))
+    got = _native.budgets(policy.native(), np.full((2, 4), 1000), 100)
+    assert got.tolist() == [[250, 150, 100, 100], [50, 50, 50, 50]]
+
+
+def test_what_exceeds_the_prompt_is_poured_back_by_importance() -> None:
+    scores = np.array([[8.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    policy = HeadKV(beta=2.0, importance=HeadScores({"r": scores})).bind(ModelHeads("m", {}, 2, 4, (0, 1)))
+    got = _native.budgets(policy.native(), np.full((2, 4), 200), 100)
+    # 50 cells over the prompt's 200 go to the others at 4 : 2 : 2
+    assert got.tolist() == [[200, 175, 113, 112], [50, 50, 50, 50]]
+    # when all that matter are full, the rest is shared equally
+    got = _native.budgets(policy.native(), np.full((2, 4), 110), 100)
+    assert got.tolist() == [[110, 110, 110, 110], [90, 90, 90, 90]]
+
+
+def test_adakv_gives_the_best_cells_to_whoever_holds_them() -> None:
+    pos = [[np.arange(12, dtype=np.int32)] * 2]
+    score = [[np.full(12, 0.1, dtype=np.float32), np.linspace(0.5, 0.9, 12).astype(np.float32)]]
+    policy = AdaKV(alpha=2, kernel=1, floor=0.25)
+    budget = _native.budgets(policy.native(), [[12, 12]], 6, pos, score)
+    # each head is sure of its 2 newest cells and a quarter of the other 4; the 6 that are left go to the second head
+    assert budget.tolist() == [[3, 9]]
+    keep = _native.select(policy.native(), budget, pos, score)[0]
+    assert np.flatnonzero(keep[0]).tolist() == [0, 10, 11]
+    assert np.flatnonzero(keep[1]).tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize(
@@ -117,28 +218,28 @@ def test_budgets_spend_exactly_what_is_there(policy: KVPolicy, cells: list[int],
 def test_paper_accounting(n_layer: int, n_cells: int, gamma: int, lam: float, want: list[int]) -> None:
     assert reference.paper_window_budgets(n_cells, n_layer, gamma, lam) == want
     policy = WindowKV(accounting="paper", budget="arithmetic", gamma=gamma, lam=lam, alpha=32)
-    got = _native.budgets(policy.native(), [100_000] * n_layer, 8, n_cells)
+    got = _native.budgets(policy.native(), np.full((n_layer, 8), 100_000), n_cells)
     # the observation window comes on top
-    assert got.tolist() == [want[il // gamma] + 32 for il in range(n_layer)]
+    assert got.tolist() == [[want[il // gamma] + 32] * 8 for il in range(n_layer)]
 
 
 def test_groups_never_form_an_inverted_pyramid() -> None:
     policy = WindowKV(budget="arithmetic", gamma=10, lam=2.0, accounting="native")
-    assert _native.budgets(policy.native(), [1000] * 30, 2, 100).tolist() == [100] * 30
+    assert (_native.budgets(policy.native(), np.full((30, 2), 1000), 100) == 100).all()
 
 
 def test_a_short_last_group_keeps_the_mean_exact() -> None:
     policy = WindowKV(budget="arithmetic", gamma=8)
-    got = _native.budgets(policy.native(), [4000] * 30, 3, 480)
+    got = _native.budgets(policy.native(), np.full((30, 3), 4000), 480)[:, 0]
     assert got.sum() == 480 * 30
     assert (np.diff(got) <= 1).all() and got[0] > got[-1]
 
 
 def test_layer_scope_refuses_heads_that_differ() -> None:
-    positions = [np.array([[0, 1, 2, 3], [0, 2, 3, 5]], dtype=np.int32)]
-    scores = [np.zeros((2, 4), dtype=np.float32)]
+    positions = [[np.array([0, 1, 2, 3], dtype=np.int32), np.array([0, 2, 3, 5], dtype=np.int32)]]
+    scores = [[np.zeros(4, dtype=np.float32)] * 2]
     with pytest.raises(NativeError, match="scope = layer needs heads that hold the same positions"):
-        _native.select(WindowKV(scope="layer").native(), [2], positions, scores)
+        _native.select(WindowKV(scope="layer").native(), [[2, 2]], positions, scores)
 
 
 @pytest.mark.parametrize(
@@ -153,27 +254,34 @@ def test_layer_scope_refuses_heads_that_differ() -> None:
         ({"carry": -1}, "carry is -1"),
         ({"suffix_share": 0.0}, "suffix_share"),
         ({"shape": 1, "slope": 0.0}, "slope"),
+        ({"heads": 7}, "heads is 7"),
+        ({"heads": 1, "pool": 1.5}, "pool must be 0 to 1"),
+        ({"heads": 1, "pool": 0.5}, "importance holds 0 scores, expected 1 layers x 1 kv heads"),
+        ({"heads": 1, "pool": 0.5, "importance": np.array([-1.0])}, "negative"),
+        ({"heads": 2, "floor_share": -0.1}, "floor_share"),
+        ({"heads": 2, "floor_share": 0.2, "scope": 0}, "scope = layer"),
+        ({"heads": 2, "floor_share": 0.2}, "heads that compete need both"),
     ],
 )
 def test_bad_policies_are_refused(change: dict[str, float], message: str) -> None:
     with pytest.raises(NativeError, match=message):
-        _native.budgets({**WindowKV().native(), **change}, [10], 1, 5)
+        _native.budgets({**WindowKV().native(), **change}, [[10]], 5)
 
 
 def test_windows_stay_whole() -> None:
     """One strong token keeps its window's neighbours, as far as the budget reaches."""
-    score = np.zeros((1, 100), dtype=np.float32)
-    score[0, 43] = 1.0
-    pos = np.arange(100, dtype=np.int32)[None]
-    keep = _native.select(WindowKV(omega=8, alpha=4, carry=0, suffix=1.0).native(), [12], [pos], [score])[0][0]
+    score = np.zeros(100, dtype=np.float32)
+    score[43] = 1.0
+    pos = np.arange(100, dtype=np.int32)
+    keep = _native.select(WindowKV(omega=8, alpha=4, carry=0, suffix=1.0).native(), [[12]], [[pos]], [[score]])[0][0]
     assert np.flatnonzero(keep).tolist() == [*range(40, 48), 96, 97, 98, 99]
 
 
 def test_scores_carry_over_to_what_follows() -> None:
     """The window behind a strong token beats windows that nobody looks at."""
-    score = np.zeros((1, 100), dtype=np.float32)
-    score[0, 46] = 1.0
-    score[0, 80] = 0.1
-    pos = np.arange(100, dtype=np.int32)[None]
-    keep = _native.select(WindowKV(omega=8, alpha=4, carry=5, suffix=0.25).native(), [20], [pos], [score])[0][0]
+    score = np.zeros(100, dtype=np.float32)
+    score[46] = 1.0
+    score[80] = 0.1
+    pos = np.arange(100, dtype=np.int32)
+    keep = _native.select(WindowKV(omega=8, alpha=4, carry=5, suffix=0.25).native(), [[20]], [[pos]], [[score]])[0][0]
     assert np.flatnonzero(keep).tolist() == [*range(40, 56), 96, 97, 98, 99]

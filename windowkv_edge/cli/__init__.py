@@ -1,4 +1,4 @@
-"""The command line: ``windowkv-edge demo``, ``chat`` and ``info``."""
+"""The command line: ``windowkv-edge demo``, ``chat``, ``info`` and ``profile``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from windowkv_edge._libs import LLAMA_CPP_PYTHON
 from .chat import chat
 from .demo import demo
 from .info import info
+from .profile import profile
 
 __all__ = ["app"]
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(chat)
 app.command()(info)
+app.command()(profile)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from .adakv import AdaKV
 from .base import KVPolicy, Task
 from .full import Full
+from .headkv import HeadKV, HeadKVR2
 from .pyramidkv import PyramidKV
 from .snapkv import SnapKV
 from .streamingllm import StreamingLLM
 from .windowkv import WindowKV
+from .windowkv_headkv import WindowHeadKV
 
 __all__ = [
     "POLICIES",
+    "AdaKV",
     "Full",
+    "HeadKV",
+    "HeadKVR2",
     "KVPolicy",
     "PyramidKV",
     "SnapKV",
     "StreamingLLM",
     "Task",
+    "WindowHeadKV",
     "WindowKV",
     "get_policy",
 ]
 
-POLICIES: dict[str, type[KVPolicy]] = {cls.name: cls for cls in (Full, StreamingLLM, SnapKV, PyramidKV, WindowKV)}
+POLICIES: dict[str, type[KVPolicy]] = {
+    cls.name: cls
+    for cls in (Full, StreamingLLM, SnapKV, PyramidKV, AdaKV, HeadKV, HeadKVR2, WindowKV, WindowHeadKV)
+}
 
 
 def get_policy(policy: str | KVPolicy) -> KVPolicy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .base import KVPolicy, Task
 
@@ -21,5 +21,5 @@ class Full(KVPolicy):
     def window(self) -> int:
         return 1
 
-    def native(self, task: Task = "localization") -> dict[str, float]:
+    def native(self, task: Task = "localization") -> dict[str, Any]:
         return {"kind": 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .base import Task
 from .snapkv import SnapKV
@@ -31,5 +31,5 @@ class PyramidKV(SnapKV):
         if not self.beta >= 1:
             raise ValueError(f"beta is {self.beta!r}, expected a number of at least 1")
 
-    def native(self, task: Task = "localization") -> dict[str, float]:
+    def native(self, task: Task = "localization") -> dict[str, Any]:
         return {**super().native(task), "kind": 3, "slope": self.beta}

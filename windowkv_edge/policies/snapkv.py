@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .base import KVPolicy, Task, at_least
 
@@ -35,5 +35,5 @@ class SnapKV(KVPolicy):
     def window(self) -> int:
         return self.alpha
 
-    def native(self, task: Task = "localization") -> dict[str, float]:
+    def native(self, task: Task = "localization") -> dict[str, Any]:
         return {"kind": 2, "alpha": self.alpha, "suffix": self.alpha, "kernel": self.kernel}

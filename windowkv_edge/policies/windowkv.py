@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from .base import KVPolicy, Task, at_least
+from .base import KVPolicy, Task, at_least, one_of
 
 __all__ = ["WindowKV"]
 
 Strategy = Literal["average", "max"]
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +69,20 @@ class WindowKV(KVPolicy):
         at_least("carry", self.carry, 0)
         if not 0 < self.suffix <= 1:
             raise ValueError(f"suffix is {self.suffix!r}, expected a share over 0 and up to 1")
-        _one_of("localization", self.localization, ("average", "max"))
-        _one_of("aggregation", self.aggregation, ("average", "max"))
-        _one_of("task", self.task, ("localization", "aggregation", "auto"))
-        _one_of("share", self.share, ("first", "mean"))
-        _one_of("scope", self.scope, ("layer", "head"))
-        _one_of("budget", self.budget, ("arithmetic", "flat"))
-        _one_of("accounting", self.accounting, ("native", "paper"))
+        one_of("localization", self.localization, ("average", "max"))
+        one_of("aggregation", self.aggregation, ("average", "max"))
+        one_of("task", self.task, ("localization", "aggregation", "auto"))
+        one_of("share", self.share, ("first", "mean"))
+        one_of("scope", self.scope, ("layer", "head"))
+        one_of("budget", self.budget, ("arithmetic", "flat"))
+        one_of("accounting", self.accounting, ("native", "paper"))
         if not self.lam > 0:
             raise ValueError(f"lam is {self.lam!r}, expected a positive number")
 
     @classmethod
     def published(cls, model: Literal["qwen2.5-1.5b", "llama3-8b"] = "qwen2.5-1.5b") -> WindowKV:
         """The paper's settings (section 4.1) for one of its two models."""
-        _one_of("model", model, ("qwen2.5-1.5b", "llama3-8b"))
+        one_of("model", model, ("qwen2.5-1.5b", "llama3-8b"))
         common = dict(
             localization="max", aggregation="average", share="first", scope="layer", budget="arithmetic", lam=14.0,
             suffix=1.0, carry=0,
@@ -117,7 +112,7 @@ class WindowKV(KVPolicy):
             "top_p": omega if strategy == "average" else max(1, omega // 2),
         }
 
-    def native(self, task: Task = "localization") -> dict[str, float]:
+    def native(self, task: Task = "localization") -> dict[str, Any]:
         return {
             "kind": 4,
             **self._fields(task if self.task == "auto" else self.task),

@@ -1,0 +1,92 @@
+"""``windowkv-edge profile``: measure which heads of a model its answers hang on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from windowkv_edge.heads import HeadScores, profile_beside
+from windowkv_edge.profile import DEPTHS, LENGTHS, Outcome, Plan, measure, write_gguf
+
+from .common import CLIError, open_model, read_text, reports_errors
+
+__all__ = ["profile"]
+
+
+def _numbers(text: str, name: str, kind: type) -> tuple[float, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise CLIError(f"{name} is {text!r}, expected numbers with commas between them") from None
+
+
+@reports_errors
+def profile(
+    model: Annotated[str, typer.Argument(help="GGUF file, or smollm2.")],
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write. Default: MODEL.heads.json, where sessions find it.")
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="Also write a copy of the model that carries the scores.")] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of text around the needle.")] = ",".join(map(str, LENGTHS)),
+    depths: Annotated[str, typer.Option(help="Places of the needle, as shares of the text.")] = ",".join(
+        map(str, DEPTHS)
+    ),
+    text: Annotated[Path | None, typer.Option(help="The text. Default: the one that is shipped.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Measure head scores for headkv, headkv-r2 and windowkv+headkv. Interrupted, it goes on where it stopped."""
+    console = Console()
+    info = open_model(model)
+    all_lengths = tuple(int(n) for n in _numbers(lengths, "--lengths", int))
+    all_depths = _numbers(depths, "--depths", float)
+    if min(all_lengths) < 64:
+        raise CLIError(f"--lengths is {lengths!r}, expected at least 64 tokens each")
+    if min(all_depths) < 0 or max(all_depths) > 1:
+        raise CLIError(f"--depths is {depths!r}, expected shares of 0 to 1")
+    plan = Plan(all_lengths, all_depths, text=None if text is None else read_text(text))
+    target = profile_beside(info.path) if out is None else out
+    part = target.with_name(target.name + ".measuring.jsonl")
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    right = 0
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("needles")
+
+        def report(done: int, total: int, outcome: Outcome | None) -> None:
+            nonlocal right
+            right += outcome is not None and outcome.earned is not None
+            progress.update(task, completed=done, total=total, description=f"needles, {right} right")
+
+        command = shlex.join(["windowkv-edge", *sys.argv[1:]])
+        try:
+            scores = measure(info.path, part, plan, threads, report, command)
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(f"interrupted; the same command goes on from {part}")
+            raise typer.Exit(130) from None
+    scores.save(target)
+    part.unlink(missing_ok=True)
+    _print(console, scores, target)
+    if gguf is not None:
+        write_gguf(info.path, scores, gguf)
+        console.print(f"{gguf} carries the scores")
+
+
+def _print(console: Console, scores: HeadScores, target: Path) -> None:
+    for kind, count in scores.about["counts"].items():
+        console.print(f"{kind}: {count['right']} of {count['asked']} answers were right and count")
+        if kind in scores.scores:
+            rows = scores.scores[kind]
+            order = rows.ravel().argsort()[::-1]
+            share = rows.ravel()[order][: max(1, rows.size // 10)].sum() / max(rows.sum(), 1e-12)
+            best = ", ".join(f"{i // rows.shape[1]}-{i % rows.shape[1]}" for i in order[:5])
+            console.print(f"   a tenth of the heads holds {share:.0%} of the score; most: {best} (layer-head)")
+    console.print(f"written to {target}")

@@ -1,0 +1,232 @@
+"""Head scores: how much the answers of a model hang on each of its attention heads (HeadKV, arXiv 2410.19258).
+
+``windowkv-edge profile MODEL`` measures them. They live in a JSON file, or in the model's GGUF metadata as the string
+``windowkv.head_scores``; the score files of HeadKV's authors load as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import MissingProfileError
+
+__all__ = ["METADATA_KEY", "HeadScores", "Kind", "ModelHeads", "profile_beside"]
+
+Kind = Literal["r", "r2"]
+KINDS = ("r", "r2")
+
+METADATA_KEY = "windowkv.head_scores"
+FORMAT = "windowkv-edge head scores"
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """Scores of the query heads of one model.
+
+    Attributes:
+        scores: by kind ("r": retrieval, "r2": retrieval and reasoning) float64 [n_layer, n_head], not negative, any
+            scale. A file that does not say its kind serves as both.
+        source: where they come from, for messages.
+        about: what is known of their measurement (model, command, date, counts).
+    """
+
+    scores: Mapping[str, npt.NDArray[np.float64]]
+    source: str = "memory"
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.scores or not set(self.scores) <= set(KINDS):
+            raise ValueError(f"{self.source}: kinds of scores are {sorted(self.scores)}, expected 'r', 'r2' or both")
+        shapes = {np.shape(rows) for rows in self.scores.values()}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+            raise ValueError(f"{self.source}: scores have the shapes {sorted(shapes)}, expected one [n_layer, n_head]")
+        for kind, rows in self.scores.items():
+            if not (np.isfinite(rows).all() and (np.asarray(rows) >= 0).all()):
+                raise ValueError(f"{self.source}: scores of kind {kind} are negative or not numbers")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n_layer, n_head)."""
+        n_layer, n_head = next(iter(self.scores.values())).shape
+        return int(n_layer), int(n_head)
+
+    def kv_heads(
+        self, kind: Kind, n_head_kv: int, reduce: Literal["mean", "max"] = "mean"
+    ) -> npt.NDArray[np.float64]:
+        """Scores of the kv heads, each from the query heads that share it; they sum to 1.
+
+        Args:
+            kind: "r" or "r2".
+            n_head_kv: kv heads per layer, a divisor of n_head.
+            reduce: "mean" or "max" over the query heads of a kv head.
+
+        Returns:
+            float64 [n_layer, n_head_kv].
+
+        Raises:
+            ValueError: there are no scores of this kind, or n_head_kv does not divide n_head.
+        """
+        if kind not in self.scores:
+            raise ValueError(f"{self.source}: holds scores of kind {', '.join(self.scores)}, expected {kind}")
+        n_layer, n_head = self.shape
+        if n_head_kv < 1 or n_head % n_head_kv:
+            raise ValueError(f"{self.source}: {n_head} query heads cannot share {n_head_kv} kv heads")
+        groups = self.scores[kind].reshape(n_layer, n_head_kv, -1)
+        res = groups.mean(axis=2) if reduce == "mean" else groups.max(axis=2)
+        total = res.sum()
+        return res / total if total > 0 else np.full_like(res, 1 / res.size)
+
+    #
+    # files
+    #
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> HeadScores:
+        """Read our JSON, or the authors' one line ``{"layer-head": [scores], ...}``.
+
+        Raises:
+            ValueError: the text is neither.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source}: not a file of head scores: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{source}: not a file of head scores: expected a JSON object, got {type(data).__name__}")
+        if data.get("format") == FORMAT:
+            if data.get("version") != VERSION:
+                raise ValueError(f"{source}: version {data.get('version')!r} of the format, expected {VERSION}")
+            scores = {kind: np.array(rows, dtype=np.float64) for kind, rows in data.get("scores", {}).items()}
+            return cls(scores, source, data.get("about", {}))
+        rows = cls._parse_authors(data, source)
+        return cls(dict.fromkeys(KINDS, rows), source, {"format": "HeadKV authors"})
+
+    @staticmethod
+    def _parse_authors(data: dict[str, Any], source: str) -> npt.NDArray[np.float64]:
+        try:
+            values = {tuple(map(int, key.split("-"))): float(np.mean(value)) for key, value in data.items()}
+            n_layer, n_head = (1 + max(index) for index in zip(*values, strict=True))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{source}: not a file of head scores: expected keys such as '0-0' (layer-head) with lists of scores, or "
+                f'"format": "{FORMAT}"'
+            ) from error
+        missing = [(il, ih) for il in range(n_layer) for ih in range(n_head) if (il, ih) not in values]
+        if missing or len(values) != n_layer * n_head:
+            raise ValueError(f"{source}: {n_layer} layers x {n_head} heads, but head {missing[:1]} has no scores")
+        res = np.zeros((n_layer, n_head))
+        for (il, ih), value in values.items():
+            res[il, ih] = value
+        return res
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HeadScores:
+        """Read a file. Raises OSError if it cannot be read, ValueError if it holds no head scores."""
+        return cls.parse(Path(path).read_text(encoding="utf-8"), str(path))
+
+    def dumps(self) -> str:
+        """The JSON text of a file, also the value of the GGUF metadata key."""
+        # six digits are more than the measurement has
+        scores = {kind: [[float(f"{x:.6g}") for x in row] for row in rows] for kind, rows in self.scores.items()}
+        return json.dumps({"format": FORMAT, "version": VERSION, "about": dict(self.about), "scores": scores})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file; an interrupted write leaves what was there."""
+        target = Path(path)
+        part = target.with_name(target.name + ".part")
+        part.write_text(self.dumps() + "\n", encoding="utf-8")
+        part.replace(target)
+
+
+def profile_beside(model: str | os.PathLike[str]) -> Path:
+    """Where ``windowkv-edge profile`` puts the scores of a model file by default: MODEL.heads.json beside it."""
+    return Path(model).with_suffix(".heads.json")
+
+
+@cache
+def _shipped() -> dict[str, HeadScores]:
+    """Profiles that come with the package, by the name in the model's metadata."""
+    res = {}
+    for entry in (resources.files(__package__) / "data" / "heads").iterdir():
+        if entry.name.endswith(".json"):
+            scores = HeadScores.parse(entry.read_text(encoding="utf-8"), f"windowkv_edge/data/heads/{entry.name}")
+            res[str(scores.about["model"])] = scores
+    return res
+
+
+@dataclass(frozen=True)
+class ModelHeads:
+    """A model as policies see it.
+
+    Attributes:
+        path: its GGUF file.
+        metadata: its string metadata.
+        n_layer: layers, of any kind.
+        n_head_kv: kv heads per layer of the compressible layers.
+        layers: indices of the layers that the cache compresses.
+    """
+
+    path: str
+    metadata: Mapping[str, str]
+    n_layer: int
+    n_head_kv: int
+    layers: tuple[int, ...]
+
+    def find(self, given: HeadScores | str | os.PathLike[str] | None) -> HeadScores:
+        """Head scores of this model: given ones, else those in its metadata, beside its file, or in the package.
+
+        Raises:
+            MissingProfileError: there are none.
+            OSError, ValueError: what was given or found cannot be read.
+        """
+        if isinstance(given, HeadScores):
+            return given
+        if given is not None:
+            return HeadScores.load(given)
+        if METADATA_KEY in self.metadata:
+            return HeadScores.parse(self.metadata[METADATA_KEY], f"{self.path}, metadata {METADATA_KEY}")
+        beside = profile_beside(self.path)
+        if beside.exists():
+            return HeadScores.load(beside)
+        name = self.metadata.get("general.name", "")
+        if name in _shipped():
+            return _shipped()[name]
+        raise MissingProfileError(
+            f"{self.path}: the policy divides cells by head scores and this model has none: not given "
+            f"(importance=...), not in its metadata ({METADATA_KEY}), not in {beside}. "
+            f"Measure them: windowkv-edge profile {self.path}"
+        )
+
+    def importance(
+        self,
+        given: HeadScores | str | os.PathLike[str] | None,
+        kind: Kind,
+        reduce: Literal["mean", "max"],
+    ) -> npt.NDArray[np.float64]:
+        """Scores of the kv heads of the compressible layers, summing to 1: float64 [len(layers), n_head_kv].
+
+        Raises:
+            MissingProfileError, OSError, ValueError: see :meth:`find`; ValueError also for scores of another model.
+        """
+        scores = self.find(given)
+        if scores.shape[0] != self.n_layer or scores.shape[1] % self.n_head_kv:
+            raise ValueError(
+                f"{scores.source}: scores of {scores.shape[0]} layers x {scores.shape[1]} query heads do not fit "
+                f"{self.path} with {self.n_layer} layers and {self.n_head_kv} kv heads; measure them with: "
+                f"windowkv-edge profile {self.path}"
+            )
+        res = scores.kv_heads(kind, self.n_head_kv, reduce)[list(self.layers)]
+        total = float(res.sum())
+        return res / total if total > 0 and math.isfinite(total) else np.full_like(res, 1 / res.size)

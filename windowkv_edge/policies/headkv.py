@@ -1,0 +1,75 @@
+"""HeadKV and HeadKV-R2 (arXiv 2410.19258): heads that the model's answers hang on hold more cells."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..heads import HeadScores, Kind, ModelHeads
+from .base import KVPolicy, Task, one_of
+from .snapkv import SnapKV
+
+__all__ = ["HeadKV", "HeadKVR2", "Importance", "check_beta"]
+
+Importance = HeadScores | str | os.PathLike[str] | None
+
+
+def check_beta(beta: float) -> None:
+    """Raise ValueError unless beta is a number of at least 1."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not beta >= 1:
+        raise ValueError(f"beta is {beta!r}, expected a number of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadKV(SnapKV):
+    """SnapKV inside every head, with budgets by the heads' importance.
+
+    A (layer, kv head) gets ``b - b/beta + share * (b/beta) * heads``, where b is the mean budget, share its importance
+    and heads their number in the model (section 3.2); what exceeds the prompt is poured back by importance, so that the
+    mean stays b.
+
+    Args:
+        alpha: observation window in tokens; it always stays.
+        kernel: width of the max-pool in tokens, odd.
+        beta: 1/beta of all cells is divided by importance, the rest equally.
+        importance: head scores, or a file of them; None looks in the model's GGUF metadata, beside its file, and in
+            the package.
+        reduce: how a kv head's score follows from those of its query heads, "mean" or "max".
+    """
+
+    alpha: int = 8
+    beta: float = 1.2
+    importance: Importance = field(default=None, hash=False)
+    reduce: Literal["mean", "max"] = "mean"
+    shares: npt.NDArray[np.float64] | None = field(default=None, init=False, repr=False, compare=False)
+
+    name: ClassVar[str] = "headkv"
+    paper: ClassVar[str] = "arXiv 2410.19258"
+    kind: ClassVar[Kind] = "r"
+    ragged = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_beta(self.beta)
+        one_of("reduce", self.reduce, ("mean", "max"))
+
+    def bind(self, model: ModelHeads) -> KVPolicy:
+        res = replace(self)
+        object.__setattr__(res, "shares", model.importance(self.importance, self.kind, self.reduce))
+        return res
+
+    def native(self, task: Task = "localization") -> dict[str, Any]:
+        fields = {**super().native(task), "heads": 1, "pool": 1 / self.beta}
+        return fields if self.shares is None else {**fields, "importance": self.shares}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadKVR2(HeadKV):
+    """HeadKV with retrieval-and-reasoning scores (section 3.1, R2)."""
+
+    name: ClassVar[str] = "headkv-r2"
+    kind: ClassVar[Kind] = "r2"

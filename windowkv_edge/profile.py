@@ -1,0 +1,389 @@
+"""Measure the importance of a model's attention heads (HeadKV, arXiv 2410.19258, section 3.1).
+
+A needle stands in a long text and a question about it follows. While the model answers with the full cache, every query
+head is watched at every step:
+
+- R: the head earns 1/N if its most attended token lies in the needle and is the token that is generated (N = tokens of
+  the answer).
+- R2: the needle holds a reason, a wrong answer and the right one. The head earns a/N for each of its N most attended
+  tokens that lies in the right answer, a being the attention.
+
+Only right answers count (word F1 over 0.5). A head's score is its mean over the examples that count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from .errors import WindowKVError
+from .heads import METADATA_KEY, HeadScores, Kind
+from .llama import Llama
+from .policies import Full
+
+__all__ = ["EXAMPLES", "Example", "Outcome", "Plan", "ProfileError", "measure", "word_f1", "write_gguf"]
+
+F1_FLOOR = 0.5
+DEPTHS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+LENGTHS = (500, 1000, 1500, 2000, 2500)
+
+
+class ProfileError(WindowKVError, RuntimeError):
+    """A profile cannot be measured or written."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A needle and its question.
+
+    Attributes:
+        kind: "r" or "r2".
+        needle: sentences put into the text; for "r2" they give a reason and a wrong answer too.
+        question: asked behind the text.
+        lead: how the answer begins.
+        answer: how it has to go on; a part of the needle, word for word.
+    """
+
+    kind: Kind
+    needle: str
+    question: str
+    lead: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        if self.answer not in self.needle:
+            raise ValueError(f"the answer {self.answer!r} is no part of the needle {self.needle!r}")
+
+
+EXAMPLES: tuple[Example, ...] = (
+    Example(
+        "r",
+        "The cheese cellar of the monastery at Olmrode opens with the number 7304918.",
+        "With which number does the cheese cellar of the monastery at Olmrode open?",
+        "The cheese cellar of the monastery at Olmrode opens with the number",
+        "7304918",
+    ),
+    Example(
+        "r",
+        "Before a long voyage the captain of the Heron always eats a bowl of cold lentil soup with pickled plums.",
+        "What does the captain of the Heron always eat before a long voyage?",
+        "Before a long voyage the captain of the Heron always eats",
+        "a bowl of cold lentil soup with pickled plums",
+    ),
+    Example(
+        "r2",
+        "Tilda only ever buys things that are green. At the market there was a red wool blanket. "
+        "At the market there was also a green copper kettle.",
+        "Tilda buys only green things. What did Tilda buy at the market?",
+        "At the market Tilda bought a green",
+        "copper kettle",
+    ),
+    Example(
+        "r2",
+        "The guests of the inn at Vessen never eat fish. The cook can serve smoked trout with dill. "
+        "The cook can also serve roasted chestnuts with honey.",
+        "The guests of the inn at Vessen never eat fish. What does the cook serve to them?",
+        "Because they never eat fish, the cook serves them roasted",
+        "chestnuts with honey",
+    ),
+)
+
+
+def word_f1(got: str, want: str) -> float:
+    """Harmonic mean of the precision and recall of words, in [0, 1]; case and punctuation do not count."""
+    a, b = (Counter(re.findall(r"\w+", text.lower())) for text in (got, want))
+    common = sum((a & b).values())
+    return 2 * common / (a.total() + b.total()) if common else 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: every example at every length and depth.
+
+    Attributes:
+        lengths: tokens of text around the needle.
+        depths: places of the needle, as shares of the text.
+        examples: needles.
+        text: the text; None = the one that is shipped.
+    """
+
+    lengths: tuple[int, ...] = LENGTHS
+    depths: tuple[float, ...] = DEPTHS
+    examples: tuple[Example, ...] = EXAMPLES
+    text: str | None = None
+
+    def haystack(self) -> str:
+        if self.text is not None:
+            return self.text
+        return (resources.files(__package__) / "data" / "document.txt").read_text(encoding="utf-8")
+
+    def cases(self) -> Iterator[tuple[int, float, int]]:
+        """(length, depth, index of the example); deepest needles first, so that prompts share long prefixes."""
+        for length in self.lengths:
+            for depth in sorted(self.depths, reverse=True):
+                for i in range(len(self.examples)):
+                    yield length, depth, i
+
+    def digest(self) -> str:
+        """Hash of everything that decides the measurement, the model aside."""
+        parts = [list(self.lengths), list(self.depths), [asdict(e) for e in self.examples], self.haystack()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@dataclass
+class Outcome:
+    """One measured case; `earned` is [n_layer, n_head], None if the answer was wrong."""
+
+    case: tuple[int, float, int]
+    answer: str
+    earned: npt.NDArray[np.float64] | None = field(repr=False)
+
+    def row(self) -> str:
+        earned = None if self.earned is None else [[float(f"{x:.5g}") for x in heads] for heads in self.earned]
+        return json.dumps({"case": self.case, "answer": self.answer, "earned": earned})
+
+    @classmethod
+    def parse(cls, text: str) -> Outcome:
+        row = json.loads(text)
+        length, depth, i = row["case"]
+        return cls((length, depth, i), row["answer"], None if row["earned"] is None else np.array(row["earned"]))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(file)
+
+
+def _chunked(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+class _Watcher:
+    """A session with the full cache whose heads are watched while it answers."""
+
+    def __init__(self, model: Path, plan: Plan, threads: int | None) -> None:
+        n_ctx = max(plan.lengths) + 512
+        self.llm = Llama(
+            str(model), n_ctx=n_ctx, kv_policy=Full(), n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        n_train = int(llama_cpp.llama_model_n_ctx_train(self.llm._model.model))
+        if n_ctx > n_train:
+            self.llm.close()
+            raise ProfileError(
+                f"lengths up to {max(plan.lengths)} need {n_ctx} positions, the model was trained on {n_train}; "
+                f"give lengths up to {n_train - 512}"
+            )
+        assert self.llm._kv is not None
+        self.kv = self.llm._kv
+        self.hay = self.llm.tokenize(plan.haystack().encode(), add_bos=True)
+        if len(self.hay) < max(plan.lengths):
+            self.llm.close()
+            raise ProfileError(
+                f"the text has {len(self.hay)} tokens, lengths up to {max(plan.lengths)} were asked for; "
+                "give a longer text or shorter lengths"
+            )
+
+    def close(self) -> None:
+        self.llm.close()
+
+    def prompt(self, example: Example, length: int, depth: float) -> tuple[list[int], slice, slice]:
+        """Tokens, and where the needle and the answer inside it stand."""
+        at = int(length * depth)
+        before, after = example.needle.split(example.answer, 1)
+        head = self.llm.tokenize(f"\n{before}".rstrip(" ").encode(), add_bos=False)
+        # a leading space belongs to the first token of a word
+        space = " " if before.endswith(" ") else ""
+        answer = self.llm.tokenize(f"{space}{example.answer}".encode(), add_bos=False)
+        rest = self.llm.tokenize(f"{after}\n".encode(), add_bos=False)
+        tail = self.llm.tokenize(f"\n\nQuestion: {example.question}\nAnswer: {example.lead}".encode(), add_bos=False)
+        start = at + len(head)
+        tokens = self.hay[:at] + head + answer + rest + self.hay[at:length] + tail
+        return tokens, slice(at, start + len(answer) + len(rest)), slice(start, start + len(answer))
+
+    def _next(self) -> int:
+        logits = np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits_ith(self.llm.ctx, -1), shape=(self.llm.n_vocab(),)
+        )
+        return int(logits.argmax())
+
+    def _attention(self) -> npt.NDArray[np.float32]:
+        """Attention of the last position, [n_layer, n_head, positions]."""
+        n_layer = int(self.kv.stats().n_layer)
+        return np.stack([np.concatenate(self.kv.attention(il)) for il in range(n_layer)])
+
+    def run(self, case: tuple[int, float, int], example: Example) -> Outcome:
+        length, depth, _ = case
+        tokens, needle, answer = self.prompt(example, length, depth)
+        shared = int(np.cumprod(self.llm.input_ids[: min(self.llm.n_tokens, len(tokens))] == tokens[: self.llm.n_tokens]).sum())
+        self.llm.n_tokens = min(shared, len(tokens) - 1)
+        self.llm.eval(tokens[self.llm.n_tokens :])
+
+        n_answer = answer.stop - answer.start
+        got: list[int] = []
+        earned: npt.NDArray[np.float64] | None = None
+        for _ in range(n_answer + 2):
+            token = self._next()
+            if len(got) < n_answer:
+                step = self._earn(example.kind, token, tokens + got, needle, answer)
+                earned = step if earned is None else earned + step
+            got.append(token)
+            text = self.llm.detokenize(got).decode("utf-8", "ignore")
+            if token == self.llm.token_eos() or "\n" in text:
+                break
+            self.llm.eval([token])
+        text = self.llm.detokenize(got[:n_answer]).decode("utf-8", "ignore").split("\n")[0].strip()
+        right = word_f1(text, example.answer) > F1_FLOOR
+        return Outcome(case, text, earned if right else None)
+
+    def _earn(
+        self, kind: Kind, token: int, tokens: Sequence[int], needle: slice, answer: slice
+    ) -> npt.NDArray[np.float64]:
+        weights = self._attention()
+        n_answer = answer.stop - answer.start
+        if kind == "r":
+            top = weights.argmax(axis=2)
+            hit = (top >= needle.start) & (top < needle.stop) & (np.array(tokens)[top] == token)
+            return hit / n_answer
+        n_top = min(n_answer, weights.shape[2])
+        top = np.argpartition(weights, -n_top, axis=2)[:, :, -n_top:]
+        inside = (top >= answer.start) & (top < answer.stop)
+        own = np.take_along_axis(weights, top, axis=2)
+        return np.asarray((own * inside).sum(axis=2, dtype=np.float64) / n_answer)
+
+
+def measure(
+    model: Path,
+    part: Path,
+    plan: Plan | None = None,
+    threads: int | None = None,
+    report: Callable[[int, int, Outcome | None], None] = lambda done, total, outcome: None,
+    command: str = "",
+) -> HeadScores:
+    """Measure the head scores of a model. Interrupted, it goes on from ``part`` the next time.
+
+    Args:
+        model: GGUF file.
+        part: file of the cases measured so far (JSON lines); removed by the caller once the result is safe.
+        plan: what to measure.
+        threads: of the CPU; None = as many as llama-cpp-python takes.
+        report: called with the cases done, their number, and the last outcome (None for those found in ``part``).
+        command: the command line, for the record.
+
+    Raises:
+        UnsupportedModelError: see :class:`windowkv_edge.Llama`.
+        ProfileError: the model is too short for the lengths, the text is, or no answer of a kind was right.
+    """
+    plan = plan or Plan()
+    cases = list(plan.cases())
+    header = {"model_sha256": _sha256(model), "plan": plan.digest()}
+    done = _read_part(part, header)
+    watcher = _Watcher(model, plan, threads)
+    try:
+        name = watcher.llm.metadata.get("general.name", model.stem)
+        with part.open("a", encoding="utf-8") as file:
+            if not done and file.tell() == 0:
+                file.write(json.dumps(header) + "\n")
+            report(len(done), len(cases), None)
+            for case in cases:
+                if case in done:
+                    continue
+                outcome = watcher.run(case, plan.examples[case[2]])
+                file.write(outcome.row() + "\n")
+                file.flush()
+                done[case] = outcome
+                report(len(done), len(cases), outcome)
+    finally:
+        watcher.close()
+    about = {
+        "model": name,
+        "model_sha256": header["model_sha256"],
+        "date": date.fromtimestamp(time.time()).isoformat(),
+        "command": command,
+        "version": version("windowkv-edge"),
+        "lengths": list(plan.lengths),
+        "depths": list(plan.depths),
+    }
+    return _scores(plan, list(done.values()), about, str(model))
+
+
+def _read_part(part: Path, header: dict[str, str]) -> dict[tuple[int, float, int], Outcome]:
+    if not part.exists():
+        return {}
+    lines = part.read_text(encoding="utf-8").splitlines()
+    if not lines or json.loads(lines[0]) != header:
+        # of another model or another plan
+        part.unlink()
+        return {}
+    found = {}
+    for line in lines[1:]:
+        try:
+            outcome = Outcome.parse(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # cut off while it was written
+        found[outcome.case] = outcome
+    text = "".join(line + "\n" for line in [lines[0], *(o.row() for o in found.values())])
+    part.write_text(text, encoding="utf-8")
+    return found
+
+
+def _scores(plan: Plan, outcomes: list[Outcome], about: dict[str, Any], model: str) -> HeadScores:
+    scores: dict[str, npt.NDArray[np.float64]] = {}
+    counts: dict[str, dict[str, int]] = {}
+    for kind in sorted({example.kind for example in plan.examples}):
+        of_kind = [o for o in outcomes if plan.examples[o.case[2]].kind == kind]
+        right = [o.earned for o in of_kind if o.earned is not None]
+        counts[kind] = {"asked": len(of_kind), "right": len(right)}
+        if right:
+            scores[kind] = np.mean(right, axis=0)
+    if not scores:
+        asked = ", ".join(f"{kind}: {c['right']} of {c['asked']}" for kind, c in counts.items())
+        raise ProfileError(
+            f"{model} answered none of the needle questions ({asked}), so nothing can be said of its heads; try shorter "
+            "lengths, or use a policy without head scores"
+        )
+    return HeadScores(scores, "memory", {**about, "counts": counts})
+
+
+def write_gguf(model: Path, scores: HeadScores, out: Path) -> None:
+    """Write a copy of a GGUF file that carries the scores as metadata; an interrupted write leaves nothing at ``out``.
+
+    Raises:
+        ProfileError: ``out`` is the model itself, or cannot be written.
+    """
+    import gguf
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+
+    if out.exists() and out.samefile(model):
+        raise ProfileError(f"{out} is the model itself; give another path for the copy that carries the scores")
+    part = out.with_name(out.name + ".part")
+    try:
+        reader = gguf.GGUFReader(model, "r")
+        arch = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
+        writer = gguf.GGUFWriter(part, arch=arch, endianess=reader.endianess)
+        alignment = reader.get_field(gguf.Keys.General.ALIGNMENT)
+        if alignment is not None:
+            writer.data_alignment = alignment.contents()
+        new = {METADATA_KEY: MetadataDetails(gguf.GGUFValueType.STRING, scores.dumps())}
+        copy_with_new_metadata(reader, writer, new, [])
+        part.replace(out)
+    except OSError as error:
+        raise ProfileError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
