@@ -1,0 +1,617 @@
+// GGML_OP_FLASH_ATTN_RAGGED on every backend against a reference in double precision.
+//
+//   test-backend-ops-ragged [test|perf] [-b BACKEND] [-p TEXT] [--all]
+//   test-backend-ops-ragged dump FOLDER
+//
+// test compares, perf measures beside ggml_flash_attn_ext over the same cells, dump writes cases of the first backend
+// as .npy files. -b takes one backend, -p the cases whose description contains TEXT, --all many more of them.
+
+#include "ggml-flash-attn-ragged.h"
+
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "ggml.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+struct ragged_case {
+    int64_t   hsk, hsv;
+    ggml_type type_k, type_v;
+    int64_t   n_gqa, n_tokens;
+
+    std::vector<int64_t> lens; // cells of the kv heads
+
+    float softcap;
+    bool  sinks;
+    bool  causal;
+    int   n_threads;
+
+    bool permuted = true; // q as the models compute it, [hsk, n_head, n_tokens] in memory
+
+    std::string vars() const;
+};
+
+std::string ragged_case::vars() const {
+    std::string list;
+    for (const int64_t len : lens) {
+        list += (list.empty() ? "" : ",") + std::to_string(len);
+    }
+    char buf[512];
+    snprintf(buf, sizeof(buf),
+            "hsk=%d,hsv=%d,type_k=%s,type_v=%s,n_gqa=%d,n_tokens=%d,lens=[%s],softcap=%.0f,sinks=%d,causal=%d,permuted=%d,n_threads=%d",
+            (int) hsk, (int) hsv, ggml_type_name(type_k), ggml_type_name(type_v), (int) n_gqa, (int) n_tokens, list.c_str(),
+            softcap, sinks, causal, permuted, n_threads);
+    return buf;
+}
+
+static constexpr int N_LAYER = 3;
+static constexpr int LAYER   = 1;
+
+// tensors and data of a case
+struct ragged_graph {
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buffer;
+    ggml_cgraph           * gf;
+
+    ggml_tensor * q; // the leaf, [hsk, n_tokens, n_head] or permuted
+    ggml_tensor * k;
+    ggml_tensor * v;
+    ggml_tensor * ranges;
+    ggml_tensor * sinks;
+    ggml_tensor * out;
+
+    float scale;
+
+    // what the backend reads, in F32
+    std::vector<float>   q_data; // [n_head][n_tokens][hsk]
+    std::vector<float>   k_data; // [n_rows][hsk]
+    std::vector<float>   v_data;
+    std::vector<float>   sinks_data;
+    std::vector<int32_t> ranges_data;
+};
+
+static std::mt19937 rng;
+
+static std::vector<float> random_normal(size_t n, float sigma) {
+    std::normal_distribution<float> dist(0.0f, sigma);
+    std::vector<float> res(n);
+    for (auto & x : res) {
+        x = dist(rng);
+    }
+    return res;
+}
+
+// rows of the ranges get random values, the others stay NaN: all bits set is NaN in F32, F16 and BF16 and as a scale
+static std::vector<float> init_pool(ggml_tensor * pool, const std::vector<int32_t> & ranges, int64_t n_head_kv) {
+    const size_t  nb   = pool->nb[1];
+    const int64_t n    = pool->ne[0];
+    const auto  * type = ggml_get_type_traits(pool->type);
+
+    std::vector<uint8_t> raw(ggml_nbytes(pool), 0xFF);
+    std::vector<float>   res(ggml_nelements(pool), NAN);
+
+    for (int64_t ih = 0; ih < n_head_kv; ++ih) {
+        const int32_t * range = ranges.data() + 2*(LAYER*n_head_kv + ih);
+        const auto      data  = random_normal(n*range[1], 1.0f);
+
+        ggml_quantize_chunk(pool->type, data.data(), raw.data() + range[0]*nb, 0, range[1], n, nullptr);
+        for (int64_t row = range[0]; row < range[0] + range[1]; ++row) {
+            if (pool->type == GGML_TYPE_F32) {
+                memcpy(res.data() + row*n, raw.data() + row*nb, nb);
+            } else {
+                type->to_float(raw.data() + row*nb, res.data() + row*n, n);
+            }
+        }
+    }
+    ggml_backend_tensor_set(pool, raw.data(), 0, raw.size());
+    return res;
+}
+
+static ragged_graph build_graph(const ragged_case & tc, ggml_backend_t backend) {
+    ragged_graph g;
+
+    const int64_t n_head_kv = tc.lens.size();
+    const int64_t n_head    = n_head_kv*tc.n_gqa;
+
+    // regions in descending order of heads, gaps between them; the other layers' planes point into the gaps
+    int64_t n_rows = 3;
+    g.ranges_data.assign(2*n_head_kv*N_LAYER, 0);
+    for (int64_t ih = n_head_kv - 1; ih >= 0; --ih) {
+        for (int il = 0; il < N_LAYER; ++il) {
+            int32_t * range = g.ranges_data.data() + 2*(il*n_head_kv + ih);
+            range[0] = il == LAYER ? n_rows : 0;
+            range[1] = il == LAYER ? tc.lens[ih] : 3;
+        }
+        n_rows += tc.lens[ih] + 5;
+    }
+
+    g.ctx.reset(ggml_init({ 16*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+    ggml_context * ctx = g.ctx.get();
+
+    g.q = tc.permuted ?
+        ggml_new_tensor_3d(ctx, GGML_TYPE_F32, tc.hsk, n_head, tc.n_tokens) :
+        ggml_new_tensor_3d(ctx, GGML_TYPE_F32, tc.hsk, tc.n_tokens, n_head);
+    g.k      = ggml_new_tensor_2d(ctx, tc.type_k, tc.hsk, n_rows);
+    g.v      = ggml_new_tensor_2d(ctx, tc.type_v, tc.hsv, n_rows);
+    g.ranges = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, n_head_kv, N_LAYER);
+    g.sinks  = tc.sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_head) : nullptr;
+
+    ggml_tensor * q = tc.permuted ? ggml_permute(ctx, g.q, 0, 2, 1, 3) : g.q;
+
+    g.scale = 2.0f/sqrtf(tc.hsk);
+    g.out   = ggml_flash_attn_ragged(ctx, q, g.k, g.v, g.ranges, g.sinks, LAYER, g.scale, tc.softcap, tc.causal);
+
+    g.gf = ggml_new_graph(ctx);
+    ggml_build_forward_expand(g.gf, g.out);
+
+    g.buffer.reset(ggml_backend_alloc_ctx_tensors(ctx, backend));
+
+    g.q_data = random_normal(tc.hsk*tc.n_tokens*n_head, 1.0f);
+    std::vector<float> q_raw = g.q_data;
+    if (tc.permuted) {
+        for (int64_t ih = 0; ih < n_head; ++ih) {
+            for (int64_t it = 0; it < tc.n_tokens; ++it) {
+                memcpy(&q_raw[(it*n_head + ih)*tc.hsk], &g.q_data[(ih*tc.n_tokens + it)*tc.hsk], tc.hsk*sizeof(float));
+            }
+        }
+    }
+    ggml_backend_tensor_set(g.q, q_raw.data(), 0, ggml_nbytes(g.q));
+
+    g.k_data = init_pool(g.k, g.ranges_data, n_head_kv);
+    g.v_data = init_pool(g.v, g.ranges_data, n_head_kv);
+    ggml_backend_tensor_set(g.ranges, g.ranges_data.data(), 0, ggml_nbytes(g.ranges));
+
+    if (g.sinks) {
+        g.sinks_data = random_normal(n_head, 2.0f);
+        ggml_backend_tensor_set(g.sinks, g.sinks_data.data(), 0, ggml_nbytes(g.sinks));
+    }
+    return g;
+}
+
+// attention of query it of query head ih, by definition
+static std::vector<double> reference(const ragged_case & tc, const ragged_graph & g, int64_t ih, int64_t it) {
+    const int64_t n_head_kv = tc.lens.size();
+    const int64_t ih_kv     = ih/tc.n_gqa;
+
+    const int32_t * range = g.ranges_data.data() + 2*(LAYER*n_head_kv + ih_kv);
+    const int64_t   n     = tc.causal ? std::max<int64_t>(0, range[1] - tc.n_tokens + it + 1) : range[1];
+
+    std::vector<double> res(tc.hsv, 0.0);
+    if (n == 0) {
+        return res;
+    }
+
+    const float * q = g.q_data.data() + (ih*tc.n_tokens + it)*tc.hsk;
+
+    std::vector<double> w(n);
+    for (int64_t j = 0; j < n; ++j) {
+        const float * k = g.k_data.data() + (range[0] + j)*tc.hsk;
+        double dot = 0.0;
+        for (int64_t d = 0; d < tc.hsk; ++d) {
+            dot += (double) q[d]*k[d];
+        }
+        w[j] = dot*g.scale;
+        if (tc.softcap != 0.0f) {
+            w[j] = tc.softcap*tanh(w[j]/tc.softcap);
+        }
+    }
+
+    const double max = *std::max_element(w.begin(), w.end());
+    double sum = tc.sinks ? exp(g.sinks_data[ih] - max) : 0.0;
+    for (auto & x : w) {
+        x = exp(x - max);
+        sum += x;
+    }
+    for (int64_t j = 0; j < n; ++j) {
+        const float * v = g.v_data.data() + (range[0] + j)*tc.hsv;
+        for (int64_t d = 0; d < tc.hsv; ++d) {
+            res[d] += w[j]/sum*v[d];
+        }
+    }
+    return res;
+}
+
+static void set_n_threads(ggml_backend_t backend, int n_threads) {
+    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
+    auto * fn  = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+    if (fn) {
+        fn(backend, n_threads);
+    }
+}
+
+static std::vector<float> compute(ragged_graph & g, ggml_backend_t backend) {
+    std::vector<float> res(ggml_nelements(g.out), NAN);
+    ggml_backend_tensor_set(g.out, res.data(), 0, ggml_nbytes(g.out));
+
+    GGML_ASSERT(ggml_backend_graph_compute(backend, g.gf) == GGML_STATUS_SUCCESS);
+
+    ggml_backend_tensor_get(g.out, res.data(), 0, ggml_nbytes(g.out));
+    return res;
+}
+
+//
+// test
+//
+
+// worst squared error of an output row relative to its square. The cells are compared as the backend reads them, so the
+// bound is that of the arithmetic: F32 rounds to 6e-8, and sums of some thousand terms stay below 1e-5 of the row
+static constexpr double MAX_NMSE_CPU = 1e-10;
+// other backends may hold weights and queries in F16, 5e-4 each
+static constexpr double MAX_NMSE_GPU = 1e-5;
+
+// multiplications that the reference may spend on a case; beyond, it takes some of the queries
+static double max_reference = 1e7;
+
+static bool test(const ragged_case & tc, ggml_backend_t backend, bool & supported) {
+    ragged_graph g = build_graph(tc, backend);
+
+    supported = ggml_backend_supports_op(backend, g.out);
+    if (!supported) {
+        return true;
+    }
+    set_n_threads(backend, tc.n_threads);
+
+    const std::vector<float> out = compute(g, backend);
+
+    const int64_t n_head = tc.lens.size()*tc.n_gqa;
+
+    double cost = 0.0;
+    for (const int64_t len : tc.lens) {
+        cost += (double) len*tc.n_gqa*(tc.hsk + tc.hsv);
+    }
+    const int64_t n_tested = std::clamp<int64_t>(max_reference/std::max(cost, 1.0), 3, tc.n_tokens);
+
+    const bool   is_cpu   = ggml_backend_dev_type(ggml_backend_get_device(backend)) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    const double max_nmse = is_cpu ? MAX_NMSE_CPU : MAX_NMSE_GPU;
+
+    double worst = 0.0;
+    bool   ok    = std::all_of(out.begin(), out.end(), [](float x) { return std::isfinite(x); });
+
+    for (int64_t i = 0; ok && i < std::min(n_tested, tc.n_tokens); ++i) {
+        // the first and the last query are always among them
+        const int64_t it = n_tested >= tc.n_tokens ? i : i*(tc.n_tokens - 1)/(n_tested - 1);
+        for (int64_t ih = 0; ih < n_head; ++ih) {
+            const auto    want = reference(tc, g, ih, it);
+            const float * got  = out.data() + (it*n_head + ih)*tc.hsv;
+
+            double err = 0.0;
+            double ref = 0.0;
+            for (int64_t d = 0; d < tc.hsv; ++d) {
+                err += (got[d] - want[d])*(got[d] - want[d]);
+                ref += want[d]*want[d];
+            }
+            worst = std::max(worst, ref > 0.0 ? err/ref : err > 0.0 ? INFINITY : 0.0);
+        }
+    }
+    ok = ok && worst <= max_nmse;
+
+    printf("  FLASH_ATTN_RAGGED(%s): %s (%.1e)\n", tc.vars().c_str(), ok ? "OK" : "FAIL", worst);
+    return ok;
+}
+
+static std::vector<int64_t> mixed_lens(int i, int64_t n_tokens, int64_t max_len) {
+    const int64_t len = max_len - i*37 % (max_len/2);
+    switch (i % 4) {
+        case 0:  return { n_tokens + 37, 0, len, 1 };
+        case 1:  return { len | 1 };
+        case 2:  return { 1, n_tokens, len/7 };
+        default: return { len/2, len, n_tokens + 64 };
+    }
+}
+
+static std::vector<ragged_case> make_test_cases(bool all) {
+    const std::vector<int64_t>   head_sizes = { 64, 80, 96, 112, 128, 192, 256 };
+    const std::vector<ggml_type> types      = { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
+    const std::vector<int64_t>   gqas       = { 1, 2, 3, 4, 7, 8 };
+    const std::vector<int64_t>   n_tokens   = { 1, 2, 3, 8, 17, 64, 300 };
+    const std::vector<int>       threads    = { 1, 2, 7 };
+
+    std::vector<ragged_case> res;
+
+    // what is not looped over takes turns; the periods have no common factor with those of the loops
+    int i = 0;
+    const auto add = [&](int64_t hsk, int64_t hsv, ggml_type type_k, ggml_type type_v, int64_t n_gqa, int64_t n_t, int64_t max_len) {
+        if (hsk % ggml_blck_size(type_k) == 0 && hsv % ggml_blck_size(type_v) == 0) {
+            res.push_back({ hsk, hsv, type_k, type_v, n_gqa, n_t, mixed_lens(i, n_t, max_len),
+                    i % 3 == 1 ? 10.0f : 0.0f, i/2 % 2 == 1, i % 5 != 2, threads[i % 3], i % 7 != 3 });
+            i++;
+        }
+    };
+
+    int n = 0;
+    for (const auto hs : head_sizes) {
+        for (const auto type_k : types) {
+            for (const auto type_v : types) {
+                if (!all) {
+                    add(hs, hs, type_k, type_v, gqas[n % 6], n_tokens[n % 7], 5000);
+                    n++;
+                    continue;
+                }
+                for (const auto n_gqa : gqas) {
+                    for (const auto n_t : n_tokens) {
+                        add(hs, hs, type_k, type_v, n_gqa, n_t, 5000);
+                    }
+                }
+            }
+        }
+    }
+    for (const auto n_gqa : gqas) {
+        for (const auto n_t : n_tokens) {
+            add(64, 64, GGML_TYPE_F16, GGML_TYPE_F16, n_gqa, n_t, n_t <= 17 ? 5000 : 900);
+            add(128, 64, GGML_TYPE_F32, GGML_TYPE_Q8_0, n_gqa, n_t, 600);
+        }
+    }
+
+    // keys and values of different size, sizes that are not whole vectors
+    for (const auto n_t : { 1, 5, 40 }) {
+        add(192, 128, GGML_TYPE_F16,  GGML_TYPE_F16, 4, n_t, 1500);
+        add(64,  32,  GGML_TYPE_Q8_0, GGML_TYPE_F16, 2, n_t, 1500);
+        add(40,  72,  GGML_TYPE_F16,  GGML_TYPE_F16, 3, n_t, 1500);
+        add(42,  35,  GGML_TYPE_F32,  GGML_TYPE_F32, 1, n_t, 1500);
+        add(20,  4,   GGML_TYPE_BF16, GGML_TYPE_F32, 2, n_t, 1500);
+    }
+
+    // long prompts, long heads, nothing at all, fewer cells than threads
+    res.push_back({ 64,  64,  GGML_TYPE_F16,  GGML_TYPE_F16,  3, 2048, { 2048, 3000 },             0.0f, false, true,  2 });
+    res.push_back({ 128, 128, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, 2, 2048, { 2500 },                   0.0f, true,  true,  2 });
+    res.push_back({ 64,  64,  GGML_TYPE_F16,  GGML_TYPE_F16,  3, 1,    { 100000, 17, 0, 1001 },    0.0f, false, true,  2 });
+    res.push_back({ 128, 128, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, 1, 2,    { 99999 },                  10.0f, true, true,  7 });
+    res.push_back({ 64,  64,  GGML_TYPE_F16,  GGML_TYPE_F16,  3, 5,    { 0, 0, 0 },                0.0f, false, true,  2 });
+    res.push_back({ 64,  64,  GGML_TYPE_F16,  GGML_TYPE_F16,  3, 5,    { 0, 0, 0 },                0.0f, true,  false, 2 });
+    res.push_back({ 64,  64,  GGML_TYPE_F32,  GGML_TYPE_F32,  1, 1,    { 1 },                      0.0f, false, true,  7 });
+    res.push_back({ 64,  64,  GGML_TYPE_F32,  GGML_TYPE_F32,  8, 40,   { 9 },                      0.0f, false, true,  2 });
+
+    return res;
+}
+
+//
+// perf
+//
+
+struct perf_case {
+    int64_t   hs;
+    ggml_type type;
+    int64_t   n_head_kv, n_gqa;
+    int64_t   n_tokens, n_cells;
+    int       n_threads;
+};
+
+static double median_us(const std::function<void()> & fn) {
+    fn();
+    std::vector<double> times;
+    const int64_t t_start = ggml_time_us();
+    while (times.size() < 5 || (ggml_time_us() - t_start < 300000 && times.size() < 500)) {
+        const int64_t t0 = ggml_time_us();
+        fn();
+        times.push_back(ggml_time_us() - t0);
+    }
+    std::nth_element(times.begin(), times.begin() + times.size()/2, times.end());
+    return times[times.size()/2];
+}
+
+// a pool of uniform heads, attended by either op; every layer reads its own cells, as a model does
+static void perf(const perf_case & pc, ggml_backend_t backend) {
+    const int64_t n_head  = pc.n_head_kv*pc.n_gqa;
+    const int     n_layer = pc.n_tokens == 1 ? 8 : 1;
+
+    ggml_context_ptr ctx_ptr(ggml_init({ (16 + 8*n_layer)*ggml_tensor_overhead() + 2*ggml_graph_overhead(), nullptr, true }));
+    ggml_context * ctx = ctx_ptr.get();
+
+    ggml_tensor * q      = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, pc.hs, n_head, pc.n_tokens);
+    ggml_tensor * mask   = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, pc.n_cells, pc.n_tokens);
+    ggml_tensor * ranges = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, pc.n_head_kv, 1);
+
+    ggml_cgraph * gf_ragged = ggml_new_graph(ctx);
+    ggml_cgraph * gf_ext    = ggml_new_graph(ctx);
+
+    std::vector<ggml_tensor *> pools;
+    const float scale = 1.0f/sqrtf(pc.hs);
+    ggml_tensor * q_view = ggml_permute(ctx, q, 0, 2, 1, 3);
+    for (int il = 0; il < n_layer; ++il) {
+        ggml_tensor * k = ggml_new_tensor_2d(ctx, pc.type, pc.hs, pc.n_cells*pc.n_head_kv);
+        ggml_tensor * v = ggml_new_tensor_2d(ctx, pc.type, pc.hs, pc.n_cells*pc.n_head_kv);
+        pools.push_back(k);
+        pools.push_back(v);
+
+        ggml_tensor * k_view = ggml_view_3d(ctx, k, pc.hs, pc.n_cells, pc.n_head_kv, k->nb[1], pc.n_cells*k->nb[1], 0);
+        ggml_tensor * v_view = ggml_view_3d(ctx, v, pc.hs, pc.n_cells, pc.n_head_kv, v->nb[1], pc.n_cells*v->nb[1], 0);
+
+        ggml_tensor * ext = ggml_flash_attn_ext(ctx, q_view, k_view, v_view, mask, scale, 0.0f, 0.0f);
+        ggml_prec_set_acc(ext, GGML_PREC_F32);
+        ggml_build_forward_expand(gf_ext, ext);
+        ggml_build_forward_expand(gf_ragged, ggml_flash_attn_ragged(ctx, q_view, k, v, ranges, nullptr, 0, scale, 0.0f, true));
+    }
+
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, backend));
+    if (!ggml_backend_supports_op(backend, ggml_graph_node(gf_ragged, -1))) {
+        return;
+    }
+
+    const auto q_data = random_normal(ggml_nelements(q), 1.0f);
+    ggml_backend_tensor_set(q, q_data.data(), 0, ggml_nbytes(q));
+
+    std::vector<ggml_fp16_t> mask_data(ggml_nelements(mask), ggml_fp32_to_fp16(-INFINITY));
+    for (int64_t it = 0; it < pc.n_tokens; ++it) {
+        std::fill_n(mask_data.begin() + it*pc.n_cells, pc.n_cells - pc.n_tokens + it + 1, ggml_fp32_to_fp16(0.0f));
+    }
+    ggml_backend_tensor_set(mask, mask_data.data(), 0, ggml_nbytes(mask));
+
+    std::vector<int32_t> ranges_data;
+    for (int64_t ih = 0; ih < pc.n_head_kv; ++ih) {
+        ranges_data.insert(ranges_data.end(), { (int32_t) (ih*pc.n_cells), (int32_t) pc.n_cells });
+    }
+    ggml_backend_tensor_set(ranges, ranges_data.data(), 0, ggml_nbytes(ranges));
+
+    for (ggml_tensor * pool : pools) {
+        std::vector<uint8_t> raw(ggml_nbytes(pool));
+        const auto data = random_normal(ggml_nelements(pool), 1.0f);
+        ggml_quantize_chunk(pool->type, data.data(), raw.data(), 0, pool->ne[1], pool->ne[0], nullptr);
+        ggml_backend_tensor_set(pool, raw.data(), 0, raw.size());
+    }
+
+    set_n_threads(backend, pc.n_threads);
+    const double us_ext    = median_us([&] { ggml_backend_graph_compute(backend, gf_ext);    })/n_layer;
+    const double us_ragged = median_us([&] { ggml_backend_graph_compute(backend, gf_ragged); })/n_layer;
+
+    printf("| %3d | %4s | %d x %d | %4d | %5d | %d | %9.1f | %9.1f | %5.2f |\n", (int) pc.hs, ggml_type_name(pc.type),
+            (int) pc.n_head_kv, (int) pc.n_gqa, (int) pc.n_tokens, (int) pc.n_cells, pc.n_threads, us_ext, us_ragged, us_ext/us_ragged);
+}
+
+static std::vector<perf_case> make_perf_cases() {
+    std::vector<perf_case> res;
+    for (const auto & shape : { std::array<int64_t, 3>{ 64, 3, 3 }, std::array<int64_t, 3>{ 128, 8, 4 } }) {
+        for (const auto type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            for (const int n_threads : { 1, 2 }) {
+                for (const int64_t n_cells : { 512, 4096, 16384 }) {
+                    res.push_back({ shape[0], type, shape[1], shape[2], 1, n_cells, n_threads });
+                }
+                res.push_back({ shape[0], type, shape[1], shape[2], 512, 4096, n_threads });
+            }
+        }
+    }
+    return res;
+}
+
+//
+// dump
+//
+
+template <typename T>
+static void write_npy(const std::string & path, const char * descr, const std::vector<int64_t> & shape, const std::vector<T> & data) {
+    std::string dims;
+    for (const int64_t n : shape) {
+        dims += std::to_string(n) + ",";
+    }
+    std::string header = std::string("{'descr': '") + descr + "', 'fortran_order': False, 'shape': (" + dims + "), }";
+    header.resize(GGML_PAD(10 + header.size() + 1, 64) - 11, ' ');
+    header += '\n';
+    const uint16_t len = header.size();
+
+    FILE * file = fopen(path.c_str(), "wb");
+    GGML_ASSERT(file);
+    fwrite("\x93NUMPY\x01\x00", 1, 8, file);
+    fwrite(&len, sizeof(len), 1, file);
+    fwrite(header.data(), 1, header.size(), file);
+    fwrite(data.data(), sizeof(T), data.size(), file);
+    fclose(file);
+}
+
+static void dump(const std::string & folder, ggml_backend_t backend) {
+    const std::vector<ragged_case> cases = {
+        { 64, 64, GGML_TYPE_F32,  GGML_TYPE_F32,  3, 1,  { 700, 0, 33 }, 0.0f,  false, true,  2 },
+        { 64, 96, GGML_TYPE_F16,  GGML_TYPE_F32,  1, 7,  { 5, 301 },     10.0f, true,  true,  2 },
+        { 96, 64, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, 2, 40, { 90, 1, 400 }, 0.0f,  true,  false, 2 },
+        { 64, 64, GGML_TYPE_F16,  GGML_TYPE_F16,  4, 65, { 65, 130 },    0.0f,  false, true,  1 },
+    };
+    for (size_t i = 0; i < cases.size(); ++i) {
+        const auto & tc = cases[i];
+        set_n_threads(backend, tc.n_threads);
+        ragged_graph g   = build_graph(tc, backend);
+        const auto   out = compute(g, backend);
+
+        const int64_t n_head_kv = tc.lens.size();
+        const int64_t n_head    = n_head_kv*tc.n_gqa;
+        const int64_t n_rows    = g.k->ne[1];
+
+        const std::string prefix = folder + "/" + std::to_string(i) + "_";
+        write_npy(prefix + "q.npy",      "<f4", { n_head, tc.n_tokens, tc.hsk },     g.q_data);
+        write_npy(prefix + "k.npy",      "<f4", { n_rows, tc.hsk },                  g.k_data);
+        write_npy(prefix + "v.npy",      "<f4", { n_rows, tc.hsv },                  g.v_data);
+        write_npy(prefix + "ranges.npy", "<i4", { N_LAYER, n_head_kv, 2 },           g.ranges_data);
+        write_npy(prefix + "sinks.npy",  "<f4", { (int64_t) g.sinks_data.size() },   g.sinks_data);
+        write_npy(prefix + "out.npy",    "<f4", { tc.n_tokens, n_head, tc.hsv },     out);
+        write_npy(prefix + "params.npy", "<f4", { 4 }, std::vector<float>{ LAYER, g.scale, tc.softcap, (float) tc.causal });
+    }
+}
+
+static int usage(const char * name) {
+    fprintf(stderr, "usage: %s [test|perf] [-b BACKEND] [-p TEXT] [--all]\n       %s dump FOLDER\n", name, name);
+    return 1;
+}
+
+int main(int argc, char ** argv) {
+    std::string mode = "test";
+    std::string folder;
+    std::string backend_filter;
+    std::string text;
+    bool all = false;
+
+    for (int i = 1; i < argc; ++i) {
+        const std::string arg = argv[i];
+        if (i == 1 && (arg == "test" || arg == "perf")) {
+            mode = arg;
+        } else if (i == 1 && arg == "dump" && argc == 3) {
+            mode   = arg;
+            folder = argv[++i];
+        } else if (arg == "-b" && i + 1 < argc) {
+            backend_filter = argv[++i];
+        } else if (arg == "-p" && i + 1 < argc) {
+            text = argv[++i];
+        } else if (arg == "--all") {
+            all = true;
+        } else {
+            return usage(argv[0]);
+        }
+    }
+    if (all) {
+        max_reference *= 10;
+    }
+
+    ggml_backend_load_all();
+
+    int n_tested  = 0;
+    int n_failed  = 0;
+    int n_refused = 0;
+
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        if (!backend_filter.empty() && backend_filter != ggml_backend_dev_name(dev)) {
+            continue;
+        }
+        ggml_backend_ptr backend(ggml_backend_dev_init(dev, nullptr));
+        GGML_ASSERT(backend);
+        rng.seed(1);
+
+        if (mode == "dump") {
+            dump(folder, backend.get());
+            return 0;
+        }
+
+        printf("Backend %s (%s)\n", ggml_backend_dev_name(dev), ggml_backend_dev_description(dev));
+        if (mode == "perf") {
+            printf("| size | type | kv heads x queries | tokens | cells | threads | flash_attn_ext us | flash_attn_ragged us | ratio |\n");
+            printf("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n");
+            for (const auto & pc : make_perf_cases()) {
+                perf(pc, backend.get());
+            }
+            n_tested++;
+            continue;
+        }
+
+        for (const auto & tc : make_test_cases(all)) {
+            if (tc.vars().find(text) == std::string::npos) {
+                continue;
+            }
+            bool supported;
+            const bool ok = test(tc, backend.get(), supported);
+            n_refused += !supported;
+            n_tested  += supported;
+            n_failed  += !ok;
+        }
+    }
+
+    if (mode == "test") {
+        printf("%d tested, %d failed, %d not supported\n", n_tested, n_failed, n_refused);
+    }
+    return n_failed == 0 && n_tested > 0 ? 0 : 1;
+}
