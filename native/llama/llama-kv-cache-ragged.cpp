@@ -101,10 +101,27 @@ static void check_model(const llama_model & model) {
     }
 }
 
-static void check_params(const llama_memory_params & params, const llama_cparams & cparams) {
+static void check_params(const llama_hparams & hparams, const llama_memory_params & params, const llama_cparams & cparams) {
     for (const ggml_type type : { params.type_k, params.type_v }) {
-        if (type != GGML_TYPE_F16 && type != GGML_TYPE_F32) {
-            refuse(format("cells of type %s are not supported yet, expected f16 or f32 for type_k and type_v", ggml_type_name(type)));
+        switch (type) {
+            case GGML_TYPE_F32:
+            case GGML_TYPE_F16:
+            case GGML_TYPE_BF16:
+            case GGML_TYPE_Q8_0:
+            case GGML_TYPE_Q4_0:
+                break;
+            default:
+                refuse(format("cells of type %s are not supported, expected f32, f16, bf16, q8_0 or q4_0 for type_k and type_v",
+                            ggml_type_name(type)));
+        }
+    }
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        // one row is one head's cell
+        const uint32_t n_k = hparams.n_embd_head_k(il);
+        const uint32_t n_v = hparams.n_embd_head_v(il);
+        if (n_k % ggml_blck_size(params.type_k) || n_v % ggml_blck_size(params.type_v)) {
+            refuse(format("heads of size %u (K) and %u (V) do not fill the blocks of %s and %s, use f16 cells",
+                        n_k, n_v, ggml_type_name(params.type_k), ggml_type_name(params.type_v)));
         }
     }
     if (cparams.n_seq_max > 1) {
@@ -129,7 +146,7 @@ llama_memory_i * llama_kv_ragged_create(
     pending_window = 0;
 
     check_model(model);
-    check_params(params, cparams);
+    check_params(model.hparams, params, cparams);
 
     return new llama_kv_cache_ragged(model, params, cparams, n_window);
 }
@@ -138,6 +155,28 @@ llama_memory_i * llama_kv_ragged_create(
 // llama_kv_cache_ragged
 //
 
+static thread_local bool ledger_pending = false;
+
+// a ledger of positions: no layer passes
+static llama_kv_cache::layer_filter_cb ledger_filter() {
+    ledger_pending = true;
+    return [](int32_t) { return false; };
+}
+
+void llama_kv_ragged_ledger(const llama_hparams & hparams, int32_t & n_embd_head_k_all, int32_t & n_embd_head_v_all) {
+    if (!ledger_pending) {
+        return;
+    }
+    ledger_pending = false;
+
+    n_embd_head_k_all = hparams.n_embd_head_k(0);
+    n_embd_head_v_all = hparams.n_embd_head_v(0);
+    for (uint32_t il = 1; il < hparams.n_layer(); ++il) {
+        n_embd_head_k_all = n_embd_head_k_all == (int32_t) hparams.n_embd_head_k(il) ? n_embd_head_k_all : -1;
+        n_embd_head_v_all = n_embd_head_v_all == (int32_t) hparams.n_embd_head_v(il) ? n_embd_head_v_all : -1;
+    }
+}
+
 llama_kv_cache_ragged::llama_kv_cache_ragged(
         const llama_model         & model,
         const llama_memory_params & params,
@@ -145,7 +184,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
                  uint32_t           n_window) :
     llama_kv_cache(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, cparams.offload_kqv,
             /*unified =*/ true, cparams.n_ctx_seq, cparams.n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE,
-            /*mem_other =*/ nullptr, /*filter =*/ [](int32_t) { return false; }, nullptr, nullptr),
+            /*mem_other =*/ nullptr, /*filter =*/ ledger_filter(), nullptr, nullptr),
     model(model), hparams(model.hparams), cparams(cparams), n_window(n_window) {
     GGML_ASSERT(n_window > 0);
 
@@ -163,8 +202,10 @@ static bool attn_supported(const llama_kv_ragged_layer & layer) {
     ggml_context * ctx = ctx_ptr.get();
 
     ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.n_embd_head_k, 1, layer.n_head);
-    ggml_tensor * k    = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, layer.n_embd_head_k, 256, layer.n_head_kv);
-    ggml_tensor * v    = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, layer.n_embd_head_v, 256, layer.n_head_kv);
+    const auto attended = [](ggml_type type) { return type == GGML_TYPE_F32 ? GGML_TYPE_F16 : type; };
+
+    ggml_tensor * k    = ggml_new_tensor_3d(ctx, attended(layer.type_k), layer.n_embd_head_k, 256, layer.n_head_kv);
+    ggml_tensor * v    = ggml_new_tensor_3d(ctx, attended(layer.type_v), layer.n_embd_head_v, 256, layer.n_head_kv);
     ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 256, 1);
     ggml_tensor * attn = ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, 0.0f, 0.0f);
 
@@ -172,7 +213,12 @@ static bool attn_supported(const llama_kv_ragged_layer & layer) {
     ggml_tensor * idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 16);
     ggml_tensor * get  = ggml_get_rows(ctx, rows, idxs);
 
-    return ggml_backend_dev_supports_op(layer.dev, attn) && ggml_backend_dev_supports_op(layer.dev, get);
+    ggml_tensor * cur  = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.n_embd_head_k, 16, layer.n_head_kv);
+    ggml_tensor * at   = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 16);
+    ggml_tensor * set  = ggml_set_rows(ctx, k, cur, at);
+
+    return ggml_backend_dev_supports_op(layer.dev, attn) && ggml_backend_dev_supports_op(layer.dev, get) &&
+        ggml_backend_dev_supports_op(layer.dev, set);
 }
 
 static bool ragged_supported(const llama_kv_ragged_layer & layer) {
@@ -212,9 +258,9 @@ void llama_kv_cache_ragged::init_layers(const llama_memory_params & params) {
         layer.n_pad = ggml_backend_dev_type(layer.dev) == GGML_BACKEND_DEVICE_TYPE_CPU ? 32 : 256;
 
         if (!attn_supported(layer)) {
-            refuse(format("%s lacks an operation for layer %u (flash attention with head size %" PRId64 " or get_rows), "
-                        "load the model with n_gpu_layers=0 or without a policy",
-                        ggml_backend_dev_name(layer.dev), il, layer.n_embd_head_k));
+            refuse(format("%s lacks an operation for layer %u (flash attention with head size %" PRId64 " over %s and %s cells, "
+                        "set_rows or get_rows), load the model with n_gpu_layers=0, with f16 cells or without a policy",
+                        ggml_backend_dev_name(layer.dev), il, layer.n_embd_head_k, ggml_type_name(layer.type_k), ggml_type_name(layer.type_v)));
         }
 
         layer.has_ragged = ragged_supported(layer);

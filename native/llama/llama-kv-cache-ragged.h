@@ -230,6 +230,9 @@ private:
     bool full = false;
 };
 
+// called by every KV cache that is constructed: the ledger has no layers, but quantised cells are rotated as the ledger says
+void llama_kv_ragged_ledger(const llama_hparams & hparams, int32_t & n_embd_head_k_all, int32_t & n_embd_head_v_all);
+
 //
 // creation: the next context created on this thread gets a ragged cache
 //

@@ -237,19 +237,41 @@ void llama_kv_cache_ragged::gather(llama_context * lctx, llama_kv_ragged_layer &
         GGML_ASSERT((int64_t) kept[ih].size() == len_next[ih]);
     }
 
-    ragged_graph graph(lctx, layer, meter, 8);
-    ggml_context * ctx = graph.get_ctx();
+    const auto pairs = { std::make_pair(layer.pool.k, next.k), std::make_pair(layer.pool.v, next.v) };
 
-    ggml_tensor * idxs = graph.input(GGML_TYPE_I32, next.n_rows());
-    for (const auto & [src, dst] : { std::make_pair(layer.pool.k, next.k), std::make_pair(layer.pool.v, next.v) }) {
-        ggml_tensor * cur = ggml_get_rows(ctx, alias_i32(ctx, src), idxs);
-        ggml_backend_tensor_alloc(dst->buffer, cur, dst->data);
-        graph.expand(cur);
+    bool aligned = true;
+    for (const auto & [src, dst] : pairs) {
+        aligned = aligned && src->nb[1] % sizeof(int32_t) == 0;
     }
 
-    graph.alloc();
-    ggml_backend_tensor_set(idxs, rows.data(), 0, ggml_nbytes(idxs));
-    graph.compute();
+    if (aligned) {
+        ragged_graph graph(lctx, layer, meter, 8);
+        ggml_context * ctx = graph.get_ctx();
+
+        ggml_tensor * idxs = graph.input(GGML_TYPE_I32, next.n_rows());
+        for (const auto & [src, dst] : pairs) {
+            ggml_tensor * cur = ggml_get_rows(ctx, alias_i32(ctx, src), idxs);
+            ggml_backend_tensor_alloc(dst->buffer, cur, dst->data);
+            graph.expand(cur);
+        }
+
+        graph.alloc();
+        ggml_backend_tensor_set(idxs, rows.data(), 0, ggml_nbytes(idxs));
+        graph.compute();
+    } else {
+        // quantised rows of some head sizes do not end on four bytes
+        for (const auto & [src, dst] : pairs) {
+            const size_t n_row = src->nb[1];
+
+            std::vector<uint8_t> from(ggml_nbytes(src));
+            std::vector<uint8_t> to(ggml_nbytes(dst));
+            ggml_backend_tensor_get(src, from.data(), 0, from.size());
+            for (size_t i = 0; i < rows.size(); ++i) {
+                std::copy_n(from.begin() + rows[i]*n_row, n_row, to.begin() + i*n_row);
+            }
+            ggml_backend_tensor_set(dst, to.data(), 0, to.size());
+        }
+    }
 
     layer.pool     = std::move(next);
     layer.kept     = std::move(kept);
