@@ -101,7 +101,7 @@ static void check_model(const llama_model & model) {
     }
 }
 
-static void check_params(const llama_hparams & hparams, const llama_memory_params & params, const llama_cparams & cparams) {
+static void check_params(const llama_memory_params & params, const llama_cparams & cparams) {
     for (const ggml_type type : { params.type_k, params.type_v }) {
         switch (type) {
             case GGML_TYPE_F32:
@@ -113,15 +113,6 @@ static void check_params(const llama_hparams & hparams, const llama_memory_param
             default:
                 refuse(format("cells of type %s are not supported, expected f32, f16, bf16, q8_0 or q4_0 for type_k and type_v",
                             ggml_type_name(type)));
-        }
-    }
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        // one row is one head's cell
-        const uint32_t n_k = hparams.n_embd_head_k(il);
-        const uint32_t n_v = hparams.n_embd_head_v(il);
-        if (n_k % ggml_blck_size(params.type_k) || n_v % ggml_blck_size(params.type_v)) {
-            refuse(format("heads of size %u (K) and %u (V) do not fill the blocks of %s and %s, use f16 cells",
-                        n_k, n_v, ggml_type_name(params.type_k), ggml_type_name(params.type_v)));
         }
     }
     if (cparams.n_seq_max > 1) {
@@ -146,7 +137,7 @@ llama_memory_i * llama_kv_ragged_create(
     pending_window = 0;
 
     check_model(model);
-    check_params(model.hparams, params, cparams);
+    check_params(params, cparams);
 
     return new llama_kv_cache_ragged(model, params, cparams, n_window);
 }
