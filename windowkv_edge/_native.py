@@ -101,6 +101,10 @@ class Context:
     def set_window(self, n_window: int) -> None:
         check(lib.wkv_set_window(self._ctx, n_window))
 
+    def set_attention(self, name: str) -> None:
+        """Attention of layers whose heads hold equally many cells: "auto", "stock" or "ragged"."""
+        check(lib.wkv_set_attention(self._ctx, ("auto", "stock", "ragged").index(name)))
+
     def compact(self, policy: Any, n_cells: int) -> int:
         """Cells released over all layers and heads."""
         return check(lib.wkv_compact(self._ctx, policy, n_cells))

@@ -86,11 +86,11 @@ EXAMPLES: tuple[Example, ...] = (
     ),
     Example(
         "r2",
-        "Tilda only ever buys things that are green. At the market there was a red wool blanket. "
-        "At the market there was also a green copper kettle.",
-        "Tilda buys only green things. What did Tilda buy at the market?",
-        "At the market Tilda bought a green",
-        "copper kettle",
+        "Tilda only ever buys things made of copper. At the market stood a wooden chair with carved arms. "
+        "At the market stood a copper kettle with a long spout.",
+        "Tilda buys only things made of copper. What did Tilda buy at the market?",
+        "At the market Tilda bought a copper",
+        "kettle with a long spout",
     ),
     Example(
         "r2",

@@ -1,4 +1,4 @@
-"""Budgets and selection in NumPy: the readable truth that the native code equals cell by cell.
+"""Attention, budgets and selection in NumPy: the readable truth that the native code equals cell by cell.
 
 Positions and scores of a cache are lists over layers of lists over kv heads of arrays [cells]; positions ascend. Every
 selection is an order of cells, most important first, of which a budget takes a prefix. Ties go to the earlier cell. Sums run in the
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .policies import KVPolicy, Task
 
-__all__ = ["apportion", "budgets", "observe", "paper_window_budgets", "pour", "select"]
+__all__ = ["apportion", "budgets", "flash_attn_ragged", "observe", "paper_window_budgets", "pour", "select"]
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
@@ -25,6 +25,60 @@ Ranking = tuple[Order, list[float]]  # cells and their keys, which never rise; i
 
 FULL, STREAMINGLLM, SNAPKV, PYRAMIDKV, WINDOWKV = range(5)
 EQUAL, IMPORTANCE, SCORE = range(3)
+
+
+#
+# attention
+#
+
+
+def flash_attn_ragged(
+    q: npt.NDArray[np.float32],
+    k: npt.NDArray[np.float32],
+    v: npt.NDArray[np.float32],
+    ranges: IntArray,
+    layer: int,
+    scale: float,
+    softcap: float = 0.0,
+    causal: bool = True,
+    sinks: npt.NDArray[np.float32] | None = None,
+) -> npt.NDArray[np.float64]:
+    """Attention of kv heads that each own a region of rows of a pool (ggml_flash_attn_ragged).
+
+    Scaled dot-product attention (Vaswani et al. 2017, equation 1) with the soft cap of Gemma 2 and the sinks of
+    gpt-oss: logits per query head that count in the sum of the softmax and have no value. Shapes in NumPy order.
+
+    Args:
+        q: [n_head, n_tokens, n_embd_k].
+        k: [n_rows, n_embd_k], row = one cell of one kv head.
+        v: [n_rows, n_embd_v].
+        ranges: [n_layer, n_head_kv, 2], first row and cells; kv heads serve n_head / n_head_kv consecutive query heads.
+        layer: plane of ranges.
+        scale: factor on the logits.
+        softcap: logits become softcap * tanh(logit / softcap); 0 is none.
+        causal: query t sees the first cells - n_tokens + t + 1 cells of its kv head, otherwise all.
+        sinks: [n_head].
+
+    Returns:
+        [n_tokens, n_head, n_embd_v], zeros where a query sees no cell.
+    """
+    n_head, n_tokens, _ = q.shape
+    n_gqa = n_head // ranges.shape[1]
+    res = np.zeros((n_tokens, n_head, v.shape[1]))
+    for head in range(n_head):
+        first, cells = (int(x) for x in ranges[layer, head // n_gqa])
+        for t in range(n_tokens):
+            visible = max(0, cells - n_tokens + t + 1) if causal else cells
+            if visible == 0:
+                continue
+            rows = slice(first, first + visible)
+            logits = k[rows].astype(np.float64) @ q[head, t].astype(np.float64) * scale
+            if softcap:
+                logits = softcap * np.tanh(logits / softcap)
+            weights = np.exp(logits - logits.max())
+            total = weights.sum() + (np.exp(sinks[head] - logits.max()) if sinks is not None else 0.0)
+            res[t, head] = weights @ v[rows].astype(np.float64) / total
+    return res
 
 
 #

@@ -54,6 +54,13 @@ enum wkv_heads {
     WKV_HEADS_SCORE      = 2, // AdaKV, arXiv 2407.11550: the heads of a layer compete with the scores of their cells
 };
 
+// which attention a layer runs whose heads hold equally many cells; layers whose heads differ always run the ragged op
+enum wkv_attention {
+    WKV_ATTENTION_AUTO   = 0, // the faster one: ragged on the CPU, stock elsewhere
+    WKV_ATTENTION_STOCK  = 1, // ggml_flash_attn_ext
+    WKV_ATTENTION_RAGGED = 2, // ggml_flash_attn_ragged, where the device has it
+};
+
 // One policy. Fields that a kind does not use are ignored.
 struct wkv_policy {
     int32_t kind;          // enum wkv_kind
@@ -129,6 +136,9 @@ WKV_API int wkv_ready(struct llama_context * ctx, bool ragged);
 
 // make room for positions up to n_past + n_tokens without slack; an optimisation, never required
 WKV_API int wkv_reserve(struct llama_context * ctx, int32_t n_tokens);
+
+// choose between attention kernels, for measuring and tests (enum wkv_attention)
+WKV_API int wkv_set_attention(struct llama_context * ctx, int32_t attention);
 
 // resize the observation ring; what it observed so far is forgotten
 WKV_API int wkv_set_window(struct llama_context * ctx, int32_t n_window);

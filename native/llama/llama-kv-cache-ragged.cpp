@@ -360,6 +360,20 @@ bool llama_kv_cache_ragged::is_uniform(const llama_kv_ragged_layer & layer) cons
     return true;
 }
 
+bool llama_kv_cache_ragged::is_stock(const llama_kv_ragged_layer & layer) const {
+    if (!layer.has_ragged) {
+        return true;
+    }
+    const bool faster = attention == WKV_ATTENTION_RAGGED ||
+        (attention == WKV_ATTENTION_AUTO && ggml_backend_dev_type(layer.dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
+    return is_uniform(layer) && !faster;
+}
+
+void llama_kv_cache_ragged::set_attention(wkv_attention value) {
+    attention = value;
+    epoch++;
+}
+
 std::vector<int32_t> llama_kv_cache_ragged::positions(const llama_kv_ragged_layer & layer, int64_t ih) const {
     std::vector<int32_t> res = layer.kept[ih];
     res.reserve(n_cells(layer, ih));
@@ -726,12 +740,12 @@ llama_kv_cache_ragged_context::layer_view llama_kv_cache_ragged_context::get_vie
 
     if (!full) {
         const int64_t n_cells = kv->n_cells(layer, 0);
-        return { layer.pool.k, layer.pool.v, kv->is_uniform(layer), layer.pool.cap(0), n_cells, kv->n_read(layer, n_cells) };
+        return { layer.pool.k, layer.pool.v, kv->is_stock(layer), layer.pool.cap(0), n_cells, kv->n_read(layer, n_cells) };
     }
 
     const int64_t n = kv->get_size();
 
-    layer_view res = { nullptr, nullptr, true, n, n, n };
+    layer_view res = { nullptr, nullptr, kv->is_stock(layer), n, n, n };
     if (ctx) {
         res.k = ggml_new_tensor_2d(ctx, layer.type_k, layer.n_embd_head_k, n*layer.n_head_kv);
         res.v = ggml_new_tensor_2d(ctx, layer.type_v, layer.n_embd_head_v, n*layer.n_head_kv);

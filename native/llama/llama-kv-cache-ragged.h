@@ -90,8 +90,13 @@ public:
 
     std::vector<int64_t> n_cells(const llama_kv_ragged_layer & layer) const; // of every head
 
-    // whether all heads of a layer hold equally many cells; stock attention serves these
+    // whether all heads of a layer hold equally many cells; stock attention can serve these
     bool is_uniform(const llama_kv_ragged_layer & layer) const;
+
+    // whether stock attention does serve a layer
+    bool is_stock(const llama_kv_ragged_layer & layer) const;
+
+    void set_attention(wkv_attention value);
 
     std::vector<int32_t> positions(const llama_kv_ragged_layer & layer, int64_t ih) const;
 
@@ -118,6 +123,8 @@ private:
     uint32_t n_window;
     uint32_t n_pos    = 0; // positions of the sequence
     uint32_t boundary = 0; // positions below were subject to the last compaction
+
+    wkv_attention attention = WKV_ATTENTION_AUTO;
 
     // bumped whenever a pool moves; graphs of an older epoch hold stale pointers
     uint64_t epoch = 0;
@@ -193,7 +200,7 @@ public:
     struct layer_view {
         ggml_tensor * k;  // [n_embd_head_k, n_rows]
         ggml_tensor * v;  // [n_embd_head_v, n_rows]
-        bool uniform;     // the heads hold equally many cells; what follows is for them
+        bool stock;       // stock attention serves the layer, its heads hold equally many cells; what follows is for it
         int64_t cap;      // rows per head
         int64_t n_cells;  // cells per head, those of the ubatch included
         int64_t n_read;   // cells per head that attention reads

@@ -258,7 +258,7 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
     ggml_tensor * q = by_head(ctx, q_cur);
 
     ggml_tensor * cur;
-    if (view.uniform) {
+    if (view.stock) {
         const auto cls = inp->get_class(ctx, view, il);
 
         ggml_tensor * k_all = view_cells(ctx, view.k, view.cap, view.cap, n_head_kv);

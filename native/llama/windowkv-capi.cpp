@@ -129,6 +129,16 @@ int wkv_set_window(struct llama_context * ctx, int32_t n_window) {
     });
 }
 
+int wkv_set_attention(struct llama_context * ctx, int32_t attention) {
+    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        if (attention < WKV_ATTENTION_AUTO || attention > WKV_ATTENTION_RAGGED) {
+            return fail(WKV_ERR_ARGUMENT, format("attention is %d, expected a value of enum wkv_attention", attention));
+        }
+        kv.set_attention(wkv_attention(attention));
+        return int(WKV_OK);
+    });
+}
+
 int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         if (!policy) {

@@ -1,0 +1,144 @@
+"""Head scores: files, reduction to kv heads, and where sessions look for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from windowkv_edge import HeadScores, MissingProfileError
+from windowkv_edge.heads import METADATA_KEY, ModelHeads, profile_beside
+from windowkv_edge.profile import EXAMPLES, Example, Outcome, Plan, ProfileError, word_f1, write_gguf
+
+
+def model(path: Path | str = "model.gguf", metadata: dict[str, str] | None = None) -> ModelHeads:
+    return ModelHeads(str(path), metadata or {}, 2, 2, (0, 1))
+
+
+ROWS = np.array([[1.0, 3.0, 0.0, 0.0], [2.0, 2.0, 8.0, 0.0]])
+
+
+def test_a_kv_head_takes_from_its_query_heads() -> None:
+    scores = HeadScores({"r": ROWS})
+    np.testing.assert_allclose(scores.kv_heads("r", 2), np.array([[2, 0], [2, 4]]) / 8)
+    np.testing.assert_allclose(scores.kv_heads("r", 2, "max"), np.array([[3, 0], [2, 8]]) / 13)
+    np.testing.assert_allclose(scores.kv_heads("r", 4), ROWS / 16)
+    np.testing.assert_allclose(HeadScores({"r": np.zeros((2, 4))}).kv_heads("r", 2), 0.25)
+    with pytest.raises(ValueError, match="holds scores of kind r, expected r2"):
+        scores.kv_heads("r2", 2)
+    with pytest.raises(ValueError, match="4 query heads cannot share 3 kv heads"):
+        scores.kv_heads("r", 3)
+
+
+def test_only_compressed_layers_count() -> None:
+    scores = HeadScores({"r": ROWS})
+    shares = ModelHeads("m", {}, 2, 2, (1,)).importance(scores, "r", "mean")
+    np.testing.assert_allclose(shares, [[2 / 6, 4 / 6]])
+
+
+def test_files_survive_a_round_trip(tmp_path: Path) -> None:
+    scores = HeadScores({"r": ROWS / 7, "r2": ROWS}, about={"model": "m", "counts": {"r": {"asked": 4, "right": 2}}})
+    scores.save(tmp_path / "a.json")
+    again = HeadScores.load(tmp_path / "a.json")
+    for kind in ("r", "r2"):
+        np.testing.assert_allclose(again.scores[kind], scores.scores[kind], rtol=1e-5)
+    assert again.about == scores.about
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.json"]
+
+
+def test_the_authors_files_load(tmp_path: Path) -> None:
+    """One line, "layer-head": a list with a value for every example."""
+    path = tmp_path / "retrieval_heads.json"
+    path.write_text(json.dumps({f"{il}-{ih}": [ROWS[il, ih], 0.0, 2 * ROWS[il, ih]] for ih in range(4) for il in range(2)}))
+    scores = HeadScores.load(path)
+    assert scores.shape == (2, 4)
+    np.testing.assert_allclose(scores.scores["r"], ROWS)
+    np.testing.assert_allclose(scores.kv_heads("r2", 2), scores.kv_heads("r", 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing", "not a file of head scores"),
+        ("[1, 2]", "expected a JSON object, got list"),
+        ("{}", "expected keys such as '0-0'"),
+        ('{"a": [1]}', "expected keys such as '0-0'"),
+        ('{"0-0": [1], "1-1": [1]}', "2 layers x 2 heads, but head"),
+        ('{"0-0": [-1]}', "negative or not numbers"),
+        ('{"format": "windowkv-edge head scores", "version": 9}', "version 9 of the format, expected 1"),
+        ('{"format": "windowkv-edge head scores", "version": 1, "scores": {"x": [[1]]}}', "expected 'r', 'r2' or both"),
+        ('{"format": "windowkv-edge head scores", "version": 1, "scores": {"r": [1]}}', "expected one"),
+    ],
+)
+def test_other_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        HeadScores.load(path)
+
+
+def test_the_nearest_scores_win(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    with pytest.raises(MissingProfileError, match="windowkv-edge profile .*model.gguf"):
+        model(path).find(None)
+    HeadScores({"r": ROWS}).save(profile_beside(path))
+    assert model(path).find(None).source == str(tmp_path / "model.heads.json")
+    inside = {METADATA_KEY: HeadScores({"r": 2 * ROWS}).dumps()}
+    assert METADATA_KEY in model(path, inside).find(None).source
+    given = HeadScores({"r": 3 * ROWS})
+    assert model(path, inside).find(given) is given
+    given.save(tmp_path / "other.json")
+    assert model(path, inside).find(tmp_path / "other.json").source == str(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="2 layers x 4 query heads do not fit model.gguf with 9 layers"):
+        ModelHeads("model.gguf", {}, 9, 2, tuple(range(9))).importance(given, "r", "mean")
+
+
+def test_shipped_profiles_are_found_by_name() -> None:
+    scores = ModelHeads("m.gguf", {"general.name": "SmolLM2 135M Instruct"}, 30, 3, tuple(range(30))).find(None)
+    assert scores.shape == (30, 9)
+    assert scores.about["command"].startswith("windowkv-edge profile")
+    for kind in ("r", "r2"):
+        count = scores.about["counts"][kind]
+        assert count["asked"] == 100 and count["right"] >= 50
+
+
+def test_word_f1() -> None:
+    assert word_f1("A bowl of soup.", "a bowl of soup") == 1.0
+    assert word_f1("the kettle", "a copper kettle") == pytest.approx(2 / 5)
+    assert word_f1("", "a") == word_f1("b", "a") == 0.0
+
+
+def test_plan_and_examples() -> None:
+    assert {e.kind for e in EXAMPLES} == {"r", "r2"}
+    plan = Plan(lengths=(100, 200), depths=(0.1, 0.9))
+    assert len(list(plan.cases())) == len(set(plan.cases())) == 2 * 2 * len(EXAMPLES)
+    assert plan.digest() != Plan(lengths=(100, 201), depths=(0.1, 0.9)).digest()
+    with pytest.raises(ValueError, match="no part of the needle"):
+        Example("r", "The sky is grey.", "?", "The sky is", "blue")
+
+
+def test_outcomes_survive_a_round_trip() -> None:
+    outcome = Outcome((100, 0.5, 1), "an answer", ROWS)
+    again = Outcome.parse(outcome.row())
+    assert again.case == outcome.case and again.answer == outcome.answer
+    np.testing.assert_allclose(again.earned, ROWS)  # type: ignore[arg-type]
+    assert Outcome.parse(Outcome((1, 0.0, 0), "", None).row()).earned is None
+
+
+def test_a_gguf_carries_its_scores(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "with.gguf"
+    scores = HeadScores({"r": ROWS}, about={"model": "tiny"})
+    write_gguf(tiny, scores, out)
+    a, b = gguf.GGUFReader(tiny), gguf.GGUFReader(out)
+    assert HeadScores.parse(b.fields[METADATA_KEY].contents(), "x").about == {"model": "tiny"}
+    assert {n for n in b.fields if not n.startswith("GGUF.")} - {n for n in a.fields} == {METADATA_KEY}
+    for s, t in zip(a.tensors, b.tensors, strict=True):
+        assert s.name == t.name and s.tensor_type == t.tensor_type and np.array_equal(s.data, t.data)
+    with pytest.raises(ProfileError, match="is the model itself"):
+        write_gguf(tiny, scores, tiny)
+    with pytest.raises(ProfileError, match="cannot write"):
+        write_gguf(tiny, scores, tmp_path / "missing" / "with.gguf")
+    assert list(tmp_path.iterdir()) == [out]
