@@ -103,6 +103,7 @@ class Llama(llama_cpp.Llama):
         except BaseException:
             self.close()
             raise
+        kv.set_attention(self._kv_bound.attention)
         self._kv = kv
 
     #
@@ -125,6 +126,7 @@ class Llama(llama_cpp.Llama):
         bound = self._bind(kv, new)
         self._clear()
         kv.set_window(new.window)
+        kv.set_attention(bound.attention)
         self._kv_policy, self._kv_bound = new, bound
 
     @property

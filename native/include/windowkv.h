@@ -56,7 +56,8 @@ enum wkv_heads {
 
 // which attention a layer runs whose heads hold equally many cells; layers whose heads differ always run the ragged op
 enum wkv_attention {
-    WKV_ATTENTION_AUTO   = 0, // the faster one: ragged on the CPU, stock elsewhere
+    WKV_ATTENTION_AUTO   = 0, // stock until something is evicted, then the faster one: ragged on the CPU, stock elsewhere;
+                              // quantised cells on the CPU: ragged
     WKV_ATTENTION_STOCK  = 1, // ggml_flash_attn_ext
     WKV_ATTENTION_RAGGED = 2, // ggml_flash_attn_ragged, where the device has it
 };

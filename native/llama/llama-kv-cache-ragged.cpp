@@ -361,12 +361,18 @@ bool llama_kv_cache_ragged::is_uniform(const llama_kv_ragged_layer & layer) cons
 }
 
 bool llama_kv_cache_ragged::is_stock(const llama_kv_ragged_layer & layer) const {
-    if (!layer.has_ragged) {
-        return true;
+    if (!layer.has_ragged || attention == WKV_ATTENTION_STOCK) {
+        return is_uniform(layer);
     }
-    const bool faster = attention == WKV_ATTENTION_RAGGED ||
-        (attention == WKV_ATTENTION_AUTO && ggml_backend_dev_type(layer.dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
-    return is_uniform(layer) && !faster;
+    if (attention == WKV_ATTENTION_RAGGED || !is_uniform(layer)) {
+        return false;
+    }
+
+    // as long as nothing was evicted the logits are those of stock bit for bit; the kernels differ in rounding only, but
+    // quantised weights amplify that. Stock's kernel for quantised cells on the CPU is too slow for this to be worth it
+    const bool cpu       = ggml_backend_dev_type(layer.dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    const bool quantised = ggml_is_quantized(layer.type_k) || ggml_is_quantized(layer.type_v);
+    return !cpu || (boundary == 0 && !quantised);
 }
 
 void llama_kv_cache_ragged::set_attention(wkv_attention value) {

@@ -17,6 +17,7 @@ from tiny_reference import TinyLlama
 
 from windowkv_edge import (
     AdaKV,
+    Full,
     HeadKV,
     HeadScores,
     KVPolicy,
@@ -186,18 +187,31 @@ def test_snapshot_of_ragged_heads(tiny_session: Callable[..., Llama]) -> None:
     assert np.array_equal(want[0], want[1]) and np.array_equal(want[0], want[2])
 
 
+def log_probs(llm: Llama) -> np.ndarray:
+    x = logits(llm).astype(np.float64)
+    return np.asarray(x - x.max() - np.log(np.exp(x - x.max()).sum()))
+
+
 @pytest.mark.parametrize("name", ["windowkv", "adakv"])
 @pytest.mark.parametrize(("type_k", "type_v"), [("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("q8_0", "q4_0")])
 def test_cell_types(name: str, type_k: str, type_v: str, session: Callable[..., Llama], document: str) -> None:
-    """Budget >= prompt: stock's logits with the same cells. Under a budget: the bytes of these cells, a sane answer."""
+    """Budget >= prompt: stock's logits with the same cells (bf16), or as near to f16 cells as stock (quantised, whose
+    kernel is ours). Under a budget: the bytes of these cells, an answer far from noise."""
     types = {"type_k": TYPES[type_k], "type_v": TYPES[type_v]}
-    stock = session(flash_attn=True, **types)
-    tokens = stock.tokenize(document.encode())[:500]
-    llm = session(kv_policy=name, kv_budget=len(tokens) + 64, **types)
-    for part in (tokens[:-1], tokens[-1:]):
-        stock.eval(part)
-        llm.eval(part)
-        assert np.abs(logits(stock) - logits(llm)).max() < 1e-2
+    f16, stock = session(flash_attn=True), session(flash_attn=True, **types)
+    tokens = stock.tokenize(document.encode())[:564]
+    llm = session(kv_policy=name, kv_budget=600, **types)
+    kl: dict[str, list[float]] = {"stock": [], "ours": []}
+    for part in (tokens[:500], *([t] for t in tokens[500:])):
+        for one in (f16, stock, llm):
+            one.eval(part)
+        if type_k == "bf16":
+            assert np.abs(logits(stock) - logits(llm)).max() < 1e-2
+        want = log_probs(f16)
+        for key, one in (("stock", stock), ("ours", llm)):
+            kl[key].append(float((np.exp(want) * (want - log_probs(one))).sum()))
+    assert np.mean(kl["ours"]) < 1.3 * np.mean(kl["stock"]) + 1e-3
+    assert llm.kv_stats().n_compactions == 0
 
     row = {"bf16": 128, "q8_0": 68, "q4_0": 36}
     free = 16 if name == "adakv" else 32
@@ -207,8 +221,36 @@ def test_cell_types(name: str, type_k: str, type_v: str, session: Callable[..., 
     assert stats.bytes_live <= packed + ring + 30 * 4096
     llm.eval([tokens[7]])
     stock.eval([tokens[7]])
-    p, q = (np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in (logits(stock), logits(llm)))
-    assert (p * np.log(p / q)).sum() < 1.0  # far from noise, whose divergence is near 10
+    p, q = log_probs(stock), log_probs(llm)
+    assert (np.exp(p) * (p - q)).sum() < 1.0  # noise would be near 10
+
+
+def test_attention_kernels_agree(tiny: Path, tiny_session: Callable[..., Llama]) -> None:
+    """Stock attention and the ragged op over the same cells, before and after a compaction."""
+    found = []
+    for kernel in ("stock", "ragged", "auto"):
+        llm = tiny_session(kv_policy=WindowKV(alpha=8, omega=4), kv_budget=500)
+        llm._kv.set_attention(kernel)  # type: ignore[union-attr]
+        llm.eval(TOKENS[:200])
+        rows = [logits(llm)]
+        llm.kv_compact(40)
+        for part in (TOKENS[200:201], TOKENS[201:240], TOKENS[240:241]):
+            llama_cpp.Llama.eval(llm, part)
+            rows.append(logits(llm))
+        found.append(np.array(rows))
+    np.testing.assert_allclose(found[0], found[1], atol=2e-2)
+    assert np.array_equal(found[0][0], found[2][0])  # nothing evicted: stock
+    np.testing.assert_allclose(found[1][1:], found[2][1:], atol=2e-2)
+    assert not np.array_equal(found[0], found[1])
+
+
+def test_full_may_use_the_faster_kernel(tiny_session: Callable[..., Llama]) -> None:
+    exact, fast = tiny_session(kv_policy="full"), tiny_session(kv_policy=Full(exact=False))
+    for llm in (exact, fast):
+        llm.eval(TOKENS[:300])
+    assert fast.kv_stats().n_compactions == 0
+    np.testing.assert_allclose(logits(fast), logits(exact), atol=2e-2)
+    assert not np.array_equal(logits(fast), logits(exact))
 
 
 @pytest.mark.parametrize(("head_dim", "type_name"), [(96, "q8_0"), (96, "q4_0"), (32, "q8_0"), (64, "q4_0")])
