@@ -12,17 +12,18 @@ from typing import Any
 
 import pytest
 
-import windowkv_edge
-from windowkv_edge import Llama, models
+# the tests run beside compilers and each other; spinning threads would only fight for the cores. Read when the library
+# is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import windowkv_edge  # noqa: E402
+from windowkv_edge import Llama, models  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_DIR = Path(windowkv_edge.__file__).parent / "_tests"
-
-# the tests run beside compilers and each other; spinning threads would only fight for the cores
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
