@@ -1,6 +1,7 @@
 """Needle accuracy and fidelity of every policy after one prefill per prompt.
 
     python tests/measure/needles.py MODEL --text FILE [--text FILE] [--lengths 1000 2000 4000] [--out results.jsonl]
+    python tests/measure/needles.py MODEL --text FILE --types f16 q8_0 q4_0 --fidelity 96    # equal bytes, more cells
 
 A needle stands on a line of its own at a depth of the text, the question and the start of the answer follow the text.
 A prompt counts where the full cache answers: the expected word stands in the first 16 greedy tokens. Every policy and
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Iterator
 
-from windowkv_edge import POLICIES, Full, KVPolicy, Llama, SnapKV, WindowKV  # before llama_cpp
+from windowkv_edge import POLICIES, AdaKV, Full, KVPolicy, Llama, SnapKV, WindowKV  # before llama_cpp
 from windowkv_edge._native import policy_struct
 from windowkv_edge.budget import n_cells
 
@@ -30,6 +31,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 N_ANSWER = 16
+TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
+BITS = {"q8_0": 8.5, "q4_0": 4.5}  # per value, scales included
 DEPTHS = (0.9, 0.7, 0.5, 0.3, 0.1)
 BUDGETS = (0.25, 0.12, 0.06, 0.03, 0.015)
 
@@ -93,6 +96,7 @@ def table_policies() -> dict[str, KVPolicy]:
     """Every shipped policy with its defaults, and the published WindowKV settings."""
     res: dict[str, KVPolicy] = {name: cls() for name, cls in POLICIES.items() if name != "full"}
     res["snapkv alpha=16"] = SnapKV(alpha=16)
+    res["adakv alpha=16"] = AdaKV(alpha=16)
     published = {"omega": 8, "alpha": 16, "carry": 0, "suffix": 1.0, "scope": "layer", "budget": "arithmetic"}
     res["windowkv published"] = WindowKV(gamma=5, **published)
     res["windowkv published gamma=1"] = WindowKV(gamma=1, **published)
@@ -102,10 +106,13 @@ def table_policies() -> dict[str, KVPolicy]:
 class Branches:
     """One session whose uncompacted cache is kept and branched from."""
 
-    def __init__(self, model: Path, n_ctx: int, n_window: int, n_threads: int) -> None:
+    def __init__(self, model: Path, n_ctx: int, n_window: int, n_threads: int, cells: str = "f16") -> None:
         self.llm = Llama(
-            str(model), n_ctx=n_ctx, kv_policy=Full(), n_threads=n_threads, n_threads_batch=n_threads, verbose=False
-        )
+            str(model), n_ctx=n_ctx, kv_policy=Full(), n_threads=n_threads, n_threads_batch=n_threads, verbose=False,
+            type_k=TYPES[cells], type_v=TYPES[cells],
+        )  # fmt: skip
+        # at equal bytes a budget buys more cells of a smaller type
+        self.more_cells = 1.0 if cells == "f16" else 16 / BITS[cells]
         assert self.llm._kv is not None
         self.kv = self.llm._kv
         self.kv.set_window(n_window)
@@ -145,7 +152,9 @@ class Branches:
         self.llm.n_tokens = self.n_prompt
 
     def compact(self, policy: KVPolicy, budget: float) -> None:
-        self.kv.compact(policy_struct(policy.native("localization")), n_cells(budget, self.n_prompt))
+        bound = self.llm._bind(self.kv, policy)
+        fields = policy_struct(bound.native("localization"))
+        self.kv.compact(fields, n_cells(min(1.0, budget * self.more_cells), self.n_prompt))
 
     def answer(self, first: int, word: str) -> bool:
         """Greedy continuation; True when the word stands in it."""
@@ -228,8 +237,12 @@ def run_fidelity(
     n_next: int,
     policies: dict[str, KVPolicy],
     budgets: list[float],
+    reference: dict[tuple[str, int], npt.NDArray[np.float64]],
 ) -> dict[tuple[str, float], list[float]]:
-    """KL divergence of the next-token distributions from those of the full cache, teacher-forced, one value a token."""
+    """KL divergence of the next-token distributions from those of the full cache, teacher-forced, one value a token.
+
+    The full cache is that of the first cell type, which `reference` keeps for the others.
+    """
     res: dict[tuple[str, float], list[float]] = defaultdict(list)
     llm = branches.llm
     for text in texts:
@@ -240,7 +253,9 @@ def run_fidelity(
             branches.prefill(tokens[start : start + length])
             follow = tokens[start + length : start + length + n_next]
 
-            want = branches.log_probs(follow)
+            if (text.name, start) not in reference:
+                reference[text.name, start] = branches.log_probs(follow)
+            want = reference[text.name, start]
             for name, policy in policies.items():
                 for budget in budgets:
                     branches.restore()
@@ -272,6 +287,7 @@ def main() -> None:
     parser.add_argument(
         "--fidelity", type=int, default=0, metavar="N", help="also KL over N tokens after each 2000-token window"
     )
+    parser.add_argument("--types", nargs="+", choices=list(TYPES), default=["f16"], help="cells, compared at equal bytes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("needles.jsonl"))
     args = parser.parse_args()
@@ -282,7 +298,6 @@ def main() -> None:
 
     console = Console()
     n_window = max(p.window for p in policies.values())
-    branches = Branches(args.model, max(args.lengths + [2048]) + 512, n_window, args.threads)
 
     start = time.perf_counter()
     with args.out.open("w") as out:
@@ -296,10 +311,16 @@ def main() -> None:
             "needles": [asdict(n) for n in chosen],
         }
         out.write(json.dumps(meta) + "\n")
-        rows = run_needles(branches, args.text, args.lengths, chosen, policies, args.budgets, out)
-    print_needles(rows, console)
-    if args.fidelity:
-        print_fidelity(run_fidelity(branches, args.text, 2000, args.fidelity, policies, args.budgets), console)
+        reference: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
+        for cells in args.types:
+            branches = Branches(args.model, max(args.lengths + [2048]) + 512, n_window, args.threads, cells)
+            console.print(f"{cells} cells, budgets in bytes of f16 cells")
+            rows = run_needles(branches, args.text, args.lengths, chosen, policies, args.budgets, out)
+            print_needles(rows, console)
+            if args.fidelity:
+                kl = run_fidelity(branches, args.text, 2000, args.fidelity, policies, args.budgets, reference)
+                print_fidelity(kl, console)
+            branches.llm.close()
     console.print(f"{time.perf_counter() - start:.0f} s, results in {args.out}")
 
 

@@ -97,7 +97,7 @@ def test_the_nearest_scores_win(tmp_path: Path) -> None:
 
 
 def test_shipped_profiles_are_found_by_name() -> None:
-    scores = ModelHeads("m.gguf", {"general.name": "SmolLM2 135M Instruct"}, 30, 3, tuple(range(30))).find(None)
+    scores = ModelHeads("m.gguf", {"general.name": "Smollm2 135M 8k Lc100K Mix1 Ep2"}, 30, 3, tuple(range(30))).find(None)
     assert scores.shape == (30, 9)
     assert scores.about["command"].startswith("windowkv-edge profile")
     for kind in ("r", "r2"):
