@@ -231,7 +231,8 @@ class _Watcher:
     def run(self, case: tuple[int, float, int], example: Example) -> Outcome:
         length, depth, _ = case
         tokens, needle, answer = self.prompt(example, length, depth)
-        shared = int(np.cumprod(self.llm.input_ids[: min(self.llm.n_tokens, len(tokens))] == tokens[: self.llm.n_tokens]).sum())
+        n = min(self.llm.n_tokens, len(tokens))
+        shared = int(np.cumprod(self.llm.input_ids[:n] == np.array(tokens[:n])).sum())
         self.llm.n_tokens = min(shared, len(tokens) - 1)
         self.llm.eval(tokens[self.llm.n_tokens :])
 
@@ -260,7 +261,7 @@ class _Watcher:
         if kind == "r":
             top = weights.argmax(axis=2)
             hit = (top >= needle.start) & (top < needle.stop) & (np.array(tokens)[top] == token)
-            return hit / n_answer
+            return np.asarray(hit / n_answer, dtype=np.float64)
         n_top = min(n_answer, weights.shape[2])
         top = np.argpartition(weights, -n_top, axis=2)[:, :, -n_top:]
         inside = (top >= answer.start) & (top < answer.stop)

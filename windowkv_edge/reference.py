@@ -272,8 +272,8 @@ def budgets(
         return equal
     assert positions is not None and scores is not None
     ranked = _rankings(p, equal, positions, scores)
-    own = [_score_budgets(b, p["floor_share"], r) for b, r in zip(layers, ranked, strict=True)]
-    return np.array(own, dtype=np.int32)
+    shared = [_score_budgets(b, p["floor_share"], r) for b, r in zip(layers, ranked, strict=True)]
+    return np.array(shared, dtype=np.int32)
 
 
 #

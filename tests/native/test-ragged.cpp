@@ -124,6 +124,24 @@ static wkv_policy pyramidkv() {
     return res;
 }
 
+static wkv_policy adakv() {
+    wkv_policy res = pyramidkv();
+    res.kind        = WKV_KIND_SNAPKV;
+    res.heads       = WKV_HEADS_SCORE;
+    res.floor_share = 0.1;
+    return res;
+}
+
+// windows inside budgets that fall from head to head
+static wkv_policy windowkv_headkv(const std::vector<double> & importance) {
+    wkv_policy res = windowkv();
+    res.heads        = WKV_HEADS_IMPORTANCE;
+    res.pool         = 0.9;
+    res.importance   = importance.data();
+    res.n_importance = importance.size();
+    return res;
+}
+
 static bool last_error_has(const char * text) {
     return strstr(wkv_last_error(), text) != nullptr;
 }
@@ -163,8 +181,12 @@ static void test_pools_grow_with_the_prompt(llama_model * model) {
     CHECK(wkv_reserve(ctx.get(), -1) == WKV_ERR_ARGUMENT);
 }
 
-static void test_compaction_moves_the_right_rows(llama_model * model, const wkv_policy & policy) {
-    auto ctx = make(model, 8);
+static void test_compaction_moves_the_right_rows(llama_model * model, const wkv_policy & policy, ggml_type type = GGML_TYPE_F16) {
+    auto params = default_params();
+    params.type_k = type;
+    params.type_v = type;
+
+    auto ctx = make(model, 8, params);
     CHECK(decode(ctx.get(), prompt(400), 0) == 0);
 
     const auto before = stats(ctx.get());
@@ -483,6 +505,19 @@ int main(int argc, char ** argv) {
     test_pools_grow_with_the_prompt(model);
     test_compaction_moves_the_right_rows(model, windowkv());
     test_compaction_moves_the_right_rows(model, pyramidkv());
+    {
+        auto ctx = make(model, 8);
+        const auto shape = stats(ctx.get());
+        std::vector<double> importance(shape.n_layer*shape.n_head_kv);
+        for (size_t i = 0; i < importance.size(); ++i) {
+            importance[i] = 1.0/(1 + i);
+        }
+        for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            test_compaction_moves_the_right_rows(model, adakv(), type);
+            test_compaction_moves_the_right_rows(model, windowkv_headkv(importance), type);
+        }
+        test_compaction_moves_the_right_rows(model, windowkv(), GGML_TYPE_Q4_0);
+    }
     test_sequence_rules(model);
     test_trimmed_queries_are_forgotten(model);
     test_queries_older_than_every_cell(model);

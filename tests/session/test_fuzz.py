@@ -91,7 +91,7 @@ def run(path: Path, n_steps: int, seed: int) -> dict[str, int]:
     assert kv is not None
     model = Model()
     done: dict[str, int] = {}
-    for step in range(n_steps):
+    for _ in range(n_steps):
         what = rng.choice(["one", "prompt", "compact", "trim", "clear", "policy", "snapshot"], p=[0.5, 0.14, 0.14, 0.12, 0.03, 0.03, 0.04])
         done[what] = done.get(what, 0) + 1
         if what in ("one", "prompt"):
