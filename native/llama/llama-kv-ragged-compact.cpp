@@ -309,9 +309,17 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
         return 0;
     }
 
-    // heads that compete need scores, for the others nothing is computed if everything fits
+    // heads that compete need scores, unless everything fits; for the others the budgets tell before anything is computed
     std::vector<int32_t> budgets;
-    if (policy.heads != WKV_HEADS_SCORE) {
+    if (policy.heads == WKV_HEADS_SCORE) {
+        bool fits = true;
+        for (auto it = cells.begin(); it != cells.end(); it += n_head_kv) {
+            fits = fits && std::accumulate(it, it + n_head_kv, int64_t(0)) <= n_cells_mean*n_head_kv;
+        }
+        if (fits) {
+            return 0;
+        }
+    } else {
         wkv::budgets(wkv::cache_view(policy, shapes, nullptr, nullptr), n_cells_mean, budgets);
         if (budgets == cells) {
             return 0;

@@ -403,11 +403,11 @@ static void test_refusals(llama_model * model) {
         CHECK(!make(model, 8, params));
         CHECK(last_error_has("n_seq_max is 2, expected 1"));
     }
-    for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_BF16 }) {
+    for (const ggml_type type : { GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1 }) {
         auto params = default_params();
         params.type_k = type;
         CHECK(!make(model, 8, params));
-        CHECK(last_error_has("expected f16 or f32"));
+        CHECK(last_error_has("expected f32, f16, bf16, q8_0 or q4_0"));
     }
     for (const auto type : { LLAMA_FLASH_ATTN_TYPE_DISABLED, LLAMA_FLASH_ATTN_TYPE_AUTO }) {
         auto params = default_params();

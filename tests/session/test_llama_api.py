@@ -264,7 +264,7 @@ def test_embeddings_are_refused(llm: Llama, session: Callable[..., Llama]) -> No
         ({"kv_policy": "windowkv", "kv_min_prompt": -1}, ValueError, "kv_min_prompt"),
         ({"kv_policy": "windowkv", "flash_attn": False}, ValueError, "flash_attn=False cannot be combined"),
         ({"kv_policy": "windowkv", "vocab_only": True}, ValueError, "vocab_only=True cannot be combined"),
-        ({"kv_policy": "windowkv", "type_k": 8}, UnsupportedModelError, "cells of type q8_0 are not supported yet"),
+        ({"kv_policy": "windowkv", "type_k": 6}, UnsupportedModelError, "cells of type q5_0 are not supported, expected f32"),
         ({"kv_policy": "windowkv", "type_v": 2}, UnsupportedModelError, "cells of type q4_0 are not supported yet"),
     ],
 )

@@ -17,7 +17,6 @@ from tiny_reference import TinyLlama
 
 from windowkv_edge import (
     AdaKV,
-    Full,
     HeadKV,
     HeadScores,
     KVPolicy,
@@ -244,8 +243,8 @@ def test_attention_kernels_agree(tiny: Path, tiny_session: Callable[..., Llama])
     assert not np.array_equal(found[0], found[1])
 
 
-def test_full_may_use_the_faster_kernel(tiny_session: Callable[..., Llama]) -> None:
-    exact, fast = tiny_session(kv_policy="full"), tiny_session(kv_policy=Full(exact=False))
+def test_the_faster_kernel_before_anything_is_evicted(tiny_session: Callable[..., Llama]) -> None:
+    exact, fast = tiny_session(kv_policy="full"), tiny_session(kv_policy="full", kv_exact=False)
     for llm in (exact, fast):
         llm.eval(TOKENS[:300])
     assert fast.kv_stats().n_compactions == 0

@@ -34,9 +34,6 @@ class KVPolicy(ABC):
     #: whether the prompt's text has to be classified before a compaction
     needs_task: bool = False
 
-    #: attention kernel of layers whose heads hold equally many cells (``enum wkv_attention``)
-    attention: Literal["auto", "ragged"] = "auto"
-
     #: whether the heads of a layer may hold different numbers of cells
     ragged: bool = False
 
