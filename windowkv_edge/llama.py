@@ -185,7 +185,7 @@ class Llama(llama_cpp.Llama):
         """Positions that one kv head holds, ascending.
 
         Args:
-            layer: one of the compressed layers, 0-based among them (``kv_stats().layers`` has their indices in the model).
+            layer: 0-based among the compressed layers; ``kv_stats().layers`` has their indices in the model.
             head: kv head, 0-based.
 
         Returns:
