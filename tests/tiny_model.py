@@ -2,12 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 
 N_VOCAB = 128
+N_FF = 64
+
+
+class _Writer:
+    """One file: keys that all models share, random weights, norms of ones."""
+
+    def __init__(self, path: Path, arch: str, n_head: int, kv_heads: Sequence[int], head_dim: int, seed: int) -> None:
+        self.path, self.head_dim, self.n_head = path, head_dim, n_head
+        self.n_embd = n_head * head_dim
+        self.rng = np.random.default_rng(seed)
+        self.gguf = gguf.GGUFWriter(path, arch)
+        self.gguf.add_block_count(len(kv_heads))
+        self.gguf.add_context_length(4096)
+        self.gguf.add_embedding_length(self.n_embd)
+        self.gguf.add_feed_forward_length(N_FF)
+        self.gguf.add_head_count(n_head)
+        self.gguf.add_head_count_kv(kv_heads[0] if len(set(kv_heads)) == 1 else kv_heads)
+        self.gguf.add_layer_norm_rms_eps(1e-5)
+        self.gguf.add_rope_dimension_count(head_dim)
+        self.gguf.add_vocab_size(N_VOCAB)
+        self.gguf.add_tokenizer_model("none")
+        self.gguf.add_file_type(gguf.LlamaFileType.ALL_F32)
+
+    def weight(self, name: str, *shape: int) -> None:
+        data = self.rng.standard_normal(shape) / np.sqrt(shape[-1])
+        self.gguf.add_tensor(name, data.astype(np.float32))
+
+    def const(self, name: str, value: float, *shape: int) -> None:
+        self.gguf.add_tensor(name, np.full(shape, value, dtype=np.float32))
+
+    def norm(self, name: str) -> None:
+        self.const(name, 1.0, self.n_embd)
+
+    def embeddings(self) -> None:
+        self.weight("token_embd.weight", N_VOCAB, self.n_embd)
+        self.weight("output.weight", N_VOCAB, self.n_embd)
+
+    def attention(self, il: int, n_head_kv: int) -> None:
+        self.weight(f"blk.{il}.attn_q.weight", self.n_embd, self.n_embd)
+        self.weight(f"blk.{il}.attn_k.weight", n_head_kv * self.head_dim, self.n_embd)
+        self.weight(f"blk.{il}.attn_v.weight", n_head_kv * self.head_dim, self.n_embd)
+        self.weight(f"blk.{il}.attn_output.weight", self.n_embd, self.n_embd)
+
+    def mlp(self, il: int) -> None:
+        self.norm(f"blk.{il}.ffn_norm.weight")
+        self.weight(f"blk.{il}.ffn_gate.weight", N_FF, self.n_embd)
+        self.weight(f"blk.{il}.ffn_up.weight", N_FF, self.n_embd)
+        self.weight(f"blk.{il}.ffn_down.weight", self.n_embd, N_FF)
+
+    def close(self) -> Path:
+        self.gguf.write_header_to_file()
+        self.gguf.write_kv_data_to_file()
+        self.gguf.write_tensors_to_file()
+        self.gguf.close()
+        return self.path
 
 
 def write_llama(
@@ -23,44 +79,97 @@ def write_llama(
         head_dim: size of a head, even.
         seed: of the random weights.
     """
-    n_embd, n_ff = n_head * head_dim, 64
-    rng = np.random.default_rng(seed)
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(n_layer)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(n_embd)
-    writer.add_feed_forward_length(n_ff)
-    writer.add_head_count(n_head)
-    writer.add_head_count_kv(n_head_kv)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_vocab_size(N_VOCAB)
-    writer.add_tokenizer_model("none")
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-
-    def weight(name: str, *shape: int) -> None:
-        writer.add_tensor(name, (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32))
-
-    def norm(name: str) -> None:
-        writer.add_tensor(name, np.ones(n_embd, dtype=np.float32))
-
-    weight("token_embd.weight", N_VOCAB, n_embd)
-    weight("output.weight", N_VOCAB, n_embd)
-    norm("output_norm.weight")
+    out = _Writer(path, "llama", n_head, [n_head_kv] * n_layer, head_dim, seed)
+    out.embeddings()
+    out.norm("output_norm.weight")
     for il in range(n_layer):
-        norm(f"blk.{il}.attn_norm.weight")
-        norm(f"blk.{il}.ffn_norm.weight")
-        weight(f"blk.{il}.attn_q.weight", n_embd, n_embd)
-        weight(f"blk.{il}.attn_k.weight", n_head_kv * head_dim, n_embd)
-        weight(f"blk.{il}.attn_v.weight", n_head_kv * head_dim, n_embd)
-        weight(f"blk.{il}.attn_output.weight", n_embd, n_embd)
-        weight(f"blk.{il}.ffn_gate.weight", n_ff, n_embd)
-        weight(f"blk.{il}.ffn_up.weight", n_ff, n_embd)
-        weight(f"blk.{il}.ffn_down.weight", n_embd, n_ff)
+        out.norm(f"blk.{il}.attn_norm.weight")
+        out.attention(il, n_head_kv)
+        out.mlp(il)
+    return out.close()
 
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+
+def write_lfm2(path: Path, *, kv_heads: Sequence[int] = (0, 2, 0, 2), window: int = 0, seed: int = 0) -> Path:
+    """Short convolutions where a layer has no kv heads, attention elsewhere; with a window in all of its layers."""
+    out = _Writer(path, "lfm2", 4, kv_heads, 32, seed)
+    out.gguf.add_shortconv_l_cache(3)
+    if window:
+        out.gguf.add_sliding_window(window)
+    out.embeddings()
+    out.norm("token_embd_norm.weight")  # the name of the output norm here
+    for il, n_head_kv in enumerate(kv_heads):
+        out.norm(f"blk.{il}.attn_norm.weight")
+        if n_head_kv:
+            out.attention(il, n_head_kv)
+            out.const(f"blk.{il}.attn_q_norm.weight", 1.0, out.head_dim)
+            out.const(f"blk.{il}.attn_k_norm.weight", 1.0, out.head_dim)
+        else:
+            out.weight(f"blk.{il}.shortconv.conv.weight", out.n_embd, 3)
+            out.weight(f"blk.{il}.shortconv.in_proj.weight", 3 * out.n_embd, out.n_embd)
+            out.weight(f"blk.{il}.shortconv.out_proj.weight", out.n_embd, out.n_embd)
+        out.mlp(il)
+    return out.close()
+
+
+def write_granite_hybrid(path: Path, *, kv_heads: Sequence[int] = (0, 2, 0, 2), seed: int = 0) -> Path:
+    """Mamba-2 where a layer has no kv heads, attention elsewhere."""
+    d_conv, d_state, n_ssm_head = 4, 16, 4
+    out = _Writer(path, "granitehybrid", 4, kv_heads, 32, seed)
+    d_inner = 2 * out.n_embd
+    out.gguf.add_ssm_conv_kernel(d_conv)
+    out.gguf.add_ssm_inner_size(d_inner)
+    out.gguf.add_ssm_state_size(d_state)
+    out.gguf.add_ssm_time_step_rank(n_ssm_head)
+    out.gguf.add_ssm_group_count(1)
+    out.embeddings()
+    out.norm("output_norm.weight")
+    for il, n_head_kv in enumerate(kv_heads):
+        out.norm(f"blk.{il}.attn_norm.weight")
+        if n_head_kv:
+            out.attention(il, n_head_kv)
+        else:
+            out.weight(f"blk.{il}.ssm_in.weight", 2 * d_inner + 2 * d_state + n_ssm_head, out.n_embd)
+            out.weight(f"blk.{il}.ssm_conv1d.weight", d_inner + 2 * d_state, d_conv)
+            out.const(f"blk.{il}.ssm_conv1d.bias", 0.0, d_inner + 2 * d_state)
+            out.const(f"blk.{il}.ssm_dt.bias", 0.1, n_ssm_head)
+            out.const(f"blk.{il}.ssm_a", -1.0, n_ssm_head, 1)
+            out.const(f"blk.{il}.ssm_d", 1.0, n_ssm_head, 1)
+            out.const(f"blk.{il}.ssm_norm.weight", 1.0, 1, d_inner)
+            out.weight(f"blk.{il}.ssm_out.weight", out.n_embd, d_inner)
+        out.mlp(il)
+    return out.close()
+
+
+def write_gpt_oss(path: Path, *, n_layer: int = 4, window: int = 64, sink: float = 1.0, seed: int = 0) -> Path:
+    """Every other layer sees a window only; learned attention sinks, two experts.
+
+    Args:
+        path: file to write.
+        n_layer: layers.
+        window: positions that the layers 0, 2, ... see.
+        sink: logit of the sink in every head; the larger, the less attention goes to the cells.
+        seed: of the random weights.
+    """
+    n_expert, n_head, n_head_kv = 2, 4, 2
+    out = _Writer(path, "gpt-oss", n_head, [n_head_kv] * n_layer, 32, seed)
+    n_embd = out.n_embd
+    out.gguf.add_key_length(32)
+    out.gguf.add_value_length(32)
+    out.gguf.add_sliding_window(window)
+    out.gguf.add_expert_count(n_expert)
+    out.gguf.add_expert_used_count(1)
+    out.gguf.add_expert_feed_forward_length(N_FF)
+    out.embeddings()
+    out.norm("output_norm.weight")
+    for il in range(n_layer):
+        out.norm(f"blk.{il}.attn_norm.weight")
+        out.norm(f"blk.{il}.post_attention_norm.weight")
+        out.attention(il, n_head_kv)
+        out.const(f"blk.{il}.attn_output.bias", 0.0, n_embd)
+        out.const(f"blk.{il}.attn_sinks.weight", sink, n_head)
+        out.weight(f"blk.{il}.ffn_gate_inp.weight", n_expert, n_embd)
+        out.const(f"blk.{il}.ffn_gate_inp.bias", 0.0, n_expert)
+        for name, rows, cols in (("gate", N_FF, n_embd), ("up", N_FF, n_embd), ("down", n_embd, N_FF)):
+            out.weight(f"blk.{il}.ffn_{name}_exps.weight", n_expert, rows, cols)
+            out.const(f"blk.{il}.ffn_{name}_exps.bias", 0.0, n_expert, rows)
+    return out.close()

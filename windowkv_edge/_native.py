@@ -124,6 +124,12 @@ class Context:
         check(lib.wkv_get_stats(self._ctx, res))
         return res
 
+    def layers(self) -> tuple[int, ...]:
+        """Indices in the model of the layers that policies compress."""
+        res = np.zeros(self.stats().n_layer, dtype=np.int32)
+        n = check(lib.wkv_get_layers(self._ctx, ffi.from_buffer("int32_t[]", res), res.size))
+        return tuple(res[:n].tolist())
+
     def cells(self) -> npt.NDArray[np.int32]:
         """int32 [n_layer, n_head_kv]."""
         stats = self.stats()

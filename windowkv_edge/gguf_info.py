@@ -43,9 +43,11 @@ _GROUP_OF: dict[str, str] = {arch: group for group, archs in _UPSTREAM["groups"]
 PLAIN_ARCHITECTURES: frozenset[str] = frozenset(_UPSTREAM["groups"]["plain"])
 """Architectures whose graph in the pinned llama.cpp reads one plain KV cache; a file's keys may still rule it out."""
 
+# groups whose files may be supported; the keys of a file decide
+_MAYBE = ("plain", "window", "window-by-key", "hybrid", "mla-by-key")
+
 _WHY_NOT = {
     "recurrent": "it keeps a recurrent state instead of KV cells",
-    "hybrid": "it mixes recurrent layers with attention layers",
     "no-cache": "it is an encoder or a diffusion model: its attention is not causal and keeps no KV cache",
     "encoder": "it has an encoder beside its decoder, or is a draft head of another model",
     "other-cache": "it keeps compressed or indexed KV cells, not one K and one V row per head",
@@ -53,14 +55,17 @@ _WHY_NOT = {
     "router": "it hides an adapter router in an extra attention layer, whose cells must all stay",
     "mrope": "its positions have several components (M-RoPE)",
     "alibi": "its attention scores carry ALiBi biases",
-    "window": "its sliding-window layers already drop cells, and evicting from a window is not in this release",
 }
 # Hard-coded in the architectures' load_arch_hparams(); for these the key of the file is ignored or only a default.
 _WINDOW_FORCED = {"llama4": 8192, "smallthinker": 4096}
 _WINDOW_DEFAULT = {"gemma2": 4096, "exaone4": 4096}
 _ALIBI_BY_KEY = frozenset({"jais", "mpt"})
 _ALIBI_FIXED = {"baichuan": 8.0, "bloom": 8.0, "refact": 8.0}  # baichuan: only the 13B, known by its 40 layers
-_ROW_GROUPS = ("plain", "window", "window-by-key", "mla-by-key", "scaled-logits", "mrope", "alibi")  # K and V rows
+_ROW_GROUPS = (*_MAYBE, "scaled-logits", "mrope", "alibi")  # K and V rows
+# Hybrids mark recurrent layers by 0 KV heads, but these by attention.recurrent_layers, or else all but every n-th layer,
+# n being the key full_attention_interval or this.
+_ATTENTION_INTERVAL = {"qwen3next": 4, "minimax-01": 8}
+_WINDOW_HYBRIDS = frozenset({"lfm2", "lfm2moe"})
 _RECURRENT_KEYS = ("ssm.", "wkv.", "kda.", "shortconv.", "attention.recurrent_layers", "token_shift_count")
 _F16_BYTES = 2
 
@@ -84,6 +89,7 @@ class GGUFInfo:
     n_ctx_train: int  # positions
     sliding_window: int  # positions; 0 where llama.cpp applies no window (it ignores phi3's, for one)
     window_layers: tuple[bool, ...]  # True: this layer sees only the window
+    recurrent_layers: tuple[bool, ...]  # True: this layer keeps a recurrent state instead of KV cells
     has_chat_template: bool
     causal: bool
     mla: bool  # multi-head latent attention: one compressed row per position instead of K and V
@@ -95,13 +101,19 @@ class GGUFInfo:
     shared_kv_layers: int  # last layers that reuse the cells of earlier ones
 
     @property
+    def compressed_layers(self) -> tuple[int, ...]:
+        """Layers that a policy compresses: those that attend to all positions."""
+        rows = zip(self.window_layers, self.recurrent_layers, strict=True)
+        return tuple(il for il, (windowed, recurrent) in enumerate(rows) if not windowed and not recurrent)
+
+    @property
     def bytes_per_position(self) -> int:
         """Bytes of f16 K and V that one position takes over all layers, no window and no policy."""
         return sum(self.layer_bytes(il) for il in range(self.n_layer))
 
     def layer_bytes(self, il: int) -> int:
-        """Bytes of f16 K and V per position in layer ``il``; 0 for a layer that reuses another's cells."""
-        if il >= self.n_layer - self.shared_kv_layers:
+        """Bytes of f16 K and V per position in layer ``il``; 0 in recurrent layers and where cells are reused."""
+        if il >= self.n_layer - self.shared_kv_layers or self.recurrent_layers[il]:
             return 0
         dims = self.head_dims_window if self.window_layers[il] else (self.head_dim_k, self.head_dim_v)
         return self.n_head_kv[il] * sum(dims) * _F16_BYTES
@@ -114,8 +126,8 @@ class CostRow:
     policy: str  # "stock" or the policy's name
     budget: float  # fraction of the cells kept; 1.0 for stock
     n_tokens: int
-    cells_per_head: int  # mean over all heads of full-attention layers
-    n_bytes: int  # f16 K and V
+    cells_per_head: int  # mean over all heads of the layers that attend to all positions
+    n_bytes: int  # f16 K and V; the state of recurrent layers, which is the same at every length, is left out
     ratio: float  # n_bytes over stock's at the same length
 
 
@@ -195,7 +207,11 @@ def _info(path: Path, size: int, keys: set[str], values: dict[str, Any]) -> GGUF
     n_embd = int(get("embedding_length"))
     head_dim = n_embd // n_head[0] if n_head and n_head[0] else 0
     dim_k, dim_v = (int(get(f"attention.{name}_length", head_dim)) for name in ("key", "value"))
+    n_head_kv = per_layer(get("attention.head_count_kv", get("attention.head_count")))
+    recurrent_layers = _recurrent(arch, n_head_kv, get)
     window, window_layers = _window(arch, n_layer * loops, get)
+    if window and arch in _WINDOW_HYBRIDS:  # all of the others
+        window_layers = tuple(not recurrent for recurrent in recurrent_layers)
     fixed_alibi = 0.0 if arch == "baichuan" and n_layer != 40 else _ALIBI_FIXED.get(arch, 0.0)
     sections = get("rope.dimension_sections", [])
     return GGUFInfo(
@@ -207,13 +223,14 @@ def _info(path: Path, size: int, keys: set[str], values: dict[str, Any]) -> GGUF
         n_layer=n_layer * loops,
         n_embd=n_embd,
         n_head=n_head,
-        n_head_kv=per_layer(get("attention.head_count_kv", get("attention.head_count"))),
+        n_head_kv=n_head_kv,
         head_dim_k=dim_k,
         head_dim_v=dim_v,
         head_dims_window=(int(get("attention.key_length_swa", dim_k)), int(get("attention.value_length_swa", dim_v))),
         n_ctx_train=int(get("context_length")),
         sliding_window=window,
         window_layers=window_layers,
+        recurrent_layers=recurrent_layers,
         has_chat_template="tokenizer.chat_template" in keys,
         causal=bool(get("attention.causal", True)),
         mla=get("attention.key_length_mla") > 0 and get("attention.value_length_mla") > 0,
@@ -233,6 +250,20 @@ def _file_type_name(value: Any) -> str:
         return "unknown" if value is None else f"type {value}"
 
 
+def _recurrent(arch: str, n_head_kv: tuple[int, ...], get: Any) -> tuple[bool, ...]:
+    """The layers that keep a recurrent state instead of KV cells, as the pinned llama.cpp applies them."""
+    if _GROUP_OF.get(arch) != "hybrid":
+        return (False,) * len(n_head_kv)
+    if arch not in _ATTENTION_INTERVAL:
+        return tuple(n == 0 for n in n_head_kv)
+    marks = get("attention.recurrent_layers", None)
+    if marks is not None:
+        row = marks if isinstance(marks, list) else [marks] * len(n_head_kv)
+        return tuple(bool(mark) for mark in row[: len(n_head_kv)])
+    interval = max(1, int(get("full_attention_interval", _ATTENTION_INTERVAL[arch])))
+    return tuple((il + 1) % interval != 0 for il in range(len(n_head_kv)))
+
+
 def _window(arch: str, n_layer: int, get: Any) -> tuple[int, tuple[bool, ...]]:
     """Window in positions and the layers it holds for, as the pinned llama.cpp applies them."""
     key = get("attention.sliding_window", None)
@@ -243,7 +274,7 @@ def _window(arch: str, n_layer: int, get: Any) -> tuple[int, tuple[bool, ...]]:
         window = int(_WINDOW_DEFAULT[arch] if key is None else key) if n_layer == 64 else 0
     elif arch == "llama4":
         window = 0 if key == 0 else _WINDOW_FORCED[arch]
-    elif _GROUP_OF.get(arch) == "window-by-key" and key:
+    elif (_GROUP_OF.get(arch) == "window-by-key" or arch in _WINDOW_HYBRIDS) and key:
         window = _WINDOW_FORCED.get(arch, int(key))
     if not window:
         return 0, (False,) * n_layer
@@ -259,20 +290,24 @@ def _window(arch: str, n_layer: int, get: Any) -> tuple[int, tuple[bool, ...]]:
 def support(info: GGUFInfo) -> tuple[bool, str]:
     """Whether this release can run a KV policy on the model, and the reason in words.
 
-    This is a forecast; the load decides. Supported are decoders with plain causal attention, one K and one V row per
-    KV head, layer and position.
+    This is a forecast; the load decides. Supported are decoders with causal attention, one K and one V row per KV head,
+    layer and position, in the layers that attend to all positions. Layers with a window or a recurrent state may stand
+    beside them, they stay as they are.
     """
     arch = info.architecture
     group = _GROUP_OF.get(arch)
     if group is None:
         return False, f"architecture {arch!r} is not known to the pinned llama.cpp"
-    heads, dims = set(info.n_head_kv), (info.head_dim_k, info.head_dim_v)
+    layers = info.compressed_layers
+    heads, dims = {info.n_head_kv[il] for il in layers}, (info.head_dim_k, info.head_dim_v)
+    is_hybrid = group == "hybrid"
     checks = (
         (group in _WHY_NOT, _WHY_NOT.get(group, "")),
         (not info.causal, "its attention is not causal"),
-        (bool(info.recurrent_keys), f"it has recurrent layers ({', '.join(info.recurrent_keys)})"),
+        (bool(info.recurrent_keys) and not is_hybrid, f"it has recurrent layers ({', '.join(info.recurrent_keys)})"),
         (info.mla, "it uses multi-head latent attention (MLA)"),
-        (info.sliding_window > 0, f"{_WHY_NOT['window']} (window of {info.sliding_window} positions)"),
+        (is_hybrid and info.sliding_window > 0, "it has windows beside recurrent layers"),
+        (info.n_layer > 0 and not layers, "no layer attends to all positions, so that there is nothing to compress"),
         (info.max_alibi_bias > 0, _WHY_NOT["alibi"]),
         (arch in _UPSTREAM["mrope_by_key"] and min((*info.rope_sections, 0, 0)[:2]) > 0, _WHY_NOT["mrope"]),
         (info.shared_kv_layers > 0, f"its last {info.shared_kv_layers} layers reuse the cells of earlier layers"),
@@ -286,7 +321,11 @@ def support(info: GGUFInfo) -> tuple[bool, str]:
     for failed, reason in checks:
         if failed:
             return False, f"architecture {arch!r} is not supported with a KV policy: {reason}"
-    return True, f"plain causal attention ({arch}, {info.n_layer} layers)"
+    if len(layers) == info.n_layer and not is_hybrid:
+        return True, f"plain causal attention ({arch}, {info.n_layer} layers)"
+    others = "their recurrent state" if is_hybrid else f"their window of {info.sliding_window:,} positions"
+    keep = f"all keep {others} besides" if len(layers) == info.n_layer else f"the others keep {others}"
+    return True, f"{len(layers)} of {info.n_layer} layers attend to all positions and are compressed, {keep} ({arch})"
 
 
 def cost_table(
@@ -295,7 +334,8 @@ def cost_table(
     """KV bytes (f16) of the stock cache and of every policy x budget, for texts of ``lengths`` tokens.
 
     A budget is the fraction of cells kept per head, ``max(1, floor(budget * length))`` on average: policies that
-    share it out unevenly have the same mean. Stock's windowed layers hold at most their window. A model that
+    share it out unevenly have the same mean. Windowed layers hold at most their window, with a policy and without: what
+    llama.cpp reserves beyond it, or for all positions with ``swa_full=True``, is not counted. A model that
     :func:`support` refuses gets stock rows only.
 
     Raises:
@@ -317,7 +357,8 @@ def cost_table(
         for policy in policies if support(info)[0] else ():
             for budget in budgets:
                 kept = n_cells(budget, n)
-                n_bytes = kept * info.bytes_per_position
+                windows = sum(info.layer_bytes(il) * cells[il] for il in range(info.n_layer) if info.window_layers[il])
+                n_bytes = windows + kept * sum(info.layer_bytes(il) for il in info.compressed_layers)
                 rows.append(CostRow(policy, budget, n, kept, n_bytes, n_bytes / stock))
     return rows
 
@@ -355,9 +396,9 @@ def classify_upstream(src: str | Path) -> dict[str, Any]:
     no_cache, special = memory.split("res = nullptr;", 1)
     tables = {
         "recurrent": _cases(_body(arch_cpp, r"^bool llm_arch_is_recurrent\(")),
-        "hybrid": _cases(_body(arch_cpp, r"^bool llm_arch_is_hybrid\(")),
         "no-cache": _cases(no_cache),
-        "encoder": _cases(_body(model_cpp, r"^bool llama_model_has_encoder\(")),
+        "encoder": _cases(_body(model_cpp, r"^bool llama_model_has_encoder\("))
+        | set(re.findall(r"arch == (LLM_ARCH_\w+)\) \{\s*llama_memory_t mem_other", memory)),
         "other-cache": _cases(special),
         "scaled-logits": set(
             re.findall(
@@ -371,8 +412,9 @@ def classify_upstream(src: str | Path) -> dict[str, Any]:
         if "MROPE" in result:
             mrope["by key" if "use_mrope()" in result else "always"] |= _cases(labels)
     tables["mrope"] = mrope["always"]
+    hybrids = _cases(_body(arch_cpp, r"^bool llm_arch_is_hybrid\("))
     out: dict[str, Any] = {
-        "groups": {g: [] for g in ("plain", "window-by-key", "mla-by-key", *_WHY_NOT)},
+        "groups": {g: [] for g in (*_MAYBE, *_WHY_NOT)},
         "mrope_by_key": sorted(name_of[a] for a in mrope["by key"]),
         "alibi_by_key_or_size": [],
         "window_pattern": {},
@@ -381,7 +423,10 @@ def classify_upstream(src: str | Path) -> dict[str, Any]:
         name, hparams, inputs = name_of[arch], _inherited(cls, "load_arch_hparams", models, structs), set[str]()
         if arch != "LLM_ARCH_CLIP":  # a vision projector, never loaded as a language model
             inputs = _graph_inputs(cls, models, structs)
-        group = next((g for g, archs in tables.items() if arch in archs), None) or _group(inputs, hparams)
+        group = next((g for g, archs in tables.items() if arch in archs), None)
+        if group is None and arch in hybrids:
+            group = "hybrid" if "build_inp_mem_hybrid" in inputs else "other-cache"
+        group = group or _group(inputs, hparams)
         out["groups"][group].append(name)
         if group == "plain" and "f_max_alibi_bias" in hparams:
             out["alibi_by_key_or_size"].append(name)

@@ -30,6 +30,9 @@ _TASK_HEAD, _TASK_TAIL = 160, 320
 class Llama(llama_cpp.Llama):
     """``llama_cpp.Llama`` whose KV cache keeps only the cells that matter.
 
+    Policies compress the layers that attend to all positions. Window layers (Gemma 3, gpt-oss) keep their window and
+    recurrent layers (hybrids such as LFM2 or Granite 4) their state, as in stock llama.cpp.
+
     Takes every argument of ``llama_cpp.Llama`` and in addition:
 
     Args:
@@ -87,10 +90,11 @@ class Llama(llama_cpp.Llama):
             ("flash_attn", False, "leave it out, a policy turns it on"),
             ("embedding", True, "use a second session without a policy for embeddings"),
             ("vocab_only", True, "leave kv_policy out, there is no cache without weights"),
+            ("swa_full", True, "leave it out, window layers keep their window and nothing else"),
         ):
             if kwargs.get(name) is value:
                 raise ValueError(f"{name}={value} cannot be combined with kv_policy={self._kv_policy.name!r}; {fix}")
-        kwargs["flash_attn"] = True
+        kwargs.update(flash_attn=True, swa_full=False)
 
         with _native.pending(self._kv_policy.window):
             try:
@@ -161,7 +165,8 @@ class Llama(llama_cpp.Llama):
         """Cells, bytes and times of the cache now."""
         if self._ctx.ctx is None:
             raise UnsupportedCallError("kv_stats() needs an open session, this one was closed")
-        stats = _native.Context(self._ctx.ctx).stats()
+        ctx = _native.Context(self._ctx.ctx)
+        stats = ctx.stats()
         if self._kv is not None:
             cells = self._kv.cells()
         else:
@@ -169,9 +174,11 @@ class Llama(llama_cpp.Llama):
         return KVStats(
             policy="stock" if self._kv_policy is None else self._kv_policy.name,
             n_past=stats.n_past,
+            layers=ctx.layers(),
             cells=cells,
             bytes_live=stats.bytes_live,
             bytes_full=stats.bytes_full,
+            bytes_other=stats.bytes_other,
             bytes_peak=stats.bytes_peak,
             bytes_released=stats.bytes_released,
             n_compactions=stats.n_compactions,
@@ -183,7 +190,7 @@ class Llama(llama_cpp.Llama):
         """Positions that one kv head holds, ascending.
 
         Args:
-            layer: attention layer, 0-based.
+            layer: 0-based among the compressed layers; ``kv_stats().layers`` has their indices in the model.
             head: kv head, 0-based.
 
         Returns:
@@ -272,7 +279,7 @@ class Llama(llama_cpp.Llama):
             raise UnsupportedModelError(f"{self.model_path}: {_native.last_error()}")
         n_layer = int(llama_cpp.llama_model_n_layer(self._model.model))
         return policy.bind(
-            ModelHeads(self.model_path, self.metadata, n_layer, int(kv.stats().n_head_kv), tuple(range(n_layer)))
+            ModelHeads(self.model_path, self.metadata, n_layer, int(kv.stats().n_head_kv), kv.layers())
         )
 
     def _refuse(self, what: str, instead: str) -> None:
@@ -289,10 +296,13 @@ class Llama(llama_cpp.Llama):
     def _sync_positions(self) -> None:
         """Bring the native cache to ``n_tokens`` positions, as ``eval`` does before every decode."""
         if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
-            boundary = _native.Context(self._ctx.ctx).stats().n_boundary
+            stats = _native.Context(self._ctx.ctx).stats()
+            if self.n_tokens < stats.n_boundary:
+                reason = f"positions below {stats.n_boundary} were compacted and cannot be removed one by one"
+            else:
+                reason = f"the window or recurrent layers moved on to {stats.n_past} and cannot go back that far"
             raise UnsupportedCallError(
-                f"n_tokens was set to {self.n_tokens}, but positions below {boundary} were compacted and "
-                "cannot be removed one by one; call reset() and evaluate the prompt again"
+                f"n_tokens was set to {self.n_tokens}, but {reason}; call reset() and evaluate the prompt again"
             )
 
     def _is_due(self) -> bool:

@@ -224,16 +224,23 @@ class _Watcher:
         return int(logits.argmax())
 
     def _attention(self) -> npt.NDArray[np.float32]:
-        """Attention of the last position, [n_layer, n_head, positions]."""
-        n_layer = int(self.kv.stats().n_layer)
-        return np.stack([np.concatenate(self.kv.attention(il)) for il in range(n_layer)])
+        """Attention of the last position, [n_layer, n_head, positions]; 0 in layers that no policy compresses."""
+        layers = self.kv.layers()
+        rows = [np.concatenate(self.kv.attention(i)) for i in range(len(layers))]
+        res = np.zeros((llama_cpp.llama_model_n_layer(self.llm._model.model), *rows[0].shape), dtype=np.float32)
+        res[list(layers)] = rows
+        return res
 
     def run(self, case: tuple[int, float, int], example: Example) -> Outcome:
         length, depth, _ = case
         tokens, needle, answer = self.prompt(example, length, depth)
         n = min(self.llm.n_tokens, len(tokens))
         shared = int(np.cumprod(self.llm.input_ids[:n] == np.array(tokens[:n])).sum())
-        self.llm.n_tokens = min(shared, len(tokens) - 1)
+        shared = min(shared, len(tokens) - 1)
+        if self.llm._ctx.kv_cache_seq_rm(-1, shared, -1):
+            self.llm.n_tokens = shared
+        else:  # window and recurrent layers cannot go back that far
+            self.llm.reset()
         self.llm.eval(tokens[self.llm.n_tokens :])
 
         n_answer = answer.stop - answer.start

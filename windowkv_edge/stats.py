@@ -14,12 +14,17 @@ __all__ = ["KVStats"]
 class KVStats:
     """State of a KV cache. Bytes are those of live buffers.
 
+    All but ``bytes_other`` is about the layers that attend to all positions, the ones that policies compress. In most
+    models these are all layers; window and recurrent layers stay as stock llama.cpp has them.
+
     Attributes:
         policy: name of the policy, "stock" without one.
         n_past: positions the sequence has seen, evicted ones included.
-        cells: int32 [n_layer, n_head_kv], cells held now.
+        layers: indices of these layers in the model.
+        cells: int32 [len(layers), n_head_kv], cells held now.
         bytes_live: bytes of the live buffers: K and V pools, and with a policy the observation ring.
         bytes_full: bytes that stock llama.cpp holds for ``n_past`` positions.
+        bytes_other: bytes of the window and recurrent layers' caches, which no policy touches; 0 where there are none.
         bytes_peak: largest ``bytes_live`` so far, transients of growth and compaction included.
         bytes_released: bytes given back by the last compaction.
         n_compactions: compactions since the context was created.
@@ -29,9 +34,11 @@ class KVStats:
 
     policy: str
     n_past: int
+    layers: tuple[int, ...]
     cells: npt.NDArray[np.int32]
     bytes_live: int
     bytes_full: int
+    bytes_other: int
     bytes_peak: int
     bytes_released: int
     n_compactions: int
@@ -39,11 +46,12 @@ class KVStats:
     t_compact_ms: float
 
     def __str__(self) -> str:
-        low, mean, high = self.cells.min(), self.cells.mean(), self.cells.max()
-        spread = f"{high}" if low == high else f"{low} to {high}, {mean:.1f} on average"
+        low, high = self.cells.min(initial=self.n_past), self.cells.max(initial=0)
+        spread = f"{high}" if low >= high else f"{low} to {high}, {self.cells.mean():.1f} on average"
+        other = f"{self.bytes_other / 2**20:.1f} MiB in window and recurrent layers, " if self.bytes_other else ""
         return (
             f"{self.policy}: {spread} cells per head for {self.n_past} positions, "
             f"{self.bytes_live / 2**20:.1f} MiB live ({self.bytes_full / 2**20:.1f} MiB in stock llama.cpp), "
-            f"{self.bytes_peak / 2**20:.1f} MiB at peak, {self.n_compactions} compactions, "
+            f"{self.bytes_peak / 2**20:.1f} MiB at peak, {other}{self.n_compactions} compactions, "
             f"the last in {self.t_score_ms + self.t_compact_ms:.0f} ms"
         )

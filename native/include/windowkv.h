@@ -95,6 +95,8 @@ struct wkv_shapes {
     const int32_t * cells;      // cells that each (layer, kv head) holds now, row major [n_layer, n_head_kv]
 };
 
+// Of the layers that attend to all positions, which are those that policies compress: all of them in most models. Window and
+// recurrent layers stay as they are in stock and count in bytes_other alone.
 struct wkv_stats {
     int32_t n_layer;
     int32_t n_head_kv;
@@ -105,9 +107,10 @@ struct wkv_stats {
     int32_t n_window;           // rows of the observation ring
     int64_t bytes_live;         // bytes of the live buffers: pools and observation ring
     int64_t bytes_pool;         // of these, the K and V pools
-    int64_t bytes_full;         // what the stock cache holds for n_past positions
+    int64_t bytes_full;         // what the stock cache holds for n_past positions in these layers
     int64_t bytes_peak;         // largest bytes_live so far, transients of growth and compaction included
     int64_t bytes_released;     // given back by the last compaction
+    int64_t bytes_other;        // of the caches of window and recurrent layers, 0 where there are none
     double  t_score_ms;         // last compaction: scoring
     double  t_select_ms;        // last compaction: selection on the host
     double  t_gather_ms;        // last compaction: moving the kept cells and freeing the rest
@@ -124,7 +127,8 @@ WKV_API const char * wkv_last_error(void);
 // --- creation
 
 // The next llama_context created on this thread gets a ragged KV cache with an observation ring of n_window
-// rows (> 0). Parameter errors can stop the creation before the request is consumed, so call wkv_pending_clear()
+// rows (> 0). Models whose other layers keep a window or a recurrent state get it for the layers that attend to all
+// positions; their window caches are as large as the window then, whatever swa_full says. Parameter errors can stop the creation before the request is consumed, so call wkv_pending_clear()
 // afterwards in any case.
 WKV_API int  wkv_pending_set(int32_t n_window);
 WKV_API void wkv_pending_clear(void);
@@ -149,6 +153,7 @@ WKV_API int wkv_set_window(struct llama_context * ctx, int32_t n_window);
 WKV_API int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells);
 
 // keep a copy of the cache, go back to it any number of times, give it up; clearing the cache gives it up too
+// not for models with window or recurrent layers
 // for comparing policies after one prefill. Logits are not part of it.
 WKV_API int wkv_snapshot_save   (struct llama_context * ctx);
 WKV_API int wkv_snapshot_restore(struct llama_context * ctx);
@@ -157,6 +162,10 @@ WKV_API int wkv_snapshot_drop   (struct llama_context * ctx);
 // works without a policy too: the stock cache then, whose bytes_live is what it allocated for n_ctx positions and
 // whose bytes_full is the share of the positions seen
 WKV_API int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats);
+
+// indices in the model of the layers that are meant by n_layer of the statistics and by every "layer" below; returns their
+// number or a negative status
+WKV_API int wkv_get_layers(struct llama_context * ctx, int32_t * layers, size_t n);
 
 // cells of every (layer, kv head), row major [n_layer, n_head_kv]
 WKV_API int wkv_get_cells(struct llama_context * ctx, int32_t * cells, size_t n);

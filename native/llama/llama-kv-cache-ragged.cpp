@@ -5,6 +5,8 @@
 #include "llama-context.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include "ggml-flash-attn-ragged.h"
@@ -18,15 +20,25 @@
 // creation
 //
 
-static thread_local uint32_t    pending_window = 0;
-static thread_local std::string last_error;
+struct pending_request {
+    uint32_t n_window = 0;
+
+    // what the context asked for, known while its memory is created
+    const llama_cparams * cparams = nullptr;
+    ggml_type type_k = GGML_TYPE_F16;
+    ggml_type type_v = GGML_TYPE_F16;
+};
+
+static thread_local pending_request pending;
+static thread_local std::string     last_error;
 
 void llama_kv_ragged_pending_set(uint32_t n_window) {
-    pending_window = n_window;
+    pending = {};
+    pending.n_window = n_window;
 }
 
 bool llama_kv_ragged_pending() {
-    return pending_window > 0;
+    return pending.n_window > 0;
 }
 
 void llama_kv_ragged_set_error(const std::string & msg) {
@@ -42,7 +54,7 @@ const std::string & llama_kv_ragged_get_error() {
     throw std::runtime_error(last_error);
 }
 
-// architectures that llama_model::create_memory() gives a cache of their own
+// architectures that llama_model::create_memory() gives a cache of their own, or whose cache is part of another context
 static bool has_own_cache(llm_arch arch) {
     switch (arch) {
         case LLM_ARCH_BERT:
@@ -67,24 +79,31 @@ static bool has_own_cache(llm_arch arch) {
         case LLM_ARCH_DOTS3NOTE:
         case LLM_ARCH_DEEPSEEK4:
         case LLM_ARCH_DFLASH:
+        case LLM_ARCH_GEMMA4_ASSISTANT:
+        case LLM_ARCH_QWEN4EXP:
+        case LLM_ARCH_BAILINGMOE3:
             return true;
         default:
             return false;
     }
 }
 
+[[noreturn]] static void refuse_model(const llama_model & model, const std::string & what) {
+    refuse("a " + std::string(llm_arch_name(model.arch)) + " model with " + what + " is not supported yet, use it without a policy");
+}
+
 static void check_model(const llama_model & model) {
     const auto & hparams = model.hparams;
-    const std::string arch = llm_arch_name(model.arch);
 
-    const auto no = [&](const std::string & what) {
-        refuse("a " + arch + " model with " + what + " is not supported yet, use it without a policy");
-    };
+    const auto no = [&](const std::string & what) { refuse_model(model, what); };
 
-    if (llm_arch_is_recurrent(model.arch) || llm_arch_is_hybrid(model.arch)) { no("recurrent layers"); }
+    const bool windows = hparams.swa_type != LLAMA_SWA_TYPE_NONE;
+
+    if (llm_arch_is_recurrent(model.arch))           { no("recurrent layers alone"); }
     if (has_own_cache(model.arch))                   { no("a cache or attention of its own kind"); }
     if (llama_model_has_encoder(&model))             { no("an encoder"); }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE)     { no("sliding-window attention"); }
+    if (llm_arch_is_hybrid(model.arch) && windows)   { no("recurrent layers beside sliding-window attention"); }
+    if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) { no("windows that look ahead"); }
     if (hparams.is_mla())                            { no("multi-head latent attention"); }
     if (hparams.f_max_alibi_bias > 0.0f)             { no("ALiBi positions"); }
     if (hparams.n_pos_per_embd() > 1)                { no("M-RoPE positions"); }
@@ -94,9 +113,21 @@ static void check_model(const llama_model & model) {
     if (model.arch == LLM_ARCH_GROK)                 { no("a tanh of its own on the attention logits"); }
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (!hparams.has_kv(il))                             { no("layers that share a KV cache"); }
-        if (hparams.n_head_kv(il) != hparams.n_head_kv(0))   { no("different numbers of kv heads per layer"); }
-        if (hparams.n_head_kv(il) == 0)                      { no("layers without attention"); }
+        if (!hparams.has_kv(il)) { no("layers that share a KV cache"); }
+    }
+}
+
+// the layers that the cache is going to hold
+static void check_layers(const llama_model & model, const std::vector<uint32_t> & layers) {
+    const auto & hparams = model.hparams;
+
+    const auto no = [&](const std::string & what) { refuse_model(model, what); };
+
+    if (layers.empty()) { no("no layer that attends to all positions, so that there is nothing to compress,"); }
+
+    for (const uint32_t il : layers) {
+        if (hparams.n_head_kv(il) != hparams.n_head_kv(layers[0])) { no("different numbers of kv heads per layer"); }
+        if (hparams.n_head_kv(il) == 0)                            { no("layers without attention"); }
         if (hparams.n_embd_head_k(il) % 2 || hparams.n_embd_head_v(il) % 2) { no("an odd head size"); }
     }
 }
@@ -133,53 +164,130 @@ llama_memory_i * llama_kv_ragged_create(
         const llama_model         & model,
         const llama_memory_params & params,
         const llama_cparams       & cparams) {
-    const uint32_t n_window = pending_window;
-    pending_window = 0;
+    const pending_request request = pending;
+    pending = {};
 
     check_model(model);
     check_params(params, cparams);
 
-    return new llama_kv_cache_ragged(model, params, cparams, n_window);
+    if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE || llm_arch_is_hybrid(model.arch)) {
+        pending = { request.n_window, &cparams, params.type_k, params.type_v };
+        return nullptr;
+    }
+
+    return new llama_kv_cache_ragged(model, cparams, params.type_k, params.type_v, request.n_window, nullptr);
+}
+
+llama_kv_cache * llama_kv_ragged_attn(const llama_model & model, const llama_memory_i::layer_filter_cb & filter) {
+    const pending_request request = pending;
+    pending = {};
+
+    if (!request.cparams) {
+        refuse("this model creates a memory that no policy serves, use it without a policy");
+    }
+
+    const auto attends = [&](int32_t il) { return !model.hparams.is_recr(il); };
+
+    return new llama_kv_cache_ragged(model, *request.cparams, request.type_k, request.type_v, request.n_window,
+            filter ? filter : llama_memory_i::layer_filter_cb(attends));
+}
+
+//
+// inside a memory of upstream's
+//
+
+llama_kv_cache_ragged * llama_kv_ragged_find(llama_memory_i * mem) {
+    if (const auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+        mem = iswa->get_base();
+    } else if (const auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
+        mem = hybrid->get_mem_attn();
+    }
+    return dynamic_cast<llama_kv_cache_ragged *>(mem);
+}
+
+bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * swa, llama_seq_id & seq_id, llama_pos p0, llama_pos p1) {
+    const auto * ragged = dynamic_cast<const llama_kv_cache_ragged *>(kv);
+    if (!ragged) {
+        return true;
+    }
+    seq_id = std::max(seq_id, 0);
+    return ragged->can_rm(seq_id, p0, p1) && (seq_id > 0 || !swa || ragged->can_rm_window(*swa, p0));
+}
+
+bool llama_kv_ragged_no_shift(const llama_kv_cache * kv) {
+    const bool res = dynamic_cast<const llama_kv_cache_ragged *>(kv) != nullptr;
+    if (res) {
+        LLAMA_LOG_ERROR("%s: positions of a cache with a policy are final, shifting and dividing them is refused\n", __func__);
+    }
+    return res;
+}
+
+// sets the message of a batch that is refused
+static void refuse_batch(const std::string & msg) {
+    llama_kv_ragged_set_error(msg);
+    LLAMA_LOG_ERROR("%s\n", msg.c_str());
+}
+
+llama_kv_cache_context * llama_kv_ragged_context_make(
+        llama_kv_cache * kv,
+        llama_kv_cache::slot_info_vec_t sinfos,
+        std::vector<llama_ubatch> ubatches) {
+    auto * ragged = dynamic_cast<llama_kv_cache_ragged *>(kv);
+    if (!ragged) {
+        return new llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches));
+    }
+
+    const std::string error = ragged->check_ubatches(ubatches);
+    if (!error.empty()) {
+        refuse_batch(error);
+        return new llama_kv_cache_ragged_context(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+    return new llama_kv_cache_ragged_context(ragged, std::move(sinfos), std::move(ubatches));
 }
 
 //
 // llama_kv_cache_ragged
 //
 
-static thread_local bool ledger_pending = false;
+// set while a ledger is constructed: the layers of its owner, all if the filter is empty
+static thread_local const llama_memory_i::layer_filter_cb * ledger_owner = nullptr;
 
 // a ledger of positions: no layer passes
-static llama_kv_cache::layer_filter_cb ledger_filter() {
-    ledger_pending = true;
+static llama_memory_i::layer_filter_cb ledger_filter(const llama_memory_i::layer_filter_cb & owner) {
+    ledger_owner = &owner;
     return [](int32_t) { return false; };
 }
 
 void llama_kv_ragged_ledger(const llama_hparams & hparams, int32_t & n_embd_head_k_all, int32_t & n_embd_head_v_all) {
-    if (!ledger_pending) {
+    if (!ledger_owner) {
         return;
     }
-    ledger_pending = false;
+    const auto & owner = *ledger_owner;
+    ledger_owner = nullptr;
 
-    n_embd_head_k_all = hparams.n_embd_head_k(0);
-    n_embd_head_v_all = hparams.n_embd_head_v(0);
-    for (uint32_t il = 1; il < hparams.n_layer(); ++il) {
-        n_embd_head_k_all = n_embd_head_k_all == (int32_t) hparams.n_embd_head_k(il) ? n_embd_head_k_all : -1;
-        n_embd_head_v_all = n_embd_head_v_all == (int32_t) hparams.n_embd_head_v(il) ? n_embd_head_v_all : -1;
+    const auto merge = [](int32_t & all, int32_t n) { all = all == 0 || all == n ? n : -1; };
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (!owner || owner(il)) {
+            merge(n_embd_head_k_all, hparams.n_embd_head_k(il));
+            merge(n_embd_head_v_all, hparams.n_embd_head_v(il));
+        }
     }
 }
 
 llama_kv_cache_ragged::llama_kv_cache_ragged(
-        const llama_model         & model,
-        const llama_memory_params & params,
-        const llama_cparams       & cparams,
-                 uint32_t           n_window) :
-    llama_kv_cache(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, cparams.offload_kqv,
+        const llama_model     & model,
+        const llama_cparams   & cparams,
+              ggml_type         type_k,
+              ggml_type         type_v,
+              uint32_t          n_window,
+        const layer_filter_cb & filter) :
+    llama_kv_cache(model, model.hparams, type_k, type_v, /*v_trans =*/ false, cparams.offload_kqv,
             /*unified =*/ true, cparams.n_ctx_seq, cparams.n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE,
-            /*mem_other =*/ nullptr, /*filter =*/ ledger_filter(), nullptr, nullptr),
+            /*mem_other =*/ nullptr, /*filter =*/ ledger_filter(filter), nullptr, nullptr),
     model(model), hparams(model.hparams), cparams(cparams), n_window(n_window) {
     GGML_ASSERT(n_window > 0);
 
-    init_layers(params);
+    init_layers(type_k, type_v, filter);
     alloc_ring(n_window);
 }
 
@@ -192,9 +300,9 @@ static bool attn_supported(const llama_kv_ragged_layer & layer) {
     ggml_context_ptr ctx_ptr { ggml_init(params) };
     ggml_context * ctx = ctx_ptr.get();
 
-    ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.n_embd_head_k, 1, layer.n_head);
     const auto attended = [](ggml_type type) { return type == GGML_TYPE_F32 ? GGML_TYPE_F16 : type; };
 
+    ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.n_embd_head_k, 1, layer.n_head);
     ggml_tensor * k    = ggml_new_tensor_3d(ctx, attended(layer.type_k), layer.n_embd_head_k, 256, layer.n_head_kv);
     ggml_tensor * v    = ggml_new_tensor_3d(ctx, attended(layer.type_v), layer.n_embd_head_v, 256, layer.n_head_kv);
     ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 256, 1);
@@ -229,18 +337,26 @@ static bool ragged_supported(const llama_kv_ragged_layer & layer) {
     return ggml_backend_dev_supports_op(layer.dev, ggml_flash_attn_ragged(ctx, q, k, v, ranges, nullptr, 0, 1.0f, 0.0f, true));
 }
 
-void llama_kv_cache_ragged::init_layers(const llama_memory_params & params) {
+void llama_kv_cache_ragged::init_layers(ggml_type type_k, ggml_type type_v, const layer_filter_cb & filter) {
     map_layer.assign(hparams.n_layer_all, -1);
 
+    std::vector<uint32_t> ils;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (!filter || filter(il)) {
+            ils.push_back(il);
+        }
+    }
+    check_layers(model, ils);
+
+    for (const uint32_t il : ils) {
         llama_kv_ragged_layer layer;
         layer.il            = il;
         layer.n_head        = hparams.n_head(il);
         layer.n_head_kv     = hparams.n_head_kv(il);
         layer.n_embd_head_k = hparams.n_embd_head_k(il);
         layer.n_embd_head_v = hparams.n_embd_head_v(il);
-        layer.type_k        = params.type_k;
-        layer.type_v        = params.type_v;
+        layer.type_k        = type_k;
+        layer.type_v        = type_v;
         layer.dev           = cparams.offload_kqv ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
         layer.buft          = ggml_backend_dev_buffer_type(layer.dev);
         layer.kept.resize(layer.n_head_kv);
@@ -529,6 +645,24 @@ void llama_kv_cache_ragged::snapshot_drop() {
 // llama_memory_i
 //
 
+std::string llama_kv_cache_ragged::check_ubatches(const std::vector<llama_ubatch> & ubatches) const {
+    if (!cparams.causal_attn) {
+        return "kv_policy: the context was switched to non-causal attention, switch it back";
+    }
+
+    // new cells have to be the last ones of every head
+    llama_pos pos = n_pos;
+    for (const auto & ubatch : ubatches) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i, ++pos) {
+            if (ubatch.n_seq_id[i] != 1 || ubatch.seq_id[i][0] != 0 || ubatch.pos[i] != pos) {
+                return format("kv_policy: batch entry at position %d of sequence %d, expected position %d of sequence 0",
+                        ubatch.pos[i], ubatch.seq_id[i][0], pos);
+            }
+        }
+    }
+    return "";
+}
+
 llama_memory_context_ptr llama_kv_cache_ragged::init_batch(
             llama_batch_allocr & balloc,
             uint32_t n_ubatch,
@@ -536,14 +670,9 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(
     GGML_UNUSED(embd_all);
 
     const auto fail = [](const std::string & msg) {
-        llama_kv_ragged_set_error(msg);
-        LLAMA_LOG_ERROR("%s\n", msg.c_str());
+        refuse_batch(msg);
         return std::make_unique<llama_kv_cache_ragged_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     };
-
-    if (!cparams.causal_attn) {
-        return fail("kv_policy: the context was switched to non-causal attention, switch it back");
-    }
 
     balloc.split_reset();
 
@@ -552,15 +681,9 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(
         ubatches.push_back(std::move(ubatch)); // NOLINT
     }
 
-    // new cells have to be the last ones of every head
-    llama_pos pos = n_pos;
-    for (const auto & ubatch : ubatches) {
-        for (uint32_t i = 0; i < ubatch.n_tokens; ++i, ++pos) {
-            if (ubatch.n_seq_id[i] != 1 || ubatch.seq_id[i][0] != 0 || ubatch.pos[i] != pos) {
-                return fail(format("kv_policy: batch entry at position %d of sequence %d, expected position %d of sequence 0",
-                            ubatch.pos[i], ubatch.seq_id[i][0], pos));
-            }
-        }
+    const std::string error = check_ubatches(ubatches);
+    if (!error.empty()) {
+        return fail(error);
     }
 
     if (balloc.get_n_used() < balloc.get_n_tokens()) {
@@ -610,12 +733,15 @@ void llama_kv_cache_ragged::clear(bool data) {
     epoch++;
 }
 
-bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+// sequences other than 0 are empty
+static bool rm_nothing(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos n_pos) {
+    return seq_id > 0 || p0 >= n_pos || (p1 >= 0 && p1 <= p0);
+}
+
+bool llama_kv_cache_ragged::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
     p0 = std::max(p0, 0);
 
-    // sequences other than 0 are empty
-    const bool empty_range = p0 >= (llama_pos) n_pos || (p1 >= 0 && p1 <= p0);
-    if (seq_id > 0 || empty_range) {
+    if (rm_nothing(seq_id, p0, p1, n_pos)) {
         return true;
     }
 
@@ -624,14 +750,39 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
         return false;
     }
 
-    if (p0 == 0) {
-        clear(false);
+    if (p0 > 0 && p0 < (llama_pos) boundary) {
+        LLAMA_LOG_DEBUG("%s: position %d lies in what was compacted (below %u)\n", __func__, p0, boundary);
+        return false;
+    }
+    return true;
+}
+
+bool llama_kv_cache_ragged::can_rm_window(const llama_kv_cache & swa, llama_pos p0) const {
+    if (p0 <= 0 || swa.seq_pos_max(0) < p0) {
         return true;
     }
 
-    if (p0 < (llama_pos) boundary) {
-        LLAMA_LOG_DEBUG("%s: position %d lies in what was compacted (below %u)\n", __func__, p0, boundary);
+    // a window cache overwrites the oldest positions; the newest of those it lost has to be out of sight
+    const llama_pos pos_min = swa.seq_pos_min(0);
+    if (pos_min > 0 && !llama_hparams::is_masked_swa(hparams.n_swa, hparams.swa_type, pos_min - 1, p0)) {
+        LLAMA_LOG_DEBUG("%s: the window before position %d is gone (below %d)\n", __func__, p0, pos_min);
         return false;
+    }
+    return true;
+}
+
+bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    p0 = std::max(p0, 0);
+
+    if (!can_rm(seq_id, p0, p1)) {
+        return false;
+    }
+    if (rm_nothing(seq_id, p0, p1, n_pos)) {
+        return true;
+    }
+    if (p0 == 0) {
+        clear(false);
+        return true;
     }
 
     llama_kv_cache::seq_rm(0, p0, -1);
@@ -727,6 +878,16 @@ llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
     llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches)), kv(kv) {}
 
 const llama_kv_cache_ragged_context * llama_kv_cache_ragged_context::cast(const llama_kv_cache_context * mctx) {
+    return dynamic_cast<const llama_kv_cache_ragged_context *>(mctx);
+}
+
+const llama_kv_cache_ragged_context * llama_kv_cache_ragged_context::find(const llama_memory_context_i * mctx) {
+    if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa_context *>(mctx)) {
+        return cast(iswa->get_base());
+    }
+    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_context *>(mctx)) {
+        return cast(hybrid->get_attn());
+    }
     return dynamic_cast<const llama_kv_cache_ragged_context *>(mctx);
 }
 

@@ -22,12 +22,15 @@ struct llm_graph_context;
 // cells are always last, so that a length replaces the cell metadata and a triangle replaces the mask search.
 class llama_kv_cache_ragged : public llama_kv_cache {
 public:
-    // throws std::runtime_error with the reason if the model, the backend or the parameters cannot be served
+    // holds the layers that the filter accepts, all without one
+    // throws std::runtime_error with the reason if a layer or the backend cannot be served
     llama_kv_cache_ragged(
-            const llama_model         & model,
-            const llama_memory_params & params,
-            const llama_cparams       & cparams,
-                     uint32_t           n_window);
+            const llama_model     & model,
+            const llama_cparams   & cparams,
+                  ggml_type         type_k,
+                  ggml_type         type_v,
+                  uint32_t          n_window,
+            const layer_filter_cb & filter);
 
     ~llama_kv_cache_ragged() = default;
 
@@ -62,6 +65,15 @@ public:
     //
     // llama_kv_cache_ragged specific API
     //
+
+    // what seq_rm() will answer
+    bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // the same for a window cache of the same sequence: whether the query at p0 would find the cells that it looks at
+    bool can_rm_window(const llama_kv_cache & swa, llama_pos p0) const;
+
+    // "" or why these ubatches cannot follow what the cache holds
+    std::string check_ubatches(const std::vector<llama_ubatch> & ubatches) const;
 
     // "" or why a layer's attention does not run through this cache, or lacks what the policy needs
     std::string ready(bool ragged) const;
@@ -157,7 +169,7 @@ private:
     double  t_select_ms    = 0.0;
     double  t_gather_ms    = 0.0;
 
-    void init_layers(const llama_memory_params & params);
+    void init_layers(ggml_type type_k, ggml_type type_v, const layer_filter_cb & filter);
     void alloc_ring(uint32_t n);
     void synchronize() const;
 
@@ -193,6 +205,9 @@ public:
 
     // the ragged context behind a KV cache context, nullptr if there is none
     static const llama_kv_cache_ragged_context * cast(const llama_kv_cache_context * mctx);
+
+    // the one inside the context of any memory, nullptr if there is none
+    static const llama_kv_cache_ragged_context * find(const llama_memory_context_i * mctx);
 
     bool apply() override;
 
@@ -248,11 +263,36 @@ void llama_kv_ragged_pending_set(uint32_t n_window); // 0 = none
 
 bool llama_kv_ragged_pending();
 
-// consumes the pending request; throws std::runtime_error with the reason if the model cannot be served
+// Throws std::runtime_error with the reason if the model cannot be served. Returns nullptr if the model keeps window or
+// recurrent layers beside its attention: upstream then creates its own memory, and the request stays pending until that
+// asks for the cache of the attention layers with llama_kv_ragged_attn(). Consumes the request otherwise.
 llama_memory_i * llama_kv_ragged_create(
         const llama_model         & model,
         const llama_memory_params & params,
         const llama_cparams       & cparams);
+
+// Consumes the pending request. Without a filter the layers that are not recurrent.
+llama_kv_cache * llama_kv_ragged_attn(const llama_model & model, const llama_memory_i::layer_filter_cb & filter);
+
+//
+// a ragged cache inside a memory of upstream's: what that memory asks, answered for stock caches too
+//
+
+// nullptr if there is none
+llama_kv_cache_ragged * llama_kv_ragged_find(llama_memory_i * mem);
+
+// Whether all of the caches can remove these positions; swa may be nullptr. A ragged cache holds one sequence, so that
+// "every sequence" becomes that one, which recurrent caches need: they remove nothing from every sequence.
+bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * swa, llama_seq_id & seq_id, llama_pos p0, llama_pos p1);
+
+// true, with a line in the log, if positions must stay as they are
+bool llama_kv_ragged_no_shift(const llama_kv_cache * kv);
+
+// the context of a batch that has slots; that of a ragged cache fails if the batch does not follow what it holds
+llama_kv_cache_context * llama_kv_ragged_context_make(
+        llama_kv_cache * kv,
+        llama_kv_cache::slot_info_vec_t sinfos,
+        std::vector<llama_ubatch> ubatches);
 
 // message of the last failure on this thread
 void                llama_kv_ragged_set_error(const std::string & msg);

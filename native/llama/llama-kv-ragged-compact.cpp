@@ -124,6 +124,11 @@ std::vector<float> llama_kv_cache_ragged::score(
 
     const float softcap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
 
+    // A learned sink takes a share of every query's attention. Where this backend cannot read the model's tensor, the scores
+    // do without: that scales all cells of a query alike.
+    ggml_tensor * sinks = layer.sinks && layer.sinks->buffer &&
+        ggml_backend_dev_supports_buft(layer.dev, ggml_backend_buffer_get_type(layer.sinks->buffer)) ? layer.sinks : nullptr;
+
     // a column of weights for every result: one for the mean, or one per query head
     const int64_t n_res = mean ? 1 : n_gqa;
 
@@ -152,6 +157,9 @@ std::vector<float> llama_kv_cache_ragged::score(
 
         kq = ggml_reshape_3d(ctx, kq, n, n_window, n_gqa);
         kq = ggml_soft_max_ext(ctx, kq, masks.back(), softcap > 0.0f ? 1.0f : layer.kq_scale, 0.0f);
+        if (sinks) {
+            ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, sinks, n_gqa, ih*n_gqa*sinks->nb[0]));
+        }
         kq = ggml_reshape_2d(ctx, kq, n, n_window*n_gqa);
 
         ggml_tensor * sum = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, kq)), weights); // [n, n_res]

@@ -170,7 +170,7 @@ void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
 }
 
 bool llm_graph_input_ragged::can_reuse(const llm_graph_params & params) {
-    const auto * next = dynamic_cast<const llama_kv_cache_ragged_context *>(params.mctx);
+    const auto * next = llama_kv_cache_ragged_context::find(params.mctx);
     if (!next || next->get_epoch() != epoch || params.ubatch.n_tokens != n_tokens) {
         return false;
     }
@@ -221,7 +221,6 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
         throw std::runtime_error(msg);
     };
     if (kq_b)                  { refuse("an attention bias"); }
-    if (sinks)                 { refuse("a learned attention sink"); }
     if (!k_cur || !v_cur)      { refuse("a layer that shares the KV cache of another"); }
     if (!g.cparams.flash_attn) { refuse("attention without flash attention"); }
     if (g.cparams.training)    { refuse("training"); }
@@ -231,6 +230,7 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
     auto & layer = kv->layers.at(kv->map_layer.at(il));
     layer.hooked   = true;
     layer.kq_scale = kq_scale;
+    layer.sinks    = sinks;
 
     auto * inp = llm_graph_input_ragged::find(g.res);
     if (!inp) {
@@ -271,6 +271,7 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
         ggml_tensor * v = cast_f32(ctx, view_cells(ctx, view.v, view.cap, view.n_read, n_head_kv));
 
         cur = ggml_flash_attn_ext(ctx, q, k, v, cls.mask, kq_scale, 0.0f, softcap);
+        ggml_flash_attn_ext_add_sinks(cur, sinks);
         g.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, il });
         ggml_prec_set_acc(cur, GGML_PREC_F32);
     } else {
@@ -279,9 +280,12 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
         ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, view.k, all_heads(ctx, k_cur), rows));
         ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, view.v, all_heads(ctx, v_cur), rows));
 
-        cur = ggml_flash_attn_ragged(ctx, q, view.k, view.v, inp->get_ranges(ctx, n_head_kv), nullptr, get_index(il),
+        cur = ggml_flash_attn_ragged(ctx, q, view.k, view.v, inp->get_ranges(ctx, n_head_kv), sinks, get_index(il),
                 kq_scale, softcap, /*causal =*/ true);
     }
+
+    // the probes at creation know no sinks; a pool must not move to another device at every token
+    if (sinks && !ggml_backend_dev_supports_op(layer.dev, cur)) { refuse("a learned attention sink on this device"); }
 
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(g.gf, cur);

@@ -67,6 +67,9 @@ struct llama_kv_ragged_layer {
     bool  hooked   = false;
     float kq_scale = 0.0f;
 
+    // learned attention sinks of the model [n_head], F32, nullptr without
+    ggml_tensor * sinks = nullptr;
+
     llama_kv_ragged_pool pool;
 
     // observed queries [n_embd_head_k, n_window, n_head], F16, row = position % n_window

@@ -4,7 +4,10 @@
 
 #include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache-ragged.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 #include "policy/wkv-policy.h"
 
@@ -43,7 +46,7 @@ static int64_t with_cache(llama_context * ctx, F fn) {
     if (!ctx) {
         return fail(WKV_ERR_ARGUMENT, "ctx is null");
     }
-    auto * kv = dynamic_cast<llama_kv_cache_ragged *>(ctx->get_memory());
+    auto * kv = llama_kv_ragged_find(ctx->get_memory());
     if (!kv) {
         return fail(WKV_ERR_NO_POLICY, "this context was created without a KV policy: call wkv_pending_set before creating it");
     }
@@ -149,7 +152,10 @@ int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy
 }
 
 int wkv_snapshot_save(struct llama_context * ctx) {
-    return with_cache(ctx, [](llama_kv_cache_ragged & kv) {
+    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        if (&kv != ctx->get_memory()) {
+            return fail(WKV_ERR_UNSUPPORTED, "snapshots do not cover window and recurrent layers yet, evaluate the prompt again");
+        }
         return kv.snapshot_save() ? WKV_OK : fail(WKV_ERR_COMPUTE, "no memory for a copy of the cache");
     });
 }
@@ -168,32 +174,89 @@ int wkv_snapshot_drop(struct llama_context * ctx) {
     });
 }
 
+// the cache of the layers that attend to all positions; nullptr for kinds that have none or keep something else there
+static llama_kv_cache * attn_cache(llama_memory_t mem) {
+    if (const auto * cur = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
+        return cur->get_mem_attn()->get_base();
+    }
+    if (const auto * cur = dynamic_cast<llama_memory_hybrid *>(mem)) {
+        return cur->get_mem_attn();
+    }
+    if (const auto * cur = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+        return cur->get_base();
+    }
+    return dynamic_cast<llama_kv_cache *>(mem);
+}
+
+static int64_t n_bytes(const llama_memory_i & mem) {
+    int64_t res = 0;
+    for (const auto & [_, size] : mem.memory_breakdown()) {
+        res += size;
+    }
+    return res;
+}
+
+// indices in the model of the layers that attend to all positions; where nothing is known, of all layers
+static std::vector<uint32_t> attn_layers(const llama_context & ctx) {
+    const llama_kv_cache * kv = attn_cache(ctx.get_memory());
+
+    std::vector<uint32_t> res;
+    if (const auto * ragged = dynamic_cast<const llama_kv_cache_ragged *>(kv)) {
+        for (const auto & layer : ragged->get_layers()) {
+            res.push_back(layer.il);
+        }
+    } else if (kv) {
+        res = kv->get_layer_ids();
+    } else {
+        for (uint32_t il = 0; il < ctx.get_model().hparams.n_layer(); ++il) {
+            res.push_back(il);
+        }
+    }
+    return res;
+}
+
 // the stock cache holds every position in every layer and allocates all of them at once
 static int stock_stats(const llama_context & ctx, struct wkv_stats & stats) {
-    const llama_memory_t mem     = ctx.get_memory();
-    const auto         & hparams = ctx.get_model().hparams;
+    const llama_memory_t   mem     = ctx.get_memory();
+    const llama_kv_cache * kv      = attn_cache(mem);
+    const auto           & hparams = ctx.get_model().hparams;
+
+    const auto    layers = attn_layers(ctx);
+    const int64_t total  = n_bytes(*mem);
 
     stats = {};
-    stats.n_layer   = hparams.n_layer();
-    stats.n_head_kv = hparams.n_head_kv(0);
-    stats.n_gqa     = hparams.n_gqa(0);
-    stats.n_past    = mem->seq_pos_max(0) + 1;
-    for (const auto & [_, size] : mem->memory_breakdown()) {
-        stats.bytes_live += size;
-    }
-    stats.bytes_pool = stats.bytes_live;
-    stats.bytes_peak = stats.bytes_live;
-    stats.bytes_full = stats.bytes_live*stats.n_past/ctx.n_ctx();
+    stats.n_layer     = layers.size();
+    stats.n_head_kv   = layers.empty() ? 0 : hparams.n_head_kv(layers[0]);
+    stats.n_gqa       = layers.empty() ? 0 : hparams.n_gqa(layers[0]);
+    stats.n_past      = mem->seq_pos_max(0) + 1;
+    stats.bytes_live  = kv ? n_bytes(*kv) : total;
+    stats.bytes_other = total - stats.bytes_live;
+    stats.bytes_pool  = stats.bytes_live;
+    stats.bytes_peak  = stats.bytes_live;
+    stats.bytes_full  = stats.bytes_live*stats.n_past/ctx.n_ctx();
     return WKV_OK;
 }
 
 int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats) {
-    if (ctx && ctx->get_memory() && !dynamic_cast<llama_kv_cache_ragged *>(ctx->get_memory())) {
+    if (ctx && ctx->get_memory() && !llama_kv_ragged_find(ctx->get_memory())) {
         return stock_stats(*ctx, *stats);
     }
     return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) {
         kv.get_stats(*stats);
+        stats->bytes_other = n_bytes(*ctx->get_memory()) - n_bytes(kv);
         return WKV_OK;
+    });
+}
+
+int wkv_get_layers(struct llama_context * ctx, int32_t * layers, size_t n) {
+    if (!ctx || !ctx->get_memory()) {
+        return fail(WKV_ERR_ARGUMENT, "the context is null or has no memory");
+    }
+    return guard([&] {
+        const auto res = attn_layers(*ctx);
+        check_room(n, res.size());
+        std::copy(res.begin(), res.end(), layers);
+        return int(res.size());
     });
 }
 

@@ -363,7 +363,7 @@ class FakeLlama:
         yield from self.create_chat_completion([])
 
     def kv_stats(self) -> Any:
-        return windowkv_edge.KVStats("windowkv", 0, None, 0, 0, 0, 0, 0, 0.0, 0.0)  # type: ignore[arg-type]
+        return windowkv_edge.KVStats("windowkv", 0, (), None, 0, 0, 0, 0, 0, 0, 0.0, 0.0)  # type: ignore[arg-type]
 
     def n_ctx(self) -> int:
         return 512

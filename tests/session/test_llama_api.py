@@ -14,6 +14,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+import tiny_model
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from windowkv_edge import Llama, UnsupportedCallError, UnsupportedModelError, WindowKV
@@ -263,6 +264,7 @@ def test_embeddings_are_refused(llm: Llama, session: Callable[..., Llama]) -> No
         ({"kv_budget": 0.1}, ValueError, "without kv_policy has no effect"),
         ({"kv_policy": "windowkv", "kv_min_prompt": -1}, ValueError, "kv_min_prompt"),
         ({"kv_policy": "windowkv", "flash_attn": False}, ValueError, "flash_attn=False cannot be combined"),
+        ({"kv_policy": "windowkv", "swa_full": True}, ValueError, "swa_full=True cannot be combined"),
         ({"kv_policy": "windowkv", "vocab_only": True}, ValueError, "vocab_only=True cannot be combined"),
         ({"kv_policy": "windowkv", "type_k": 6}, UnsupportedModelError, "cells of type q5_0 are not supported, expected f32"),
         ({"kv_policy": "windowkv", "type_v": 2}, UnsupportedModelError, "cells of type q4_0 are not supported yet"),
@@ -275,12 +277,15 @@ def test_bad_arguments(
         session(**kwargs)
 
 
-def test_sliding_windows_are_refused(gemma3: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="gemma3 model with sliding-window attention is not supported yet"):
-        Llama(str(gemma3), kv_policy="windowkv", n_ctx=512, verbose=False)
-    # the request was consumed: the next session on this thread is an ordinary one
-    llm = Llama(str(gemma3), n_ctx=512, verbose=False)
-    assert llm.kv_stats().policy == "stock"
+def test_a_refused_model_consumes_the_request(tmp_path: Path, session: Callable[..., Llama]) -> None:
+    model = tiny_model.write_lfm2(tmp_path / "windows.gguf", window=64)
+    with pytest.raises(UnsupportedModelError, match="lfm2 model with recurrent layers beside sliding-window attention"):
+        Llama(str(model), kv_policy="windowkv", n_ctx=512, verbose=False)
+    # the next session on this thread is an ordinary one
+    assert session().kv_stats().policy == "stock"
+    llm = Llama(str(model), n_ctx=512, verbose=False)
+    assert llm.kv_stats().policy == "stock" and llm.kv_stats().layers == ()
+    assert "MiB in window and recurrent layers" in str(llm.kv_stats())
     llm.close()
 
 

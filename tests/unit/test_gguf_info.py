@@ -180,7 +180,7 @@ def test_window(tmp_path: Path, arch: str, keys: dict[str, Any], window: int, la
     assert info.sliding_window == window
     assert "".join("w" if is_window else "." for is_window in info.window_layers) == layers
     if window:
-        assert not support(info)[0]
+        assert support(info)[0] == ("." in layers)
 
 
 # Support
@@ -198,12 +198,16 @@ def test_plain_decoders_are_supported(tmp_path: Path, arch: str) -> None:
     [
         ("mamba", {"ssm__state_size": 16}, "recurrent state"),
         ("rwkv7", {"wkv__head_size": 64}, "recurrent state"),
-        ("jamba", {"ssm__state_size": 16, "attention__head_count_kv": [0, 2, 0, 2]}, "recurrent layers"),
-        ("qwen3next", {}, "recurrent layers"),
+        ("jamba", {"ssm__state_size": 16, "attention__head_count_kv": [0, 0, 0, 0]}, "nothing to compress"),
+        ("lfm2", {"attention__head_count_kv": [0, 2, 0, 2], "attention__sliding_window": 64}, "windows beside recurrent layers"),
+        ("kimi-linear", {"attention__kv_lora_rank": 512, "attention__key_length_mla": 192, "attention__value_length_mla": 128}, "MLA"),
+        ("qwen35", {}, "M-RoPE"),
+        ("bailingmoe3", {}, "compressed or indexed"),
         ("llama", {"ssm__state_size": 16}, r"recurrent layers \(llama.ssm.state_size\)"),
-        ("gemma2", {}, "sliding-window"),
-        ("gemma3", {"attention__sliding_window": 512}, "sliding-window.*512 positions"),
-        ("gpt-oss", {"attention__sliding_window": 128}, "sliding-window"),
+        ("gemma3", {"attention__sliding_window": 512}, "no layer attends to all positions"),  # 4 layers of a period of 6
+        ("gemma2", {"attention__sliding_window_pattern": 0}, "no layer attends to all positions"),
+        ("gemma2", {"attention__head_count_kv": [2, 1, 2, 2]}, r"different numbers of KV heads \(1 to 2\)"),
+        ("gemma4-assistant", {"attention__sliding_window": 512}, "draft head"),
         ("deepseek2", {"attention__kv_lora_rank": 512, "attention__key_length_mla": 192, "attention__value_length_mla": 128}, "MLA"),
         ("minimax-m3", {}, "compressed or indexed"),
         ("bloom", {}, "ALiBi"),
@@ -221,7 +225,7 @@ def test_plain_decoders_are_supported(tmp_path: Path, arch: str) -> None:
         ("qwen3vl", {"rope__dimension_sections": [24, 20, 20, 0]}, "M-RoPE"),
         ("glm4", {"rope__dimension_sections": [8, 12, 12, 0]}, "M-RoPE"),
         ("grok", {"attn_logit_softcapping": 30.0}, "logits"),
-        ("gemma3n", {"attention__sliding_window": 512}, "sliding-window"),
+        ("gemma3n", {"attention__sliding_window": 512, "block_count": 30}, "last 10 layers reuse the cells"),
         ("llama", {"attention__shared_kv_layers": 2}, "reuse the cells"),
         ("graniteswitch", {}, "router"),
         ("deci", {"attention__head_count_kv": [2, 0, 2, 2]}, "no KV heads"),
@@ -256,11 +260,35 @@ def test_a_key_or_its_absence_decides(tmp_path: Path, arch: str, keys: dict[str,
     assert support(info_of(tmp_path, arch, **keys))[0]
 
 
+@pytest.mark.parametrize(
+    ("arch", "keys", "layers", "reason"),
+    [
+        ("gemma2", {}, (1, 3), "2 of 4 layers attend to all .* the others keep their window of 4,096 positions"),
+        ("gemma3", {"attention__sliding_window": 512, "attention__sliding_window_pattern": 2}, (1, 3), "2 of 4 layers"),
+        ("gpt-oss", {"attention__sliding_window": 128}, (1, 3), "window of 128 positions"),
+        ("gpt-oss", {"attention__sliding_window": 128, "attention__head_count_kv": [1, 2, 1, 2]}, (1, 3), "2 of 4 layers"),
+        ("lfm2", {"shortconv__l_cache": 3, "attention__head_count_kv": [0, 2, 0, 0]}, (1,), "1 of 4 layers .* recurrent state"),
+        ("jamba", {"ssm__state_size": 16, "attention__head_count_kv": [0, 2, 0, 2]}, (1, 3), "their recurrent state"),
+        ("falcon-h1", {"ssm__state_size": 16}, (0, 1, 2, 3), "all keep their recurrent state besides"),
+        ("qwen3next", {}, (3,), "1 of 4 layers"),
+        ("qwen3next", {"full_attention_interval": 2}, (1, 3), "2 of 4 layers"),
+        ("minimax-01", {"attention__recurrent_layers": [True, False, True, True]}, (1,), "1 of 4 layers"),
+    ],
+)  # fmt: skip
+def test_layers_that_attend_to_all_positions_are_compressed(
+    tmp_path: Path, arch: str, keys: dict[str, Any], layers: tuple[int, ...], reason: str
+) -> None:
+    info = info_of(tmp_path, arch, **keys)
+    assert info.compressed_layers == layers
+    supported, why = support(info)
+    assert supported and re.search(reason, why), why
+
+
 def test_each_architecture_is_in_one_group() -> None:
     names = [name for group in GROUPS.values() for name in group]
     assert len(names) == len(set(names)) > 120
     assert set(GROUPS["plain"]) == gguf_info.PLAIN_ARCHITECTURES
-    assert set(GROUPS) - {"plain", "window-by-key", "mla-by-key"} == set(gguf_info._WHY_NOT)
+    assert set(GROUPS) - set(gguf_info._MAYBE) == set(gguf_info._WHY_NOT)
 
 
 def test_rules_written_by_hand_cover_the_generated_lists() -> None:
@@ -294,8 +322,16 @@ def test_windowed_layers_hold_at_most_their_window(tmp_path: Path) -> None:
     rows = cost_table(info, [100, 1000], [0.5], ["windowkv"])
     assert [(r.policy, r.n_bytes) for r in rows] == [
         ("stock", layer * 4 * 100),
+        ("windowkv", layer * (2 * 100 + 2 * 50)),
         ("stock", layer * (2 * 128 + 2 * 1000)),
+        ("windowkv", layer * (2 * 128 + 2 * 500)),
     ]
+
+
+def test_recurrent_layers_hold_no_cells(tmp_path: Path) -> None:
+    info = info_of(tmp_path, "lfm2", shortconv__l_cache=3, attention__head_count_kv=[0, 2, 0, 2])
+    rows = cost_table(info, [1000], [0.5], ["windowkv"])
+    assert [row.n_bytes for row in rows] == [2 * 1000 * 2 * (16 + 16) * 2, 2 * 500 * 2 * (16 + 16) * 2]
 
 
 def test_layers_that_share_cells_are_counted_once(tmp_path: Path) -> None:
@@ -357,8 +393,10 @@ def test_gemma3() -> None:
     assert info.sliding_window == 512
     assert [il for il, windowed in enumerate(info.window_layers) if not windowed] == [5, 11, 17]
     supported, why = support(info)
-    assert not supported and "sliding-window" in why
-    assert [r.n_bytes for r in cost_table(info, [4096], [0.1], ["windowkv"])] == [(15 * 512 + 3 * 4096) * 1024]
+    assert supported and why.startswith("3 of 18 layers attend to all positions")
+    assert [r.n_bytes for r in cost_table(info, [4096], [0.1], ["windowkv"])] == [
+        (15 * 512 + 3 * 4096) * 1024, (15 * 512 + 3 * 409) * 1024,
+    ]  # fmt: skip
 
 
 # The generator
@@ -374,7 +412,7 @@ def test_the_forecast_agrees_with_the_upstream_sources(upstream: Path) -> None:
 def test_every_architecture_of_the_gguf_package_has_a_verdict(tmp_path: Path) -> None:
     for arch in gguf.MODEL_ARCH_NAMES.values():
         supported, why = support(info_of(tmp_path, arch))
-        assert why and supported == why.startswith("plain causal attention")
+        assert why and supported == bool(re.match("plain causal attention|[0-9]+ of [0-9]+ layers attend", why))
 
 
 def test_a_folder_without_sources_is_reported(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def window(policy: str) -> int:
 
 def ring_bytes(header: GGUFInfo, policy: str) -> int:
     """Bytes of the observed queries (f16), which a session holds beside its cells."""
-    return sum(header.n_head) * header.head_dim_k * window(policy) * 2
+    return sum(header.n_head[il] for il in header.compressed_layers) * header.head_dim_k * window(policy) * 2
 
 
 def _model_table(header: GGUFInfo, supported: bool, reason: str, is_cost_known: bool) -> Table:
@@ -107,6 +107,8 @@ def _model_table(header: GGUFInfo, supported: bool, reason: str, is_cost_known: 
         table.add_row(
             "sliding window", f"{header.sliding_window:,} positions in {n_windowed} of {header.n_layer} layers"
         )
+    if any(header.recurrent_layers):
+        table.add_row("recurrent layers", f"{sum(header.recurrent_layers)} of {header.n_layer}")
     if is_cost_known:
         table.add_row("KV cache (f16)", f"{header.bytes_per_position:,} bytes per position")
     table.add_row("chat template", "yes" if header.has_chat_template else "no")
