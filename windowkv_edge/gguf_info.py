@@ -62,8 +62,8 @@ _WINDOW_DEFAULT = {"gemma2": 4096, "exaone4": 4096}
 _ALIBI_BY_KEY = frozenset({"jais", "mpt"})
 _ALIBI_FIXED = {"baichuan": 8.0, "bloom": 8.0, "refact": 8.0}  # baichuan: only the 13B, known by its 40 layers
 _ROW_GROUPS = (*_MAYBE, "scaled-logits", "mrope", "alibi")  # K and V rows
-# Hybrids mark recurrent layers by 0 KV heads, but these by attention.recurrent_layers, or else all but every n-th layer,
-# n being the key full_attention_interval or this.
+# Hybrids mark recurrent layers by 0 KV heads, but these by attention.recurrent_layers, or else all but every n-th are
+# recurrent, n being the key full_attention_interval or this.
 _ATTENTION_INTERVAL = {"qwen3next": 4, "minimax-01": 8}
 _WINDOW_HYBRIDS = frozenset({"lfm2", "lfm2moe"})
 _RECURRENT_KEYS = ("ssm.", "wkv.", "kda.", "shortconv.", "attention.recurrent_layers", "token_shift_count")

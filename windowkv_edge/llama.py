@@ -278,9 +278,7 @@ class Llama(llama_cpp.Llama):
         if _native.lib.wkv_ready(kv._ctx, policy.ragged) < 0:
             raise UnsupportedModelError(f"{self.model_path}: {_native.last_error()}")
         n_layer = int(llama_cpp.llama_model_n_layer(self._model.model))
-        return policy.bind(
-            ModelHeads(self.model_path, self.metadata, n_layer, int(kv.stats().n_head_kv), kv.layers())
-        )
+        return policy.bind(ModelHeads(self.model_path, self.metadata, n_layer, int(kv.stats().n_head_kv), kv.layers()))
 
     def _refuse(self, what: str, instead: str) -> None:
         if self._kv_policy is not None:
