@@ -254,7 +254,7 @@ def test_embeddings_are_refused(llm: Llama, session: Callable[..., Llama]) -> No
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"kv_policy": "windowk"}, ValueError, "expected one of full, streamingllm, snapkv, pyramidkv, windowkv"),
+        ({"kv_policy": "windowk"}, ValueError, "expected one of full, streamingllm, snapkv, pyramidkv, adakv, headkv"),
         ({"kv_policy": 3}, TypeError, "expected None, a name or a KVPolicy object"),
         ({"kv_policy": "windowkv", "kv_budget": 0.0}, ValueError, "fraction over 0"),
         ({"kv_policy": "windowkv", "kv_budget": 1.2}, ValueError, "up to 1.0"),
@@ -267,7 +267,7 @@ def test_embeddings_are_refused(llm: Llama, session: Callable[..., Llama]) -> No
         ({"kv_policy": "windowkv", "swa_full": True}, ValueError, "swa_full=True cannot be combined"),
         ({"kv_policy": "windowkv", "vocab_only": True}, ValueError, "vocab_only=True cannot be combined"),
         ({"kv_policy": "windowkv", "type_k": 6}, UnsupportedModelError, "cells of type q5_0 are not supported, expected f32"),
-        ({"kv_policy": "windowkv", "type_v": 2}, UnsupportedModelError, "cells of type q4_0 are not supported yet"),
+        ({"kv_policy": "windowkv", "type_v": 3}, UnsupportedModelError, "cells of type q4_1 are not supported"),
     ],
 )
 def test_bad_arguments(
