@@ -47,6 +47,8 @@ class HeadScores:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        rows_of = {kind: np.asarray(rows, dtype=np.float64) for kind, rows in self.scores.items()}
+        object.__setattr__(self, "scores", rows_of)
         if not self.scores or not set(self.scores) <= set(KINDS):
             raise ValueError(f"{self.source}: kinds of scores are {sorted(self.scores)}, expected 'r', 'r2' or both")
         shapes = {np.shape(rows) for rows in self.scores.values()}
@@ -152,7 +154,8 @@ class HeadScores:
 
 def profile_beside(model: str | os.PathLike[str]) -> Path:
     """Where ``windowkv-edge profile`` puts the scores of a model file by default: MODEL.heads.json beside it."""
-    return Path(model).with_suffix(".heads.json")
+    path = Path(model)
+    return path.with_name(path.name.removesuffix(".gguf") + ".heads.json")
 
 
 @cache
@@ -176,6 +179,7 @@ class ModelHeads:
         n_layer: layers, of any kind.
         n_head_kv: kv heads per layer of the compressible layers.
         layers: indices of the layers that the cache compresses.
+        n_head: query heads per layer of these; None if unknown.
     """
 
     path: str
@@ -183,6 +187,7 @@ class ModelHeads:
     n_layer: int
     n_head_kv: int
     layers: tuple[int, ...]
+    n_head: int | None = None
 
     def find(self, given: HeadScores | str | os.PathLike[str] | None) -> HeadScores:
         """Head scores of this model: given ones, else those in its metadata, beside its file, or in the package.
@@ -221,10 +226,12 @@ class ModelHeads:
             MissingProfileError, OSError, ValueError: see :meth:`find`; ValueError also for scores of another model.
         """
         scores = self.find(given)
-        if scores.shape[0] != self.n_layer or scores.shape[1] % self.n_head_kv:
+        n_head = scores.shape[1] if self.n_head is None else self.n_head
+        if scores.shape != (self.n_layer, n_head) or n_head % self.n_head_kv:
+            own = "" if self.n_head is None else f" of {self.n_head} query heads"
             raise ValueError(
                 f"{scores.source}: scores of {scores.shape[0]} layers x {scores.shape[1]} query heads do not fit "
-                f"{self.path} with {self.n_layer} layers and {self.n_head_kv} kv heads; measure them with: "
+                f"{self.path} with {self.n_layer} layers{own} and {self.n_head_kv} kv heads; measure them with: "
                 f"windowkv-edge profile {self.path}"
             )
         res = scores.kv_heads(kind, self.n_head_kv, reduce)[list(self.layers)]

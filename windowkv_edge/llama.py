@@ -96,22 +96,22 @@ class Llama(llama_cpp.Llama):
                 raise ValueError(f"{name}={value} cannot be combined with kv_policy={self._kv_policy.name!r}; {fix}")
         kwargs.update(flash_attn=True, swa_full=False)
 
-        with _native.pending(self._kv_policy.window):
-            try:
-                super().__init__(model_path, **kwargs)
-            except ValueError as error:
-                reason = _native.last_error()
-                if reason:
-                    raise UnsupportedModelError(f"{model_path}: {reason}") from error
-                raise
-
-        kv = _native.Context(self._ctx.ctx)
         try:
+            with _native.pending(self._kv_policy.window):
+                try:
+                    super().__init__(model_path, **kwargs)
+                except ValueError as error:
+                    reason = _native.last_error()
+                    if reason:
+                        raise UnsupportedModelError(f"{model_path}: {reason}") from error
+                    raise
+            kv = _native.Context(self._ctx.ctx)
             self._kv_bound = self._bind(kv, self._kv_policy)
+            kv.set_attention("auto" if kv_exact else "ragged")
         except BaseException:
+            # the weights may be loaded, and whoever holds the error holds this session
             self.close()
             raise
-        kv.set_attention("auto" if kv_exact else "ragged")
         self._kv = kv
 
     #
@@ -278,7 +278,17 @@ class Llama(llama_cpp.Llama):
         if _native.lib.wkv_ready(kv._ctx, policy.ragged) < 0:
             raise UnsupportedModelError(f"{self.model_path}: {_native.last_error()}")
         n_layer = int(llama_cpp.llama_model_n_layer(self._model.model))
-        return policy.bind(ModelHeads(self.model_path, self.metadata, n_layer, int(kv.stats().n_head_kv), kv.layers()))
+        stats = kv.stats()
+        return policy.bind(
+            ModelHeads(
+                self.model_path,
+                self.metadata,
+                n_layer,
+                int(stats.n_head_kv),
+                kv.layers(),
+                n_head=int(stats.n_head_kv * stats.n_gqa),
+            )
+        )
 
     def _refuse(self, what: str, instead: str) -> None:
         if self._kv_policy is not None:

@@ -308,6 +308,7 @@ def measure(
         with part.open("a", encoding="utf-8") as file:
             if not done and file.tell() == 0:
                 file.write(json.dumps(header) + "\n")
+                file.flush()
             report(len(done), len(cases), None)
             for case in cases:
                 if case in done:
@@ -335,7 +336,11 @@ def _read_part(part: Path, header: dict[str, str]) -> dict[tuple[int, float, int
     if not part.exists():
         return {}
     lines = part.read_text(encoding="utf-8").splitlines()
-    if not lines or json.loads(lines[0]) != header:
+    try:
+        same = bool(lines) and json.loads(lines[0]) == header
+    except json.JSONDecodeError:
+        same = False  # cut off while it was written
+    if not same:
         # of another model or another plan
         part.unlink()
         return {}
@@ -343,11 +348,13 @@ def _read_part(part: Path, header: dict[str, str]) -> dict[tuple[int, float, int
     for line in lines[1:]:
         try:
             outcome = Outcome.parse(line)
-        except (json.JSONDecodeError, KeyError):
+        except (KeyError, TypeError, ValueError):
             continue  # cut off while it was written
         found[outcome.case] = outcome
     text = "".join(line + "\n" for line in [lines[0], *(o.row() for o in found.values())])
-    part.write_text(text, encoding="utf-8")
+    whole = part.with_name(part.name + ".tmp")
+    whole.write_text(text, encoding="utf-8")
+    whole.replace(part)
     return found
 
 

@@ -320,7 +320,7 @@ def test_head_scores_are_looked_for(tiny: Path, tmp_path: Path) -> None:
     llm.close()
 
     scores(5, 4).save(beside)
-    with pytest.raises(ValueError, match="5 layers x 4 query heads do not fit .* 3 layers and 2 kv heads"):
+    with pytest.raises(ValueError, match="5 layers x 4 query heads do not fit .* 3 layers of 4 query heads and 2 kv heads"):
         Llama(str(path), kv_policy="headkv", verbose=False)
     beside.write_text("{}")
     with pytest.raises(ValueError, match="not a file of head scores"):

@@ -92,6 +92,9 @@ def test_the_nearest_scores_win(tmp_path: Path) -> None:
     assert model(path, inside).find(given) is given
     given.save(tmp_path / "other.json")
     assert model(path, inside).find(tmp_path / "other.json").source == str(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="do not fit model.gguf with 2 layers of 8 query heads and 2 kv heads"):
+        ModelHeads("model.gguf", {}, 2, 2, (0, 1), n_head=8).importance(given, "r", "mean")
+    assert profile_beside("SmolLM2-1.7B").name == "SmolLM2-1.7B.heads.json"
     with pytest.raises(ValueError, match="2 layers x 4 query heads do not fit model.gguf with 9 layers"):
         ModelHeads("model.gguf", {}, 9, 2, tuple(range(9))).importance(given, "r", "mean")
 
