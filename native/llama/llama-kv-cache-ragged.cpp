@@ -280,7 +280,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
               ggml_type         type_k,
               ggml_type         type_v,
               uint32_t          n_window,
-        const layer_filter_cb & filter) :
+        const layer_filter_cb & filter) try :
     llama_kv_cache(model, model.hparams, type_k, type_v, /*v_trans =*/ false, cparams.offload_kqv,
             /*unified =*/ true, cparams.n_ctx_seq, cparams.n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE,
             /*mem_other =*/ nullptr, /*filter =*/ ledger_filter(filter), nullptr, nullptr),
@@ -289,6 +289,9 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
 
     init_layers(type_k, type_v, filter);
     alloc_ring(n_window);
+} catch (...) {
+    ledger_owner = nullptr; // the base class may have thrown before it asked
+    throw;
 }
 
 static bool attn_supported(const llama_kv_ragged_layer & layer) {
@@ -621,11 +624,13 @@ bool llama_kv_cache_ragged::snapshot_restore() {
         }
     }
 
+    auto kept = snapshot->kept;
+
     for (size_t i = 0; i < layers.size(); ++i) {
         auto & layer = layers[i];
 
         layer.pool     = std::move(pools[i]);
-        layer.kept     = snapshot->kept[i];
+        layer.kept     = std::move(kept[i]);
         layer.boundary = snapshot->bounds[i];
         ggml_backend_tensor_set(layer.ring, snapshot->rings[i].data(), 0, snapshot->rings[i].size());
     }
