@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -74,18 +75,24 @@ def upstream(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def session(smollm2: Path) -> Iterator[Callable[..., Llama]]:
-    """Sessions on SmolLM2 that are closed after the test."""
-    opened: list[Llama] = []
+def opened() -> Iterator[Callable[..., Llama]]:
+    """Sessions on any model, of 2,048 positions and two threads if not said otherwise, closed after the test."""
+    sessions: list[Llama] = []
 
-    def make(**kwargs: Any) -> Llama:
-        kwargs = {"n_ctx": 1024, "n_threads": 2, "n_threads_batch": 2, "verbose": False, **kwargs}
-        opened.append(Llama(str(smollm2), **kwargs))
-        return opened[-1]
+    def make(model: Path, **kwargs: Any) -> Llama:
+        kwargs = {"n_ctx": 2048, "n_threads": 2, "n_threads_batch": 2, "verbose": False, **kwargs}
+        sessions.append(Llama(str(model), **kwargs))
+        return sessions[-1]
 
     yield make
-    for llm in opened:
+    for llm in sessions:
         llm.close()
+
+
+@pytest.fixture
+def session(opened: Callable[..., Llama], smollm2: Path) -> Callable[..., Llama]:
+    """Sessions on SmolLM2."""
+    return functools.partial(opened, smollm2, n_ctx=1024)
 
 
 @pytest.fixture(scope="session")

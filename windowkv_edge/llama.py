@@ -42,7 +42,7 @@ class Llama(llama_cpp.Llama):
         kv_min_prompt: with a fractional budget, sequences shorter than this many tokens are left whole
             (12 % of a 30-token chat would be 3 cells). Default 256.
         kv_exact: until something is evicted, f16 and f32 cells are attended to by stock's kernel, which gives stock's
-            logits bit for bit. False = by ours, which rounds differently and is about twice as fast on the CPU.
+            logits bit for bit. False = by ours, which rounds differently and is faster on the CPU.
 
     A prompt is evaluated with the full cache and compacted afterwards, so the first generated token comes from full
     attention. A prompt is what ``generate`` (and everything built on it) evaluates first, or one call of ``eval`` with
@@ -153,7 +153,6 @@ class Llama(llama_cpp.Llama):
 
         Raises:
             UnsupportedCallError: the session has no policy.
-            NativeError: nothing was evaluated yet.
         """
         kv = self._need_kv("kv_compact()")
         budget = self._kv_budget if kv_budget is None else check_budget(kv_budget)

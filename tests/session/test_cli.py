@@ -22,8 +22,8 @@ import windowkv_edge
 from windowkv_edge import Llama, WindowKVError
 from windowkv_edge.cli import app
 from windowkv_edge.cli.chat import Chat, _history, plain_prompt
-from windowkv_edge.cli.common import parse_budget
-from windowkv_edge.cli.info import parse_budgets, parse_lengths
+from windowkv_edge.cli.common import parse_budget, parse_lengths
+from windowkv_edge.cli.info import parse_budgets
 
 # SmolLM2-135M: 30 layers, 3 kv heads, K and V of 64 halves each
 BYTES_PER_POSITION = 30 * 3 * (64 + 64) * 2

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
 import llama_cpp
 import numpy as np
 import pytest
@@ -41,17 +40,8 @@ def scores(n_layer: int, n_head: int, seed: int = 0) -> HeadScores:
 
 
 @pytest.fixture
-def tiny_session(tiny: Path) -> Iterator[Callable[..., Llama]]:
-    opened: list[Llama] = []
-
-    def make(path: Path = tiny, **kwargs: Any) -> Llama:
-        kwargs = {"n_ctx": 1024, "n_threads": 2, "n_threads_batch": 2, "verbose": False, **kwargs}
-        opened.append(Llama(str(path), **kwargs))
-        return opened[-1]
-
-    yield make
-    for llm in opened:
-        llm.close()
+def tiny_session(opened: Callable[..., Llama], tiny: Path) -> Callable[..., Llama]:
+    return functools.partial(opened, tiny, n_ctx=1024)
 
 
 def logits(llm: Llama) -> np.ndarray:
@@ -254,11 +244,11 @@ def test_the_faster_kernel_before_anything_is_evicted(tiny_session: Callable[...
 
 @pytest.mark.parametrize(("head_dim", "type_name"), [(96, "q8_0"), (96, "q4_0"), (32, "q8_0"), (64, "q4_0")])
 def test_rows_that_do_not_end_on_four_bytes(
-    head_dim: int, type_name: str, tmp_path: Path, tiny_session: Callable[..., Llama]
+    head_dim: int, type_name: str, tmp_path: Path, opened: Callable[..., Llama]
 ) -> None:
     """The gather copies cells byte by byte, whatever their size."""
     path = tiny_model.write_llama(tmp_path / "tiny.gguf", head_dim=head_dim)
-    llm = tiny_session(path, kv_policy=AdaKV(alpha=8), kv_budget=500, type_k=TYPES[type_name], type_v=TYPES[type_name])
+    llm = opened(path, kv_policy=AdaKV(alpha=8), kv_budget=500, type_k=TYPES[type_name], type_v=TYPES[type_name])
     llm.eval(TOKENS[:200])
     before = cells(llm)
     llm.kv_compact(40)

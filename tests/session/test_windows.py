@@ -23,21 +23,6 @@ GEMMA_CELL = 2 * 256 * 2  # K and V of one head, f16
 GEMMA_WINDOWS = 15 * (512 + 512) * GEMMA_CELL
 
 
-@pytest.fixture
-def opened() -> Iterator[Callable[..., Llama]]:
-    """Sessions on any model that are closed after the test."""
-    sessions: list[Llama] = []
-
-    def make(model: Path, **kwargs: Any) -> Llama:
-        kwargs = {"n_ctx": 2048, "n_threads": 2, "n_threads_batch": 2, "verbose": False, **kwargs}
-        sessions.append(Llama(str(model), **kwargs))
-        return sessions[-1]
-
-    yield make
-    for llm in sessions:
-        llm.close()
-
-
 def logits(llm: Llama) -> npt.NDArray[np.float32]:
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = [
     "mib",
     "open_model",
     "parse_budget",
+    "parse_lengths",
     "parse_policy",
     "read_text",
     "reports_errors",
@@ -68,6 +70,17 @@ def parse_budget(text: str) -> float | int:
     except ValueError:
         pass
     raise CLIError(f"the budget is {text!r}, {expected}")
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Tokens: ``"1k,500"`` is [1024, 500]."""
+    res = []
+    for part in text.lower().split(","):
+        match = re.fullmatch(r"\s*([1-9]\d{0,8})(k?)\s*", part, re.ASCII)
+        if not match:
+            raise CLIError(f"--lengths has {part!r}, expected a number of tokens of at least 1, such as 4k or 4096")
+        res.append(int(match[1]) * (1024 if match[2] else 1))
+    return res
 
 
 def parse_policy(name: str) -> KVPolicy:

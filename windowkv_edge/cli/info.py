@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from rich.table import Table
 from windowkv_edge import POLICIES, UnsupportedModelError
 from windowkv_edge.gguf_info import CostRow, GGUFInfo, cost_table, support
 
-from .common import CLIError, mib, open_model, reports_errors
+from .common import CLIError, mib, open_model, parse_lengths, reports_errors
 
 __all__ = ["info"]
 
@@ -54,17 +53,6 @@ def info(
         console.print(why_no_cost, markup=False)
     if supported:
         console.print("", _policy_table(header, policies))
-
-
-def parse_lengths(text: str) -> list[int]:
-    """Tokens: ``"1k,500"`` is [1024, 500]."""
-    res = []
-    for part in text.lower().split(","):
-        match = re.fullmatch(r"\s*([1-9]\d{0,8})(k?)\s*", part, re.ASCII)
-        if not match:
-            raise CLIError(f"--lengths has {part!r}, expected a number of tokens of at least 1, such as 4k or 4096")
-        res.append(int(match[1]) * (1024 if match[2] else 1))
-    return res
 
 
 def parse_budgets(text: str) -> list[float]:

@@ -14,16 +14,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from windowkv_edge.heads import HeadScores, profile_beside
 from windowkv_edge.profile import DEPTHS, LENGTHS, Outcome, Plan, measure, write_gguf
 
-from .common import CLIError, open_model, read_text, reports_errors
+from .common import CLIError, open_model, parse_lengths, read_text, reports_errors
 
 __all__ = ["profile"]
 
 
-def _numbers(text: str, name: str, kind: type) -> tuple[float, ...]:
+def _parse_depths(text: str) -> tuple[float, ...]:
     try:
-        return tuple(kind(part) for part in text.split(","))
+        depths = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise CLIError(f"{name} is {text!r}, expected numbers with commas between them") from None
+        depths = ()
+    if not depths or min(depths) < 0 or max(depths) > 1:
+        raise CLIError(f"--depths is {text!r}, expected shares of 0 to 1 with commas between them")
+    return depths
 
 
 @reports_errors
@@ -43,13 +46,10 @@ def profile(
     """Measure head scores for headkv, headkv-r2 and windowkv+headkv. Interrupted, it goes on where it stopped."""
     console = Console()
     info = open_model(model)
-    all_lengths = tuple(int(n) for n in _numbers(lengths, "--lengths", int))
-    all_depths = _numbers(depths, "--depths", float)
+    all_lengths = parse_lengths(lengths)
     if min(all_lengths) < 64:
         raise CLIError(f"--lengths is {lengths!r}, expected at least 64 tokens each")
-    if min(all_depths) < 0 or max(all_depths) > 1:
-        raise CLIError(f"--depths is {depths!r}, expected shares of 0 to 1")
-    plan = Plan(all_lengths, all_depths, text=None if text is None else read_text(text))
+    plan = Plan(tuple(all_lengths), _parse_depths(depths), text=None if text is None else read_text(text))
     target = profile_beside(info.path) if out is None else out
     part = target.with_name(target.name + ".measuring.jsonl")
 

@@ -13,48 +13,38 @@ from ..heads import HeadScores, Kind, ModelHeads
 from .base import KVPolicy, Task, one_of
 from .snapkv import SnapKV
 
-__all__ = ["HeadKV", "HeadKVR2", "Importance", "check_beta"]
-
-Importance = HeadScores | str | os.PathLike[str] | None
-
-
-def check_beta(beta: float) -> None:
-    """Raise ValueError unless beta is a number of at least 1."""
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not beta >= 1:
-        raise ValueError(f"beta is {beta!r}, expected a number of at least 1")
+__all__ = ["ByImportance", "HeadKV", "HeadKVR2"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadKV(SnapKV):
-    """SnapKV inside every head, with budgets by the heads' importance.
+class ByImportance(KVPolicy):
+    """Budgets by the heads' importance, for the selection of the class that comes next in the bases.
 
     A (layer, kv head) gets ``b - b/beta + share * (b/beta) * heads``, where b is the mean budget, share its importance
     and heads their number in the model (section 3.2); what exceeds the prompt is poured back by importance, so that the
     mean stays b.
 
     Args:
-        alpha: observation window in tokens; it always stays.
-        kernel: width of the max-pool in tokens, odd.
         beta: 1/beta of all cells is divided by importance, the rest equally.
         importance: head scores, or a file of them; None looks in the model's GGUF metadata, beside its file, and in
             the package.
+        kind: scores of retrieval ("r") or of retrieval and reasoning ("r2").
         reduce: how a kv head's score follows from those of its query heads, "mean" or "max".
     """
 
-    alpha: int = 8
     beta: float = 1.2
-    importance: Importance = field(default=None, hash=False)
+    importance: HeadScores | str | os.PathLike[str] | None = field(default=None, hash=False)
+    kind: Kind = "r"
     reduce: Literal["mean", "max"] = "mean"
     shares: npt.NDArray[np.float64] | None = field(default=None, init=False, repr=False, compare=False)
 
-    name: ClassVar[str] = "headkv"
-    paper: ClassVar[str] = "arXiv 2410.19258"
-    kind: ClassVar[Kind] = "r"
     ragged = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_beta(self.beta)
+        getattr(super(), "__post_init__", lambda: None)()
+        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not self.beta >= 1:
+            raise ValueError(f"beta is {self.beta!r}, expected a number of at least 1")
+        one_of("kind", self.kind, ("r", "r2"))
         one_of("reduce", self.reduce, ("mean", "max"))
 
     def bind(self, model: ModelHeads) -> KVPolicy:
@@ -63,13 +53,24 @@ class HeadKV(SnapKV):
         return res
 
     def native(self, task: Task = "localization") -> dict[str, Any]:
-        fields = {**super().native(task), "heads": 1, "pool": 1 / self.beta}
+        fields = {**super().native(task), "heads": 1, "pool": 1 / self.beta}  # type: ignore[safe-super]
         return fields if self.shares is None else {**fields, "importance": self.shares}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadKV(ByImportance, SnapKV):
+    """SnapKV (:class:`SnapKV`) inside every head, with budgets by retrieval scores (:class:`ByImportance`)."""
+
+    alpha: int = 8
+
+    name: ClassVar[str] = "headkv"
+    paper: ClassVar[str] = "arXiv 2410.19258"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadKVR2(HeadKV):
     """HeadKV with retrieval-and-reasoning scores (section 3.1, R2)."""
 
+    kind: Kind = "r2"
+
     name: ClassVar[str] = "headkv-r2"
-    kind: ClassVar[Kind] = "r2"
