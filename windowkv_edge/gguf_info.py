@@ -3,8 +3,9 @@
 Only the header is read: the file is memory-mapped, and the weights and the tokenizer's lists are skipped.
 
 The forecast of :func:`support` follows ``data/architectures.json``, which is generated from the pinned llama.cpp
-(``python -m windowkv_edge.gguf_info --regenerate SRC``). The refusal that counts is made natively when a context is
-created; this one only comes earlier and says why. Generator and reader share the names of the groups, hence one file.
+(``python -m windowkv_edge.gguf_info --regenerate SRC``); the README's table is written from it (``--readme FILE``). The
+refusal that counts is made natively when a context is created; this one only comes earlier and says why. Generator and
+reader share the names of the groups, hence one file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ __all__ = [
     "PLAIN_ARCHITECTURES",
     "CostRow",
     "GGUFInfo",
+    "architecture_table",
     "classify_upstream",
     "cost_table",
+    "main",
     "read_info",
     "support",
 ]
@@ -65,7 +68,12 @@ _ROW_GROUPS = (*_MAYBE, "scaled-logits", "mrope", "alibi")  # K and V rows
 # Hybrids mark recurrent layers by 0 KV heads, but these by attention.recurrent_layers, or else all but every n-th are
 # recurrent, n being the key full_attention_interval or this.
 _ATTENTION_INTERVAL = {"qwen3next": 4, "minimax-01": 8}
-_WINDOW_HYBRIDS = frozenset({"lfm2", "lfm2moe"})
+_WINDOW_HYBRIDS = frozenset({"lfm2"})
+# For the README's table only: architectures whose published files are all refused, or that a key of their own decides.
+_ALWAYS_SHARED = frozenset({"gemma3n"})  # its files have 30 or 35 layers, of which 20 have cells
+_ALWAYS_MLA = frozenset({"kimi-k3", "kimi-linear"})  # llama.cpp does not load them without the keys of MLA
+_SHARED_BY_KEY = frozenset({"gemma4"})
+_HEADS_BY_LAYER = frozenset({"deci", "openelm"})  # made to have different numbers of KV heads
 _RECURRENT_KEYS = ("ssm.", "wkv.", "kda.", "shortconv.", "attention.recurrent_layers", "token_shift_count")
 _F16_BYTES = 2
 
@@ -495,11 +503,107 @@ def _graph_inputs(cls: str, models: str, structs: dict[str, tuple[str, str]]) ->
     return set(re.findall(r"\b(build_attn_inp_\w+|build_inp_mem_\w+|build_rs_inp)\b", text))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m windowkv_edge.gguf_info", description=__doc__)
-    parser.add_argument(
-        "--regenerate", metavar="SRC", required=True, help="llama.cpp's sources; rewrites the data file"
+# The table of the README, from the same groups.
+
+_TABLE_BEGIN = "<!-- architectures: written by python -m windowkv_edge.gguf_info --readme README.md -->"
+_TABLE_END = "<!-- end of architectures -->"
+_SUPPORTED, _BY_KEY, _STOCK_ONLY = "supported", "its keys decide", "stock only"
+
+
+def architecture_table() -> str:
+    """Markdown of all architectures of the pinned llama.cpp: supported, or stock only and why; each is named once.
+
+    One row per group, folded under a line with the counts. The second column lists names, separated by ", ".
+    """
+    rows = _table_rows()
+    count = {verdict: sum(len(archs) for v, archs, _ in rows if v == verdict) for verdict, _, _ in rows}
+    return "\n".join(
+        [
+            "<details>",
+            f"<summary>{sum(count.values())} architectures: {count[_SUPPORTED]} are supported, for {count[_BY_KEY]} "
+            f"the keys of the file decide, {count[_STOCK_ONLY]} are stock only</summary>",
+            "",
+            "| verdict | architectures | why |",
+            "| --- | --- | --- |",
+            *(f"| {verdict} | {', '.join(archs)} | {why} |" for verdict, archs, why in rows),
+            "",
+            "</details>",
+        ]
     )
-    table = classify_upstream(parser.parse_args().regenerate)
-    _DATA.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {_DATA}: {len(table['groups']['plain'])} plain architectures")
+
+
+def _table_rows() -> list[tuple[str, list[str], str]]:
+    """Verdict, architectures and reason of every row."""
+    groups: dict[str, list[str]] = _UPSTREAM["groups"]
+    maybe = {arch for group in _MAYBE for arch in groups[group]}
+    by_key: list[tuple[Iterable[str], str]] = [
+        (
+            groups["mla-by-key"],
+            "stock only with multi-head latent attention (MLA: `attention.key_length_mla` and "
+            "`attention.value_length_mla`)",
+        ),
+        (
+            _UPSTREAM["alibi_by_key_or_size"],
+            "stock only with ALiBi biases: `attention.max_alibi_bias` above 0; in Baichuan, 40 layers (the 13B)",
+        ),
+        (
+            maybe.intersection(_UPSTREAM["mrope_by_key"]),
+            "stock only with M-RoPE: the first two of `rope.dimension_sections` above 0",
+        ),
+        (
+            _SHARED_BY_KEY,
+            "as those with windows; stock only if layers reuse the cells of others "
+            "(`attention.shared_kv_layers` above 0)",
+        ),
+        (
+            _WINDOW_HYBRIDS,
+            "as those with a recurrent state; stock only with windows besides (`attention.sliding_window` above 0)",
+        ),
+        (
+            _HEADS_BY_LAYER,
+            "stock only if layers have different numbers of KV heads, or none (`attention.head_count_kv`)",
+        ),
+    ]
+    special = set[str]().union(_ALWAYS_SHARED, _ALWAYS_MLA, *(archs for archs, _ in by_key))
+    rows: list[tuple[str, Iterable[str], str]] = [
+        (_SUPPORTED, set(groups["plain"]) - special, "all layers attend to all positions and are compressed"),
+        (
+            _SUPPORTED,
+            {*groups["window"], *groups["window-by-key"]} - special,
+            "layers that attend to all positions are compressed, those with a window keep it",
+        ),
+        (
+            _SUPPORTED,
+            set(groups["hybrid"]) - special,
+            "layers that attend to all positions are compressed, those with a recurrent state keep it",
+        ),
+        *((_BY_KEY, archs, why) for archs, why in by_key),
+        (_STOCK_ONLY, _ALWAYS_SHARED, "its layers from the 21st on reuse the cells of earlier layers"),
+        (_STOCK_ONLY, _ALWAYS_MLA, "it uses multi-head latent attention (MLA) beside its recurrent layers"),
+        *((_STOCK_ONLY, groups[group], why) for group, why in _WHY_NOT.items()),
+    ]
+    return [(verdict, sorted(archs), why) for verdict, archs, why in rows]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Rewrite the data file from llama.cpp's sources, or the table in the README from the data file."""
+    parser = argparse.ArgumentParser(prog="python -m windowkv_edge.gguf_info", description=__doc__)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--regenerate", metavar="SRC", help="llama.cpp's sources; rewrites the data file")
+    task.add_argument("--readme", metavar="FILE", type=Path, help="rewrites the table of architectures in this file")
+    args = parser.parse_args(argv)
+    if args.readme is None:
+        table = classify_upstream(args.regenerate)
+        _DATA.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {_DATA}: {len(table['groups']['plain'])} plain architectures")
+        return
+    before, begin, rest = args.readme.read_text(encoding="utf-8").partition(_TABLE_BEGIN)
+    _, end, after = rest.partition(_TABLE_END)
+    if not end:
+        parser.error(f"{args.readme} lacks the lines of the table, expected {_TABLE_BEGIN} and {_TABLE_END}")
+    args.readme.write_text(f"{before}{begin}\n{architecture_table()}\n{end}{after}", encoding="utf-8")
+    print(f"wrote the architectures in {args.readme}")
+
+
+if __name__ == "__main__":
+    main()

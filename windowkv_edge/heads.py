@@ -122,8 +122,8 @@ class HeadScores:
             n_layer, n_head = (1 + max(index) for index in zip(*values, strict=True))
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{source}: not a file of head scores: expected keys such as '0-0' (layer-head) with lists of scores, or "
-                f'"format": "{FORMAT}"'
+                f"{source}: not a file of head scores: expected keys such as '0-0' (layer-head) with lists of scores, "
+                f'or "format": "{FORMAT}"'
             ) from error
         missing = [(il, ih) for il in range(n_layer) for ih in range(n_head) if (il, ih) not in values]
         if missing or len(values) != n_layer * n_head:

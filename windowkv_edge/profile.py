@@ -366,8 +366,8 @@ def _scores(plan: Plan, outcomes: list[Outcome], about: dict[str, Any], model: s
     if not scores:
         asked = ", ".join(f"{kind}: {c['right']} of {c['asked']}" for kind, c in counts.items())
         raise ProfileError(
-            f"{model} answered none of the needle questions ({asked}), so nothing can be said of its heads; try shorter "
-            "lengths, or use a policy without head scores"
+            f"{model} answered none of the needle questions ({asked}), so nothing can be said of its heads; try "
+            "shorter lengths, or use a policy without head scores"
         )
     return HeadScores(scores, "memory", {**about, "counts": counts})
 

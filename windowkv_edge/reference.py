@@ -1,8 +1,9 @@
 """Attention, budgets and selection in NumPy: the readable truth that the native code equals cell by cell.
 
 Positions and scores of a cache are lists over layers of lists over kv heads of arrays [cells]; positions ascend. Every
-selection is an order of cells, most important first, of which a budget takes a prefix. Ties go to the earlier cell. Sums run in the
-order in which the arrays list their elements, in float64, so that the results do not depend on the implementation.
+selection is an order of cells, most important first, of which a budget takes a prefix. Ties go to the earlier cell.
+Sums run in the order in which the arrays list their elements, in float64, so that the results do not depend on the
+implementation.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 Order = list[int]
 Cache = list[list[npt.NDArray[Any]]]
-Ranking = tuple[Order, list[float]]  # cells and their keys, which never rise; inf where a cell stays, -inf where it goes
+# cells and their keys, which never rise; inf where a cell stays, -inf where it goes
+Ranking = tuple[Order, list[float]]
 
 FULL, STREAMINGLLM, SNAPKV, PYRAMIDKV, WINDOWKV = range(5)
 EQUAL, IMPORTANCE, SCORE = range(3)
@@ -382,8 +384,8 @@ def _rankings(p: dict[str, Any], budget: IntArray, positions: Cache, scores: Cac
             sets = [_cells_of(p, positions[il], scores[il], head) for il in group]
             shared, score = _mean_cells(sets) if p["share"] == 1 else sets[0]
             own = int(budget[il0, head])
-            if p.get("heads", EQUAL) == SCORE:
-                own = int(budget[il0].sum()) // n_head_kv  # heads that compete are ranked before they know their budgets
+            if p.get("heads", EQUAL) == SCORE:  # heads that compete are ranked before they know their budgets
+                own = int(budget[il0].sum()) // n_head_kv
             ranking = _rank_windows(shared, score, p, own)
             for il in group:
                 res[il][head] = _translate(ranking, shared, positions[il][head])

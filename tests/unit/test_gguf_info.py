@@ -14,7 +14,7 @@ import pytest
 
 from windowkv_edge import gguf_info, models
 from windowkv_edge.errors import UnsupportedModelError, WindowKVError
-from windowkv_edge.gguf_info import GGUFInfo, cost_table, read_info, support
+from windowkv_edge.gguf_info import GGUFInfo, architecture_table, cost_table, read_info, support
 
 BASE: dict[str, Any] = {
     "block_count": 4,
@@ -24,6 +24,8 @@ BASE: dict[str, Any] = {
     "attention.head_count_kv": 2,
 }
 GROUPS: dict[str, list[str]] = gguf_info._UPSTREAM["groups"]
+MLA = {"attention__kv_lora_rank": 512, "attention__key_length_mla": 192, "attention__value_length_mla": 128}
+README = Path(__file__).parents[2] / "README.md"
 
 needs_models = pytest.mark.skipif(bool(os.environ.get("WINDOWKV_OFFLINE")), reason="WINDOWKV_OFFLINE is set")
 
@@ -418,3 +420,75 @@ def test_every_architecture_of_the_gguf_package_has_a_verdict(tmp_path: Path) ->
 def test_a_folder_without_sources_is_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no llama-arch\.cpp in .*give llama\.cpp's src folder"):
         gguf_info.classify_upstream(tmp_path)
+
+
+# The table of the README
+
+
+def verdicts(table: str) -> list[tuple[str, str]]:
+    """Architecture and verdict of every name in the table's second column."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return [(arch, row[0]) for row in rows if row[0] not in ("verdict", "---") for arch in row[1].split(", ")]
+
+
+def test_the_readme_has_the_generated_table() -> None:
+    text = README.read_text(encoding="utf-8")
+    begin, end = text.index(gguf_info._TABLE_BEGIN) + len(gguf_info._TABLE_BEGIN), text.index(gguf_info._TABLE_END)
+    shown = text[begin:end].strip("\n")
+    assert shown == architecture_table(), "run: python -m windowkv_edge.gguf_info --readme README.md"
+
+
+def test_the_table_names_every_architecture_once() -> None:
+    names = [arch for arch, _ in verdicts(architecture_table())]
+    assert sorted(names) == sorted(arch for group in GROUPS.values() for arch in group)
+    counts = [int(n) for n in re.findall(r"\d+", re.findall("<summary>.*</summary>", architecture_table())[0])]
+    assert counts[0] == len(names) == sum(counts[1:])
+
+
+def test_the_table_agrees_with_the_forecast(tmp_path: Path) -> None:
+    for arch, verdict in verdicts(architecture_table()):
+        keys = MLA if arch in gguf_info._ALWAYS_MLA else {}
+        supported, why = support(info_of(tmp_path, arch, block_count=30, **keys))
+        assert supported == (verdict != "stock only"), (arch, verdict, why)
+
+
+@pytest.mark.parametrize(
+    ("arch", "keys"),
+    [
+        *((arch, MLA) for arch in GROUPS["mla-by-key"]),
+        *((arch, {"attention__max_alibi_bias": 8.0, "block_count": 40}) for arch in ("baichuan", "jais", "mpt")),
+        *((arch, {"rope__dimension_sections": [8, 12, 12, 0]}) for arch in ("glm4", "glm4moe", "hunyuan_vl")),
+        ("gemma4", {"attention__shared_kv_layers": 2}),
+        ("lfm2", {"attention__sliding_window": 64}),
+        *((arch, {"attention__head_count_kv": [1, 1, 2, 2]}) for arch in ("deci", "openelm")),
+    ],
+)
+def test_the_keys_that_the_table_names_decide(tmp_path: Path, arch: str, keys: dict[str, Any]) -> None:
+    assert dict(verdicts(architecture_table()))[arch] == "its keys decide"
+    assert support(info_of(tmp_path, arch))[0]
+    assert not support(info_of(tmp_path, arch, **keys))[0]
+
+
+def test_the_upstream_sources_leave_these_no_choice(upstream: Path) -> None:
+    models_cpp = upstream / "vendor" / "llama.cpp" / "src" / "models"
+    for arch in gguf_info._ALWAYS_MLA:
+        text = (models_cpp / f"{arch}.cpp").read_text(encoding="utf-8")
+        assert re.search(r"KEY_LENGTH_MLA,\s*hparams\.n_embd_head_k_mla_impl\);", text)  # no third argument: required
+    for arch in gguf_info._ALWAYS_SHARED:
+        text = (models_cpp / f"{arch}.cpp").read_text(encoding="utf-8")
+        assert "n_layer_kv_from_start = 20;" in text
+
+
+def test_the_table_is_rewritten_in_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{gguf_info._TABLE_BEGIN}\nold\n{gguf_info._TABLE_END}\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        gguf_info.main(["--readme", str(readme)])
+        assert readme.read_text(encoding="utf-8") == (
+            f"before\n{gguf_info._TABLE_BEGIN}\n{architecture_table()}\n{gguf_info._TABLE_END}\nafter\n"
+        )
+    readme.write_text("nothing here", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        gguf_info.main(["--readme", str(readme)])
+    assert "lacks the lines of the table" in capsys.readouterr().err
+    assert readme.read_text(encoding="utf-8") == "nothing here"

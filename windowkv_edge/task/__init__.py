@@ -5,8 +5,8 @@
 
 The classifier is a logistic regression of our own over the words and the layout of the instruction, trained
 on `data/train.jsonl` by `python -m windowkv_edge.task.train`; of the 420 prompts of `data/heldout.jsonl`, written by
-somebody who had not seen the training data and never used for a choice, it labels 97 % rightly. English is covered best, German, French and
-Spanish more thinly; a prompt in another language gets little more than the prior.
+somebody who had not seen the training data and never used for a choice, it labels 97 % rightly. English is covered
+best, German, French and Spanish more thinly; a prompt in another language gets little more than the prior.
 """
 
 from __future__ import annotations

@@ -127,8 +127,9 @@ def gate_features(segment: Segment) -> set[str]:
     size = f"size{min(segment.size, 4)}"
     first = "first" if segment.text[0].isalnum() else "first" + segment.text[0]
     found = {first, last, place, place_end, part, part_end, size, f"length{min(len(words) // 4, 8)}"}
-    for pair in (last, place), (last, place_end), (last, part), (last, part_end), (size, part), (size, part_end), (part, part_end):
-        found.add("+".join(pair))
+    pairs = [(last, other) for other in (place, place_end, part, part_end)]
+    pairs += [(size, part), (size, part_end), (part, part_end)]
+    found.update(map("+".join, pairs))
     found.update("^" + " ".join(words[:count]) for count in (1, 2, 3))
     found.update("^@" + group for group in groups(words[0]))
     return found | segment.traits
@@ -140,7 +141,7 @@ def label_features(text: str, parts: Iterable[Segment], gates: Iterable[float]) 
     `gates` holds the probability of each segment to be an instruction. Gates count relative to the most
     open one, squared, so that stray sentences of a long context stay quiet beside a clear instruction.
     """
-    pairs = list(zip(parts, gates))
+    pairs = list(zip(parts, gates, strict=True))
     top = max((gate for _, gate in pairs), default=0.0)
     found: dict[str, float] = {"#gate": top}
     vocabulary: dict[str, float] = {}
@@ -190,7 +191,7 @@ def _lexicon() -> dict[str, set[str]]:
 def _ngrams(words: Sequence[str]) -> set[str]:
     """Return words, pairs of neighbours (`^` and `.` stand for the two ends) and five-letter stems."""
     found = set(words)
-    found.update(map(" ".join, zip(["^", *words], [*words, "."])))
+    found.update(map(" ".join, zip(["^", *words], [*words, "."], strict=True)))
     found.update([word[:5] + "*" for word in words if len(word) > 5])
     return found
 

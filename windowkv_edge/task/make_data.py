@@ -38,7 +38,9 @@ SYSTEM = (
     "You read long texts and do what is asked.",
 )
 QUESTION = ("Question: {}\nAnswer:", "Q: {}\nA:", "Question: {}", "{}\nAnswer:", "Query: {}", "QUESTION: {}\nANSWER:")
-LEADS = ("The name is", "It was", "The number mentioned is", "According to the text, it is", "They met in", "The code is")
+LEADS = (
+    "The name is", "It was", "The number mentioned is", "According to the text, it is", "They met in", "The code is",
+)  # fmt: skip
 REQUEST = ("Instruction: {}", "Task: {}\nResult:", "{}\nOutput:", "{}\nResponse:", "Request: {}", "{}\n\nAnswer:")
 CUES = {
     "summary": ("Summary:", "Overview:", "Main points:", "Abstract:"),
@@ -47,15 +49,17 @@ CUES = {
     "extraction": ("JSON:", "Extracted:", "Value:", "Answer:"),
 }
 FRAMES = (
-    "{}", "{}", "{}", "Text:\n{}", "Context:\n{}", "Document:\n{}", '"""\n{}\n"""', "### Input\n{}", "<document>\n{}\n</document>",
-    "Article: {}", "---\n{}\n---", "Here it is:\n\n{}", "[Start]\n{}\n[End]",
+    "{}", "{}", "{}", "Text:\n{}", "Context:\n{}", "Document:\n{}", '"""\n{}\n"""', "### Input\n{}",
+    "<document>\n{}\n</document>", "Article: {}", "---\n{}\n---", "Here it is:\n\n{}", "[Start]\n{}\n[End]",
 )  # fmt: skip
 LAYOUTS = (
     "Passage: {c} Question: {a} Answer:", "Text: {c}\nTask: {a}", "## Context\n{c}\n\n## Request\n{a}", "{a} \"{c}\"",
-    "<context>\n{c}\n</context>\n<query>{a}</query>", "<text>{c}</text>\n\n{a}", "<prompt>{a}</prompt>\n<input>{c}</input>",
-    "**Context:** {c}\n\n**Prompt:** {a}\n\n**Output:**", "[TEXT]\n{c}\n[/TEXT]\n[TASK]\n{a}\n[/TASK]", "{a}\n\nInput: {c}\nOutput:",
-    "# Request\n{a}\n\n# Material\n{c}\n\n# Response", "{c}\n\n----\n{a}", "{a} Here is the text: {c}", "Material:\n{c}\n\nRequest: {a}\n",
-    "Context: {c}\n{a}", "{c}\n=> {a}", "{a}\n\nBEGIN\n{c}\nEND\n\nAnswer:", "INPUT\n{c}\n\nPROMPT\n{a}\n\nOUTPUT\n",
+    "<context>\n{c}\n</context>\n<query>{a}</query>", "<text>{c}</text>\n\n{a}",
+    "<prompt>{a}</prompt>\n<input>{c}</input>", "**Context:** {c}\n\n**Prompt:** {a}\n\n**Output:**",
+    "[TEXT]\n{c}\n[/TEXT]\n[TASK]\n{a}\n[/TASK]", "{a}\n\nInput: {c}\nOutput:",
+    "# Request\n{a}\n\n# Material\n{c}\n\n# Response", "{c}\n\n----\n{a}", "{a} Here is the text: {c}",
+    "Material:\n{c}\n\nRequest: {a}\n", "Context: {c}\n{a}", "{c}\n=> {a}", "{a}\n\nBEGIN\n{c}\nEND\n\nAnswer:",
+    "INPUT\n{c}\n\nPROMPT\n{a}\n\nOUTPUT\n",
 )  # fmt: skip
 KINDS: dict[str, tuple[str, ...]] = {
     "qa": ("prose", "prose", "prose", "foreign", "dialogue"),
@@ -141,7 +145,8 @@ def _row(marked: str, label: str, category: str, group: int) -> Row:
 
 def _sections(text: str, separator: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for heading, body in re.findall(r"^\[([a-z_]+(?: [a-z]+)?)\]\n(.*?)(?=^\[[a-z_]+(?: [a-z]+)?\]\n|\Z)", text, re.M | re.S):
+    parts = re.split(r"^\[([a-z_]+(?: [a-z]+)?)\]\n", text, flags=re.MULTILINE)[1:]
+    for heading, body in zip(parts[::2], parts[1::2], strict=True):
         found[heading] = [_unescape(part.strip()) for part in body.split(separator) if part.strip()]
     return found
 
@@ -285,7 +290,9 @@ def _few_shot(rng: random.Random, shots: str) -> str:
     names, *pairs = shots.split(";")
     left, right = names.split("|")
     chosen = rng.sample([tuple(pair.split("|")) for pair in pairs], rng.randint(4, len(pairs)))
-    form = rng.choice(("{l}: {a}\n{r}: {b}\n\n", "{l}: {a}\n{r}: {b}\n", "{a} -> {b}\n", "{a} => {b}\n", "{a}\n{r}: {b}\n\n"))
+    form = rng.choice(
+        ("{l}: {a}\n{r}: {b}\n\n", "{l}: {a}\n{r}: {b}\n", "{a} -> {b}\n", "{a} => {b}\n", "{a}\n{r}: {b}\n\n")
+    )
     lines = [form.format(l=left, r=right, a=a, b=b) for a, b in chosen[:-1]]
     last = form.format(l=left, r=right, a=chosen[-1][0], b="\0").split("\0")[0].rstrip()
     return OPEN + "".join(lines) + last + CLOSE

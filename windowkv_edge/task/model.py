@@ -33,12 +33,8 @@ class Model:
     def load(cls, path: Path = WEIGHTS) -> Model:
         """Read the file that `save` wrote. Raises OSError if it cannot be read."""
         with np.load(path, allow_pickle=False) as arrays:
-            return cls(
-                *(
-                    dict(zip(arrays[name + "_names"].tobytes().decode().split("\n"), arrays[name].tolist()))
-                    for name in ("gate", "label")
-                )
-            )
+            names = {kind: arrays[kind + "_names"].tobytes().decode().split("\n") for kind in ("gate", "label")}
+            return cls(*(dict(zip(names[kind], arrays[kind].tolist(), strict=True)) for kind in ("gate", "label")))
 
     def save(self, path: Path = WEIGHTS) -> None:
         """Write the names (UTF-8, one a line, as uint8) and the weights (float16, same order) of both models."""

@@ -48,7 +48,10 @@ Floats: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
 
 @dataclass(frozen=True)
 class Example:
-    """A labelled prompt; `context` is the span (start, stop) in characters that is not the instruction, None if unknown."""
+    """A labelled prompt.
+
+    `context` is the span (start, stop) in characters that is not the instruction, None if unknown.
+    """
 
     text: str
     label: str
@@ -58,7 +61,9 @@ class Example:
     @property
     def marked(self) -> str:
         start, stop = self.context or (0, 0)
-        return f"{self.text[:start]}{OPEN}{self.text[start:stop]}{CLOSE}{self.text[stop:]}" if stop > start else self.text
+        if stop <= start:
+            return self.text
+        return f"{self.text[:start]}{OPEN}{self.text[start:stop]}{CLOSE}{self.text[stop:]}"
 
     @property
     def target(self) -> float:
@@ -105,7 +110,9 @@ class _Rows:
         return np.bincount(self._index, self._value * r[self._row], self.width).astype(np.float64)
 
 
-def _logistic(rows: Sequence[Mapping[str, float]], y: Floats, penalty: float, balanced: bool = False) -> dict[str, float]:
+def _logistic(
+    rows: Sequence[Mapping[str, float]], y: Floats, penalty: float, balanced: bool = False
+) -> dict[str, float]:
     """Return the weights, by name, that minimise log loss + penalty / 2 * |w|^2 (truncated Newton).
 
     `balanced` weighs the rarer class up until both count the same.
@@ -123,7 +130,7 @@ def _logistic(rows: Sequence[Mapping[str, float]], y: Floats, penalty: float, ba
         if size < 1e-4:
             break
         w = w + _newton_step(x, weight * p * (1 - p), penalty, gradient, min(0.1, size**0.5) * size)
-    stored = {name: float(v) for name, v in zip(names, w) if abs(v) >= PRUNE}
+    stored = {name: float(v) for name, v in zip(names, w[:-1], strict=True) if abs(v) >= PRUNE}
     return {**stored, BIAS: float(w[-1])}
 
 
@@ -148,7 +155,7 @@ def _newton_step(x: _Rows, curvature: Floats, penalty: float, gradient: Floats, 
 def fit(examples: Sequence[Example]) -> Model:
     """Return the model of `examples`: the gate from their segments, then the label with that gate."""
     cut = [segments(example.marked) for example in examples]
-    flat = [segment for example, parts in zip(examples, cut) if example.context for segment in parts]
+    flat = [segment for example, parts in zip(examples, cut, strict=True) if example.context for segment in parts]
     gate = _logistic(
         [dict.fromkeys(gate_features(segment), 1.0) for segment in flat],
         np.array([float(not segment.context) for segment in flat]),
@@ -156,7 +163,8 @@ def fit(examples: Sequence[Example]) -> Model:
     )
     half = Model(gate, {})
     rows = [
-        label_features(example.text, parts, map(half.open, parts)) for example, parts in zip(examples, cut)
+        label_features(example.text, parts, map(half.open, parts))
+        for example, parts in zip(examples, cut, strict=True)
     ]
     return Model(gate, _logistic(rows, np.array([example.target for example in examples]), LABEL_PENALTY, True))
 
@@ -199,10 +207,11 @@ def _cross_validate(folds: int) -> None:
 
     made = rows()
     examples = [Example(row.text, row.label, row.category, row.context) for row in made]
+    pairs = list(zip(examples, made, strict=True))
     right = 0
     for fold in range(folds):
-        model = fit([example for example, row in zip(examples, made) if row.group % folds != fold])
-        left_out = [example for example, row in zip(examples, made) if row.group % folds == fold]
+        model = fit([example for example, row in pairs if row.group % folds != fold])
+        left_out = [example for example, row in pairs if row.group % folds == fold]
         print(f"fold {fold}: {accuracy(model, left_out):.4f} of {len(left_out)}")
         right += round(accuracy(model, left_out) * len(left_out))
     print(f"cross validation: {right / len(examples):.4f} of {len(examples)}")
@@ -210,8 +219,12 @@ def _cross_validate(folds: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, check or cross-validate as the options say; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m windowkv_edge.task.train", description="Train the task classifier.")
-    parser.add_argument("--check", action="store_true", help="retrain and compare with the shipped weights, write nothing")
+    parser = argparse.ArgumentParser(
+        prog="python -m windowkv_edge.task.train", description="Train the task classifier."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="retrain and compare with the shipped weights, write nothing"
+    )
     parser.add_argument("--folds", type=int, default=0, metavar="N", help="cross-validate on the training set only")
     options = parser.parse_args(argv)
     if options.folds:
@@ -230,7 +243,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         apart = difference(model, shipped)
         print(f"largest difference to the shipped weights {apart:.4f} (at most {TOLERANCE})")
         if apart > TOLERANCE:
-            print("the shipped weights are not those of the data; run python -m windowkv_edge.task.train", file=sys.stderr)
+            print(
+                "the shipped weights are not those of the data; run python -m windowkv_edge.task.train",
+                file=sys.stderr,
+            )
             failed = True
         if score < FLOOR:
             print(f"held-out accuracy is under {FLOOR}", file=sys.stderr)
