@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._libs import BUILT, llama_library
-from .errors import LibraryMismatchError, NativeError
+from .errors import LibraryMismatchError, NativeError, UnsupportedModelError
 
 __all__ = ["Context", "budgets", "ffi", "lib", "pending", "select"]
 
@@ -97,6 +97,15 @@ class Context:
 
     def reserve(self, n_tokens: int) -> None:
         check(lib.wkv_reserve(self._ctx, n_tokens))
+
+    def fill(self, n_tokens: int) -> None:
+        """Positions with random cells in an empty cache, for measuring; works without a policy too."""
+        check(lib.wkv_fill(self._ctx, n_tokens))
+
+    def ready(self, ragged: bool) -> None:
+        """Raise UnsupportedModelError unless model and backend serve policies, those with ragged heads included."""
+        if lib.wkv_ready(self._ctx, ragged) < 0:
+            raise UnsupportedModelError(last_error())
 
     def set_window(self, n_window: int) -> None:
         check(lib.wkv_set_window(self._ctx, n_window))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -25,6 +25,25 @@ DEFAULT_MIN_PROMPT = 256
 
 # tokens of the prompt's head and tail that the task classifier reads; instructions stand there
 _TASK_HEAD, _TASK_TAIL = 160, 320
+
+
+def bind_policy(
+    kv: _native.Context, policy: KVPolicy, path: str, metadata: Mapping[str, str], model: Any
+) -> KVPolicy:
+    """The policy for a model (a ctypes pointer), if model and backend serve it.
+
+    Raises:
+        UnsupportedModelError: they do not; says why.
+        MissingProfileError, OSError, ValueError: see :meth:`ModelHeads.importance`.
+    """
+    try:
+        kv.ready(policy.ragged)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from None
+    stats = kv.stats()
+    n_layer, n_head_kv = int(llama_cpp.llama_model_n_layer(model)), int(stats.n_head_kv)
+    n_head = n_head_kv * int(stats.n_gqa)
+    return policy.bind(ModelHeads(path, metadata, n_layer, n_head_kv, kv.layers(), n_head=n_head))
 
 
 class Llama(llama_cpp.Llama):
@@ -273,21 +292,7 @@ class Llama(llama_cpp.Llama):
         return self._kv
 
     def _bind(self, kv: _native.Context, policy: KVPolicy) -> KVPolicy:
-        """The policy for this model, if model and backend serve it."""
-        if _native.lib.wkv_ready(kv._ctx, policy.ragged) < 0:
-            raise UnsupportedModelError(f"{self.model_path}: {_native.last_error()}")
-        n_layer = int(llama_cpp.llama_model_n_layer(self._model.model))
-        stats = kv.stats()
-        return policy.bind(
-            ModelHeads(
-                self.model_path,
-                self.metadata,
-                n_layer,
-                int(stats.n_head_kv),
-                kv.layers(),
-                n_head=int(stats.n_head_kv * stats.n_gqa),
-            )
-        )
+        return bind_policy(kv, policy, self.model_path, self.metadata, self._model.model)
 
     def _refuse(self, what: str, instead: str) -> None:
         if self._kv_policy is not None:

@@ -142,6 +142,10 @@ WKV_API int wkv_ready(struct llama_context * ctx, bool ragged);
 // make room for positions up to n_past + n_tokens without slack; an optimisation, never required
 WKV_API int wkv_reserve(struct llama_context * ctx, int32_t n_tokens);
 
+// Give an empty cache, also one without a policy, n_tokens positions with random K, V and observed queries, without evaluating
+// anything; recurrent states stay as they are. For measuring speed and memory at depths whose prompt would take hours.
+WKV_API int wkv_fill(struct llama_context * ctx, int32_t n_tokens);
+
 // choose between attention kernels, for measuring and tests (enum wkv_attention)
 WKV_API int wkv_set_attention(struct llama_context * ctx, int32_t attention);
 

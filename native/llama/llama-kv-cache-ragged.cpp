@@ -6,6 +6,7 @@
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
@@ -196,13 +197,21 @@ llama_kv_cache * llama_kv_ragged_attn(const llama_model & model, const llama_mem
 // inside a memory of upstream's
 //
 
-llama_kv_cache_ragged * llama_kv_ragged_find(llama_memory_i * mem) {
-    if (const auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
-        mem = iswa->get_base();
-    } else if (const auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
-        mem = hybrid->get_mem_attn();
+llama_kv_cache * llama_kv_ragged_attn_cache(llama_memory_i * mem) {
+    if (const auto * cur = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
+        return cur->get_mem_attn()->get_base();
     }
-    return dynamic_cast<llama_kv_cache_ragged *>(mem);
+    if (const auto * cur = dynamic_cast<llama_memory_hybrid *>(mem)) {
+        return cur->get_mem_attn();
+    }
+    if (const auto * cur = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+        return cur->get_base();
+    }
+    return dynamic_cast<llama_kv_cache *>(mem);
+}
+
+llama_kv_cache_ragged * llama_kv_ragged_find(llama_memory_i * mem) {
+    return dynamic_cast<llama_kv_cache_ragged *>(llama_kv_ragged_attn_cache(mem));
 }
 
 bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * swa, llama_seq_id & seq_id, llama_pos p0, llama_pos p1) {
@@ -211,7 +220,9 @@ bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * sw
         return true;
     }
     seq_id = std::max(seq_id, 0);
-    return ragged->can_rm(seq_id, p0, p1) && (seq_id > 0 || !swa || ragged->can_rm_window(*swa, p0));
+
+    const bool nothing = seq_id > 0 || (p1 >= 0 && p1 <= p0);
+    return ragged->can_rm(seq_id, p0, p1) && (nothing || !swa || ragged->can_rm_window(*swa, p0));
 }
 
 bool llama_kv_ragged_no_shift(const llama_kv_cache * kv) {

@@ -278,7 +278,10 @@ llama_kv_cache * llama_kv_ragged_attn(const llama_model & model, const llama_mem
 // a ragged cache inside a memory of upstream's: what that memory asks, answered for stock caches too
 //
 
-// nullptr if there is none
+// the cache of the layers that attend to all positions; nullptr for kinds that have none or keep something else there
+llama_kv_cache * llama_kv_ragged_attn_cache(llama_memory_i * mem);
+
+// the same if it is a ragged one, else nullptr
 llama_kv_cache_ragged * llama_kv_ragged_find(llama_memory_i * mem);
 
 // Whether all of the caches can remove these positions; swa may be nullptr. A ragged cache holds one sequence, so that
@@ -293,6 +296,10 @@ llama_kv_cache_context * llama_kv_ragged_context_make(
         llama_kv_cache * kv,
         llama_kv_cache::slot_info_vec_t sinfos,
         std::vector<llama_ubatch> ubatches);
+
+// n_tokens positions with random cells in an empty cache of any kind, see wkv_fill()
+// throws std::invalid_argument before anything changed, std::runtime_error if memory runs out
+void llama_kv_ragged_fill(llama_context & ctx, int32_t n_tokens);
 
 // message of the last failure on this thread
 void                llama_kv_ragged_set_error(const std::string & msg);

@@ -4,10 +4,7 @@
 
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache-ragged.h"
-#include "llama-memory-hybrid-iswa.h"
-#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 #include "policy/wkv-policy.h"
 
@@ -174,20 +171,6 @@ int wkv_snapshot_drop(struct llama_context * ctx) {
     });
 }
 
-// the cache of the layers that attend to all positions; nullptr for kinds that have none or keep something else there
-static llama_kv_cache * attn_cache(llama_memory_t mem) {
-    if (const auto * cur = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
-        return cur->get_mem_attn()->get_base();
-    }
-    if (const auto * cur = dynamic_cast<llama_memory_hybrid *>(mem)) {
-        return cur->get_mem_attn();
-    }
-    if (const auto * cur = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
-        return cur->get_base();
-    }
-    return dynamic_cast<llama_kv_cache *>(mem);
-}
-
 static int64_t n_bytes(const llama_memory_i & mem) {
     int64_t res = 0;
     for (const auto & [_, size] : mem.memory_breakdown()) {
@@ -196,9 +179,19 @@ static int64_t n_bytes(const llama_memory_i & mem) {
     return res;
 }
 
+int wkv_fill(struct llama_context * ctx, int32_t n_tokens) {
+    if (!ctx || !ctx->get_memory()) {
+        return fail(WKV_ERR_ARGUMENT, "the context is null or has no memory");
+    }
+    return guard([&] {
+        llama_kv_ragged_fill(*ctx, n_tokens);
+        return int(WKV_OK);
+    });
+}
+
 // indices in the model of the layers that attend to all positions; where nothing is known, of all layers
 static std::vector<uint32_t> attn_layers(const llama_context & ctx) {
-    const llama_kv_cache * kv = attn_cache(ctx.get_memory());
+    const llama_kv_cache * kv = llama_kv_ragged_attn_cache(ctx.get_memory());
 
     std::vector<uint32_t> res;
     if (const auto * ragged = dynamic_cast<const llama_kv_cache_ragged *>(kv)) {
@@ -218,7 +211,7 @@ static std::vector<uint32_t> attn_layers(const llama_context & ctx) {
 // the stock cache holds every position in every layer and allocates all of them at once
 static int stock_stats(const llama_context & ctx, struct wkv_stats & stats) {
     const llama_memory_t   mem     = ctx.get_memory();
-    const llama_kv_cache * kv      = attn_cache(mem);
+    const llama_kv_cache * kv      = llama_kv_ragged_attn_cache(mem);
     const auto           & hparams = ctx.get_model().hparams;
 
     const auto    layers = attn_layers(ctx);
@@ -238,6 +231,9 @@ static int stock_stats(const llama_context & ctx, struct wkv_stats & stats) {
 }
 
 int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats) {
+    if (!stats) {
+        return fail(WKV_ERR_ARGUMENT, "stats is null");
+    }
     if (ctx && ctx->get_memory() && !llama_kv_ragged_find(ctx->get_memory())) {
         return stock_stats(*ctx, *stats);
     }
@@ -388,6 +384,10 @@ int wkv_select(const struct wkv_policy * policy, const struct wkv_shapes * shape
     const int status = check_selection(policy, shapes);
     if (status != WKV_OK) {
         return status;
+    }
+
+    if (!budgets || !positions || !scores || !keep) {
+        return fail(WKV_ERR_ARGUMENT, "budgets, positions, scores or keep is null");
     }
 
     return guard([&] {

@@ -20,8 +20,10 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 struct ragged_case {
@@ -382,9 +384,27 @@ struct perf_case {
     int64_t   hs;
     ggml_type type;
     int64_t   n_head_kv, n_gqa;
-    int64_t   n_tokens, n_cells;
+    int64_t   n_tokens, n_cells; // cells of all heads together: n_cells*n_head_kv
     int       n_threads;
+
+    bool ragged = false; // the last head holds n_head_kv times as many cells as the first
+
+    std::vector<int64_t> lens() const;
+    std::string          vars() const;
 };
+
+std::string perf_case::vars() const {
+    return "hs=" + std::to_string(hs) + ",type=" + ggml_type_name(type) + ",n_tokens=" + std::to_string(n_tokens) +
+        ",n_threads=" + std::to_string(n_threads) + (ragged ? ",ragged" : "");
+}
+
+std::vector<int64_t> perf_case::lens() const {
+    std::vector<int64_t> res(n_head_kv, n_cells);
+    for (int64_t ih = 0; ragged && ih < n_head_kv; ++ih) {
+        res[ih] = 2*n_cells*(ih + 1)/(n_head_kv + 1);
+    }
+    return res;
+}
 
 // the least of many: what other load on the machine disturbs least
 static double best_us(const std::function<void()> & fn) {
@@ -399,7 +419,44 @@ static double best_us(const std::function<void()> & fn) {
     return res;
 }
 
-// a pool of uniform heads, attended by either op; every layer reads its own cells, as a model does
+// the speed at which these threads can read the pools and do nothing else
+static double read_us(const std::vector<ggml_tensor *> & pools, int n_threads) {
+    std::vector<uint64_t> sums(n_threads);
+
+    const auto read = [&](int ith) {
+        uint64_t sum[8] = {};
+        for (const ggml_tensor * pool : pools) {
+            const size_t n = ggml_nbytes(pool)/sizeof(sum);
+            const auto * x = (const uint64_t *) pool->data;
+            for (size_t i = n*ith/n_threads; i < n*(ith + 1)/n_threads; ++i) {
+                for (int j = 0; j < 8; ++j) {
+                    sum[j] += x[8*i + j];
+                }
+            }
+        }
+        for (const uint64_t cur : sum) {
+            sums[ith] += cur;
+        }
+    };
+
+    const double res = best_us([&] {
+        std::vector<std::thread> threads;
+        for (int ith = 1; ith < n_threads; ++ith) {
+            threads.emplace_back(read, ith);
+        }
+        read(0);
+        for (auto & thread : threads) {
+            thread.join();
+        }
+    });
+
+    // the compiler must not drop the loop
+    volatile uint64_t sink = std::accumulate(sums.begin(), sums.end(), uint64_t(0));
+    GGML_UNUSED(sink);
+    return res;
+}
+
+// a pool attended by either op, by stock as if its heads were uniform; every layer reads its own cells, as a model does
 static void perf(const perf_case & pc, ggml_backend_t backend) {
     const int64_t n_head  = pc.n_head_kv*pc.n_gqa;
     const int     n_layer = pc.n_tokens == 1 ? 8 : 1;
@@ -447,8 +504,10 @@ static void perf(const perf_case & pc, ggml_backend_t backend) {
     ggml_backend_tensor_set(mask, mask_data.data(), 0, ggml_nbytes(mask));
 
     std::vector<int32_t> ranges_data;
-    for (int64_t ih = 0; ih < pc.n_head_kv; ++ih) {
-        ranges_data.insert(ranges_data.end(), { (int32_t) (ih*pc.n_cells), (int32_t) pc.n_cells });
+    int32_t first = 0;
+    for (const int64_t n : pc.lens()) {
+        ranges_data.insert(ranges_data.end(), { first, (int32_t) n });
+        first += n;
     }
     ggml_backend_tensor_set(ranges, ranges_data.data(), 0, ggml_nbytes(ranges));
 
@@ -463,8 +522,12 @@ static void perf(const perf_case & pc, ggml_backend_t backend) {
     const double us_ext    = best_us([&] { ggml_backend_graph_compute(backend, gf_ext);    })/n_layer;
     const double us_ragged = best_us([&] { ggml_backend_graph_compute(backend, gf_ragged); })/n_layer;
 
-    printf("| %3d | %4s | %d x %d | %4d | %5d | %d | %9.1f | %9.1f | %5.2f |\n", (int) pc.hs, ggml_type_name(pc.type),
-            (int) pc.n_head_kv, (int) pc.n_gqa, (int) pc.n_tokens, (int) pc.n_cells, pc.n_threads, us_ext, us_ragged, us_ext/us_ragged);
+    const bool   host    = ggml_backend_buffer_is_host(buffer.get());
+    const double us_read = host ? read_us(pools, pc.n_threads)/n_layer : NAN;
+
+    printf("| %3d | %4s | %d x %d | %4d | %5d%s | %d | %9.1f | %9.1f | %5.2f | %4.0f %% |\n", (int) pc.hs, ggml_type_name(pc.type),
+            (int) pc.n_head_kv, (int) pc.n_gqa, (int) pc.n_tokens, (int) (pc.n_cells*pc.n_head_kv), pc.ragged ? " ragged" : "",
+            pc.n_threads, us_ext, us_ragged, us_ext/us_ragged, 100.0*us_read/us_ragged);
 }
 
 static std::vector<perf_case> make_perf_cases() {
@@ -472,6 +535,7 @@ static std::vector<perf_case> make_perf_cases() {
     for (const auto & shape : { std::array<int64_t, 3>{ 64, 3, 3 }, std::array<int64_t, 3>{ 128, 8, 4 } }) {
         for (const auto type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
             for (const int n_threads : { 1, 2 }) {
+                res.push_back({ shape[0], type, shape[1], shape[2], 1, 8192/shape[1], n_threads, true });
                 for (const int64_t n_cells : { 512, 4096, 16384 }) {
                     res.push_back({ shape[0], type, shape[1], shape[2], 1, n_cells, n_threads });
                 }
@@ -589,10 +653,12 @@ int main(int argc, char ** argv) {
 
         printf("Backend %s (%s)\n", ggml_backend_dev_name(dev), ggml_backend_dev_description(dev));
         if (mode == "perf") {
-            printf("| size | type | kv heads x queries | tokens | cells | threads | flash_attn_ext us | flash_attn_ragged us | ratio |\n");
-            printf("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n");
+            printf("| size | type | kv heads x queries | tokens | cells of all heads | threads | flash_attn_ext us | flash_attn_ragged us | ratio | of read speed |\n");
+            printf("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n");
             for (const auto & pc : make_perf_cases()) {
-                perf(pc, backend.get());
+                if (pc.vars().find(text) != std::string::npos) {
+                    perf(pc, backend.get());
+                }
             }
             n_tested++;
             continue;

@@ -1,4 +1,4 @@
-"""The command line: ``windowkv-edge demo``, ``chat``, ``info`` and ``profile``."""
+"""The command line: ``windowkv-edge demo``, ``chat``, ``bench``, ``info`` and ``profile``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 import windowkv_edge
 from windowkv_edge._libs import LLAMA_CPP_PYTHON
 
+from .bench import bench
 from .chat import chat
 from .demo import demo
 from .info import info
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(chat)
+app.command()(bench)
 app.command()(info)
 app.command()(profile)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import psutil
 import typer
 
 from windowkv_edge import POLICIES, KVPolicy, Llama, UnsupportedModelError, WindowKVError, get_policy
@@ -136,10 +136,6 @@ def mib(n_bytes: float) -> str:
     return f"{n_bytes / 2**20:,.1f}"
 
 
-def rss() -> int | None:
-    """Resident bytes of this process, None where the system does not tell them."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return None
+def rss() -> int:
+    """Resident bytes of this process."""
+    return int(psutil.Process().memory_info().rss)

@@ -80,8 +80,7 @@ class _WatchedLlama(Llama):
     def kv_compact(self, kv_budget: float | None = None) -> KVStats:
         before = rss()
         res = super().kv_compact(kv_budget)
-        after = rss()
-        self.rss_change = None if before is None or after is None else after - before
+        self.rss_change = rss() - before
         return res
 
 

@@ -1,0 +1,142 @@
+"""One llama_context on a model that several contexts share: no Python between the call and the clock."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from .. import _native
+from ..budget import n_cells
+from ..errors import UnsupportedModelError, WindowKVError
+from ..llama import bind_policy
+from ..policies import KVPolicy
+
+__all__ = ["TYPES", "Model", "Session"]
+
+TYPES = {name: int(gguf.GGMLQuantizationType[name.upper()]) for name in ("f32", "f16", "bf16", "q8_0", "q4_0")}
+"""Cells of K and V by the names of llama.cpp."""
+
+_FLASH_ATTN_ENABLED = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
+
+
+class Model:
+    """Weights and vocabulary, freed by :meth:`close`."""
+
+    def __init__(self, path: Path, n_gpu_layers: int = 0) -> None:
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        self.path = path
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self.model:
+            raise WindowKVError(f"cannot load {path}: the file may be damaged, or the memory too small")
+        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Tokens of a text, without special ones; [] if the model has no tokenizer."""
+        data = text.encode()
+        tokens = (llama_cpp.llama_token * (len(data) + 8))()
+        if llama_cpp.llama_vocab_type(self.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+            return []
+        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), False, False)
+        return list(tokens[: max(0, n)])
+
+    def metadata(self, key: str) -> dict[str, str]:
+        """The value of one string key, if it is there."""
+        size = llama_cpp.llama_model_meta_val_str(self.model, key.encode(), ctypes.create_string_buffer(1), 0)
+        if size < 0:
+            return {}
+        value = ctypes.create_string_buffer(size + 1)
+        llama_cpp.llama_model_meta_val_str(self.model, key.encode(), value, size + 1)
+        return {key: value.value.decode("utf-8", "replace")}
+
+    def close(self) -> None:
+        if self.model:
+            llama_cpp.llama_model_free(self.model)
+            self.model = None
+
+
+class Session:
+    """A context with stock's cache (policy None) or a ragged one.
+
+    Args:
+        model: the weights.
+        n_ctx: positions.
+        cells: a name of :data:`TYPES`, for K and V.
+        policy: None or a policy.
+        exact: attend as stock does until something is evicted.
+        threads: CPU threads.
+        n_batch: tokens evaluated at once.
+    """
+
+    def __init__(
+        self, model: Model, n_ctx: int, cells: str, policy: KVPolicy | None, exact: bool, threads: int, n_batch: int
+    ) -> None:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = n_batch
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = TYPES[cells]
+        params.flash_attn_type = _FLASH_ATTN_ENABLED
+        params.swa_full = False
+        params.no_perf = True
+
+        self.model, self.policy, self.n_past = model, policy, 0
+        if policy is None:
+            self.ctx = llama_cpp.llama_init_from_model(model.model, params)
+        else:
+            with _native.pending(policy.window):
+                self.ctx = llama_cpp.llama_init_from_model(model.model, params)
+        if not self.ctx:
+            reason = _native.last_error() if policy is not None else ""
+            if reason:
+                raise UnsupportedModelError(f"{model.path}: {reason}")
+            raise WindowKVError(f"no context of {n_ctx:,} positions with {cells} cells; is there enough memory?")
+        self.kv = _native.Context(self.ctx)
+        if policy is not None:
+            metadata = model.metadata("general.name") | model.metadata("windowkv.head_scores")
+            try:
+                self.bound = bind_policy(self.kv, policy, str(model.path), metadata, model.model)
+                self.kv.set_attention("auto" if exact else "ragged")
+            except BaseException:
+                self.close()
+                raise
+
+    def decode(self, tokens: Sequence[int]) -> float:
+        """Evaluate tokens; seconds."""
+        ids = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points to it
+        batch = llama_cpp.llama_batch_get_one(ids, len(ids))
+        start = time.perf_counter()
+        status = llama_cpp.llama_decode(self.ctx, batch)
+        llama_cpp.llama_synchronize(self.ctx)
+        res = time.perf_counter() - start
+        if status != 0:
+            raise WindowKVError(f"llama_decode of {len(tokens)} tokens at {self.n_past} ended with status {status}")
+        self.n_past += len(tokens)
+        return res
+
+    def fill(self, n_tokens: int) -> None:
+        """Random cells for this many positions."""
+        self.kv.fill(n_tokens)
+        self.n_past += n_tokens
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Of the last token: float32 [n_vocab]."""
+        pointer = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
+
+    def compact(self, budget: float | int) -> None:
+        """Select and gather, as a prompt of ``n_past`` tokens is compacted."""
+        self.kv.compact(_native.policy_struct(self.bound.native()), n_cells(budget, self.n_past))
+
+    def close(self) -> None:
+        if self.ctx:
+            llama_cpp.llama_free(self.ctx)
+            self.ctx = None
