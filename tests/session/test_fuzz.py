@@ -24,6 +24,7 @@ from windowkv_edge import (  # noqa: E402
     PyramidKV,
     SnapKV,
     StreamingLLM,
+    WindowAdaKV,
     WindowHeadKV,
     WindowKV,
     reference,
@@ -39,6 +40,7 @@ POLICIES: tuple[KVPolicy, ...] = (
     PyramidKV(alpha=5, kernel=3, beta=4.0),
     StreamingLLM(n_sink=2),
     AdaKV(alpha=5, kernel=3, floor=0.1),
+    WindowAdaKV(alpha=6, omega=4, floor=0.1),
     HeadKV(alpha=5, kernel=3, beta=1.1, importance=SCORES),
     WindowHeadKV(alpha=6, omega=4, beta=1.1, importance=SCORES),
 )

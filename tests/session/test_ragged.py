@@ -23,6 +23,7 @@ from windowkv_edge import (
     MissingProfileError,
     PyramidKV,
     UnsupportedModelError,
+    WindowAdaKV,
     WindowHeadKV,
     WindowKV,
     reference,
@@ -64,7 +65,8 @@ POLICIES = {
     "windowkv": WindowKV(alpha=8, omega=4),
     "pyramidkv": PyramidKV(alpha=8, beta=5.0),
     "adakv": AdaKV(alpha=8, floor=0.1),
-    "headkv": HeadKV(importance=scores(3, 4)),
+    "headkv": HeadKV(beta=1.2, importance=scores(3, 4)),
+    "windowkv+adakv": WindowAdaKV(alpha=8, omega=4, floor=0.1),
     "windowkv+headkv": WindowHeadKV(alpha=8, omega=4, beta=1.1, importance=scores(3, 4)),
 }
 
@@ -80,7 +82,7 @@ def test_answers_are_computed_from_the_cells(name: str, tiny: Path, tiny_session
     pos = 300
     llm.eval(TOKENS[:pos])
     assert llm.kv_stats().cells.mean() == 30
-    if name in ("adakv", "headkv", "windowkv+headkv"):
+    if POLICIES[name].ragged:
         assert llm.kv_stats().cells.std() > 3
 
     held = cells(llm)
@@ -107,11 +109,12 @@ def test_answers_are_computed_from_the_cells(name: str, tiny: Path, tiny_session
     np.testing.assert_allclose(logits(llm), oracle.step(TOKENS[pos], pos, held), atol=atol)
 
 
-@pytest.mark.parametrize("name", ["adakv", "headkv", "windowkv+headkv"])
+@pytest.mark.parametrize("name", ["adakv", "headkv", "windowkv+adakv", "windowkv+headkv"])
 def test_selection_equals_the_reference(name: str, session: Callable[..., Llama], document: str) -> None:
     policy: KVPolicy = {
         "adakv": AdaKV(alpha=16),
         "headkv": HeadKV(importance=scores(30, 9)),
+        "windowkv+adakv": WindowAdaKV(),
         "windowkv+headkv": WindowHeadKV(importance=scores(30, 9)),
     }[name]
     llm = session(kv_policy=policy, kv_budget=1.0)

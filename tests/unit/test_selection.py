@@ -19,6 +19,7 @@ from windowkv_edge import (
     PyramidKV,
     SnapKV,
     StreamingLLM,
+    WindowAdaKV,
     WindowHeadKV,
     WindowKV,
     _native,
@@ -50,6 +51,17 @@ policies = st.one_of(
     st.builds(PyramidKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 7]), beta=st.floats(1, 40)),
     st.builds(
         AdaKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 7]), floor=st.sampled_from([0.0, 0.2, 0.5, 1.0])
+    ),
+    st.builds(
+        WindowAdaKV,
+        omega=st.integers(1, 40),
+        alpha=st.integers(1, 40),
+        suffix=st.sampled_from([1.0, 0.25]),
+        carry=st.integers(0, 6),
+        gamma=st.integers(1, 3),
+        share=st.sampled_from(["first", "mean"]),
+        floor=st.sampled_from([0.0, 0.2, 1.0]),
+        protect_first=st.booleans(),
     ),
     st.builds(
         HeadKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 7]), beta=st.sampled_from([1.0, 1.005, 1.2, 2.0, 10.0])
@@ -156,9 +168,9 @@ def test_budgets_spend_exactly_what_is_there(policy: KVPolicy, cache: tuple[Cach
     assert (0 <= got).all() and (got <= cells).all()
     if isinstance(policy, Full):
         assert (got == cells).all()
-    elif policy.ragged and policy.name != "adakv":
+    elif isinstance(policy, HeadKV | WindowHeadKV):
         assert got.sum() == min(n_cells * cells.size, cells.sum())
-    elif isinstance(policy, AdaKV):
+    elif isinstance(policy, AdaKV | WindowAdaKV):
         # a layer's heads share what an equal budget per layer gives them
         assert got.sum() == cells.shape[1] * np.array(
             reference.apportion(
@@ -201,6 +213,20 @@ def test_adakv_gives_the_best_cells_to_whoever_holds_them() -> None:
     keep = _native.select(policy.native(), budget, pos, score)[0]
     assert np.flatnonzero(keep[0]).tolist() == [0, 10, 11]
     assert np.flatnonzero(keep[1]).tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 11]
+
+
+def test_windows_compete_across_heads() -> None:
+    """The head that looks at two places holds both windows, the other one its sure cells."""
+    pos = [[np.arange(34, dtype=np.int32)] * 2]
+    score = [[np.zeros(34, dtype=np.float32), np.zeros(34, dtype=np.float32)]]
+    score[0][0][20:24] = 0.1
+    score[0][1][4:8] = score[0][1][12:16] = 0.9
+    policy = WindowAdaKV(alpha=2, omega=4, carry=0, suffix=1.0, floor=0.0)
+    budget = _native.budgets(policy.native(), [[34, 34]], 6, pos, score)
+    assert budget.tolist() == [[2, 10]]
+    keep = _native.select(policy.native(), budget, pos, score)[0]
+    assert np.flatnonzero(keep[0]).tolist() == [32, 33]
+    assert np.flatnonzero(keep[1]).tolist() == [4, 5, 6, 7, 12, 13, 14, 15, 32, 33]
 
 
 @pytest.mark.parametrize(

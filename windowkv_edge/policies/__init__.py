@@ -10,6 +10,7 @@ from .pyramidkv import PyramidKV
 from .snapkv import SnapKV
 from .streamingllm import StreamingLLM
 from .windowkv import WindowKV
+from .windowkv_adakv import WindowAdaKV
 from .windowkv_headkv import WindowHeadKV
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "Task",
+    "WindowAdaKV",
     "WindowHeadKV",
     "WindowKV",
     "get_policy",
@@ -30,7 +32,9 @@ __all__ = [
 
 POLICIES: dict[str, type[KVPolicy]] = {
     cls.name: cls
-    for cls in (Full, StreamingLLM, SnapKV, PyramidKV, AdaKV, HeadKV, HeadKVR2, WindowKV, WindowHeadKV)
+    for cls in (
+        Full, StreamingLLM, SnapKV, PyramidKV, AdaKV, HeadKV, HeadKVR2, WindowKV, WindowAdaKV, WindowHeadKV,
+    )  # fmt: skip
 }
 
 

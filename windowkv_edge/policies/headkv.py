@@ -32,7 +32,7 @@ class ByImportance(KVPolicy):
         reduce: how a kv head's score follows from those of its query heads, "mean" or "max".
     """
 
-    beta: float = 1.2
+    beta: float = 2.0
     importance: HeadScores | str | os.PathLike[str] | None = field(default=None, hash=False)
     kind: Kind = "r"
     reduce: Literal["mean", "max"] = "mean"

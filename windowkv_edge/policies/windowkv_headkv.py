@@ -20,7 +20,6 @@ class WindowHeadKV(ByImportance, WindowKV):
     ``accounting`` keep their defaults.
     """
 
-    beta: float = 2.0
     kind: Kind = "r2"
 
     name: ClassVar[str] = "windowkv+headkv"
