@@ -470,6 +470,31 @@ static void test_refusals(llama_model * model) {
     CHECK(wkv_compact(ctx.get(), &policy, INT64_MAX) == 0);
 }
 
+static void test_fill(llama_model * model) {
+    const auto policy = adakv();
+    for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        auto params = default_params();
+        params.type_k = type;
+        params.type_v = type;
+        for (const int window : { 0, 8 }) {
+            auto ctx = make(model, window, params);
+            CHECK(wkv_fill(ctx.get(), 0)    == WKV_ERR_ARGUMENT);
+            CHECK(wkv_fill(ctx.get(), 1025) == WKV_ERR_ARGUMENT);
+            CHECK(wkv_fill(ctx.get(), 700)  == WKV_OK);
+            CHECK(wkv_fill(ctx.get(), 1)    == WKV_ERR_ARGUMENT);
+            CHECK(stats(ctx.get()).n_past == 700);
+            if (window > 0) {
+                CHECK(wkv_compact(ctx.get(), &policy, 60) > 0);
+            }
+            CHECK(decode(ctx.get(), prompt(3), 700) == 0);
+            for (const float x : logits(ctx.get())) {
+                CHECK(std::isfinite(x));
+            }
+        }
+    }
+    CHECK(wkv_fill(nullptr, 1) == WKV_ERR_ARGUMENT);
+}
+
 static void test_cells_f32(llama_model * model) {
     auto params = default_params();
     params.type_k = GGML_TYPE_F32;
@@ -526,6 +551,7 @@ int main(int argc, char ** argv) {
     test_snapshot(model);
     test_refusals(model);
     test_cells_f32(model);
+    test_fill(model);
 
     llama_model_free(model);
     llama_backend_free();

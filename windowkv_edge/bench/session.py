@@ -11,6 +11,7 @@ import gguf
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from llama_cpp._logger import llama_log_callback
 
 from .. import _native
 from ..budget import n_cells
@@ -26,15 +27,22 @@ TYPES = {name: int(gguf.GGMLQuantizationType[name.upper()]) for name in ("f32", 
 _FLASH_ATTN_ENABLED = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
 
 
+# llama.cpp's log goes nowhere while a model is measured: its lines would break the progress bar, and what matters
+# becomes an error of ours
+_silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+
+
 class Model:
-    """Weights and vocabulary, freed by :meth:`close`."""
+    """Weights and vocabulary. Until :meth:`close` llama.cpp logs nothing in this process."""
 
     def __init__(self, path: Path, n_gpu_layers: int = 0) -> None:
+        llama_cpp.llama_log_set(_silent, None)
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         self.path = path
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
+            self.close()
             raise WindowKVError(f"cannot load {path}: the file may be damaged, or the memory too small")
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
@@ -61,6 +69,7 @@ class Model:
         if self.model:
             llama_cpp.llama_model_free(self.model)
             self.model = None
+        llama_cpp.llama_log_set(llama_log_callback, None)
 
 
 class Session:

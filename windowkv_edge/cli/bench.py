@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import llama_cpp
 import psutil
 import typer
-from llama_cpp._logger import set_verbose
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -98,7 +97,6 @@ def bench(
             progress.update(task, description=f"writing {model}", completed=done, total=total)
 
         info = read_info(fetch_shape(model, wrote)) if model in SHAPES else open_model(model)
-        set_verbose(False)
         weights = Model(info.path, gpu_layers)
         try:
             run = Bench(

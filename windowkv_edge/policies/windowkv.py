@@ -40,12 +40,12 @@ class WindowKV(KVPolicy):
         protect_first: the first window always stays (it holds the attention sink).
     """
 
-    omega: int = 8
+    omega: int = 4
     alpha: int = 16
     omega_aggregation: int | None = None
     alpha_aggregation: int | None = None
     suffix: float = 0.25
-    carry: int = 5
+    carry: int = 7
     localization: Strategy = "average"
     aggregation: Strategy = "average"
     task: Literal["localization", "aggregation", "auto"] = "auto"
