@@ -42,6 +42,7 @@ __all__ = [
     "fetch",
     "fetch_gemma3_270m",
     "fetch_smollm2",
+    "lock",
 ]
 
 Progress = Callable[[str, int, int], None]
@@ -138,7 +139,7 @@ def fetch(spec: ModelSpec, progress: Progress | bool = True) -> Path:
                     return installed[0]
                 installed = [None]  # another version, or damaged: the download brings the right one
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(target.with_suffix(".lock")):
+            with lock(target.with_suffix(".lock")):
                 if not _is_verified(target, spec, report):
                     _build(target, spec, installed, report)
         return target
@@ -287,7 +288,7 @@ def _failed(spec: ModelSpec, got: str, fix: str) -> ModelFetchError:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``path``; none on a network file system that refuses locks."""
     with path.open("a") as file:
         with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
 #include "llama-model.h"
 
 #include "ggml-cpp.h"
@@ -13,6 +14,7 @@
 #include <algorithm>
 #include <random>
 #include <stdexcept>
+#include <vector>
 
 // rows repeat after this many, which no kernel notices
 static constexpr int64_t N_ROWS_RANDOM = 1024;
@@ -33,7 +35,8 @@ static void set_random(ggml_tensor * dst, std::mt19937 & rng) {
     }
 }
 
-static void set_random(const llama_kv_cache & kv, std::mt19937 & rng) {
+// latent attention keeps no V
+static void set_random(const llama_kv_cache & kv, bool has_v, std::mt19937 & rng) {
     if (const auto * ragged = dynamic_cast<const llama_kv_cache_ragged *>(&kv)) {
         for (const auto & layer : ragged->get_layers()) {
             for (ggml_tensor * dst : { layer.pool.k, layer.pool.v, layer.ring }) {
@@ -49,13 +52,15 @@ static void set_random(const llama_kv_cache & kv, std::mt19937 & rng) {
         /*.no_alloc   =*/ true,
     };
     for (const uint32_t il : kv.get_layer_ids()) {
-        ggml_context_ptr ctx { ggml_init(params) };
-
-        llama_kv_cache::slot_info sinfo;
-        sinfo.s0 = sinfo.s1 = 0;
-
         set_random(kv.get_k_storage(il), rng);
-        set_random(kv.get_v(ctx.get(), il, 1, sinfo)->view_src, rng);
+        if (has_v) {
+            ggml_context_ptr ctx { ggml_init(params) };
+
+            llama_kv_cache::slot_info sinfo;
+            sinfo.s0 = sinfo.s1 = 0;
+
+            set_random(kv.get_v(ctx.get(), il, 1, sinfo)->view_src, rng);
+        }
     }
 }
 
@@ -98,9 +103,14 @@ void llama_kv_ragged_fill(llama_context & ctx, int32_t n_tokens) {
         append(ctx, std::min(n_batch, n_tokens - i));
     }
 
+    const bool has_v = !ctx.get_model().hparams.is_mla();
+
     std::mt19937 rng(n_tokens);
-    set_random(*kv, rng);
-    if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa *>(mem)) {
-        set_random(*iswa->get_swa(), rng);
+    set_random(*kv, has_v, rng);
+
+    const auto * hybrid = dynamic_cast<const llama_memory_hybrid_iswa *>(mem);
+    const auto * iswa   = hybrid ? hybrid->get_mem_attn() : dynamic_cast<const llama_kv_cache_iswa *>(mem);
+    if (iswa) {
+        set_random(*iswa->get_swa(), has_v, rng);
     }
 }

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import llama_cpp
 import numpy as np
 import psutil
@@ -25,7 +26,7 @@ from windowkv_edge.gguf_info import read_info
 
 SMALL = Shape("small", 3, 256, 512, 8, 2, 32, 300)
 CELL = 2 * 2 * 32  # bytes of K and V of one head, f16
-BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}
+SIZES = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]] for name in TYPES}
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +74,13 @@ def test_a_shape_is_written_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     path = fetch_shape("small")
     before = path.stat().st_mtime_ns
     assert fetch_shape("small").stat().st_mtime_ns == before
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert [p.name for p in path.parent.iterdir() if p.suffix != ".lock"] == [path.name]
 
     path.unlink()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(WindowKVError, match="free some space"):
         fetch_shape("small")
-    assert not list(path.parent.iterdir())
+    assert [p.suffix for p in path.parent.iterdir()] == [".lock"]
 
 
 #
@@ -168,11 +169,13 @@ def test_rows(model: Model) -> None:
         assert row.n_cells == n
         assert row.compaction_ms is not None and row.compaction_ms > 0
         ring = 3 * 8 * 32 * policies[row.policy].window * 2
-        exact = 3 * 2 * n * CELL * BITS[row.cell_type] / 16
+        block, n_bytes = SIZES[row.cell_type]
+        exact = 3 * 2 * (n + 5) * 2 * 32 * n_bytes / block  # five tokens were decoded
         assert exact <= row.kv_bytes - ring <= 1.03 * exact + 3 * 2 * 32 * CELL
         assert row.kv_bytes_peak > row.kv_bytes
     for row in rows.values():
         assert 0 < row.decode_ms_best <= row.decode_ms
+        assert row.decode_ms_best <= row.decode_ms_mean
         assert row.prefill_tokens_per_s is None
         assert row.is_reference == (" at " in row.session)
     assert rows["stock f16"].n_cells == rows["full f16"].n_cells == 600
@@ -284,6 +287,7 @@ def test_lines_over_lengths(tmp_path: Path) -> None:
         (["--policies", ""], "need at least one entry each"),
         (["--budgets", "0"], "the budget is '0'"),
         (["--lengths", "many"], "--lengths has 'many'"),
+        (["--references", "deep"], "--references has 'deep'"),
         (["--plot", "out.bmpx"], "expected a name that ends in"),
         (["--plot", "/no/such/folder/out.png"], "there is no folder /no/such/folder"),
         (["--policies", "headkv"], "windowkv-edge profile"),
@@ -293,6 +297,57 @@ def test_bad_arguments(small: Path, args: list[str], message: str) -> None:
     code, _, err = call(small, "--fill", "--rounds", 1, "--lengths", 64, *args)
     assert code == 2
     assert message in err.replace("\n", " ")
+
+
+def test_broken_head_scores(small: Path, tmp_path: Path) -> None:
+    model = tmp_path / "copy.gguf"
+    model.symlink_to(small)
+    (tmp_path / "copy.heads.json").write_text("{")
+    code, _, err = call(model, "--policies", "headkv", "--fill", "--lengths", 64)
+    assert code == 2
+    assert "copy.heads.json: not a file of head scores" in err.replace("\n", " ")
+
+
+def test_heads_that_no_block_divides(tmp_path: Path) -> None:
+    """Stock sessions that cannot be are left out, unless they were asked for."""
+    path = tmp_path / "odd.gguf"
+    write_shape(Shape("odd", 2, 320, 64, 4, 2, 80, 64), path)
+    args = ["--fill", "--lengths", 300, "--rounds", 1, "--references", "", "--policies", "windowkv"]
+    code, out, err = call(path, *args)
+    assert code == 0, err
+    assert "stock f16" in out and "q8_0" not in out
+    for option in ("--types", "--baselines"):
+        code, _, err = call(path, *args, option, "q8_0")
+        assert code == 2
+        assert "q8_0 cells come in blocks of 32 values" in err.replace("\n", " ")
+
+
+def test_a_file_name_is_no_markup(small: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model[q4_0].gguf"
+    model.symlink_to(small)
+    code, out, _ = call(model, "--fill", "--lengths", 64, "--rounds", 1, "--references", "", "--baselines", "f16")
+    assert code == 0
+    assert "model[q4_0].gguf" in out
+
+
+def test_short_prompts(smollm2: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("Hi")
+    args = ["--lengths", 70, "--rounds", 1, "--references", "", "--baselines", "f16", "--policies", "windowkv"]
+    code, _, err = call(smollm2, *args, "--text", text)
+    assert code == 0, err
+
+
+def test_a_kernel_that_gives_nan(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_divergence", lambda *_: math.nan)
+    with pytest.raises(GateError, match="KL divergence nan"):
+        bench(model).gate()
+
+
+def test_masked_tokens_have_no_share() -> None:
+    logits = np.array([[1.0, 2.0, -np.inf]], dtype=np.float32)
+    assert run._divergence(logits, logits) == 0
+    assert run._divergence(logits, logits[:, [1, 0, 2]]) == pytest.approx(math.tanh(0.5))
 
 
 def test_a_picture_needs_matplotlib(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import psutil
 
+from .._rss import rss
 from ..budget import n_cells
 from ..errors import WindowKVError
 from ..gguf_info import GGUFInfo
@@ -21,22 +21,20 @@ from ..policies import Full, KVPolicy
 from ..policies.headkv import ByImportance
 from .session import Model, Session
 
-__all__ = ["Bench", "GateError", "Plan", "Report", "Row"]
+__all__ = ["Bench", "GateError", "Plan", "Report", "Row", "fits"]
 
 Report = Callable[[str, int], None]
 """``report(what, steps)``: so many steps of the total were done."""
 
 CHUNK = 512  # tokens evaluated at once, llama.cpp's own default
 STOCK = "stock"
+STOCK_TYPES = ("f16", "q8_0", "q4_0")
 
 N_GATE_PROMPT, N_GATE_ANSWER = 128, 16
 # Mean KL divergence between the next-token distributions of two kernels that differ in rounding alone: this much, and
 # twice what the rounding of the cells themselves does. SmolLM2 Q4_1 and Gemma Q4_K_M, whose weights amplify rounding:
 # 0.001 to 0.006 with f16 cells; q4_0 up to 0.24, where stock q4_0 is 0.31 from stock f16
 GATE_KL = 0.02
-
-# bits of a value in the cache, scales included
-_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 
 
 class GateError(WindowKVError, RuntimeError):
@@ -57,14 +55,15 @@ class Plan:
         rounds: decoded tokens per session; an even number of turns in both directions.
         threads: CPU threads.
         fill: random cells instead of an evaluated prompt.
-        exact: policies attend as stock does until something is evicted ("full" does not: it would be stock).
+        exact: with f16 and f32 cells policies attend as stock does until something is evicted ("full" does not: it
+            would be stock).
     """
 
     lengths: tuple[int, ...]
     policies: dict[str, KVPolicy]
     budgets: tuple[float | int, ...]
     types: tuple[str, ...] = ("f16",)
-    baselines: tuple[str, ...] = ("f16", "q8_0", "q4_0")
+    baselines: tuple[str, ...] = STOCK_TYPES
     references: tuple[int, ...] = (2, 512)
     rounds: int = 64
     threads: int = 2
@@ -87,9 +86,12 @@ class Row:
     compaction_ms: float | None = None  # scoring, selection and gather
     decode_ms: float = 0.0  # median
     decode_ms_best: float = 0.0
+    decode_ms_mean: float = 0.0  # with the tokens at which pools grow
     kv_bytes_peak: int = 0  # transients of growth and compaction included
-    kv_bytes: int = 0  # while decoding, window and recurrent layers included
-    rss_bytes: int = 0  # by which the process grew for this session's cache, after compaction
+    kv_bytes: int = 0  # behind the last token, window and recurrent layers included; stock's has room for all of n_ctx
+    rss_bytes: int = (
+        0  # by which the process grew for this session's cache until decoding began, compute buffers left out
+    )
 
     @property
     def is_reference(self) -> bool:
@@ -154,6 +156,7 @@ class Bench:
             UnsupportedModelError, MissingProfileError: a policy cannot serve the model.
             WindowKVError: the memory is too small; says what would fit.
         """
+        self._check_types()
         for length in self.plan.lengths:
             self._check_memory(length)
         self.gate()
@@ -171,7 +174,8 @@ class Bench:
         rounding with ours (where the device has none, stock's serves both)."""
         for cells in dict.fromkeys(self.plan.types):
             tokens, want = self._answer(None, cells, "stock", [])
-            bound = GATE_KL + 2 * _divergence(self._answer(None, "f16", "stock", tokens)[1], want)
+            f16 = want if cells == "f16" else self._answer(None, "f16", "stock", tokens)[1]
+            bound = GATE_KL + 2 * _divergence(f16, want)
             self.report(f"gate: stock {cells}", 1)
             for name, policy in self.policies.items():
                 _, exact = self._answer(policy, cells, "stock", tokens)
@@ -181,7 +185,7 @@ class Bench:
                         f"{np.abs(exact - want).max():.3g}); no speed is reported"
                     )
                 _, ours = self._answer(policy, cells, "ragged", tokens)
-                if (kl := _divergence(want, ours)) > bound:
+                if not (kl := _divergence(want, ours)) <= bound:
                     raise GateError(
                         f"{name} with {cells} cells, nothing evicted and our attention kernel: KL divergence {kl:.3g} "
                         f"from stock, expected at most {bound:.3g}; no speed is reported"
@@ -243,9 +247,9 @@ class Bench:
 
     def _open(self, row: Row, stack: ExitStack) -> _Entry:
         """A session with room for its prompt; filled and compacted if nothing is to be evaluated."""
-        before = _rss()
+        before = rss()
         policy = None if row.policy == STOCK else self.policies[row.policy]
-        session = self._session(row.depth + self.plan.rounds + 8, row.cell_type, policy)
+        session = self._session(row.depth + self.plan.rounds + 1, row.cell_type, policy)
         stack.callback(session.close)
         if policy is not None:
             session.kv.reserve(row.depth)
@@ -254,7 +258,7 @@ class Bench:
             session.fill(row.depth)
             if not row.is_reference:
                 self.report(f"{row.length:,} positions: {row.session}", 1)
-        row.rss_bytes = _rss() - before
+        row.rss_bytes = rss() - before
         if self.plan.fill:
             self._compact(entry)
         return entry
@@ -273,30 +277,36 @@ class Bench:
         row, session = entry.row, entry.session
         if row.budget is None:
             return
-        before = _rss()
+        before = rss()
         session.compact(row.budget)
         stats = session.kv.stats()
         row.compaction_ms = stats.t_score_ms + stats.t_select_ms + stats.t_gather_ms
-        row.rss_bytes += _rss() - before
+        row.rss_bytes += rss() - before
 
     def _decode(self, entries: list[_Entry]) -> None:
         """Median time of a token; the sessions take turns, so that a slow moment of the machine meets all of them."""
+        token = self.tokens[:1]
         for entry in entries:
             stats = entry.session.kv.stats()
             row = entry.row
             row.n_cells = float(entry.session.kv.cells().mean()) if row.policy != STOCK else float(stats.n_past)
-            row.kv_bytes = stats.bytes_live + stats.bytes_other
-            row.kv_bytes_peak = stats.bytes_peak + stats.bytes_other
-            entry.session.decode(self.tokens[:1])  # builds the graph
+            entry.session.decode(token)  # builds the graph
             entry.times = []
         for turn in range(self.plan.rounds):
             for entry in entries if turn % 2 == 0 else reversed(entries):
                 assert entry.times is not None
-                entry.times.append(1000 * entry.session.decode(self.tokens[7:8]))
+                entry.times.append(1000 * entry.session.decode(token))
             self.report("decoding", len(entries))
         for entry in entries:
             assert entry.times is not None
-            entry.row.decode_ms, entry.row.decode_ms_best = median(entry.times), min(entry.times)
+            row, stats = entry.row, entry.session.kv.stats()
+            row.decode_ms, row.decode_ms_best, row.decode_ms_mean = (
+                median(entry.times),
+                min(entry.times),
+                fmean(entry.times),
+            )
+            row.kv_bytes = stats.bytes_live + stats.bytes_other
+            row.kv_bytes_peak = stats.bytes_peak + stats.bytes_other
 
     #
     # what there is
@@ -305,21 +315,46 @@ class Bench:
     def _prompt(self, length: int) -> list[int]:
         return (self.tokens * (length // len(self.tokens) + 1))[:length]
 
+    def _check_types(self) -> None:
+        """Raise where a row of K or V is no whole number of blocks of a type."""
+        for cells in (*self.plan.types, *self.plan.baselines):
+            if not fits(self.info, cells):
+                raise WindowKVError(
+                    f"{cells} cells come in blocks of {_block(cells)[0]} values, but heads of {self.info.path} have "
+                    f"{self.info.head_dim_k} (K) and {self.info.head_dim_v} (V); leave {cells} out of --types and "
+                    "--baselines"
+                )
+
     def _check_memory(self, length: int) -> None:
-        """Raise unless all sessions of a length fit into memory at once."""
+        """Raise unless all sessions of a length fit into the memory beside the weights, where it is the host's."""
+        if self.model.n_gpu_layers:
+            return
         position = sum(self.info.layer_bytes(il) for il in self.info.compressed_layers)
         steady, prompt = 0.0, 0.0
         for row in self._rows(length):
-            full = position * row.depth * _BITS[row.cell_type] / 16
-            kept = full if row.budget is None else full * n_cells(row.budget, row.depth) / row.depth
+            block, n_bytes = _block(row.cell_type)
+            room = row.depth + self.plan.rounds
+            full = position * room * n_bytes / block / 2  # the header's bytes are those of f16
+            kept = full if row.budget is None else full * min(1.0, n_cells(row.budget, row.depth) / row.depth)
             steady += kept if self.plan.fill else full
             prompt = max(prompt, full - kept if self.plan.fill else 0.0)
-        need, have = steady + prompt, psutil.virtual_memory().available
+        need, have = steady + prompt, psutil.virtual_memory().available - self.info.file_size
         if need > have:
             raise WindowKVError(
                 f"the caches of {length:,} positions take {need / 2**30:.1f} GiB together, {have / 2**30:.1f} GiB are "
-                "free; ask for shorter --lengths, or fewer --baselines, --policies, --budgets or --types"
+                "free beside the weights; ask for shorter --lengths, or fewer --baselines, --policies, --budgets or "
+                "--types"
             )
+
+
+def _block(cells: str) -> tuple[int, int]:
+    """Values and bytes of a block."""
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[cells.upper()]]
+
+
+def fits(info: GGUFInfo, cells: str) -> bool:
+    """Whether the rows of a model's heads are whole blocks of a type."""
+    return info.head_dim_k % _block(cells)[0] == info.head_dim_v % _block(cells)[0] == 0
 
 
 def budget_name(budget: float | int) -> str:
@@ -327,18 +362,11 @@ def budget_name(budget: float | int) -> str:
     return f"{budget:,}" if isinstance(budget, int) else f"{100 * budget:g} %"
 
 
-def _rss() -> int:
-    """Resident bytes; what was freed has gone back to the system."""
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
-    return int(psutil.Process().memory_info().rss)
-
-
 def _divergence(want: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> float:
     """Mean KL divergence of next-token distributions, from logits [n, n_vocab]."""
     p, q = (_log_softmax(x.astype(np.float64)) for x in (want, got))
-    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+    seen = np.isfinite(p)  # tokens that a model masks have no share in it
+    return float((np.exp(p) * np.subtract(p, q, out=np.zeros_like(p), where=seen)).sum(axis=1).mean())
 
 
 def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

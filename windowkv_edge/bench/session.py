@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,26 +25,36 @@ __all__ = ["TYPES", "Model", "Session"]
 TYPES = {name: int(gguf.GGMLQuantizationType[name.upper()]) for name in ("f32", "f16", "bf16", "q8_0", "q4_0")}
 """Cells of K and V by the names of llama.cpp."""
 
-_FLASH_ATTN_ENABLED = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
+
+_LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+
+# llama.cpp's errors while a model is measured; its other lines would only break the progress bar
+_errors: deque[str] = deque(maxlen=1)
 
 
-# llama.cpp's log goes nowhere while a model is measured: its lines would break the progress bar, and what matters
-# becomes an error of ours
-_silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep_error(level: int, text: bytes, data: object) -> None:
+    if level == _LOG_ERROR:
+        _errors.append(text.decode("utf-8", "replace").strip())
+
+
+def _reason(fallback: str) -> str:
+    """What llama.cpp said last, forgotten with this call."""
+    return _errors.pop() if _errors else fallback
 
 
 class Model:
     """Weights and vocabulary. Until :meth:`close` llama.cpp logs nothing in this process."""
 
     def __init__(self, path: Path, n_gpu_layers: int = 0) -> None:
-        llama_cpp.llama_log_set(_silent, None)
+        llama_cpp.llama_log_set(_keep_error, None)
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        self.path = path
+        self.path, self.n_gpu_layers = path, n_gpu_layers
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
             self.close()
-            raise WindowKVError(f"cannot load {path}: the file may be damaged, or the memory too small")
+            raise WindowKVError(f"cannot load {path}: {_reason('the file may be damaged, or the memory too small')}")
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
 
@@ -93,7 +104,7 @@ class Session:
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = TYPES[cells]
-        params.flash_attn_type = _FLASH_ATTN_ENABLED
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.swa_full = False
         params.no_perf = True
 
@@ -107,15 +118,19 @@ class Session:
             reason = _native.last_error() if policy is not None else ""
             if reason:
                 raise UnsupportedModelError(f"{model.path}: {reason}")
-            raise WindowKVError(f"no context of {n_ctx:,} positions with {cells} cells; is there enough memory?")
+            raise WindowKVError(
+                f"no context of {n_ctx:,} positions, {cells} cells: {_reason('is there enough memory?')}"
+            )
         self.kv = _native.Context(self.ctx)
         if policy is not None:
             metadata = model.metadata("general.name") | model.metadata("windowkv.head_scores")
             try:
                 self.bound = bind_policy(self.kv, policy, str(model.path), metadata, model.model)
                 self.kv.set_attention("auto" if exact else "ragged")
-            except BaseException:
+            except BaseException as error:
                 self.close()
+                if isinstance(error, (OSError, ValueError)) and not isinstance(error, WindowKVError):
+                    raise WindowKVError(str(error)) from error  # head scores that cannot be read or do not fit
                 raise
 
     def decode(self, tokens: Sequence[int]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import WindowKVError
-from ..models import cache_dir
+from ..models import cache_dir, lock
 
 __all__ = ["SHAPES", "Shape", "fetch_shape", "write_shape"]
 
 Progress = Callable[[int, int], None]
 
-_BLOCK = 32  # values of a Q4_0 block
-_BLOCK_BYTES = 18  # a half as scale, 16 bytes of nibbles
+# Q4_0: a half as scale, 16 bytes of nibbles
+_BLOCK, _BLOCK_BYTES = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_0]
 _N_RANDOM = 1 << 16  # blocks of random weights, repeated as often as needed
 
 
@@ -87,20 +88,27 @@ def fetch_shape(name: str, progress: Progress | None = None) -> Path:
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(path.parent).free) < shape.n_bytes * 1.05:
-            raise WindowKVError(
-                f"{path.parent} has {free >> 20:,} MiB free, the shape {name} needs {shape.n_bytes >> 20:,} MiB; free "
-                "some space or set WINDOWKV_CACHE_DIR to another folder"
-            )
-        write_shape(shape, part, progress)
-        part.replace(path)
+        with lock(path.with_suffix(".lock")):
+            if not path.exists():
+                _write(shape, path, part, progress)
     except OSError as error:
         raise WindowKVError(
             f"cannot write {path}: {error.strerror or error}; set WINDOWKV_CACHE_DIR to a folder that can be written"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     return path
+
+
+def _write(shape: Shape, path: Path, part: Path, progress: Progress | None) -> None:
+    if (free := shutil.disk_usage(path.parent).free) < shape.n_bytes * 1.05:
+        raise WindowKVError(
+            f"{path.parent} has {free >> 20:,} MiB free, the shape {shape.name} needs {shape.n_bytes >> 20:,} MiB; "
+            "free some space or set WINDOWKV_CACHE_DIR to another folder"
+        )
+    write_shape(shape, part, progress)
+    part.replace(path)
 
 
 def write_shape(shape: Shape, path: Path, progress: Progress | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.table import Table
 import windowkv_edge
 from windowkv_edge.bench import SHAPES, Bench, Plan, Row, fetch_shape, plot
 from windowkv_edge.bench.plot import check_plot
+from windowkv_edge.bench.run import STOCK_TYPES, fits
 from windowkv_edge.bench.session import TYPES, Model
 from windowkv_edge.gguf_info import GGUFInfo, read_info
 
@@ -46,7 +47,9 @@ def bench(
     ] = "windowkv,full",
     budgets: Annotated[str, typer.Option(help="Cells that stay: 12% of the prompt, or a number.")] = "12%",
     types: Annotated[str, typer.Option(help="Cells of the policies: f32, f16, bf16, q8_0, q4_0.")] = "f16",
-    baselines: Annotated[str, typer.Option(help="Cells of the stock sessions; '' for none.")] = "f16,q8_0,q4_0",
+    baselines: Annotated[
+        str | None, typer.Option(help="Cells of the stock sessions; '' for none. Default: f16, q8_0 and q4_0.")
+    ] = None,
     references: Annotated[
         str, typer.Option(help="Depths of more stock f16 sessions; 2 shows what the weights cost; '' for none.")
     ] = "2,512",
@@ -60,7 +63,10 @@ def bench(
         ),
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact/--fast", help="Before anything is evicted attend as stock, or with our kernel.")
+        bool,
+        typer.Option(
+            "--exact/--fast", help="Attend to f16 and f32 cells as stock until some are evicted, or as we do."
+        ),
     ] = True,
     text: Annotated[Path | None, typer.Option(help="The prompt. Default: a text that is shipped.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -74,12 +80,12 @@ def bench(
     plan = Plan(
         lengths=tuple(dict.fromkeys(parse_lengths(lengths))),
         policies={name: parse_policy(name) for name in _names(policies)},
-        budgets=tuple(parse_budget(part) for part in _names(budgets)),
+        budgets=tuple(dict.fromkeys(parse_budget(part) for part in _names(budgets))),
         types=_types(types, "--types"),
-        baselines=_types(baselines, "--baselines"),
-        references=tuple(parse_lengths(references)) if references.strip() else (),
+        baselines=STOCK_TYPES if baselines is None else _types(baselines, "--baselines"),
+        references=tuple(dict.fromkeys(parse_lengths(references, "--references"))) if references.strip() else (),
         rounds=rounds,
-        threads=threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        threads=threads or _n_cores(),
         fill=model in SHAPES if fill is None else fill,
         exact=exact,
     )
@@ -97,6 +103,8 @@ def bench(
             progress.update(task, description=f"writing {model}", completed=done, total=total)
 
         info = read_info(fetch_shape(model, wrote)) if model in SHAPES else open_model(model)
+        if baselines is None:  # blocks of 32 values do not divide every head
+            plan = replace(plan, baselines=tuple(cells for cells in STOCK_TYPES if fits(info, cells)))
         weights = Model(info.path, gpu_layers)
         try:
             run = Bench(
@@ -108,7 +116,7 @@ def bench(
         finally:
             weights.close()
 
-    about = _about(info, plan)
+    about = _about(info, plan, gpu_layers)
     if as_json:
         print(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1))
     else:
@@ -145,10 +153,18 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def _about(info: GGUFInfo, plan: Plan) -> dict[str, Any]:
+def _n_cores() -> int:
+    """Physical cores, as far as this process may use them."""
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
+
+
+def _about(info: GGUFInfo, plan: Plan, gpu_layers: int) -> dict[str, Any]:
     cells = "random cells" if plan.fill else "an evaluated prompt"
+    offloaded = f", {gpu_layers if gpu_layers > 0 else 'all'} layers on the GPU" if gpu_layers else ""
     return {
-        "title": f"{info.path.name}, {_cpu()}, {plan.threads} threads, {cells}",
+        "title": f"{info.path.name}, {_cpu()}, {plan.threads} threads{offloaded}, {cells}",
+        "gpu_layers": gpu_layers,
         "model": info.path.name,
         "n_layer": info.n_layer,
         "n_head_kv": max(info.n_head_kv, default=0),
@@ -166,7 +182,7 @@ def _about(info: GGUFInfo, plan: Plan) -> dict[str, Any]:
 
 
 def _print(console: Console, rows: list[Row], about: dict[str, Any]) -> None:
-    console.print(about["title"], highlight=False, soft_wrap=True)
+    console.print(about["title"], highlight=False, markup=False, soft_wrap=True)
     for length in dict.fromkeys(row.length for row in rows):
         group = [row for row in rows if row.length == length]
         stock = next((row for row in group if row.session == "stock f16"), None)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-import psutil
 import typer
 
 from windowkv_edge import POLICIES, KVPolicy, Llama, UnsupportedModelError, WindowKVError, get_policy
@@ -25,7 +24,6 @@ __all__ = [
     "parse_policy",
     "read_text",
     "reports_errors",
-    "rss",
 ]
 
 P = ParamSpec("P")
@@ -72,13 +70,13 @@ def parse_budget(text: str) -> float | int:
     raise CLIError(f"the budget is {text!r}, {expected}")
 
 
-def parse_lengths(text: str) -> list[int]:
+def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
     """Tokens: ``"1k,500"`` is [1024, 500]."""
     res = []
     for part in text.lower().split(","):
         match = re.fullmatch(r"\s*([1-9]\d{0,8})(k?)\s*", part, re.ASCII)
         if not match:
-            raise CLIError(f"--lengths has {part!r}, expected a number of tokens of at least 1, such as 4k or 4096")
+            raise CLIError(f"{option} has {part!r}, expected a number of tokens of at least 1, such as 4k or 4096")
         res.append(int(match[1]) * (1024 if match[2] else 1))
     return res
 
@@ -135,7 +133,3 @@ def load(
 def mib(n_bytes: float) -> str:
     return f"{n_bytes / 2**20:,.1f}"
 
-
-def rss() -> int:
-    """Resident bytes of this process."""
-    return int(psutil.Process().memory_info().rss)

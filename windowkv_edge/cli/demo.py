@@ -23,10 +23,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from windowkv_edge import KVStats, Llama
+from windowkv_edge._rss import rss
 from windowkv_edge.gguf_info import GGUFInfo, support
 from windowkv_edge.llama import DEFAULT_MIN_PROMPT
 
-from .common import SMOLLM2, CLIError, load, mib, open_model, parse_budget, parse_policy, read_text, reports_errors, rss
+from .common import SMOLLM2, CLIError, load, mib, open_model, parse_budget, parse_policy, read_text, reports_errors
 
 __all__ = ["demo"]
 

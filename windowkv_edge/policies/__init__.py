@@ -33,7 +33,16 @@ __all__ = [
 POLICIES: dict[str, type[KVPolicy]] = {
     cls.name: cls
     for cls in (
-        Full, StreamingLLM, SnapKV, PyramidKV, AdaKV, HeadKV, HeadKVR2, WindowKV, WindowAdaKV, WindowHeadKV,
+        Full,
+        StreamingLLM,
+        SnapKV,
+        PyramidKV,
+        AdaKV,
+        HeadKV,
+        HeadKVR2,
+        WindowKV,
+        WindowAdaKV,
+        WindowHeadKV,
     )  # fmt: skip
 }
 

@@ -29,7 +29,7 @@ class ByScore(KVPolicy):
     ragged = True
 
     def __post_init__(self) -> None:
-        getattr(super(), "__post_init__", lambda: None)()
+        super().__post_init__()
         if isinstance(self.floor, bool) or not isinstance(self.floor, (int, float)) or not 0 <= self.floor <= 1:
             raise ValueError(f"floor is {self.floor!r}, expected a share of 0 to 1")
 

@@ -37,6 +37,9 @@ class KVPolicy(ABC):
     #: whether the heads of a layer may hold different numbers of cells
     ragged: bool = False
 
+    def __post_init__(self) -> None:  # noqa: B027 (nothing to check here)
+        """Check the fields, then those of the next class: ``super().__post_init__()``."""
+
     @property
     @abstractmethod
     def window(self) -> int:

@@ -41,7 +41,7 @@ class ByImportance(KVPolicy):
     ragged = True
 
     def __post_init__(self) -> None:
-        getattr(super(), "__post_init__", lambda: None)()
+        super().__post_init__()
         if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not self.beta >= 1:
             raise ValueError(f"beta is {self.beta!r}, expected a number of at least 1")
         one_of("kind", self.kind, ("r", "r2"))
@@ -71,6 +71,6 @@ class HeadKV(ByImportance, SnapKV):
 class HeadKVR2(HeadKV):
     """HeadKV with retrieval-and-reasoning scores (section 3.1, R2)."""
 
-    kind: Kind = "r2"
+    kind: Kind = field(default="r2", init=False)
 
     name: ClassVar[str] = "headkv-r2"

@@ -26,6 +26,7 @@ class SnapKV(KVPolicy):
     paper: ClassVar[str] = "arXiv 2404.14469"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("alpha", self.alpha, 1)
         at_least("kernel", self.kernel, 1)
         if self.kernel % 2 == 0:

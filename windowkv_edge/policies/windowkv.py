@@ -61,6 +61,7 @@ class WindowKV(KVPolicy):
     paper: ClassVar[str] = "arXiv 2503.17922"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("omega", "alpha", "gamma"):
             at_least(field, getattr(self, field), 1)
         for field in ("omega_aggregation", "alpha_aggregation"):
