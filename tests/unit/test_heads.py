@@ -99,13 +99,26 @@ def test_the_nearest_scores_win(tmp_path: Path) -> None:
         ModelHeads("model.gguf", {}, 9, 2, tuple(range(9))).importance(given, "r", "mean")
 
 
-def test_shipped_profiles_are_found_by_name() -> None:
-    scores = ModelHeads("m.gguf", {"general.name": "Smollm2 135M 8k Lc100K Mix1 Ep2"}, 30, 3, tuple(range(30))).find(None)
-    assert scores.shape == (30, 9)
+@pytest.mark.parametrize(
+    ("name", "shape", "layers", "n_head_kv"),
+    [
+        ("Smollm2 135M 8k Lc100K Mix1 Ep2", (30, 9), tuple(range(30)), 3),
+        ("Gemma 3 270m", (18, 4), (5, 11, 17), 1),
+    ],
+)
+def test_shipped_profiles_are_found_by_name(
+    name: str, shape: tuple[int, int], layers: tuple[int, ...], n_head_kv: int
+) -> None:
+    model = ModelHeads("m.gguf", {"general.name": name}, shape[0], n_head_kv, layers)
+    scores = model.find(None)
+    assert scores.shape == shape
     assert scores.about["command"].startswith("windowkv-edge profile")
     for kind in ("r", "r2"):
         count = scores.about["counts"][kind]
         assert count["asked"] == 100 and count["right"] >= 50
+        shares = model.importance(None, kind, "mean")
+        assert shares.shape == (len(layers), n_head_kv)
+        assert shares.sum() == pytest.approx(1) and shares.min() >= 0
 
 
 def test_word_f1() -> None:
