@@ -121,7 +121,7 @@ def test_command_and_sessions(copy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--lengths", "many"], "--lengths is 'many', expected numbers"),
+        (["--lengths", "many"], "--lengths has 'many', expected a number of tokens"),
         (["--lengths", "10"], "at least 64 tokens"),
         (["--depths", "2"], "expected shares of 0 to 1"),
         (["--lengths", "9000"], "the model was trained on"),
