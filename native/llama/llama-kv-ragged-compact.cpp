@@ -224,7 +224,9 @@ void llama_kv_cache_ragged::gather(llama_context * lctx, llama_kv_ragged_layer &
     const int64_t n_mean  = std::accumulate(len_next.begin(), len_next.end(), int64_t(0))/layer.n_head_kv;
     const bool    uniform = std::all_of(len_next.begin(), len_next.end(), [&](int64_t n) { return n == n_mean; });
 
-    llama_kv_ragged_pool next = layer.make_pool(layer.capacity(len_next, uniform ? 1 + n_mean/64 : 16, true), &meter);
+    const int64_t slack   = std::max<int64_t>(uniform ? 1 : 16, n_mean/64);
+
+    llama_kv_ragged_pool next = layer.make_pool(layer.capacity(len_next, slack, true), &meter);
     if (next.empty()) {
         fail(format("kv_policy: no memory for %" PRId64 " cells per head in layer %u", n_mean, layer.il));
     }

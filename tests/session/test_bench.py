@@ -214,11 +214,28 @@ def test_the_gate(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "decode", decode)
     with pytest.raises(GateError, match="does not give stock's logits"):
         bench(model).gate()
-    # the second check alone
+
+
+def test_the_gate_of_our_kernel(smollm2: Path, document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check that allows for rounding, alone: right cells pass it, the first half of the prompt backwards does not."""
     monkeypatch.setattr(np, "array_equal", lambda *_: True)
-    monkeypatch.setattr(run, "GATE_KL", 1e-5)
-    with pytest.raises(GateError, match="KL divergence"):
-        bench(model).gate()
+    weights = Model(smollm2)
+    plan = Plan(lengths=(600,), policies={"windowkv": WindowKV()}, rounds=2)
+    own = Bench(weights, read_info(smollm2), plan, weights.tokenize(document), is_random=False)
+    try:
+        own.gate()
+
+        real = Session.decode
+
+        def decode(self: Session, tokens: list[int]) -> float:
+            ids = list(tokens)
+            return real(self, ids[63::-1] + ids[64:] if self.policy is not None and len(ids) > 1 else ids)
+
+        monkeypatch.setattr(Session, "decode", decode)
+        with pytest.raises(GateError, match="KL divergence"):
+            own.gate()
+    finally:
+        weights.close()
 
 
 def test_too_little_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

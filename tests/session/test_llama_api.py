@@ -150,7 +150,8 @@ def test_stopping_criteria_and_logits_processor(llm: Llama, text: str) -> None:
 
 def test_prompt_lookup_drafts(session: Callable[..., Llama], text: str) -> None:
     """Rejected drafts are trimmed, drafts never trigger a compaction, and every token is the one that decoding token by
-    token would choose. Batches of other sizes round differently, which Q4_1 weights amplify to about 1 in the logits."""
+    token would choose, but for rounding: batches of other sizes round differently, and two of three texts gave the same
+    answer, the third 38 of 40 tokens with 0.09 between the logits."""
     repeated = text + "\n" + text[:600]
     llm = session(draft_model=LlamaPromptLookupDecoding(num_pred_tokens=6), **POLICY)
     prompt = llm.tokenize(repeated.encode())
@@ -168,9 +169,9 @@ def test_prompt_lookup_drafts(session: Callable[..., Llama], text: str) -> None:
         else:
             single.eval(answer[i - 1 : i])
         row = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(single.ctx, -1), shape=(single.n_vocab(),))
-        assert row[token] >= row.max() - 1.5
+        assert row[token] >= row.max() - 0.5
         best += int(row.argmax() == token)
-    assert best >= 36
+    assert best >= 37
     assert single.kv_stats().n_compactions == 1
 
 

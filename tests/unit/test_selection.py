@@ -29,6 +29,17 @@ from windowkv_edge.heads import ModelHeads
 
 Cache = list[list[np.ndarray]]
 
+# what windows chosen inside each head take
+head_windows = {
+    "omega": st.integers(1, 40),
+    "alpha": st.integers(1, 40),
+    "suffix": st.sampled_from([1.0, 0.25]),
+    "carry": st.integers(0, 6),
+    "gamma": st.integers(1, 3),
+    "share": st.sampled_from(["first", "mean"]),
+    "protect_first": st.booleans(),
+}
+
 windowkv = st.builds(
     WindowKV,
     omega=st.integers(1, 40),
@@ -52,31 +63,11 @@ policies = st.one_of(
     st.builds(
         AdaKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 7]), floor=st.sampled_from([0.0, 0.2, 0.5, 1.0])
     ),
-    st.builds(
-        WindowAdaKV,
-        omega=st.integers(1, 40),
-        alpha=st.integers(1, 40),
-        suffix=st.sampled_from([1.0, 0.25]),
-        carry=st.integers(0, 6),
-        gamma=st.integers(1, 3),
-        share=st.sampled_from(["first", "mean"]),
-        floor=st.sampled_from([0.0, 0.2, 1.0]),
-        protect_first=st.booleans(),
-    ),
+    st.builds(WindowAdaKV, **head_windows, floor=st.sampled_from([0.0, 0.2, 1.0])),
     st.builds(
         HeadKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 7]), beta=st.sampled_from([1.0, 1.005, 1.2, 2.0, 10.0])
     ),
-    st.builds(
-        WindowHeadKV,
-        omega=st.integers(1, 40),
-        alpha=st.integers(1, 40),
-        suffix=st.sampled_from([1.0, 0.25]),
-        carry=st.integers(0, 6),
-        gamma=st.integers(1, 3),
-        share=st.sampled_from(["first", "mean"]),
-        beta=st.sampled_from([1.0, 1.2, 5.0]),
-        protect_first=st.booleans(),
-    ),
+    st.builds(WindowHeadKV, **head_windows, beta=st.sampled_from([1.0, 1.2, 5.0])),
     windowkv,
     windowkv,
 )

@@ -17,6 +17,7 @@ from llama_cpp._logger import llama_log_callback
 from .. import _native
 from ..budget import n_cells
 from ..errors import UnsupportedModelError, WindowKVError
+from ..heads import METADATA_KEY
 from ..llama import bind_policy
 from ..policies import KVPolicy
 
@@ -109,6 +110,7 @@ class Session:
         params.no_perf = True
 
         self.model, self.policy, self.n_past = model, policy, 0
+        _errors.clear()  # of other sessions
         if policy is None:
             self.ctx = llama_cpp.llama_init_from_model(model.model, params)
         else:
@@ -123,7 +125,7 @@ class Session:
             )
         self.kv = _native.Context(self.ctx)
         if policy is not None:
-            metadata = model.metadata("general.name") | model.metadata("windowkv.head_scores")
+            metadata = model.metadata("general.name") | model.metadata(METADATA_KEY)
             try:
                 self.bound = bind_policy(self.kv, policy, str(model.path), metadata, model.model)
                 self.kv.set_attention("auto" if exact else "ragged")
