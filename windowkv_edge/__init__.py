@@ -30,6 +30,7 @@ from .llama import Llama  # noqa: E402
 from .policies import (  # noqa: E402
     POLICIES,
     AdaKV,
+    CacheView,
     Full,
     HeadKV,
     HeadKVR2,
@@ -47,6 +48,7 @@ from .stats import KVStats  # noqa: E402
 __all__ = [
     "POLICIES",
     "AdaKV",
+    "CacheView",
     "Full",
     "HeadKV",
     "HeadKVR2",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import runpy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import cffi
@@ -89,6 +89,22 @@ def policy_struct(fields: Fields) -> Any:
     return res
 
 
+Cache = Sequence[Sequence[npt.NDArray[Any]]]
+"""Per layer and kv head an array [cells]."""
+
+Choose = Callable[[Cache, Cache, Cache], None]
+"""``choose(positions, scores, keep)``: int32, float32 and uint8."""
+
+
+def _split(pointer: Any, dtype: type, cells: npt.NDArray[np.int32]) -> Cache:
+    """Views of native memory in which the cells of every (layer, kv head) follow each other."""
+    n_layer, n_head_kv = cells.shape
+    size = int(cells.sum()) * np.dtype(dtype).itemsize
+    flat: npt.NDArray[Any] = np.frombuffer(ffi.buffer(pointer, size), dtype=dtype)
+    parts = iter(np.split(flat, np.cumsum(cells.ravel())[:-1]))
+    return [[next(parts) for _ in range(n_head_kv)] for _ in range(n_layer)]
+
+
 class Context:
     """The ragged cache of one llama_context (a ctypes pointer owned by llama-cpp-python)."""
 
@@ -117,6 +133,34 @@ class Context:
     def compact(self, policy: Any, n_cells: int) -> int:
         """Cells released over all layers and heads."""
         return check(lib.wkv_compact(self._ctx, policy, n_cells))
+
+    def compact_custom(self, alpha: int, n_cells: int, choose: Choose) -> int:
+        """Cells released over all layers and heads; an exception of ``choose`` leaves the cache as it is.
+
+        Args:
+            alpha: tokens at the end whose attention the scores are.
+            n_cells: cells per (layer, kv head) that stay on average.
+            choose: sets ``keep`` to 1 for the cells that stay. All arrays are views of native memory, valid during the
+                call.
+        """
+        failed: list[BaseException] = []
+
+        @ffi.callback("wkv_select_fn", error=1)  # type: ignore[untyped-decorator]
+        def select(user: Any, shapes: Any, n_cells: int, positions: Any, scores: Any, keep: Any) -> int:
+            try:
+                n = shapes.n_layer, shapes.n_head_kv
+                cells = np.frombuffer(ffi.buffer(shapes.cells, 4 * n[0] * n[1]), dtype=np.int32).reshape(n)
+                arrays = (positions, np.int32), (scores, np.float32), (keep, np.uint8)
+                choose(*(_split(pointer, dtype, cells) for pointer, dtype in arrays))
+                return 0
+            except BaseException as error:  # C cannot pass it on
+                failed.append(error)
+                return 1
+
+        status = lib.wkv_compact_custom(self._ctx, alpha, n_cells, select, ffi.NULL)
+        if failed:
+            raise failed[0]
+        return check(status)
 
     def snapshot_save(self) -> None:
         check(lib.wkv_snapshot_save(self._ctx))
@@ -187,10 +231,6 @@ class Context:
         )
         stats_pos = pos[: np.count_nonzero(np.diff(pos, prepend=-1) > 0)]
         return stats_pos, res[:size].reshape(len(stats_pos), -1)
-
-
-Cache = Sequence[Sequence[npt.NDArray[Any]]]
-"""Per layer and kv head an array [cells]."""
 
 
 def _shapes(cells: npt.NDArray[np.int32], n_past: int) -> Any:

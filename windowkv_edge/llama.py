@@ -12,19 +12,17 @@ import numpy.typing as npt
 
 from . import _native
 from .budget import check_budget, n_cells
+from .compaction import compact
 from .errors import UnsupportedCallError, UnsupportedModelError
 from .heads import ModelHeads
 from .policies import Full, KVPolicy, Task, get_policy
 from .stats import KVStats
-from .task import classify
+from .task import prompt_task
 
 __all__ = ["Llama"]
 
 DEFAULT_BUDGET = 0.12
 DEFAULT_MIN_PROMPT = 256
-
-# tokens of the prompt's head and tail that the task classifier reads; instructions stand there
-_TASK_HEAD, _TASK_TAIL = 160, 320
 
 
 def bind_policy(
@@ -176,7 +174,7 @@ class Llama(llama_cpp.Llama):
         kv = self._need_kv("kv_compact()")
         budget = self._kv_budget if kv_budget is None else check_budget(kv_budget)
         self._sync_positions()
-        kv.compact(_native.policy_struct(self._kv_bound.native(self._task())), n_cells(budget, self.n_tokens))
+        compact(kv, self._kv_bound, n_cells(budget, self.n_tokens), self._task())
         return self.kv_stats()
 
     def kv_stats(self) -> KVStats:
@@ -327,10 +325,7 @@ class Llama(llama_cpp.Llama):
         if not self._kv_policy.needs_task:
             return "localization"
         ids = self.input_ids[: self.n_tokens].tolist()
-        if len(ids) > _TASK_HEAD + _TASK_TAIL:
-            ids = ids[:_TASK_HEAD] + ids[-_TASK_TAIL:]
-        text: str = self.detokenize(ids).decode("utf-8", "ignore")
-        return classify(text)
+        return prompt_task(ids, lambda part: str(self.detokenize(part).decode("utf-8", "ignore")))
 
     @contextmanager
     def _generating(self) -> Iterator[None]:

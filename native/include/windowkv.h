@@ -156,8 +156,16 @@ WKV_API int wkv_set_window(struct llama_context * ctx, int32_t n_window);
 // returns the number of cells released over all layers and heads, or a negative status
 WKV_API int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells);
 
+// Chooses the cells that stay: sets keep to 1 there (it comes as 0), in the layout of positions and scores, for at most
+// n_cells cells per (layer, kv head) on average and at least one each. The arrays are the runtime's own and valid until it
+// returns. It may read the context, not change it. Returns 0, or anything else to leave the cache as it is.
+typedef int (*wkv_select_fn)(void * user, const struct wkv_shapes * shapes, int64_t n_cells,
+                             const int32_t * positions, const float * scores, uint8_t * keep);
+
+// wkv_compact() with a selection of the caller's; scores are the mean attention of the last alpha tokens, zeros if alpha is 0
+WKV_API int64_t wkv_compact_custom(struct llama_context * ctx, int32_t alpha, int64_t n_cells, wkv_select_fn fn, void * user);
+
 // keep a copy of the cache, go back to it any number of times, give it up; clearing the cache gives it up too
-// not for models with window or recurrent layers
 // for comparing policies after one prefill. Logits are not part of it.
 WKV_API int wkv_snapshot_save   (struct llama_context * ctx);
 WKV_API int wkv_snapshot_restore(struct llama_context * ctx);

@@ -5,6 +5,7 @@
 
 #include "windowkv.h"
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -88,9 +89,13 @@ public:
     // throws std::invalid_argument before anything changed, std::runtime_error if a graph fails or memory runs out
     int64_t compact(llama_context * lctx, const wkv_policy & policy, int64_t n_cells);
 
+    // the same with a selection of the caller's, see wkv_compact_custom()
+    int64_t compact(llama_context * lctx, int32_t alpha, int64_t n_cells, wkv_select_fn fn, void * user);
+
     // keep a copy of the cache, go back to it any number of times, give it up
+    // mem is the memory of the context that holds this cache; what it keeps for other layers is part of the copy
     // clearing the cache gives it up as well; false if memory runs out or there is none
-    bool snapshot_save();
+    bool snapshot_save(llama_memory_i * mem);
     bool snapshot_restore();
     void snapshot_drop();
 
@@ -155,6 +160,9 @@ private:
         std::vector<std::vector<uint8_t>>              rings; // [layers]
         std::vector<int32_t>                           ring_pos;
 
+        // put back the ledger and the caches of window and recurrent layers
+        std::vector<std::function<void()>> others;
+
         uint32_t n_pos    = 0;
         uint32_t boundary = 0;
     };
@@ -183,6 +191,19 @@ private:
 
     // account for an ubatch whose cells have room
     void append(const llama_ubatch & ubatch);
+
+    // throws std::invalid_argument if a policy that observes alpha tokens cannot keep n_cells cells per head
+    void check_compaction(int32_t alpha, int64_t n_cells) const;
+
+    std::vector<int32_t> all_cells() const; // of every (layer, kv head)
+
+    wkv_shapes shapes_of(const std::vector<int32_t> & cells) const; // points into cells
+
+    // sets keep to 1 where a cell stays, see wkv_select(); what it throws leaves the cache as it was
+    using keep_fn = std::function<void(const int32_t * positions, const float * scores, uint8_t * keep)>;
+
+    // alpha = 0: scores are 0
+    int64_t compact(llama_context * lctx, int32_t alpha, const wkv_shapes & shapes, const keep_fn & fn);
 
     void gather(llama_context * lctx, llama_kv_ragged_layer & layer, const uint8_t * keep, const int32_t * n_keep);
 };

@@ -288,28 +288,38 @@ void llama_kv_cache_ragged::gather(llama_context * lctx, llama_kv_ragged_layer &
     layer.boundary = n_pos;
 }
 
+void llama_kv_cache_ragged::check_compaction(int32_t alpha, int64_t n_cells_mean) const {
+    if (n_cells_mean < 1) {
+        throw std::invalid_argument(format("budget is %" PRId64 " cells per head, expected at least 1", n_cells_mean));
+    }
+    if (alpha < 0 || alpha > (int32_t) n_window) {
+        throw std::invalid_argument(format("the policy observes %d tokens but the ring holds %u, call wkv_set_window first", alpha, n_window));
+    }
+}
+
+std::vector<int32_t> llama_kv_cache_ragged::all_cells() const {
+    std::vector<int32_t> res;
+    for (const auto & layer : layers) {
+        const auto own = n_cells(layer);
+        res.insert(res.end(), own.begin(), own.end());
+    }
+    return res;
+}
+
+wkv_shapes llama_kv_cache_ragged::shapes_of(const std::vector<int32_t> & cells) const {
+    return { (int32_t) layers.size(), (int32_t) layers[0].n_head_kv, (int32_t) n_pos, cells.data() };
+}
+
 int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & policy, int64_t n_cells_mean) {
     const std::string error = wkv::policy_error(policy);
     if (!error.empty()) {
         throw std::invalid_argument("policy: " + error);
     }
-    if (n_cells_mean < 1) {
-        throw std::invalid_argument(format("budget is %" PRId64 " cells per head, expected at least 1", n_cells_mean));
-    }
-    if (policy.kind != WKV_KIND_FULL && policy.alpha > (int32_t) n_window) {
-        throw std::invalid_argument(format("the policy observes %d tokens but the ring holds %u, call wkv_set_window first", policy.alpha, n_window));
-    }
+    check_compaction(policy.kind == WKV_KIND_FULL ? 0 : policy.alpha, n_cells_mean);
 
-    const int32_t n_head_kv = layers[0].n_head_kv;
-
-    std::vector<int32_t> cells;
-    for (const auto & layer : layers) {
-        for (const int64_t n : n_cells(layer)) {
-            cells.push_back(n);
-        }
-    }
-
-    const wkv_shapes shapes = { (int32_t) layers.size(), n_head_kv, (int32_t) n_pos, cells.data() };
+    const auto       cells     = all_cells();
+    const wkv_shapes shapes    = shapes_of(cells);
+    const int32_t    n_head_kv = shapes.n_head_kv;
 
     const std::string misfit = wkv::shapes_error(policy, shapes);
     if (!misfit.empty()) {
@@ -336,6 +346,53 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
         }
     }
 
+    // StreamingLLM looks at positions only
+    const int32_t alpha = policy.kind == WKV_KIND_STREAMINGLLM ? 0 : policy.alpha;
+
+    return compact(lctx, alpha, shapes, [&](const int32_t * pos, const float * scores, uint8_t * keep) {
+        const wkv::cache_view view(policy, shapes, pos, scores);
+
+        std::string refused = wkv::budgets(view, n_cells_mean, budgets);
+        if (refused.empty()) {
+            refused = wkv::select(view, budgets.data(), keep);
+        }
+        if (!refused.empty()) {
+            fail("kv_policy: " + refused);
+        }
+    });
+}
+
+int64_t llama_kv_cache_ragged::compact(
+        llama_context * lctx, int32_t alpha, int64_t n_cells_mean, wkv_select_fn fn, void * user) {
+    check_compaction(alpha, n_cells_mean);
+
+    const auto       cells  = all_cells();
+    const wkv_shapes shapes = shapes_of(cells);
+
+    return compact(lctx, alpha, shapes, [&](const int32_t * pos, const float * scores, uint8_t * keep) {
+        const size_t n = std::accumulate(cells.begin(), cells.end(), size_t(0));
+
+        if (fn(user, &shapes, n_cells_mean, pos, scores, keep) != 0) {
+            throw std::invalid_argument("the selection was given up, nothing was evicted");
+        }
+
+        const int64_t n_kept = n - std::count(keep, keep + n, 0);
+        const int64_t n_max  = std::min<int64_t>(n, n_cells_mean*cells.size());
+        if (n_kept > n_max) {
+            throw std::invalid_argument(format("the selection keeps %" PRId64 " cells over all heads, expected at most %" PRId64, n_kept, n_max));
+        }
+        for (size_t i = 0; i < cells.size(); keep += cells[i++]) {
+            if (cells[i] > 0 && std::count(keep, keep + cells[i], 0) == cells[i]) {
+                throw std::invalid_argument(format("the selection keeps no cell of layer %zu, kv head %zu, expected at least one",
+                        i/shapes.n_head_kv, i%shapes.n_head_kv));
+            }
+        }
+    });
+}
+
+int64_t llama_kv_cache_ragged::compact(llama_context * lctx, int32_t alpha, const wkv_shapes & shapes, const keep_fn & fn) {
+    const int32_t n_head_kv = shapes.n_head_kv;
+
     lctx->synchronize();
 
     // score
@@ -349,10 +406,10 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
             const auto cur = positions(layer, ih);
             pos.insert(pos.end(), cur.begin(), cur.end());
         }
-        if (policy.kind == WKV_KIND_STREAMINGLLM) {
-            scores.resize(pos.size(), 0.0f); // looks at positions only
+        if (alpha == 0) {
+            scores.resize(pos.size(), 0.0f);
         } else {
-            const auto cur = score(lctx, layer, policy.alpha);
+            const auto cur = score(lctx, layer, alpha);
             scores.insert(scores.end(), cur.begin(), cur.end());
         }
     }
@@ -361,18 +418,19 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
 
     // select
 
-    const wkv::cache_view view(policy, shapes, pos.data(), scores.data());
-
     std::vector<uint8_t> keep(pos.size());
 
-    std::string refused = wkv::budgets(view, n_cells_mean, budgets);
-    if (refused.empty()) {
-        refused = wkv::select(view, budgets.data(), keep.data());
+    fn(pos.data(), scores.data(), keep.data());
+
+    // cells that stay of every head, and where its part of keep begins
+    std::vector<int32_t> budgets;
+    std::vector<size_t>  offsets = { 0 };
+    for (int32_t i = 0; i < shapes.n_layer*n_head_kv; ++i) {
+        const auto it = keep.begin() + offsets.back();
+        budgets.push_back(shapes.cells[i] - std::count(it, it + shapes.cells[i], 0));
+        offsets.push_back(offsets.back() + shapes.cells[i]);
     }
-    if (!refused.empty()) {
-        fail("kv_policy: " + refused);
-    }
-    if (budgets == cells) {
+    if (std::equal(budgets.begin(), budgets.end(), shapes.cells)) {
         return 0;
     }
 
@@ -396,9 +454,9 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
     for (size_t i = 0; i < layers.size(); ++i) {
         const size_t i0 = i*n_head_kv;
 
-        gather(lctx, layers[i], keep.data() + view.offsets[i0], budgets.data() + i0);
+        gather(lctx, layers[i], keep.data() + offsets[i0], budgets.data() + i0);
         for (size_t j = i0; j < i0 + n_head_kv; ++j) {
-            n_released += cells[j] - budgets[j];
+            n_released += shapes.cells[j] - budgets[j];
         }
     }
 

@@ -148,12 +148,18 @@ int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy
     });
 }
 
+int64_t wkv_compact_custom(struct llama_context * ctx, int32_t alpha, int64_t n_cells, wkv_select_fn fn, void * user) {
+    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
+        if (!fn) {
+            return fail(WKV_ERR_ARGUMENT, "fn is null");
+        }
+        return kv.compact(ctx, alpha, n_cells, fn, user);
+    });
+}
+
 int wkv_snapshot_save(struct llama_context * ctx) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
-        if (&kv != ctx->get_memory()) {
-            return fail(WKV_ERR_UNSUPPORTED, "snapshots do not cover window and recurrent layers yet, evaluate the prompt again");
-        }
-        return kv.snapshot_save() ? WKV_OK : fail(WKV_ERR_COMPUTE, "no memory for a copy of the cache");
+        return kv.snapshot_save(ctx->get_memory()) ? WKV_OK : fail(WKV_ERR_COMPUTE, "no memory for a copy of the cache");
     });
 }
 

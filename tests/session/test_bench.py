@@ -220,7 +220,7 @@ def test_the_gate_of_our_kernel(smollm2: Path, document: str, monkeypatch: pytes
     """The check that allows for rounding, alone: right cells pass it, the first half of the prompt backwards does not."""
     monkeypatch.setattr(np, "array_equal", lambda *_: True)
     weights = Model(smollm2)
-    plan = Plan(lengths=(600,), policies={"windowkv": WindowKV()}, rounds=2)
+    plan = Plan(lengths=(600,), policies={"windowkv": WindowKV()}, budgets=(0.12,), rounds=2)
     own = Bench(weights, read_info(smollm2), plan, weights.tokenize(document), is_random=False)
     try:
         own.gate()

@@ -16,6 +16,7 @@ from llama_cpp._logger import llama_log_callback
 
 from .. import _native
 from ..budget import n_cells
+from ..compaction import compact
 from ..errors import UnsupportedModelError, WindowKVError
 from ..heads import METADATA_KEY
 from ..llama import bind_policy
@@ -59,14 +60,39 @@ class Model:
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
 
-    def tokenize(self, text: str) -> list[int]:
-        """Tokens of a text, without special ones; [] if the model has no tokenizer."""
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Tokens of a text; [] if the model has no tokenizer.
+
+        Args:
+            text: the text.
+            special: the names of special tokens in it stand for these.
+        """
         data = text.encode()
         tokens = (llama_cpp.llama_token * (len(data) + 8))()
         if llama_cpp.llama_vocab_type(self.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
             return []
-        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), False, False)
+        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), False, special)
         return list(tokens[: max(0, n)])
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, without special ones; what is not UTF-8 is replaced."""
+        ids = (llama_cpp.llama_token * len(tokens))(*tokens)
+        data = ctypes.create_string_buffer(16 * len(tokens) + 16)
+        n = llama_cpp.llama_detokenize(self.vocab, ids, len(ids), data, len(data), False, False)
+        if n < 0:
+            data = ctypes.create_string_buffer(-n)
+            n = llama_cpp.llama_detokenize(self.vocab, ids, len(ids), data, len(data), False, False)
+        return data.raw[:n].decode("utf-8", "replace")
+
+    def piece(self, token: int) -> str:
+        """Text of one token, special ones by their names."""
+        data = ctypes.create_string_buffer(256)
+        n = llama_cpp.llama_token_to_piece(self.vocab, token, data, len(data), 0, True)
+        return data.raw[: max(0, n)].decode("utf-8", "replace")
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends a generation."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     def metadata(self, key: str) -> dict[str, str]:
         """The value of one string key, if it is there."""
@@ -148,6 +174,24 @@ class Session:
         self.n_past += len(tokens)
         return res
 
+    def decode_all(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Evaluate up to ``n_batch`` tokens at once; the logits of each: float32 [len(tokens), n_vocab]."""
+        n = len(tokens)
+        batch = llama_cpp.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, self.n_past + i, 1
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            status = llama_cpp.llama_decode(self.ctx, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if status != 0:
+            raise WindowKVError(f"llama_decode of {n} tokens at {self.n_past} ended with status {status}")
+        self.n_past += n
+        rows = llama_cpp.llama_get_logits(self.ctx)
+        return np.ctypeslib.as_array(rows, shape=(n, self.model.n_vocab)).copy()
+
     def fill(self, n_tokens: int) -> None:
         """Random cells for this many positions."""
         self.kv.fill(n_tokens)
@@ -160,7 +204,7 @@ class Session:
 
     def compact(self, budget: float | int) -> None:
         """Select and gather, as a prompt of ``n_past`` tokens is compacted."""
-        self.kv.compact(_native.policy_struct(self.bound.native()), n_cells(budget, self.n_past))
+        compact(self.kv, self.bound, n_cells(budget, self.n_past))
 
     def close(self) -> None:
         if self.ctx:

@@ -1,4 +1,4 @@
-"""The command line: ``windowkv-edge demo``, ``chat``, ``bench``, ``info`` and ``profile``."""
+"""The command line: ``windowkv-edge demo``, ``chat``, ``bench``, ``eval``, ``info`` and ``profile``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from windowkv_edge._libs import LLAMA_CPP_PYTHON
 from .bench import bench
 from .chat import chat
 from .demo import demo
+from .eval import app as eval_app
 from .info import info
 from .profile import profile
 
@@ -28,6 +29,7 @@ app.command()(chat)
 app.command()(bench)
 app.command()(info)
 app.command()(profile)
+app.add_typer(eval_app, name="eval")
 
 
 def _print_version(wanted: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import llama_cpp
-import psutil
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,7 +23,18 @@ from windowkv_edge.bench.run import STOCK_TYPES, fits
 from windowkv_edge.bench.session import TYPES, Model
 from windowkv_edge.gguf_info import GGUFInfo, read_info
 
-from .common import CLIError, mib, open_model, parse_budget, parse_lengths, parse_policy, read_text, reports_errors
+from .common import (
+    CLIError,
+    mib,
+    n_cores,
+    open_model,
+    parse_budget,
+    parse_lengths,
+    parse_policies,
+    read_text,
+    reports_errors,
+    split_names,
+)
 
 __all__ = ["bench"]
 
@@ -79,13 +88,13 @@ def bench(
     """
     plan = Plan(
         lengths=tuple(dict.fromkeys(parse_lengths(lengths))),
-        policies={name: parse_policy(name) for name in _names(policies)},
-        budgets=tuple(dict.fromkeys(parse_budget(part) for part in _names(budgets))),
+        policies=parse_policies(policies),
+        budgets=tuple(dict.fromkeys(parse_budget(part) for part in split_names(budgets))),
         types=_types(types, "--types"),
         baselines=STOCK_TYPES if baselines is None else _types(baselines, "--baselines"),
         references=tuple(dict.fromkeys(parse_lengths(references, "--references"))) if references.strip() else (),
         rounds=rounds,
-        threads=threads or _n_cores(),
+        threads=threads or n_cores(),
         fill=model in SHAPES if fill is None else fill,
         exact=exact,
     )
@@ -129,12 +138,8 @@ def bench(
             raise CLIError(f"cannot write {plot_to}: {error.strerror or error}; give another path") from error
 
 
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
 def _types(text: str, option: str) -> tuple[str, ...]:
-    names = _names(text)
+    names = split_names(text)
     for name in names:
         if name not in TYPES:
             raise CLIError(f"{option} has {name!r}, expected some of {', '.join(TYPES)}")
@@ -151,12 +156,6 @@ def _cpu() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _n_cores() -> int:
-    """Physical cores, as far as this process may use them."""
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 
 def _about(info: GGUFInfo, plan: Plan, gpu_layers: int) -> dict[str, Any]:

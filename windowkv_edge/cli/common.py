@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import psutil
 import typer
 
-from windowkv_edge import POLICIES, KVPolicy, Llama, UnsupportedModelError, WindowKVError, get_policy
+from windowkv_edge import KVPolicy, Llama, UnsupportedModelError, WindowKVError, get_policy
+from windowkv_edge.eval.sources import read_text
 from windowkv_edge.gguf_info import GGUFInfo, read_info
 from windowkv_edge.models import fetch_smollm2
 
@@ -18,12 +21,15 @@ __all__ = [
     "CLIError",
     "load",
     "mib",
+    "n_cores",
     "open_model",
     "parse_budget",
     "parse_lengths",
+    "parse_policies",
     "parse_policy",
     "read_text",
     "reports_errors",
+    "split_names",
 ]
 
 P = ParamSpec("P")
@@ -82,23 +88,28 @@ def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
 
 
 def parse_policy(name: str) -> KVPolicy:
-    """The policy of this name with its defaults."""
-    if name not in POLICIES:
-        raise CLIError(f"the policy is {name!r}, expected one of {', '.join(POLICIES)}")
-    return get_policy(name)
-
-
-def read_text(path: Path) -> str:
-    """Content of a text file that is not empty."""
+    """The policy of this name, with parameters if given: ``windowkv(omega=8)``."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CLIError(f"cannot read {path}: {error.strerror or error}; give the path of a text file") from error
-    except UnicodeDecodeError as error:
-        raise CLIError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or give another file") from error
-    if not text.strip():
-        raise CLIError(f"{path} is empty, expected a text; give another file")
-    return text
+        return get_policy(name)
+    except ValueError as error:
+        raise CLIError(str(error).replace("kv_policy is", "the policy is", 1)) from None
+
+
+def split_names(text: str) -> list[str]:
+    """Parts between commas, those in brackets left alone, each once."""
+    parts = (part.strip() for part in re.split(r",(?![^(]*\))", text))
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def parse_policies(text: str) -> dict[str, KVPolicy]:
+    """Policies by the names they were given."""
+    return {name: parse_policy(name) for name in split_names(text)}
+
+
+def n_cores() -> int:
+    """Physical cores, as far as this process may use them."""
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 
 def open_model(model: str) -> GGUFInfo:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+from dataclasses import fields, is_dataclass
+from importlib.metadata import entry_points
+
 from .adakv import AdaKV
-from .base import KVPolicy, Task
+from .base import CacheView, KVPolicy, Positions, Scores, Task
 from .full import Full
 from .headkv import HeadKV, HeadKVR2
 from .pyramidkv import PyramidKV
@@ -14,13 +18,17 @@ from .windowkv_adakv import WindowAdaKV
 from .windowkv_headkv import WindowHeadKV
 
 __all__ = [
+    "ENTRY_POINTS",
     "POLICIES",
     "AdaKV",
+    "CacheView",
     "Full",
     "HeadKV",
     "HeadKVR2",
     "KVPolicy",
+    "Positions",
     "PyramidKV",
+    "Scores",
     "SnapKV",
     "StreamingLLM",
     "Task",
@@ -28,6 +36,7 @@ __all__ = [
     "WindowHeadKV",
     "WindowKV",
     "get_policy",
+    "policy_names",
 ]
 
 POLICIES: dict[str, type[KVPolicy]] = {
@@ -47,11 +56,42 @@ POLICIES: dict[str, type[KVPolicy]] = {
 }
 
 
+ENTRY_POINTS = "windowkv_edge.policies"
+"""Group of the entry points by which packages bring policies: ``name = "module:Class"``."""
+
+
+def policy_names() -> list[str]:
+    """Names of all policies, those that installed packages bring included."""
+    return list(dict.fromkeys([*POLICIES, *sorted(entry_points(group=ENTRY_POINTS).names)]))
+
+
+def _policy_class(name: str, given: str) -> type[KVPolicy]:
+    if name in POLICIES:
+        return POLICIES[name]
+    found = list(entry_points(group=ENTRY_POINTS, name=name))
+    if not found:
+        raise ValueError(f"kv_policy is {given!r}, expected one of {', '.join(policy_names())}")
+    try:
+        cls = found[0].load()
+    except Exception as error:  # whatever the package raises
+        raise ValueError(
+            f"the policy {name!r} ({found[0].value}) cannot be loaded: {error}; "
+            "repair or remove the package that brings it"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, KVPolicy)):
+        raise ValueError(f"the policy {name!r} ({found[0].value}) is {cls!r}, expected a subclass of KVPolicy")
+    return cls
+
+
 def get_policy(policy: str | KVPolicy) -> KVPolicy:
-    """The policy of this name with its defaults, or the policy itself.
+    """The policy of this name, or the policy itself.
+
+    Args:
+        policy: an object, or a name with parameters if wanted: ``"windowkv"``, ``"windowkv(omega=8, suffix=0.5)"``.
+            Policies of other packages are found by their entry points (:data:`ENTRY_POINTS`).
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, parameters that cannot be read or that the policy refuses.
         TypeError: neither a name nor a policy.
     """
     if isinstance(policy, KVPolicy):
@@ -60,6 +100,18 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
         raise TypeError(
             f"kv_policy is {policy!r}, expected None, a name or a KVPolicy object such as WindowKV(omega=8)"
         )
-    if policy not in POLICIES:
-        raise ValueError(f"kv_policy is {policy!r}, expected one of {', '.join(POLICIES)}")
-    return POLICIES[policy]()
+    name, bracket, rest = policy.partition("(")
+    cls = _policy_class(name.strip(), policy)
+    expected = "expected parameters such as 'windowkv(omega=8, suffix=0.5)'"
+    try:
+        call = ast.parse(f"f({rest}" if bracket else "f()", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError
+        parameters = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    except (ValueError, SyntaxError):
+        raise ValueError(f"kv_policy is {policy!r}, {expected}") from None
+    try:
+        return cls(**parameters)
+    except TypeError:
+        known = ", ".join(own.name for own in fields(cls) if own.init) if is_dataclass(cls) else "none"
+        raise ValueError(f"kv_policy is {policy!r}; {name.strip()} takes the parameters {known or 'none'}") from None

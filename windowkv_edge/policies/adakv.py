@@ -34,7 +34,7 @@ class ByScore(KVPolicy):
             raise ValueError(f"floor is {self.floor!r}, expected a share of 0 to 1")
 
     def native(self, task: Task = "localization") -> dict[str, Any]:
-        return {**super().native(task), "heads": 2, "floor_share": self.floor}  # type: ignore[safe-super]
+        return {**super().native(task), "heads": 2, "floor_share": self.floor}
 
 
 @dataclass(frozen=True, kw_only=True)

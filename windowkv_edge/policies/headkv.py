@@ -53,7 +53,7 @@ class ByImportance(KVPolicy):
         return res
 
     def native(self, task: Task = "localization") -> dict[str, Any]:
-        fields = {**super().native(task), "heads": 1, "pool": 1 / self.beta}  # type: ignore[safe-super]
+        fields = {**super().native(task), "heads": 1, "pool": 1 / self.beta}
         return fields if self.shares is None else {**fields, "importance": self.shares}
 
 

@@ -11,14 +11,18 @@ best, German, French and Spanish more thinly; a prompt in another language gets 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal
 
 from .model import Model, sigmoid
 
-__all__ = ["Task", "classify", "probability"]
+__all__ = ["Task", "classify", "probability", "prompt_task"]
 
 Task = Literal["localization", "aggregation"]
+
+# tokens of the prompt's head and tail that are read; instructions stand there
+_HEAD, _TAIL = 160, 320
 
 
 def classify(text: str) -> Task:
@@ -30,6 +34,14 @@ def classify(text: str) -> Task:
         TypeError: `text` is not a str.
     """
     return "aggregation" if probability(text) > 0.5 else "localization"
+
+
+def prompt_task(tokens: Sequence[int], detokenize: Callable[[list[int]], str]) -> Task:
+    """Return the task of a prompt given as tokens."""
+    ids = list(tokens)
+    if len(ids) > _HEAD + _TAIL:
+        ids = ids[:_HEAD] + ids[-_TAIL:]
+    return classify(detokenize(ids))
 
 
 def probability(text: str) -> float:

@@ -1,0 +1,403 @@
+"""``windowkv-edge eval``: what compression costs, on your model and your kind of text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import windowkv_edge
+from windowkv_edge.bench.session import TYPES, Model
+from windowkv_edge.eval import (
+    Case,
+    FidelityCase,
+    Plan,
+    Records,
+    Runner,
+    Style,
+    build_stamp,
+    fidelity_cases,
+    hay_tokens,
+    needle_cases,
+    prose,
+    read_texts,
+    ruler_cases,
+    sha256,
+    tasks_cases,
+    turns_cases,
+)
+from windowkv_edge.eval import needle as needles
+from windowkv_edge.eval import ruler as rulers
+from windowkv_edge.eval.report import draw, html, load, markdown
+from windowkv_edge.gguf_info import GGUFInfo
+
+from .common import (
+    CLIError,
+    n_cores,
+    open_model,
+    parse_budget,
+    parse_lengths,
+    parse_policies,
+    reports_errors,
+    split_names,
+)
+
+__all__ = ["app"]
+
+app = typer.Typer(help="What compression costs: needles, RULER's tasks, distances, second questions, LongBench files.")
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, or 'smollm2' (fetched once).")]
+Out = Annotated[
+    Path | None, typer.Option(help="Results, JSON lines; a run that stopped goes on. Default: eval-<name>.jsonl.")
+]
+Policies = Annotated[
+    str, typer.Option(help="Policies, comma-separated, with parameters if wanted: 'windowkv(omega=8),snapkv'.")
+]
+Budgets = Annotated[
+    str,
+    typer.Option(help="Shares of the bytes that the whole prompt takes in f16 cells, or numbers of cells per head."),
+]
+Types = Annotated[str, typer.Option(help="Cells: f32, f16, bf16, q8_0, q4_0; at equal bytes small ones are more.")]
+Lengths = Annotated[str, typer.Option(help="Tokens, comma-separated; 4k is 4096.")]
+Haystack = Annotated[
+    Path | None, typer.Option(help="A text, or a folder of .txt and .md files. Default: prose of our own.")
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+First = Annotated[int, typer.Option(min=0, help="Number of the first item of every kind; others are other facts.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the physical cores.")]
+GPULayers = Annotated[int, typer.Option(help="Layers on the GPU, -1 for all.")]
+
+POLICIES = "auto,windowkv+adakv,windowkv,adakv,snapkv,pyramidkv,streamingllm"
+BUDGETS = "12%,6%,3%"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every evaluation takes."""
+
+    info: GGUFInfo
+    plan: Plan
+    out: Path
+    seed: int
+    gpu_layers: int
+
+    def go(
+        self,
+        about: Mapping[str, Any],
+        prepare: Callable[[Model], Sequence[Case] | Sequence[FidelityCase]],
+        n_ctx: int | None = None,
+    ) -> None:
+        """Build the prompts, run what is not on record, print the tables."""
+        model = Model(self.info.path, self.gpu_layers)
+        try:
+            cases = prepare(model)
+            header = {
+                "model": self.info.path.name,
+                "model_sha256": sha256(self.info.path),
+                "package": windowkv_edge.__version__,
+                "build": build_stamp()[:12],
+                "seed": self.seed,
+                "policies": {name: repr(policy) for name, policy in self.plan.policies.items()},
+                "budgets": self.plan.budgets,
+                "cells": self.plan.types,
+                "threads": self.plan.threads,
+                "gpu_layers": self.gpu_layers,
+                **about,
+            }
+            with Records(self.out, header, free=("threads",)) as records:
+                self._loop(model, cases, records, n_ctx)
+        finally:
+            model.close()
+        results = load([self.out])
+        console = Console()
+        console.print(
+            Markdown(markdown(results)) if console.is_terminal else markdown(results), markup=False, soft_wrap=True
+        )
+
+    def _loop(
+        self, model: Model, cases: Sequence[Case] | Sequence[FidelityCase], records: Records, n_ctx: int | None
+    ) -> None:
+        n_ctx = n_ctx or max(_positions(case) for case in cases)
+        if n_ctx > self.info.n_ctx_train:
+            raise CLIError(
+                f"the longest prompt takes {n_ctx:,} positions, {self.info.path.name} was trained with "
+                f"{self.info.n_ctx_train:,}; ask for shorter --lengths"
+            )
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("loading", total=len(cases))
+            if records.n_old:
+                progress.console.print(f"{self.out} has {records.n_old} of {len(cases)} prompts, going on from there")
+
+            def report(what: str) -> None:
+                progress.update(task, description=what, advance=1)
+
+            with Runner(model, self.plan, n_ctx, records, report) as runner:
+                if isinstance(cases[0], FidelityCase):
+                    runner.run_fidelity(cases)  # type: ignore[arg-type]
+                else:
+                    runner.run(cases)  # type: ignore[arg-type]
+
+
+def _positions(case: Case | FidelityCase) -> int:
+    behind = len(case.follow) if isinstance(case, FidelityCase) else len(case.follow_up) + case.max_tokens
+    return len(case.prompt) + behind + 1
+
+
+def _start(
+    name: str,
+    model: str,
+    policies: str,
+    budgets: str,
+    types: str,
+    seed: int,
+    out: Path | None,
+    threads: int | None,
+    gpu_layers: int,
+) -> _Run:
+    plan = Plan(
+        policies=parse_policies(policies),
+        budgets=tuple(dict.fromkeys(parse_budget(part) for part in split_names(budgets))),
+        types=tuple(split_names(types)),
+        threads=threads or n_cores(),
+    )
+    for cells in plan.types:
+        if cells not in TYPES:
+            raise CLIError(f"--types has {cells!r}, expected some of {', '.join(TYPES)}")
+    return _Run(open_model(model), plan, out or Path(f"eval-{name}.jsonl"), seed, gpu_layers)
+
+
+def _chosen(text: str, known: Sequence[str], option: str) -> list[str]:
+    names = split_names(text)
+    for name in names:
+        if name not in known:
+            raise CLIError(f"{option} has {name!r}, expected some of {', '.join(known)}")
+    if not names:
+        raise CLIError(f"{option} is empty, expected some of {', '.join(known)}")
+    return names
+
+
+def _depths(text: str) -> list[float]:
+    res = []
+    for part in split_names(text):
+        try:
+            value = float(part[:-1]) / 100 if part.endswith("%") else float(part)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= 1:
+            raise CLIError(f"--depths has {part!r}, expected shares of the text such as 0.5 or 50%")
+        res.append(value)
+    if not res:
+        raise CLIError("--depths is empty, expected shares of the text such as 0.1,0.5,0.9")
+    return res
+
+
+def _hay_name(haystack: Path | None) -> str:
+    return "own prose" if haystack is None else haystack.name
+
+
+@app.command()
+@reports_errors
+def needle(
+    model: ModelArg,
+    lengths: Lengths = "1k,2k,4k",
+    depths: Annotated[str, typer.Option(help="Shares of the text in front of the needle.")] = "0.1,0.5,0.9",
+    kinds: Annotated[str, typer.Option(help="Needles: " + ", ".join(needles.KINDS) + ".")] = ",".join(needles.KINDS),
+    count: Annotated[int, typer.Option(min=1, help="Needles of each kind at every length and depth.")] = 1,
+    haystack: Haystack = None,
+    policies: Policies = POLICIES,
+    budgets: Budgets = BUDGETS,
+    types: Types = "f16",
+    chat: Chat = False,
+    seed: Seed = 0,
+    first: First = 0,
+    out: Out = None,
+    threads: Threads = None,
+    gpu_layers: GPULayers = 0,
+) -> None:
+    """Facts hidden at depths of a text, the question behind it."""
+    run = _start("needle", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    sizes, places = parse_lengths(lengths), _depths(depths)
+    names = _chosen(kinds, needles.KINDS, "--kinds")
+    about = {
+        "suite": "needle", "lengths": sizes, "depths": places, "kinds": names, "count": count, "first": first,
+        "haystack": _hay_name(haystack), "chat": chat,
+    }  # fmt: skip
+
+    def prepare(weights: Model) -> list[Case]:
+        hay = hay_tokens(weights, haystack, max(sizes), seed)
+        return list(needle_cases(Style(weights, chat), hay, sizes, places, names, count, seed, first))
+
+    run.go(about, prepare)
+
+
+@app.command()
+@reports_errors
+def ruler(
+    model: ModelArg,
+    lengths: Lengths = "1k,2k,4k",
+    tasks: Annotated[str, typer.Option(help="Of " + ", ".join(rulers.TASKS) + ".")] = ",".join(rulers.TASKS),
+    count: Annotated[int, typer.Option(min=1, help="Prompts of each task at every length.")] = 4,
+    haystack: Haystack = None,
+    policies: Policies = POLICIES,
+    budgets: Budgets = BUDGETS,
+    types: Types = "f16",
+    chat: Chat = False,
+    seed: Seed = 0,
+    first: First = 0,
+    out: Out = None,
+    threads: Threads = None,
+    gpu_layers: GPULayers = 0,
+) -> None:
+    """RULER's task families: keys, values, variables, frequent words, questions."""
+    run = _start("ruler", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    sizes, names = parse_lengths(lengths), _chosen(tasks, list(rulers.TASKS), "--tasks")
+    if min(sizes) < 512:
+        raise CLIError(f"--lengths has {min(sizes)}, expected at least 512: the tasks need room for what they hide")
+    about = {
+        "suite": "ruler", "lengths": sizes, "tasks": names, "count": count, "first": first,
+        "haystack": _hay_name(haystack), "chat": chat,
+    }  # fmt: skip
+
+    def prepare(weights: Model) -> list[Case]:
+        hay = hay_tokens(weights, haystack, max(sizes), seed)
+        return list(ruler_cases(Style(weights, chat), hay, sizes, names, count, seed, first))
+
+    run.go(about, prepare)
+
+
+@app.command()
+@reports_errors
+def fidelity(
+    model: ModelArg,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="A text or a folder; several times for several. Default: prose of our own."),
+    ] = None,
+    lengths: Lengths = "2k",
+    windows: Annotated[int, typer.Option(min=1, help="Windows per text and length.")] = 4,
+    follow: Annotated[int, typer.Option(min=2, max=512, help="Tokens behind each that are forced.")] = 96,
+    policies: Policies = POLICIES,
+    budgets: Budgets = BUDGETS,
+    types: Types = "f16",
+    seed: Seed = 0,
+    out: Out = None,
+    threads: Threads = None,
+    gpu_layers: GPULayers = 0,
+) -> None:
+    """KL divergence, top-1 agreement and NLL increase against the full cache over free text."""
+    run = _start("fidelity", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    sizes = parse_lengths(lengths)
+    texts = [own for path in text or [] for own in read_texts(path)]
+    about = {
+        "suite": "fidelity", "lengths": sizes, "windows": windows, "follow": follow,
+        "texts": [name for name, _ in texts] or ["own prose"],
+    }  # fmt: skip
+
+    def prepare(weights: Model) -> list[FidelityCase]:
+        own = texts or [("own prose", prose(windows * 8 * (max(sizes) + follow), seed))]
+        return list(fidelity_cases(Style(weights), own, sizes, follow, windows))
+
+    run.go(about, prepare)
+
+
+@app.command()
+@reports_errors
+def turns(
+    model: ModelArg,
+    lengths: Lengths = "1k,2k",
+    count: Annotated[int, typer.Option(min=1, help="Documents per length.")] = 4,
+    questions: Annotated[int, typer.Option(min=2, max=20, help="Questions per document.")] = 4,
+    haystack: Haystack = None,
+    policies: Policies = POLICIES,
+    budgets: Budgets = BUDGETS,
+    types: Types = "f16",
+    chat: Chat = False,
+    seed: Seed = 0,
+    first: First = 0,
+    out: Out = None,
+    threads: Threads = None,
+    gpu_layers: GPULayers = 0,
+) -> None:
+    """Compact on the first question, then ask about other places of the same document."""
+    run = _start("turns", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    sizes = parse_lengths(lengths)
+    about = {
+        "suite": "turns", "lengths": sizes, "count": count, "questions": questions, "first": first,
+        "haystack": _hay_name(haystack), "chat": chat,
+    }  # fmt: skip
+
+    def prepare(weights: Model) -> list[Case]:
+        hay = hay_tokens(weights, haystack, max(sizes), seed)
+        return list(turns_cases(Style(weights, chat), hay, sizes, count, questions, seed, first))
+
+    run.go(about, prepare)
+
+
+@app.command()
+@reports_errors
+def tasks(
+    model: ModelArg,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines in LongBench's format.")],
+    n_ctx: Annotated[int, typer.Option(min=256, help="Positions; longer contexts lose their middle.")] = 4096,
+    limit: Annotated[int | None, typer.Option(min=1, help="Lines at most.")] = None,
+    policies: Policies = POLICIES,
+    budgets: Budgets = BUDGETS,
+    types: Types = "f16",
+    chat: Chat = False,
+    seed: Seed = 0,
+    out: Out = None,
+    threads: Threads = None,
+    gpu_layers: GPULayers = 0,
+) -> None:
+    """Questions, summaries, classes and code of files in LongBench's format."""
+    run = _start("tasks", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    about = {"suite": "tasks", "file": file.name, "n_ctx": n_ctx, "limit": limit, "chat": chat}
+
+    def prepare(weights: Model) -> list[Case]:
+        cases, skipped = tasks_cases(Style(weights, chat), file, n_ctx, limit)
+        for reason, number in skipped.items():
+            typer.echo(f"skipped {number} x: {reason}", err=True)
+        about["sha256"], about["skipped"] = sha256(file), sum(skipped.values())
+        return cases
+
+    run.go(about, prepare, n_ctx)
+
+
+@app.command()
+@reports_errors
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Results files; several give ranks as well.")],
+    to: Annotated[Path | None, typer.Option("--to", help="Folder for report.md, report.html and PNG pictures.")] = None,
+) -> None:
+    """Tables and pictures of results: accuracy against bytes, by depth and as heatmaps, speed against bytes."""
+    results = load(files)
+    text = markdown(results)
+    if to is None:
+        print(text)
+        return
+    page = html(results)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        (to / "report.md").write_text(text, encoding="utf-8")
+        (to / "report.html").write_text(page, encoding="utf-8")
+        for res in results:
+            for name, figure in draw(res).items():
+                figure.savefig(to / f"{res.suite.replace('/', '-')}-{name}.png", dpi=120)
+    except OSError as error:
+        raise CLIError(f"cannot write to {to}: {error.strerror or error}; give another --to") from error
+    print(f"report.md, report.html and pictures are in {to}{os.sep}")

@@ -1,0 +1,84 @@
+"""One compaction with a policy: the native selection, or that of a policy written in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _native
+from .policies import CacheView, KVPolicy, Task
+
+__all__ = ["compact"]
+
+
+def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "localization") -> int:
+    """Evict all but the cells that the policy chooses.
+
+    Args:
+        kv: the cache.
+        policy: bound to the model.
+        n_cells: cells per (layer, kv head) that stay on average.
+        task: the prompt's task.
+
+    Returns:
+        Cells released over all layers and heads.
+
+    Raises:
+        NativeError: the policy does not fit the cache, a graph failed or memory ran out; nothing was evicted unless it
+            says so.
+        Exception: whatever the policy's ``select`` raised, and ValueError or TypeError if its answer cannot be used;
+            nothing was evicted.
+    """
+    if not policy.in_python:
+        return kv.compact(_native.policy_struct(policy.native(task)), n_cells)
+
+    stats = kv.stats()
+    if int(kv.cells().max(initial=0)) <= n_cells:
+        return 0
+
+    def choose(positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> None:
+        view = CacheView(kv, positions, int(stats.n_past), int(stats.n_gqa), task)
+        _mark(policy, policy.select(scores, n_cells, view), positions, keep)
+
+    return kv.compact_custom(policy.window, n_cells, choose)
+
+
+def _mark(
+    policy: KVPolicy,
+    chosen: Sequence[Sequence[npt.ArrayLike]],
+    positions: _native.Cache,
+    keep: _native.Cache,
+) -> None:
+    """Set keep to 1 at the chosen positions."""
+    what = f"{type(policy).__name__}.select()"
+    n_layer, n_head_kv = len(positions), len(positions[0])
+    try:
+        got = len(chosen), sorted({len(layer) for layer in chosen})
+    except TypeError:
+        raise TypeError(
+            f"{what} returned {type(chosen).__name__}, "
+            f"expected positions[layer][head]: {n_layer} layers of {n_head_kv} arrays"
+        ) from None
+    if got != (n_layer, [n_head_kv]):
+        raise ValueError(
+            f"{what} returned {got[0]} layers of {', '.join(map(str, got[1])) or 0} kv heads, "
+            f"expected {n_layer} of {n_head_kv}"
+        )
+    for il, layer in enumerate(chosen):
+        for head, own in enumerate(layer):
+            want, have = np.asarray(own), positions[il][head]
+            if want.ndim != 1 or not (want.size == 0 or np.issubdtype(want.dtype, np.integer)):
+                raise TypeError(
+                    f"{what}: layer {il}, kv head {head}: an array of {want.dtype} with the shape {want.shape}, "
+                    "expected integer positions [cells]"
+                )
+            at = np.searchsorted(have, want)
+            wrong = (at == have.size) | (have[np.minimum(at, have.size - 1)] != want)
+            if wrong.any():
+                raise ValueError(
+                    f"{what}: layer {il}, kv head {head} does not hold the position {want[wrong][0]}; "
+                    "choose from ctx.positions[layer][head]"
+                )
+            keep[il][head][at] = 1

@@ -1,0 +1,38 @@
+"""``windowkv-edge eval``: every policy, budget and cell type from one prefill per prompt."""
+
+from __future__ import annotations
+
+from .branch import Branches
+from .case import Case, EvalError
+from .fidelity import fidelity_cases
+from .needle import needle_cases
+from .prose import prose
+from .records import Records, read_records
+from .ruler import ruler_cases
+from .run import FidelityCase, Plan, Runner, build_stamp, sha256
+from .sources import hay_tokens, read_texts
+from .style import Style
+from .tasks import tasks_cases
+from .turns import turns_cases
+
+__all__ = [
+    "Branches",
+    "Case",
+    "EvalError",
+    "FidelityCase",
+    "Plan",
+    "Records",
+    "Runner",
+    "Style",
+    "build_stamp",
+    "fidelity_cases",
+    "hay_tokens",
+    "needle_cases",
+    "prose",
+    "read_records",
+    "read_texts",
+    "ruler_cases",
+    "sha256",
+    "tasks_cases",
+    "turns_cases",
+]

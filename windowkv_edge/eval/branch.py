@@ -1,0 +1,138 @@
+"""Branches from one prompt: evaluated once with the full cache, compacted any number of times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from ..bench.session import Model, Session
+from ..compaction import compact
+from ..heads import METADATA_KEY
+from ..llama import bind_policy
+from ..policies import Full, KVPolicy
+from ..task import prompt_task
+
+__all__ = ["Branches"]
+
+N_BATCH = 512
+"""Tokens evaluated at once, as in ``llama_cpp.Llama``: results depend on it in rounding."""
+
+
+class Branches:
+    """A session whose uncompacted cache is kept, to go back to before every compaction.
+
+    What a branch gives is what a fresh session with its policy gives, bit for bit: prompts are evaluated in the same
+    batches. The copy of the cache takes as much memory as the cache itself; there is one at a time.
+
+    Args:
+        model: the weights.
+        n_ctx: positions, those decoded after the prompt included.
+        n_window: tokens whose queries are observed, the largest ``window`` of the policies.
+        cells: a name of :data:`windowkv_edge.bench.session.TYPES`, for K and V.
+        threads: CPU threads.
+    """
+
+    def __init__(self, model: Model, n_ctx: int, n_window: int, cells: str = "f16", threads: int = 2) -> None:
+        self.model, self.n_ctx, self.n_window, self.cells = model, n_ctx, n_window, cells
+        self.session = Session(model, n_ctx, cells, Full(), True, threads, N_BATCH)
+        self.kv = self.session.kv
+        self.kv.set_window(n_window)
+        self.metadata = model.metadata("general.name") | model.metadata(METADATA_KEY)
+        self.prompt: list[int] = []
+        self.n_evaluated = 0
+        """Tokens evaluated by prefill() so far; those that neighbouring prompts share are evaluated once."""
+        self.decode_ms = 0.0
+        """Mean time per token of the last greedy(), in ms."""
+        self._bound: dict[int, tuple[KVPolicy, KVPolicy]] = {}
+
+    def bind(self, policy: KVPolicy) -> KVPolicy:
+        """The policy for this model; see :func:`windowkv_edge.llama.bind_policy`."""
+        if id(policy) not in self._bound:
+            bound = bind_policy(self.kv, policy, str(self.model.path), self.metadata, self.model.model)
+            self._bound[id(policy)] = policy, bound
+        return self._bound[id(policy)][1]
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Evaluate a prompt with the full cache and keep it; what it shares with the last one is reused."""
+        tokens = list(tokens)
+        if tokens == self.prompt:
+            self.restore()
+            return
+        start = self._shared(tokens)
+        if start == 0 or not self._go_back(start):
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.session.ctx), True)
+            self.session.n_past = start = 0
+        self.prompt = []
+        self.kv.reserve(len(tokens) - start)
+        for i in range(start, len(tokens), N_BATCH):
+            self.session.decode(tokens[i : i + N_BATCH])
+        self.n_evaluated += len(tokens) - start
+        self.prompt = tokens
+        self.first = self.session.logits()
+        self.kv.snapshot_save()
+
+    def _shared(self, tokens: list[int]) -> int:
+        """Whole batches that the last prompt shares with these tokens; the ring has to observe its window anew."""
+        n = min(len(tokens), len(self.prompt))
+        same = np.array(tokens[:n], dtype=np.int64) == np.array(self.prompt[:n], dtype=np.int64)
+        shared = n if same.all() else int(same.argmin())
+        return max(0, min(shared, len(tokens) - max(1, self.n_window))) // N_BATCH * N_BATCH
+
+    def _go_back(self, start: int) -> bool:
+        self.restore()
+        if not llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.session.ctx), -1, start, -1):
+            return False  # window and recurrent layers have moved on
+        self.session.n_past = start
+        return True
+
+    def restore(self) -> None:
+        """Back to the full cache of the prompt."""
+        self.kv.snapshot_restore()
+        self.session.n_past = len(self.prompt)
+
+    def compact(self, policy: KVPolicy, n_cells: int) -> None:
+        """Restore and compact to n_cells cells per (layer, kv head) on average."""
+        self.restore()
+        if not isinstance(policy, Full):
+            task = prompt_task(self.prompt, self.model.detokenize) if policy.needs_task else "localization"
+            compact(self.kv, self.bind(policy), n_cells, task)
+
+    def greedy(self, n: int, first: npt.NDArray[np.float32] | None = None) -> list[int]:
+        """The most likely continuation, n tokens at most, up to the end of the generation.
+
+        Args:
+            n: tokens.
+            first: logits of the first one, float32 [n_vocab]; by default those of the prompt with the full cache.
+        """
+        logits = self.first if first is None else first
+        res: list[int] = []
+        self.decode_ms = 0.0
+        while True:
+            token = int(logits.argmax())
+            if self.model.is_end(token):
+                return res
+            res.append(token)
+            if len(res) >= n:
+                return res
+            seconds = self.session.decode(res[-1:])
+            self.decode_ms += (1000 * seconds - self.decode_ms) / len(res)
+            logits = self.session.logits()
+
+    def extend(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Evaluate tokens behind what is there, without a compaction; the logits of the last: float32 [n_vocab]."""
+        for i in range(0, len(tokens), N_BATCH):
+            self.session.decode(tokens[i : i + N_BATCH])
+        return self.session.logits()
+
+    def log_probs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Log probabilities after each of the tokens, teacher-forced: float32 [len(tokens), n_vocab]."""
+        rows = self.session.decode_all(tokens)
+        rows -= rows.max(axis=1, keepdims=True)
+        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+        return rows
+
+    def close(self) -> None:
+        self.session.close()

@@ -1,0 +1,243 @@
+"""Every policy x budget x cell type from one prefill per prompt and cell type."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import _native
+from .._native import lib
+from ..bench.run import bits
+from ..bench.session import Model
+from ..budget import n_cells
+from ..policies import KVPolicy
+from .branch import Branches
+from .case import Case, EvalError
+from .metrics import score
+from .records import Records
+
+__all__ = ["FULL", "FidelityCase", "Plan", "Runner", "sha256"]
+
+FULL = "full"
+
+Report = Callable[[str], None]
+"""``report(what)``: a prompt was done."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every prompt is branched into.
+
+    Attributes:
+        policies: by name.
+        budgets: see :class:`windowkv_edge.Llama`; fractions are of the bytes that f16 cells of the whole prompt
+            take, so that smaller cells are more.
+        types: cells.
+        threads: CPU threads.
+    """
+
+    policies: Mapping[str, KVPolicy]
+    budgets: tuple[float | int, ...]
+    types: tuple[str, ...]
+    threads: int
+
+    def __post_init__(self) -> None:
+        if not self.policies or not self.budgets or not self.types:
+            raise EvalError("policies, budgets and types need at least one entry each")
+
+    @property
+    def window(self) -> int:
+        return max(policy.window for policy in self.policies.values())
+
+
+@dataclass(frozen=True)
+class FidelityCase:
+    """A window of a text and what follows it.
+
+    Attributes:
+        text: name of the text.
+        index: number of the window.
+        prompt: tokens, compacted after these.
+        follow: the tokens that are forced.
+    """
+
+    text: str
+    index: int
+    prompt: Sequence[int]
+    follow: Sequence[int]
+
+    @property
+    def key(self) -> str:
+        return f"fidelity/{self.text}/{len(self.prompt)}/-/{self.index}"
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cells_for(budget: float | int, cells: str, n_past: int) -> int:
+    """Cells per (layer, kv head) that a budget buys: a fraction of the f16 bytes, or a number."""
+    if isinstance(budget, int):
+        return min(budget, n_past)
+    return n_cells(min(1.0, budget * 16 / bits(cells)), n_past)
+
+
+class Runner:
+    """Sessions of all cell types on one model, and the loop over prompts.
+
+    The full f16 cache is the reference: a prompt that it does not answer at all is counted and not branched.
+
+    Args:
+        model: the weights.
+        plan: what to branch into.
+        n_ctx: positions of the longest prompt with its answer.
+        records: where results go.
+        report: see :data:`Report`.
+    """
+
+    def __init__(self, model: Model, plan: Plan, n_ctx: int, records: Records, report: Report) -> None:
+        self.model, self.plan, self.records, self.report = model, plan, records, report
+        self.stack = ExitStack()
+        self.branches: dict[str, Branches] = {}
+        try:
+            for cells in dict.fromkeys(("f16", *plan.types)):
+                own = Branches(model, n_ctx, plan.window, cells, plan.threads)
+                self.stack.callback(own.close)
+                self.branches[cells] = own
+            for policy in plan.policies.values():
+                self.branches["f16"].bind(policy)
+        except BaseException:
+            self.stack.close()
+            raise
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stack.close()
+
+    def run(self, cases: Sequence[Case]) -> None:
+        """Generate and score; what is on record is passed over."""
+        for case in cases:
+            if case.key not in self.records:
+                self.records.add(self._generate(case))
+            self.report(case.key)
+
+    def run_fidelity(self, cases: Sequence[FidelityCase]) -> None:
+        """Teacher-forced distances from the full f16 cache."""
+        for case in cases:
+            if case.key not in self.records:
+                self.records.add(self._fidelity(case))
+            self.report(case.key)
+
+    #
+    # one prompt
+    #
+
+    def _variants(self, cells: str) -> list[tuple[str, KVPolicy, float | int]]:
+        if cells not in self.plan.types:
+            return []
+        return [(name, policy, budget) for name, policy in self.plan.policies.items() for budget in self.plan.budgets]
+
+    def _each(self, prompt: Sequence[int], measure: Callable[[Branches], dict[str, Any]]) -> list[dict[str, Any]]:
+        """Results of the full cache and of every variant; the first is that of the full f16 cache, and the only one if
+        it scores nothing."""
+        results: list[dict[str, Any]] = []
+        for cells, own in self.branches.items():
+            if results and results[0].get("score") == 0:
+                break
+            own.prefill(prompt)
+            if not results or cells in self.plan.types:
+                own.restore()
+                results.append(self._row(own, FULL, None, cells, measure))
+                if results[0].get("score") == 0:
+                    break
+            for name, policy, budget in self._variants(cells):
+                own.compact(policy, cells_for(budget, cells, len(prompt)))
+                results.append(self._row(own, name, budget, cells, measure))
+        return results
+
+    def _row(
+        self,
+        own: Branches,
+        policy: str,
+        budget: float | int | None,
+        cells: str,
+        measure: Callable[[Branches], dict[str, Any]],
+    ) -> dict[str, Any]:
+        stats = own.kv.stats()
+        held = int(own.kv.cells().sum())
+        per_cell = stats.bytes_full / (stats.n_past * stats.n_layer * stats.n_head_kv)
+        about = {
+            "policy": policy,
+            "budget": budget,
+            "cells": cells,
+            "n_cells": held / (stats.n_layer * stats.n_head_kv),
+            "kv_bytes": round(held * per_cell),
+        }
+        if policy != FULL:
+            about["compact_ms"] = round(stats.t_score_ms + stats.t_select_ms + stats.t_gather_ms, 2)
+        return {**about, **measure(own)}
+
+    def _generate(self, case: Case) -> dict[str, Any]:
+        def measure(own: Branches) -> dict[str, Any]:
+            first = own.extend(case.follow_up) if case.follow_up else None
+            text = self.model.detokenize(own.greedy(case.max_tokens, first))
+            if case.first_line:
+                text = text.lstrip("\n").split("\n")[0]
+            value = score(case.metric, text, case.answers, case.classes)
+            return {"score": round(value, 4), "decode_ms": round(own.decode_ms, 3), "output": text}
+
+        return {
+            "case": case.key,
+            "suite": case.suite,
+            "task": case.task,
+            "length": case.length,
+            "depth": case.depth,
+            "index": case.index,
+            "n_prompt": len(case.prompt),
+            "answers": case.answers,
+            "metric": case.metric,
+            "results": self._each(case.prompt, measure),
+        }
+
+    def _fidelity(self, case: FidelityCase) -> dict[str, Any]:
+        follow = np.array(case.follow)
+        at = np.arange(len(follow) - 1), follow[1:]  # the first token was predicted by the full cache
+        full: list[Any] = []
+
+        def measure(own: Branches) -> dict[str, Any]:
+            got = own.log_probs(case.follow)
+            if not full:
+                full.extend((got, np.exp(got)))
+            want, share = full
+            return {
+                "kl": float((share * np.maximum(want - got, -100)).sum(axis=1).mean()),
+                "top1": float((want.argmax(axis=1) == got.argmax(axis=1)).mean()),
+                "nll_increase": float((want[at] - got[at]).mean()),
+            }
+
+        return {
+            "case": case.key,
+            "suite": "fidelity",
+            "task": case.text,
+            "length": len(case.prompt),
+            "depth": None,
+            "index": case.index,
+            "n_prompt": len(case.prompt),
+            "n_follow": len(case.follow),
+            "results": self._each(case.prompt, measure),
+        }
+
+
+def build_stamp() -> str:
+    """Hash of the native sources this library was built from."""
+    return str(_native.ffi.string(lib.wkv_build_stamp()).decode())

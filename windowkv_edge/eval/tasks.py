@@ -1,0 +1,104 @@
+"""Files in LongBench's format (arXiv 2308.14508): JSON lines with context, input, answers and dataset.
+
+Prompts are worded plainly (context, question, "Answer:"), not as the benchmark words them, so that scores compare
+policies with each other and not with published tables.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .case import Case, EvalError
+from .metrics import DATASETS, FIRST_LINE
+from .sources import read_text
+from .style import Style
+
+__all__ = ["tasks_cases"]
+
+_CODE = {"lcc", "repobench-p"}
+_ASKS = {
+    "gov_report": "Summarize the report.",
+    "multi_news": "Summarize the news.",
+    "qmsum": "",
+    "passage_count": "How many different paragraphs are there?",
+}
+
+
+def _reason(row: Any) -> str | None:
+    """Why a line cannot be scored."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for key, kind in (("context", str), ("input", str), ("answers", list), ("dataset", str)):
+        if not isinstance(row.get(key), kind):
+            return f"{key!r} is missing or not a {kind.__name__}"
+    if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
+        return "'answers' is empty or not a list of strings"
+    name = row["dataset"].removesuffix("_e")
+    if name not in DATASETS:
+        return f"dataset {row['dataset']!r} has no metric here"
+    if DATASETS[name][0] == "accuracy" and not row.get("all_classes"):
+        return "'all_classes' is missing"
+    return None
+
+
+def _prompt(style: Style, row: dict[str, Any], room: int) -> list[int]:
+    """Tokens of a line; a context that is too long loses its middle, as in the benchmark."""
+    name = row["dataset"].removesuffix("_e")
+    if name in _CODE:
+        end = style.tokenize(row["input"])
+    else:
+        end = style.ask(" ".join(part for part in (_ASKS.get(name, ""), row["input"]) if part))
+    body = style.tokenize(row["context"])
+    room -= len(style.head) + len(end)
+    if room < 2:
+        raise EvalError(f"the questions alone fill the context; give a larger --n-ctx than {room + len(end)}")
+    if len(body) > room:
+        body = body[: room // 2] + body[len(body) - (room - room // 2) :]
+    return style.head + body + end
+
+
+def tasks_cases(style: Style, path: Path, n_ctx: int, limit: int | None = None) -> tuple[list[Case], Counter[str]]:
+    """Prompts of a file, and how many lines were skipped, by reason.
+
+    Args:
+        style: of the prompts.
+        path: the file.
+        n_ctx: positions, the answer included.
+        limit: lines at most.
+
+    Raises:
+        EvalError: no line can be used.
+    """
+    cases: list[Case] = []
+    skipped: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if limit is not None and len(cases) >= limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            skipped[f"line {number} is not JSON"] += 1
+            continue
+        reason = _reason(row)
+        if reason is not None:
+            skipped[reason] += 1
+            continue
+        name = row["dataset"].removesuffix("_e")
+        metric, max_tokens = DATASETS[name]
+        prompt = _prompt(style, row, n_ctx - max_tokens)
+        classes, first_line = tuple(row.get("all_classes") or ()), name in FIRST_LINE
+        answers = tuple(row["answers"])
+        cases.append(
+            Case("tasks", name, 0, None, count[name], prompt, answers, metric, max_tokens, (), classes, first_line)
+        )
+        count[name] += 1
+    if not cases:
+        reasons = "; ".join(f"{n} x {why}" for why, n in skipped.most_common(3)) or "it has no lines"
+        raise EvalError(f"{path} holds nothing to score ({reasons}); expected LongBench's JSON lines")
+    return cases, skipped

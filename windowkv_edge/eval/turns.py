@@ -1,0 +1,51 @@
+"""Query-agnostic: a document is compacted on its first question, then others are asked about other places of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from .case import Case, place
+from .needle import N_ANSWER, make_needle
+from .style import Style
+
+__all__ = ["turns_cases"]
+
+KINDS = ("number", "word", "phrase", "paraphrased")
+
+
+def turns_cases(
+    style: Style, hay: Sequence[int], lengths: Sequence[int], count: int, n_turns: int, seed: int, first: int = 0
+) -> Iterator[Case]:
+    """Every length x document x question. A document holds as many facts as it is asked for, at random places.
+
+    The first question is that of the compaction (task "first"); the right answer to it follows, then one of the others
+    (task "later"), each from the same compacted cache.
+
+    Args:
+        style: of the prompts.
+        hay: tokens, at least as many as the largest length.
+        lengths: tokens of the documents without their facts.
+        count: documents per length.
+        n_turns: questions per document, the first included.
+        seed: of facts and places.
+        first: number of the first document.
+    """
+    for length in lengths:
+        for index in range(first, first + count):
+            rng = random.Random(f"{seed}/turns/{length}/{index}")
+            needles = [make_needle(KINDS[i % len(KINDS)], 100 * index + i, seed) for i in range(n_turns)]
+            depths = [(at + 0.5) / 40 for at in rng.sample(range(40), n_turns)]
+            lines = [(at, style.tokenize(f"\n{own.sentences[0]}\n")) for at, own in zip(depths, needles, strict=True)]
+            document = style.head + place(hay[:length], lines)
+            opening, *others = needles
+            prompt = document + style.ask(opening.question, opening.lead)
+            yield Case("turns", "first", length, depths[0], index, prompt, opening.answers, "contains_all", N_ANSWER)
+            said = style.tokenize(f" {opening.answers[0]}.")
+            for i, needle in enumerate(others):
+                follow = said + style.ask_again(needle.question, needle.lead)
+                number = index * (n_turns - 1) + i
+                yield Case(
+                    "turns", "later", length, depths[i + 1], number, prompt, needle.answers, "contains_all", N_ANSWER,
+                    follow_up=follow,
+                )  # fmt: skip
