@@ -30,7 +30,9 @@ from .llama import Llama  # noqa: E402
 from .policies import (  # noqa: E402
     POLICIES,
     AdaKV,
+    Auto,
     CacheView,
+    ExpectedAttention,
     Full,
     HeadKV,
     HeadKVR2,
@@ -48,7 +50,9 @@ from .stats import KVStats  # noqa: E402
 __all__ = [
     "POLICIES",
     "AdaKV",
+    "Auto",
     "CacheView",
+    "ExpectedAttention",
     "Full",
     "HeadKV",
     "HeadKVR2",

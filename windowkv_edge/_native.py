@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._libs import BUILT, llama_library
+from .budget import TYPES
 from .errors import LibraryMismatchError, NativeError, UnsupportedModelError
 
 __all__ = ["Context", "budgets", "ffi", "lib", "pending", "select"]
@@ -59,13 +60,16 @@ def check(status: int) -> int:
 
 
 class pending:
-    """Context manager: the llama_context created inside gets a ragged cache with ``window`` ring rows."""
+    """Context manager: the llama_context created inside gets a ragged cache with ``window`` ring rows.
 
-    def __init__(self, window: int) -> None:
-        self.window = window
+    Its cells are of the type ``cells`` if the blocks of that divide the heads' rows, else of the context's types.
+    """
+
+    def __init__(self, window: int, cells: str | None = None) -> None:
+        self.window, self.type = window, -1 if cells is None else TYPES[cells]
 
     def __enter__(self) -> None:
-        check(lib.wkv_pending_set(self.window))
+        check(lib.wkv_pending_set(self.window, self.type))
 
     def __exit__(self, *exc: object) -> None:
         lib.wkv_pending_clear()
@@ -251,6 +255,7 @@ def budgets(
     n_cells: int,
     positions: Cache | None = None,
     scores: Cache | None = None,
+    token_scores: Cache | None = None,
 ) -> npt.NDArray[np.int32]:
     """Native budgets: int32 [n_layer, n_head_kv].
 
@@ -260,17 +265,25 @@ def budgets(
         n_cells: average cells per (layer, kv head).
         positions: per layer and kv head int32 [cells], ascending; needed where heads compete.
         scores: per layer and kv head float32 [cells]; likewise.
+        token_scores: the same by the last ``token_alpha`` tokens, for policies with ``tokens``.
     """
     have = np.ascontiguousarray(cells, dtype=np.int32)
     res = np.zeros_like(have)
     pos = ffi.NULL if positions is None else ffi.from_buffer("int32_t[]", _flat(positions, np.int32))
-    score = ffi.NULL if scores is None else ffi.from_buffer("float[]", _flat(scores, np.float32))
+    score = ffi.NULL if scores is None else ffi.from_buffer("float[]", _planes(scores, token_scores))
     shapes = _shapes(have, int(have.max(initial=0)))
     check(lib.wkv_budgets(policy_struct(fields), shapes, n_cells, pos, score, ffi.from_buffer("int32_t[]", res)))
     return res
 
 
-def select(fields: Fields, budget: npt.ArrayLike, positions: Cache, scores: Cache) -> list[list[npt.NDArray[np.bool_]]]:
+def _planes(scores: Cache, token_scores: Cache | None) -> npt.NDArray[np.float32]:
+    flat = _flat(scores, np.float32)
+    return flat if token_scores is None else np.concatenate([flat, _flat(token_scores, np.float32)])
+
+
+def select(
+    fields: Fields, budget: npt.ArrayLike, positions: Cache, scores: Cache, token_scores: Cache | None = None
+) -> list[list[npt.NDArray[np.bool_]]]:
     """Native selection over arrays.
 
     Args:
@@ -278,12 +291,13 @@ def select(fields: Fields, budget: npt.ArrayLike, positions: Cache, scores: Cach
         budget: [n_layer, n_head_kv], cells that stay.
         positions: per layer and kv head int32 [cells], ascending.
         scores: per layer and kv head float32 [cells].
+        token_scores: the same by the last ``token_alpha`` tokens, for policies with ``tokens``.
 
     Returns:
         Per layer and kv head bool [cells], True where the cell stays.
     """
     cells = np.array([[len(own) for own in layer] for layer in positions], dtype=np.int32)
-    pos, score = _flat(positions, np.int32), _flat(scores, np.float32)
+    pos, score = _flat(positions, np.int32), _planes(scores, token_scores)
     keep = np.zeros(pos.size, dtype=np.uint8)
     own = np.ascontiguousarray(budget, dtype=np.int32)
     check(

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["check_budget", "n_cells"]
+import gguf
+
+__all__ = ["TYPES", "bits", "check_budget", "n_cells"]
+
+TYPES = {name: int(gguf.GGMLQuantizationType[name.upper()]) for name in ("f32", "f16", "bf16", "q8_0", "q4_0")}
+"""Cells of K and V by the names of llama.cpp."""
+
+
+def bits(*cells: str) -> float:
+    """Bits of a value, scales of its block included; the mean over several types."""
+    sizes = [gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(TYPES[name])] for name in cells]
+    return sum(8 * size / values for values, size in sizes) / len(sizes)
 
 
 def check_budget(budget: float | int) -> float | int:
@@ -23,9 +34,17 @@ def check_budget(budget: float | int) -> float | int:
     return budget
 
 
-def n_cells(budget: float | int, n_past: int) -> int:
+def n_cells(budget: float | int, n_past: int, *cells: str) -> int:
     """Cells per (layer, kv head) for a sequence of n_past positions: floor(fraction * n_past), at least 1.
 
     Products that miss an integer by rounding only (0.29 * 100) count as that integer.
+
+    Args:
+        budget: a fraction, or a number of cells.
+        n_past: positions.
+        cells: types of the K and V cells; a fraction then is one of the bytes that f16 cells of all positions take, and
+            smaller cells are more. Without any it is one of the positions.
     """
-    return budget if isinstance(budget, int) else max(1, math.floor(budget * n_past + 1e-6))
+    if isinstance(budget, int):
+        return budget
+    return max(1, math.floor(min(1.0, budget * (16 / bits(*cells) if cells else 1)) * n_past + 1e-6))

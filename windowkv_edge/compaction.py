@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from . import _native
 from .policies import CacheView, KVPolicy, Task
+from .stats import cell_types
 
 __all__ = ["compact"]
 
@@ -39,7 +40,7 @@ def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "l
         return 0
 
     def choose(positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> None:
-        view = CacheView(kv, positions, int(stats.n_past), int(stats.n_gqa), task)
+        view = CacheView(kv, positions, int(stats.n_past), int(stats.n_gqa), cell_types(stats), task)
         _mark(policy, policy.select(scores, n_cells, view), positions, keep)
 
     return kv.compact_custom(policy.window, n_cells, choose)

@@ -16,7 +16,7 @@ from .compaction import compact
 from .errors import UnsupportedCallError, UnsupportedModelError
 from .heads import ModelHeads
 from .policies import Full, KVPolicy, Task, get_policy
-from .stats import KVStats
+from .stats import KVStats, cell_types
 from .task import prompt_task
 
 __all__ = ["Llama"]
@@ -113,8 +113,10 @@ class Llama(llama_cpp.Llama):
                 raise ValueError(f"{name}={value} cannot be combined with kv_policy={self._kv_policy.name!r}; {fix}")
         kwargs.update(flash_attn=True, swa_full=False)
 
+        # what the caller says about cells goes before what the policy prefers
+        said = kwargs.get("type_k") is not None or kwargs.get("type_v") is not None
         try:
-            with _native.pending(self._kv_policy.window):
+            with _native.pending(self._kv_policy.window, None if said else self._kv_policy.cells):
                 try:
                     super().__init__(model_path, **kwargs)
                 except ValueError as error:
@@ -174,7 +176,7 @@ class Llama(llama_cpp.Llama):
         kv = self._need_kv("kv_compact()")
         budget = self._kv_budget if kv_budget is None else check_budget(kv_budget)
         self._sync_positions()
-        compact(kv, self._kv_bound, n_cells(budget, self.n_tokens), self._task())
+        compact(kv, self._kv_bound, self._n_cells(budget), self._task())
         return self.kv_stats()
 
     def kv_stats(self) -> KVStats:
@@ -192,6 +194,7 @@ class Llama(llama_cpp.Llama):
             n_past=stats.n_past,
             layers=ctx.layers(),
             cells=cells,
+            cell_types=cell_types(stats),
             bytes_live=stats.bytes_live,
             bytes_full=stats.bytes_full,
             bytes_other=stats.bytes_other,
@@ -319,6 +322,12 @@ class Llama(llama_cpp.Llama):
         if isinstance(self._kv_budget, int):
             return self.n_tokens > self._kv_budget
         return self.n_tokens >= self._kv_min_prompt and self._kv_budget < 1.0
+
+    def _n_cells(self, budget: float | int) -> int:
+        """Cells per (layer, kv head) that a budget stands for now."""
+        assert self._kv is not None and self._kv_policy is not None
+        types = () if self._kv_policy.cells is None else cell_types(self._kv.stats())
+        return n_cells(budget, self.n_tokens, *types)
 
     def _task(self) -> Task:
         assert self._kv_policy is not None

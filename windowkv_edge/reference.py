@@ -241,6 +241,7 @@ def budgets(
     positions: Cache | None = None,
     scores: Cache | None = None,
     task: Task = "localization",
+    token_scores: Cache | None = None,
 ) -> IntArray:
     """Cells that stay, for every (layer, kv head).
 
@@ -248,7 +249,7 @@ def budgets(
         policy: the policy.
         cells: [n_layer, n_head_kv], cells that each head holds now.
         n_cells: average cells per (layer, kv head) that stay, >= 1.
-        positions, scores: as for :func:`select`; only policies whose heads compete look at them.
+        positions, scores, token_scores: as for :func:`select`; only policies whose heads compete look at them.
         task: the prompt's task.
 
     Returns:
@@ -273,7 +274,7 @@ def budgets(
     if heads == EQUAL:
         return equal
     assert positions is not None and scores is not None
-    ranked = _rankings(p, equal, positions, scores)
+    ranked = _rankings(p, equal, positions, scores, token_scores)
     shared = [_score_budgets(b, p["floor_share"], r) for b, r in zip(layers, ranked, strict=True)]
     return np.array(shared, dtype=np.int32)
 
@@ -315,12 +316,43 @@ def _window_score(score: npt.NDArray[np.float64], top_p: int) -> float:
     return float(np.cumsum(best)[-1] / len(best))
 
 
+def _suffix_of(n: int, p: dict[str, float], budget: int) -> int:
+    """Newest cells that stay of a head with n cells and this budget."""
+    return min(n, int(p["suffix"]), max(1, math.floor(budget * p["suffix_share"])))
+
+
+def _rank_windows_and_tokens(
+    p: dict[str, Any], budget: IntArray, pos: list[IntArray], score: list[FloatArray], tokens: list[FloatArray]
+) -> list[Ranking]:
+    """Windows for a part of the budget, then single tokens by the attention of more queries; heads of one layer."""
+    own = budget.tolist()
+    if p.get("heads", EQUAL) == SCORE:
+        own = [sum(own) // len(own)] * len(own)
+    windows = [
+        _rank_windows(q.astype(np.int64), s.astype(np.float64), p, b) for q, s, b in zip(pos, score, own, strict=True)
+    ]
+    suffix = [_suffix_of(len(q), p, b) for q, b in zip(pos, own, strict=True)]
+    rest = [max(0, b - n) for n, b in zip(suffix, own, strict=True)]
+    first = [
+        n + max(min(r, int(p["window_floor"])), math.floor(r * (1.0 - p["tokens"])))
+        for n, r in zip(suffix, rest, strict=True)
+    ]
+    if p.get("heads", EQUAL) == SCORE:
+        first = _score_budgets(max(first), p["floor_share"], windows)
+    res: list[Ranking] = []
+    for (order, _), n, s in zip(windows, first, tokens, strict=True):
+        stays = order[: min(len(s), n)]
+        best = sorted(set(range(len(s))) - set(stays), key=lambda i: (-s[i], i))
+        res.append((stays + best, [math.inf] * len(stays) + [float(s[i]) for i in best]))
+    return res
+
+
 def _rank_windows(
     pos: npt.NDArray[np.int64], score: npt.NDArray[np.float64], p: dict[str, float], budget: int
 ) -> Ranking:
     n = len(pos)
     n_review = max(0, n - int(p["alpha"]))
-    n_suffix = min(n, int(p["suffix"]), max(1, math.floor(budget * p["suffix_share"])))
+    n_suffix = _suffix_of(n, p, budget)
     carry = int(p["carry"])
     score = np.array([score[max(0, i - carry) : i + 1].max() if i < n_review else score[i] for i in range(n)])
     block = pos[:n_review] // int(p["omega"])
@@ -369,12 +401,21 @@ def _translate(ranking: Ranking, shared: npt.NDArray[np.int64], own: IntArray) -
     return [i for i, _ in found] + rest, [key for _, key in found] + [-math.inf] * len(rest)
 
 
-def _rankings(p: dict[str, Any], budget: IntArray, positions: Cache, scores: Cache) -> list[list[Ranking]]:
+def _rankings(
+    p: dict[str, Any], budget: IntArray, positions: Cache, scores: Cache, token_scores: Cache | None
+) -> list[list[Ranking]]:
     """Rankings of all heads; budget is [n_layer, n_head_kv]."""
     if p["kind"] == STREAMINGLLM:
         return [[_rank_streamingllm(q, p["n_sink"]) for q in layer] for layer in positions]
     if p["kind"] in (SNAPKV, PYRAMIDKV):
         return [[_rank_snapkv(s, p) for s in layer] for layer in scores]
+
+    if p.get("tokens", 0.0) > 0:
+        assert token_scores is not None
+        return [
+            _rank_windows_and_tokens(p, *layer)
+            for layer in zip(budget, positions, scores, token_scores, strict=True)
+        ]
 
     n_layer, n_head_kv, gamma = len(positions), len(positions[0]), int(p["gamma"])
     res: list[list[Ranking]] = [[([], []) for _ in range(n_head_kv)] for _ in range(n_layer)]
@@ -398,6 +439,7 @@ def select(
     positions: Cache,
     scores: Cache,
     task: Task = "localization",
+    token_scores: Cache | None = None,
 ) -> list[list[npt.NDArray[np.bool_]]]:
     """Which cells stay.
 
@@ -407,6 +449,7 @@ def select(
         positions: per layer and kv head int32 [cells], ascending.
         scores: per layer and kv head float32 [cells], mean attention of the observation window.
         task: the prompt's task.
+        token_scores: the same by the last ``token_alpha`` tokens, for policies with ``tokens``.
 
     Returns:
         Per layer and kv head bool [cells].
@@ -417,7 +460,7 @@ def select(
 
     own = np.asarray(budget, dtype=np.int32)
     res = [[np.zeros(q.shape, dtype=bool) for q in layer] for layer in positions]
-    for il, layer in enumerate(_rankings(p, own, positions, scores)):
+    for il, layer in enumerate(_rankings(p, own, positions, scores, token_scores)):
         for head, (order, _) in enumerate(layer):
             res[il][head][order[: own[il, head]]] = True
     return res

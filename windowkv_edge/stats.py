@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["KVStats"]
+from .budget import TYPES
+
+__all__ = ["KVStats", "cell_types"]
+
+
+def cell_types(stats: Any) -> tuple[str, str]:
+    """Types of the K and V cells by their names, "?" where stock has another one or none."""
+    names = {value: name for name, value in TYPES.items()}
+    return names.get(stats.type_k, "?"), names.get(stats.type_v, "?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +31,9 @@ class KVStats:
         n_past: positions the sequence has seen, evicted ones included.
         layers: indices of these layers in the model.
         cells: int32 [len(layers), n_head_kv], cells held now.
+        cell_types: of K and V, such as ("f16", "f16").
         bytes_live: bytes of the live buffers: K and V pools, and with a policy the observation ring.
-        bytes_full: bytes that stock llama.cpp holds for ``n_past`` positions.
+        bytes_full: bytes that stock llama.cpp holds for ``n_past`` positions, in the cells that the session asked for.
         bytes_other: bytes of the window and recurrent layers' caches, which no policy touches; 0 where there are none.
         bytes_peak: largest ``bytes_live`` so far, transients of growth and compaction included.
         bytes_released: bytes given back by the last compaction.
@@ -36,6 +46,7 @@ class KVStats:
     n_past: int
     layers: tuple[int, ...]
     cells: npt.NDArray[np.int32]
+    cell_types: tuple[str, str]
     bytes_live: int
     bytes_full: int
     bytes_other: int

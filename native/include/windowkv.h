@@ -79,6 +79,9 @@ struct wkv_policy {
     int32_t protect_first; // windowkv: 1 = the first window always stays (it holds the attention sink)
     int32_t carry;         // windowkv: a token's score carries over to this many tokens behind it, >= 0
     double  suffix_share;  // windowkv: of a budget the suffix takes at most this share, over 0 and up to 1
+    double  tokens;        // windowkv: of the rest single tokens take this share, 0 to 1 (needs scope = head and gamma = 1)
+    int32_t window_floor;  // windowkv: cells that windows get before single tokens get any, >= 0
+    int32_t token_alpha;   // windowkv: the last token_alpha tokens score single tokens, > 0 if tokens > 0
     double  slope;         // lambda of windowkv, beta of pyramidkv: the last budget is C*gamma/lambda or C/beta
     int32_t heads;         // enum wkv_heads
     double  pool;          // heads = importance: the share of all cells that is divided by importance, 0..1 (HeadKV's 1/beta)
@@ -105,6 +108,8 @@ struct wkv_stats {
     int32_t n_boundary;         // positions below this one were subject to the last compaction
     int32_t n_compactions;
     int32_t n_window;           // rows of the observation ring
+    int32_t type_k;             // ggml types of the cells
+    int32_t type_v;
     int64_t bytes_live;         // bytes of the live buffers: pools and observation ring
     int64_t bytes_pool;         // of these, the K and V pools
     int64_t bytes_full;         // what the stock cache holds for n_past positions in these layers
@@ -127,10 +132,11 @@ WKV_API const char * wkv_last_error(void);
 // --- creation
 
 // The next llama_context created on this thread gets a ragged KV cache with an observation ring of n_window
-// rows (> 0). Models whose other layers keep a window or a recurrent state get it for the layers that attend to all
+// rows (> 0), with cells of a ggml type of its own where the blocks of that divide the rows of all heads; type < 0 and other
+// heads: of the types that the context asks for, which the window layers have in any case. Models whose other layers keep a window or a recurrent state get it for the layers that attend to all
 // positions; their window caches are as large as the window then, whatever swa_full says. Parameter errors can stop the creation before the request is consumed, so call wkv_pending_clear()
 // afterwards in any case.
-WKV_API int  wkv_pending_set(int32_t n_window);
+WKV_API int  wkv_pending_set(int32_t n_window, int32_t type);
 WKV_API void wkv_pending_clear(void);
 
 // WKV_OK if the context has a ragged cache that serves all of its attention layers, with ragged = true also for
@@ -202,7 +208,8 @@ WKV_API int64_t wkv_get_queries(struct llama_context * ctx, int32_t layer, int32
 // --- pure functions: the same code the runtime calls, no context needed
 
 // positions: for every (layer, kv head) in turn its ascending positions
-// scores:    same layout, F32; only heads = score looks at positions and scores, they may be NULL otherwise
+// scores:    same layout, F32; with tokens > 0 a second plane follows, the scores by the last token_alpha tokens
+//            only heads = score looks at positions and scores, they may be NULL otherwise
 // budgets:   cells that stay, row major [n_layer, n_head_kv]; n_cells = average cells per (layer, kv head)
 WKV_API int wkv_budgets(const struct wkv_policy * policy, const struct wkv_shapes * shapes, int64_t n_cells,
                         const int32_t * positions, const float * scores, int32_t * budgets);

@@ -23,6 +23,7 @@
 
 struct pending_request {
     uint32_t n_window = 0;
+    int32_t  type     = -1; // of the cells, if they fit
 
     // what the context asked for, known while its memory is created
     const llama_cparams * cparams = nullptr;
@@ -33,9 +34,10 @@ struct pending_request {
 static thread_local pending_request pending;
 static thread_local std::string     last_error;
 
-void llama_kv_ragged_pending_set(uint32_t n_window) {
+void llama_kv_ragged_pending_set(uint32_t n_window, int32_t type) {
     pending = {};
     pending.n_window = n_window;
+    pending.type     = type;
 }
 
 bool llama_kv_ragged_pending() {
@@ -161,6 +163,23 @@ static void check_params(const llama_memory_params & params, const llama_cparams
     }
 }
 
+static llama_kv_cache_ragged * make_cache(
+        const llama_model & model, const pending_request & request, const llama_memory_i::layer_filter_cb & filter) {
+    bool fits = request.type >= 0;
+    for (uint32_t il = 0; fits && il < model.hparams.n_layer(); ++il) {
+        if (!filter || filter(il)) {
+            const int64_t n_block = ggml_blck_size(ggml_type(request.type));
+            fits = model.hparams.n_embd_head_k(il) % n_block == 0 && model.hparams.n_embd_head_v(il) % n_block == 0;
+        }
+    }
+    const ggml_type type_k = fits ? ggml_type(request.type) : request.type_k;
+    const ggml_type type_v = fits ? ggml_type(request.type) : request.type_v;
+
+    auto * res = new llama_kv_cache_ragged(model, *request.cparams, type_k, type_v, request.n_window, filter);
+    res->set_stock_types(request.type_k, request.type_v);
+    return res;
+}
+
 llama_memory_i * llama_kv_ragged_create(
         const llama_model         & model,
         const llama_memory_params & params,
@@ -172,11 +191,11 @@ llama_memory_i * llama_kv_ragged_create(
     check_params(params, cparams);
 
     if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE || llm_arch_is_hybrid(model.arch)) {
-        pending = { request.n_window, &cparams, params.type_k, params.type_v };
+        pending = { request.n_window, request.type, &cparams, params.type_k, params.type_v };
         return nullptr;
     }
 
-    return new llama_kv_cache_ragged(model, cparams, params.type_k, params.type_v, request.n_window, nullptr);
+    return make_cache(model, { request.n_window, request.type, &cparams, params.type_k, params.type_v }, nullptr);
 }
 
 llama_kv_cache * llama_kv_ragged_attn(const llama_model & model, const llama_memory_i::layer_filter_cb & filter) {
@@ -189,8 +208,7 @@ llama_kv_cache * llama_kv_ragged_attn(const llama_model & model, const llama_mem
 
     const auto attends = [&](int32_t il) { return !model.hparams.is_recr(il); };
 
-    return new llama_kv_cache_ragged(model, *request.cparams, request.type_k, request.type_v, request.n_window,
-            filter ? filter : llama_memory_i::layer_filter_cb(attends));
+    return make_cache(model, request, filter ? filter : llama_memory_i::layer_filter_cb(attends));
 }
 
 //
@@ -788,6 +806,8 @@ void llama_kv_cache_ragged::get_stats(wkv_stats & stats) const {
     stats.n_boundary     = boundary;
     stats.n_compactions  = n_compactions;
     stats.n_window       = n_window;
+    stats.type_k         = layers[0].type_k;
+    stats.type_v         = layers[0].type_v;
     stats.bytes_live     = meter.live;
     stats.bytes_peak     = meter.peak;
     stats.bytes_released = bytes_released;
@@ -796,7 +816,8 @@ void llama_kv_cache_ragged::get_stats(wkv_stats & stats) const {
     stats.t_gather_ms    = t_gather_ms;
     for (const auto & layer : layers) {
         stats.bytes_pool += layer.pool.bytes();
-        stats.bytes_full += layer.n_head_kv*layer.cell_bytes()*n_pos;
+        stats.bytes_full += layer.n_head_kv*n_pos*
+            (ggml_row_size(stock_type_k, layer.n_embd_head_k) + ggml_row_size(stock_type_v, layer.n_embd_head_v));
     }
 }
 

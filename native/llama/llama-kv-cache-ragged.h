@@ -115,14 +115,20 @@ public:
 
     void set_attention(wkv_attention value);
 
+    // types of the cells that stock would hold, for the statistics
+    void set_stock_types(ggml_type type_k, ggml_type type_v) { stock_type_k = type_k; stock_type_v = type_v; }
+
     std::vector<int32_t> positions(const llama_kv_ragged_layer & layer, int64_t ih) const;
 
     // positions of the ring rows whose queries are still part of the sequence, -1 elsewhere; [n_window]
     const std::vector<int32_t> & get_ring_pos() const { return ring_pos; }
 
-    // mean attention of the last alpha observed queries over the cells of every head in turn; with mean = false that of
-    // every query head, for each kv head row major [n_gqa, n_cells]; throws std::runtime_error
-    std::vector<float> score(llama_context * lctx, const llama_kv_ragged_layer & layer, int32_t alpha, bool mean = true);
+    // Mean attention of the last alpha observed queries over the cells of every head in turn; for several alphas one such
+    // plane behind the other. Throws std::runtime_error.
+    std::vector<float> score(llama_context * lctx, const llama_kv_ragged_layer & layer, const std::vector<int32_t> & alphas);
+
+    // attention of the last query of every query head: for each kv head row major [n_gqa, n_cells]
+    std::vector<float> score_heads(llama_context * lctx, const llama_kv_ragged_layer & layer);
 
 private:
     friend class llama_kv_cache_ragged_context;
@@ -142,6 +148,9 @@ private:
     uint32_t boundary = 0; // positions below were subject to the last compaction
 
     wkv_attention attention = WKV_ATTENTION_AUTO;
+
+    ggml_type stock_type_k = GGML_TYPE_F16;
+    ggml_type stock_type_v = GGML_TYPE_F16;
 
     // bumped whenever a pool moves; graphs of an older epoch hold stale pointers
     uint64_t epoch = 0;
@@ -202,8 +211,11 @@ private:
     // sets keep to 1 where a cell stays, see wkv_select(); what it throws leaves the cache as it was
     using keep_fn = std::function<void(const int32_t * positions, const float * scores, uint8_t * keep)>;
 
-    // alpha = 0: scores are 0
-    int64_t compact(llama_context * lctx, int32_t alpha, const wkv_shapes & shapes, const keep_fn & fn);
+    std::vector<float> score(
+            llama_context * lctx, const llama_kv_ragged_layer & layer, const std::vector<int32_t> & alphas, bool mean);
+
+    // a plane of scores for every alpha; without any they are 0
+    int64_t compact(llama_context * lctx, const std::vector<int32_t> & alphas, const wkv_shapes & shapes, const keep_fn & fn);
 
     void gather(llama_context * lctx, llama_kv_ragged_layer & layer, const uint8_t * keep, const int32_t * n_keep);
 };
@@ -280,7 +292,8 @@ void llama_kv_ragged_ledger(const llama_hparams & hparams, int32_t & n_embd_head
 // creation: the next context created on this thread gets a ragged cache
 //
 
-void llama_kv_ragged_pending_set(uint32_t n_window); // 0 = none
+// n_window = 0: none; type: of the cells, see wkv_pending_set()
+void llama_kv_ragged_pending_set(uint32_t n_window, int32_t type = -1);
 
 bool llama_kv_ragged_pending();
 

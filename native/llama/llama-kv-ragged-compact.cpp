@@ -102,20 +102,34 @@ private:
 };
 
 std::vector<float> llama_kv_cache_ragged::score(
-        llama_context * lctx, const llama_kv_ragged_layer & layer, int32_t alpha, bool mean) {
+        llama_context * lctx, const llama_kv_ragged_layer & layer, const std::vector<int32_t> & alphas) {
+    return score(lctx, layer, alphas, true);
+}
+
+std::vector<float> llama_kv_cache_ragged::score_heads(llama_context * lctx, const llama_kv_ragged_layer & layer) {
+    return score(lctx, layer, { 1 }, false);
+}
+
+std::vector<float> llama_kv_cache_ragged::score(
+        llama_context * lctx, const llama_kv_ragged_layer & layer, const std::vector<int32_t> & alphas, bool mean) {
     const auto    len       = n_cells(layer);
     const int64_t n_gqa     = layer.n_head/layer.n_head_kv;
     const int64_t n_head_kv = layer.n_head_kv;
 
     // ring rows of the last alpha positions that were observed
-    std::vector<bool> observed(n_window);
-    int64_t n_observed = 0;
-    for (uint32_t i = 0; i < n_window; ++i) {
-        observed[i] = ring_pos[i] >= 0 && ring_pos[i] >= (int32_t) n_pos - alpha;
-        n_observed += observed[i];
+    const auto is_observed = [&](uint32_t i, int32_t alpha) {
+        return ring_pos[i] >= 0 && ring_pos[i] >= (int32_t) n_pos - alpha;
+    };
+    std::vector<int64_t> n_observed;
+    for (const int32_t alpha : alphas) {
+        n_observed.push_back(0);
+        for (uint32_t i = 0; i < n_window; ++i) {
+            n_observed.back() += is_observed(i, alpha);
+        }
     }
+    const int32_t alpha_max = *std::max_element(alphas.begin(), alphas.end());
 
-    if (n_pos == 0 || n_observed == 0) {
+    if (n_pos == 0 || *std::min_element(n_observed.begin(), n_observed.end()) == 0) {
         fail("kv_policy: nothing to score, evaluate a prompt first");
     }
 
@@ -129,8 +143,8 @@ std::vector<float> llama_kv_cache_ragged::score(
     ggml_tensor * sinks = layer.sinks && layer.sinks->buffer &&
         ggml_backend_dev_supports_buft(layer.dev, ggml_backend_buffer_get_type(layer.sinks->buffer)) ? layer.sinks : nullptr;
 
-    // a column of weights for every result: one for the mean, or one per query head
-    const int64_t n_res = mean ? 1 : n_gqa;
+    // a column of weights for every result: one per alpha for the means, or one per query head
+    const int64_t n_res = mean ? alphas.size() : n_gqa;
 
     ggml_tensor * weights = graph.input(GGML_TYPE_F32, n_window*n_gqa, n_res);
 
@@ -171,10 +185,13 @@ std::vector<float> llama_kv_cache_ragged::score(
     graph.alloc();
 
     std::vector<float> data(n_window*n_gqa*n_res, 0.0f);
-    for (int64_t ig = 0; ig < n_gqa; ++ig) {
-        for (uint32_t i = 0; i < n_window; ++i) {
-            if (observed[i]) {
-                data[(mean ? 0 : ig)*n_window*n_gqa + ig*n_window + i] = 1.0f/float(mean ? n_observed*n_gqa : n_observed);
+    for (int64_t ir = 0; ir < n_res; ++ir) {
+        const size_t ia = mean ? ir : 0;
+        for (int64_t ig = 0; ig < n_gqa; ++ig) {
+            for (uint32_t i = 0; i < n_window; ++i) {
+                if (is_observed(i, alphas[ia]) && (mean || ig == ir)) {
+                    data[ir*n_window*n_gqa + ig*n_window + i] = 1.0f/float(n_observed[ia]*(mean ? n_gqa : 1));
+                }
             }
         }
     }
@@ -189,7 +206,7 @@ std::vector<float> llama_kv_cache_ragged::score(
         data.resize(n*n_window);
         for (uint32_t i = 0; i < n_window; ++i) {
             const int64_t n_older = std::upper_bound(pos.begin(), pos.end(), ring_pos[i]) - pos.begin();
-            const int64_t n_seen  = observed[i] && n_older > 0 ? n_older : n;
+            const int64_t n_seen  = is_observed(i, alpha_max) && n_older > 0 ? n_older : n;
 
             std::fill_n(data.begin() + i*n,          n_seen,     0.0f);
             std::fill_n(data.begin() + i*n + n_seen, n - n_seen, -INFINITY);
@@ -199,11 +216,17 @@ std::vector<float> llama_kv_cache_ragged::score(
 
     graph.compute();
 
-    std::vector<float> res;
+    // the results of one alpha follow each other, those of query heads head by head
+    const size_t n_plane = std::accumulate(len.begin(), len.end(), size_t(0));
+
+    std::vector<float> res(n_plane*n_res);
+    size_t i0 = 0;
     for (int64_t ih = 0; ih < n_head_kv; ++ih) {
-        const size_t i0 = res.size();
-        res.resize(i0 + len[ih]*n_res);
-        ggml_backend_tensor_get(sums[ih], res.data() + i0, 0, len[ih]*n_res*sizeof(float));
+        for (int64_t ir = 0; ir < n_res; ++ir) {
+            float * dst = res.data() + (mean ? ir*n_plane + i0 : i0*n_res + ir*len[ih]);
+            ggml_backend_tensor_get(sums[ih], dst, ir*sums[ih]->nb[1], len[ih]*sizeof(float));
+        }
+        i0 += len[ih];
     }
     return res;
 }
@@ -315,7 +338,10 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
     if (!error.empty()) {
         throw std::invalid_argument("policy: " + error);
     }
-    check_compaction(policy.kind == WKV_KIND_FULL ? 0 : policy.alpha, n_cells_mean);
+    const bool    has_tokens = policy.kind == WKV_KIND_WINDOWKV && policy.tokens > 0.0;
+    const int32_t alpha_max  = std::max(policy.alpha, has_tokens ? policy.token_alpha : 0);
+
+    check_compaction(policy.kind == WKV_KIND_FULL ? 0 : alpha_max, n_cells_mean);
 
     const auto       cells     = all_cells();
     const wkv_shapes shapes    = shapes_of(cells);
@@ -347,9 +373,15 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
     }
 
     // StreamingLLM looks at positions only
-    const int32_t alpha = policy.kind == WKV_KIND_STREAMINGLLM ? 0 : policy.alpha;
+    std::vector<int32_t> alphas;
+    if (policy.kind != WKV_KIND_STREAMINGLLM) {
+        alphas.push_back(policy.alpha);
+    }
+    if (has_tokens) {
+        alphas.push_back(policy.token_alpha);
+    }
 
-    return compact(lctx, alpha, shapes, [&](const int32_t * pos, const float * scores, uint8_t * keep) {
+    return compact(lctx, alphas, shapes, [&](const int32_t * pos, const float * scores, uint8_t * keep) {
         const wkv::cache_view view(policy, shapes, pos, scores);
 
         std::string refused = wkv::budgets(view, n_cells_mean, budgets);
@@ -369,7 +401,9 @@ int64_t llama_kv_cache_ragged::compact(
     const auto       cells  = all_cells();
     const wkv_shapes shapes = shapes_of(cells);
 
-    return compact(lctx, alpha, shapes, [&](const int32_t * pos, const float * scores, uint8_t * keep) {
+    const std::vector<int32_t> alphas(alpha > 0 ? 1 : 0, alpha);
+
+    return compact(lctx, alphas, shapes, [&](const int32_t * pos, const float * scores, uint8_t * keep) {
         const size_t n = std::accumulate(cells.begin(), cells.end(), size_t(0));
 
         if (fn(user, &shapes, n_cells_mean, pos, scores, keep) != 0) {
@@ -390,7 +424,8 @@ int64_t llama_kv_cache_ragged::compact(
     });
 }
 
-int64_t llama_kv_cache_ragged::compact(llama_context * lctx, int32_t alpha, const wkv_shapes & shapes, const keep_fn & fn) {
+int64_t llama_kv_cache_ragged::compact(
+        llama_context * lctx, const std::vector<int32_t> & alphas, const wkv_shapes & shapes, const keep_fn & fn) {
     const int32_t n_head_kv = shapes.n_head_kv;
 
     lctx->synchronize();
@@ -399,19 +434,25 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, int32_t alpha, cons
 
     const int64_t t_start_us = ggml_time_us();
 
-    std::vector<int32_t> pos;
-    std::vector<float>   scores;
+    std::vector<int32_t>            pos;
+    std::vector<std::vector<float>> planes(std::max<size_t>(1, alphas.size()));
     for (const auto & layer : layers) {
+        const size_t i0 = pos.size();
         for (int64_t ih = 0; ih < n_head_kv; ++ih) {
             const auto cur = positions(layer, ih);
             pos.insert(pos.end(), cur.begin(), cur.end());
         }
-        if (alpha == 0) {
-            scores.resize(pos.size(), 0.0f);
-        } else {
-            const auto cur = score(lctx, layer, alpha);
-            scores.insert(scores.end(), cur.begin(), cur.end());
+
+        const auto   cur = alphas.empty() ? std::vector<float>(pos.size() - i0, 0.0f) : score(lctx, layer, alphas);
+        const size_t n   = pos.size() - i0;
+        for (size_t i = 0; i < planes.size(); ++i) {
+            planes[i].insert(planes[i].end(), cur.begin() + i*n, cur.begin() + (i + 1)*n);
         }
+    }
+
+    std::vector<float> scores = std::move(planes[0]);
+    for (size_t i = 1; i < planes.size(); ++i) {
+        scores.insert(scores.end(), planes[i].begin(), planes[i].end());
     }
 
     const int64_t t_select_us = ggml_time_us();

@@ -90,12 +90,16 @@ const char * wkv_last_error(void) {
     return llama_kv_ragged_get_error().c_str();
 }
 
-int wkv_pending_set(int32_t n_window) {
+int wkv_pending_set(int32_t n_window, int32_t type) {
     if (n_window < 1) {
         return fail(WKV_ERR_ARGUMENT, format("n_window is %d, expected at least 1", n_window));
     }
+    if (type >= 0 && type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_Q8_0 &&
+        type != GGML_TYPE_Q4_0) {
+        return fail(WKV_ERR_ARGUMENT, format("type is %d, expected f32, f16, bf16, q8_0, q4_0, or -1 for those of the context", type));
+    }
     llama_kv_ragged_set_error("");
-    llama_kv_ragged_pending_set(n_window);
+    llama_kv_ragged_pending_set(n_window, type);
     return WKV_OK;
 }
 
@@ -230,6 +234,8 @@ static int stock_stats(const llama_context & ctx, struct wkv_stats & stats) {
     stats.n_past      = mem->seq_pos_max(0) + 1;
     stats.bytes_live  = kv ? n_bytes(*kv) : total;
     stats.bytes_other = total - stats.bytes_live;
+    stats.type_k      = kv ? kv->type_k() : GGML_TYPE_COUNT;
+    stats.type_v      = kv ? kv->type_v() : GGML_TYPE_COUNT;
     stats.bytes_pool  = stats.bytes_live;
     stats.bytes_peak  = stats.bytes_live;
     stats.bytes_full  = stats.bytes_live*stats.n_past/ctx.n_ctx();
@@ -288,7 +294,7 @@ int wkv_get_positions(struct llama_context * ctx, int32_t layer, int32_t head, i
 int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t alpha, float * scores, size_t n) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         ctx->synchronize();
-        const auto res = kv.score(ctx, get_layer(kv, layer), alpha);
+        const auto res = kv.score(ctx, get_layer(kv, layer), { alpha });
         check_room(n, res.size());
         std::copy(res.begin(), res.end(), scores);
         return res.size();
@@ -298,7 +304,7 @@ int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t alpha,
 int64_t wkv_get_attention(struct llama_context * ctx, int32_t layer, float * weights, size_t n) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         ctx->synchronize();
-        const auto res = kv.score(ctx, get_layer(kv, layer), 1, /*mean =*/ false);
+        const auto res = kv.score_heads(ctx, get_layer(kv, layer));
         check_room(n, res.size());
         std::copy(res.begin(), res.end(), weights);
         return res.size();

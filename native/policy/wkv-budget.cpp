@@ -197,50 +197,49 @@ static std::vector<int64_t> importance_budgets(const wkv_policy & policy, const 
     return pour(double(n_cells) - double(n_cells)*policy.pool, weight, lo, hi, n_cells*int64_t(hi.size()));
 }
 
-// AdaKV (arXiv 2407.11550, algorithm 1): every head is sure of a part of an equal budget, the rest goes to the best
-// cells of the layer, whoever holds them
-static std::string score_budgets(const cache_view & view, const std::vector<int64_t> & layers, std::vector<int32_t> & res) {
+std::vector<int32_t> compete(const std::vector<ranking> & ranked, int64_t budget, double floor) {
     struct candidate {
         double  key;
         int32_t ih;
         int32_t i; // place in the ranking
     };
 
-    const int32_t n_head_kv = view.shapes.n_head_kv;
+    const int32_t n_head_kv = ranked.size();
 
-    std::vector<ranking> ranked(n_head_kv);
+    std::vector<int32_t>   res(n_head_kv);
+    std::vector<candidate> open;
 
-    const auto share = [&](int32_t il) {
-        const int64_t budget = layers[il];
+    int64_t rest = budget*n_head_kv;
+    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+        const auto &  key     = ranked[ih].key;
+        const int64_t n       = key.size();
+        const int64_t n_stays = std::min<int64_t>(budget, std::count(key.begin(), key.end(), std::numeric_limits<double>::infinity()));
+        const int64_t n_sure  = std::min(n, n_stays + int64_t(std::floor((budget - n_stays)*floor)));
 
-        int64_t rest = budget*n_head_kv;
-        std::vector<candidate> open;
-        for (int32_t ih = 0; ih < n_head_kv; ++ih) {
-            const auto &  key     = ranked[ih].key;
-            const int64_t n       = key.size();
-            const int64_t n_stays = std::min<int64_t>(budget, std::count(key.begin(), key.end(), std::numeric_limits<double>::infinity()));
-            const int64_t n_sure  = std::min(n, n_stays + int64_t(std::floor((budget - n_stays)*view.policy.floor_share)));
-
-            res[view.index(il, ih)] = n_sure;
-            rest -= n_sure;
-            for (int64_t i = n_sure; i < n; ++i) {
-                open.push_back({ key[i], ih, int32_t(i) });
-            }
+        res[ih] = n_sure;
+        rest -= n_sure;
+        for (int64_t i = n_sure; i < n; ++i) {
+            open.push_back({ key[i], ih, int32_t(i) });
         }
+    }
 
-        rest = std::min<int64_t>(rest, open.size());
+    rest = std::min<int64_t>(rest, open.size());
 
-        // ties: the earlier place first, then the earlier head
-        const auto better = [](const candidate & a, const candidate & b) {
-            return a.key != b.key ? a.key > b.key : a.i != b.i ? a.i < b.i : a.ih < b.ih;
-        };
-        if (rest < (int64_t) open.size()) {
-            std::nth_element(open.begin(), open.begin() + rest, open.end(), better);
-        }
-        for (int64_t i = 0; i < rest; ++i) {
-            res[view.index(il, open[i].ih)]++;
-        }
+    // ties: the earlier place first, then the earlier head
+    const auto better = [](const candidate & a, const candidate & b) {
+        return a.key != b.key ? a.key > b.key : a.i != b.i ? a.i < b.i : a.ih < b.ih;
     };
+    if (rest < (int64_t) open.size()) {
+        std::nth_element(open.begin(), open.begin() + rest, open.end(), better);
+    }
+    for (int64_t i = 0; i < rest; ++i) {
+        res[open[i].ih]++;
+    }
+    return res;
+}
+
+static std::string score_budgets(const cache_view & view, const std::vector<int64_t> & layers, std::vector<int32_t> & res) {
+    const int32_t n_head_kv = view.shapes.n_head_kv;
 
     // the rankings of a layer may come in any order, with layers in between: those of a group come head by head
     std::vector<std::vector<ranking>> waiting(view.shapes.n_layer);
@@ -253,8 +252,9 @@ static std::string score_budgets(const cache_view & view, const std::vector<int6
         waiting[il].resize(n_head_kv);
         waiting[il][ih] = cur;
         if (ih == n_head_kv - 1) {
-            ranked = std::move(waiting[il]);
-            share(il);
+            const auto own = compete(waiting[il], layers[il], view.policy.floor_share);
+            std::copy(own.begin(), own.end(), res.begin() + view.index(il, 0));
+            waiting[il].clear();
         }
     });
 }

@@ -41,7 +41,7 @@ struct cache_view {
     const wkv_policy & policy;
     const wkv_shapes & shapes;
     const int32_t    * positions; // for every (layer, head) in turn its ascending positions
-    const float      * scores;    // same layout
+    const float      * scores;    // same layout, two planes of it if policy.tokens > 0
 
     std::vector<size_t> offsets;  // [n_layer*n_head_kv + 1]
 
@@ -52,6 +52,9 @@ struct cache_view {
     size_t          n_cells(int32_t il, int32_t ih) const { return shapes.cells[index(il, ih)]; }
     const int32_t * pos    (int32_t il, int32_t ih) const { return positions + offsets[index(il, ih)]; }
     const float   * score  (int32_t il, int32_t ih) const { return scores    + offsets[index(il, ih)]; }
+
+    // by the last policy.token_alpha tokens
+    const float * token_score(int32_t il, int32_t ih) const { return score(il, ih) + offsets.back(); }
 };
 
 // the cells of one (layer, head), most important first, as indices
@@ -59,6 +62,10 @@ struct ranking {
     std::vector<int32_t> order;
     std::vector<double>  key; // never rises along the order; infinite where a cell stays before, or goes before, all others
 };
+
+// AdaKV (arXiv 2407.11550, algorithm 1) inside one layer: every head is sure of the share floor of an equal budget, the rest
+// goes to the best cells of the layer, whoever holds them; cells that stay, [n_head_kv]
+std::vector<int32_t> compete(const std::vector<ranking> & ranked, int64_t budget, double floor);
 
 using rank_fn = std::function<void(int32_t il, int32_t ih, const ranking & res)>;
 

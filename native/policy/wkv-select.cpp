@@ -59,6 +59,18 @@ std::string policy_error(const wkv_policy & p) {
         if (!(p.suffix_share > 0.0 && p.suffix_share <= 1.0)) {
             return "suffix_share must be over 0 and up to 1";
         }
+        if (!(p.tokens >= 0.0 && p.tokens <= 1.0)) {
+            return "tokens must be 0 to 1";
+        }
+        if (p.window_floor < 0) {
+            return range("window_floor", p.window_floor, "at least 0");
+        }
+        if (p.tokens > 0.0 && p.token_alpha < 1) {
+            return range("token_alpha", p.token_alpha, "at least 1");
+        }
+        if (p.tokens > 0.0 && (p.scope != WKV_SCOPE_HEAD || p.gamma != 1)) {
+            return "tokens beside windows need scope = head and gamma = 1";
+        }
         if (p.scope == WKV_SCOPE_LAYER && p.heads != WKV_HEADS_EQUAL) {
             return "scope = layer gives all heads of a layer the same cells, head budgets need scope = head";
         }

@@ -108,12 +108,17 @@ static void carry_scores(cell_set & cells, int32_t n_review, int32_t carry) {
     }
 }
 
+// newest cells that stay of a head with n cells and this budget
+static int32_t suffix_of(int32_t n, const wkv_policy & policy, int32_t budget) {
+    const int32_t n_share = std::max(1, int32_t(std::floor(budget*policy.suffix_share)));
+    return std::min({ n, policy.suffix, n_share });
+}
+
 // all cells, most important first, as indices into the set; budget is that of the head whose cells they are
 static ranking rank_windows(cell_set cells, const wkv_policy & policy, int32_t budget) {
     const int32_t n        = cells.pos.size();
     const int32_t n_review = std::max(0, n - policy.alpha);
-    const int32_t n_share  = std::max(1, int32_t(std::floor(budget*policy.suffix_share)));
-    const int32_t n_suffix = std::min({ n, policy.suffix, n_share });
+    const int32_t n_suffix = suffix_of(n, policy, budget);
 
     carry_scores(cells, n_review, policy.carry);
 
@@ -197,6 +202,52 @@ static int32_t rank_budget(const cache_view & view, const int32_t * budgets, int
     return std::accumulate(first, first + view.shapes.n_head_kv, int64_t(0))/view.shapes.n_head_kv;
 }
 
+// Windows first, then single tokens: a part of the budget is spent as if there were no more, and what is left goes to the best
+// tokens by the attention of more queries. Windows keep an answer whole, tokens what the text as a whole attends to.
+static void rank_windows_and_tokens(const cache_view & view, const int32_t * budgets, int32_t il, const rank_fn & fn) {
+    const wkv_policy & policy    = view.policy;
+    const int32_t      n_head_kv = view.shapes.n_head_kv;
+
+    std::vector<ranking> windows;
+    std::vector<int32_t> n_first; // cells of each that come before single tokens
+    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+        const int32_t budget   = rank_budget(view, budgets, il, ih);
+        const int32_t n_suffix = suffix_of(view.n_cells(il, ih), policy, budget);
+
+        windows.push_back(rank_windows(head_cells(view, il, ih), policy, budget));
+        const int32_t n_rest   = std::max(0, budget - n_suffix);
+        n_first.push_back(n_suffix + std::max(std::min(n_rest, policy.window_floor), int32_t(std::floor(n_rest*(1.0 - policy.tokens)))));
+    }
+    if (policy.heads == WKV_HEADS_SCORE) {
+        n_first = compete(windows, *std::max_element(n_first.begin(), n_first.end()), policy.floor_share);
+    }
+
+    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+        const int32_t n     = view.n_cells(il, ih);
+        const auto    first = std::min(n, n_first[ih]);
+        const float * score = view.token_score(il, ih);
+
+        ranking res;
+        res.order.assign(windows[ih].order.begin(), windows[ih].order.begin() + first);
+        res.key.assign(first, std::numeric_limits<double>::infinity());
+
+        std::vector<uint8_t> taken(n, 0);
+        for (const int32_t i : res.order) {
+            taken[i] = 1;
+        }
+        for (int32_t i = 0; i < n; ++i) {
+            if (!taken[i]) {
+                res.order.push_back(i);
+            }
+        }
+        std::stable_sort(res.order.begin() + first, res.order.end(), [&](int32_t a, int32_t b) { return score[a] > score[b]; });
+        for (int32_t i = first; i < n; ++i) {
+            res.key.push_back(score[res.order[i]]);
+        }
+        fn(il, ih, res);
+    }
+}
+
 std::string rank_windowkv(const cache_view & view, const int32_t * budgets, const rank_fn & fn) {
     const wkv_policy & policy    = view.policy;
     const int32_t      n_head_kv = view.shapes.n_head_kv;
@@ -209,7 +260,11 @@ std::string rank_windowkv(const cache_view & view, const int32_t * budgets, cons
         }
     }
 
-    for (int32_t il0 = 0; il0 < view.shapes.n_layer; il0 += policy.gamma) {
+    for (int32_t il = 0; policy.tokens > 0.0 && il < view.shapes.n_layer; ++il) {
+        rank_windows_and_tokens(view, budgets, il, fn);
+    }
+
+    for (int32_t il0 = 0; policy.tokens == 0.0 && il0 < view.shapes.n_layer; il0 += policy.gamma) {
         const int32_t il1 = std::min(view.shapes.n_layer, il0 + policy.gamma);
 
         for (int32_t is = 0; is < (per_layer ? 1 : n_head_kv); ++is) {

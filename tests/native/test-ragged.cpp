@@ -43,7 +43,7 @@ static llama_context_params default_params() {
 
 static context_ptr make(llama_model * model, int window, llama_context_params params = default_params()) {
     if (window > 0) {
-        CHECK(wkv_pending_set(window) == WKV_OK);
+        CHECK(wkv_pending_set(window, -1) == WKV_OK);
     }
     context_ptr res { llama_init_from_model(model, params) };
     wkv_pending_clear();
@@ -422,7 +422,8 @@ static void test_refusals(llama_model * model) {
         CHECK(last_error_has("non-causal"));
     }
 
-    CHECK(wkv_pending_set(0) == WKV_ERR_ARGUMENT);
+    CHECK(wkv_pending_set(0, -1) == WKV_ERR_ARGUMENT);
+    CHECK(wkv_pending_set(8, 1000) == WKV_ERR_ARGUMENT);
 
     auto ctx = make(model, 8);
     CHECK(decode(ctx.get(), prompt(100), 0) == 0);

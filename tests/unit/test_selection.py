@@ -40,6 +40,9 @@ head_windows = {
     "protect_first": st.booleans(),
 }
 
+# and single tokens beside them
+token_windows = {**head_windows, "gamma": st.just(1), "tokens": st.sampled_from([0.3, 0.5, 1.0]), "window_floor": st.sampled_from([0, 5, 64])}
+
 windowkv = st.builds(
     WindowKV,
     omega=st.integers(1, 40),
@@ -68,6 +71,9 @@ policies = st.one_of(
         HeadKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 7]), beta=st.sampled_from([1.0, 1.005, 1.2, 2.0, 10.0])
     ),
     st.builds(WindowHeadKV, **head_windows, beta=st.sampled_from([1.0, 1.2, 5.0])),
+    st.builds(WindowKV, **token_windows),
+    st.builds(WindowAdaKV, **token_windows, floor=st.sampled_from([0.0, 0.2, 1.0])),
+    st.builds(WindowHeadKV, **token_windows, beta=st.sampled_from([1.0, 1.2, 5.0])),
     windowkv,
     windowkv,
 )
@@ -119,12 +125,13 @@ def check(policy: KVPolicy, positions: Cache, scores: Cache, n_cells: int) -> No
     cells = np.array([[len(p) for p in layer] for layer in positions])
     policy = bound(policy, *cells.shape, seed=n_cells)
     fields = policy.native()
-    want = reference.budgets(policy, cells, n_cells, positions, scores)
-    got = _native.budgets(fields, cells, n_cells, positions, scores)
+    tokens = [[own[::-1].copy() for own in layer] for layer in scores] if fields.get("tokens") else None
+    want = reference.budgets(policy, cells, n_cells, positions, scores, token_scores=tokens)
+    got = _native.budgets(fields, cells, n_cells, positions, scores, tokens)
     assert got.tolist() == want.tolist(), policy
 
-    keep_want = reference.select(policy, want, positions, scores)
-    keep_got = _native.select(fields, want, positions, scores)
+    keep_want = reference.select(policy, want, positions, scores, token_scores=tokens)
+    keep_got = _native.select(fields, want, positions, scores, tokens)
     for il, (a, b) in enumerate(zip(keep_got, keep_want, strict=True)):
         for head, (x, y) in enumerate(zip(a, b, strict=True)):
             assert np.array_equal(x, y), f"layer {il}, head {head}: {policy}"
@@ -155,7 +162,7 @@ def test_budgets_spend_exactly_what_is_there(policy: KVPolicy, cache: tuple[Cach
     positions, scores = cache
     cells = np.array([[len(p) for p in layer] for layer in positions])
     policy = bound(policy, *cells.shape, seed=n_cells)
-    got = _native.budgets(policy.native(), cells, n_cells, positions, scores)
+    got = _native.budgets(policy.native(), cells, n_cells, positions, scores, scores)
     assert (0 <= got).all() and (got <= cells).all()
     if isinstance(policy, Full):
         assert (got == cells).all()
@@ -270,6 +277,10 @@ def test_layer_scope_refuses_heads_that_differ() -> None:
         ({"gamma": 0}, "gamma is 0"),
         ({"carry": -1}, "carry is -1"),
         ({"suffix_share": 0.0}, "suffix_share"),
+        ({"tokens": 1.5}, "tokens must be 0 to 1"),
+        ({"window_floor": -1}, "window_floor is -1, expected at least 0"),
+        ({"tokens": 0.5, "token_alpha": 0}, "token_alpha is 0, expected at least 1"),
+        ({"tokens": 0.5, "gamma": 2}, "tokens beside windows need scope = head and gamma = 1"),
         ({"shape": 1, "slope": 0.0}, "slope"),
         ({"heads": 7}, "heads is 7"),
         ({"heads": 1, "pool": 1.5}, "pool must be 0 to 1"),

@@ -357,12 +357,6 @@ def _block(cells: str) -> tuple[int, int]:
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[cells.upper()]]
 
 
-def bits(cells: str) -> float:
-    """Bits of a value, scales of its block included."""
-    values, size = _block(cells)
-    return 8 * size / values
-
-
 def fits(info: GGUFInfo, cells: str) -> bool:
     """Whether the rows of a model's heads are whole blocks of a type."""
     return info.head_dim_k % _block(cells)[0] == info.head_dim_v % _block(cells)[0] == 0

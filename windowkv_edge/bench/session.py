@@ -8,14 +8,13 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-import gguf
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from llama_cpp._logger import llama_log_callback
 
 from .. import _native
-from ..budget import n_cells
+from ..budget import TYPES, n_cells
 from ..compaction import compact
 from ..errors import UnsupportedModelError, WindowKVError
 from ..heads import METADATA_KEY
@@ -23,10 +22,6 @@ from ..llama import bind_policy
 from ..policies import KVPolicy
 
 __all__ = ["TYPES", "Model", "Session"]
-
-TYPES = {name: int(gguf.GGMLQuantizationType[name.upper()]) for name in ("f32", "f16", "bf16", "q8_0", "q4_0")}
-"""Cells of K and V by the names of llama.cpp."""
-
 
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 

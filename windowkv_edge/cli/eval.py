@@ -14,7 +14,8 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import windowkv_edge
-from windowkv_edge.bench.session import TYPES, Model
+from windowkv_edge.bench.session import Model
+from windowkv_edge.budget import TYPES
 from windowkv_edge.eval import (
     Case,
     FidelityCase,
@@ -35,6 +36,7 @@ from windowkv_edge.eval import (
 )
 from windowkv_edge.eval import needle as needles
 from windowkv_edge.eval import ruler as rulers
+from windowkv_edge.eval.run import OWN
 from windowkv_edge.eval.report import draw, html, load, markdown
 from windowkv_edge.gguf_info import GGUFInfo
 
@@ -64,7 +66,7 @@ Budgets = Annotated[
     str,
     typer.Option(help="Shares of the bytes that the whole prompt takes in f16 cells, or numbers of cells per head."),
 ]
-Types = Annotated[str, typer.Option(help="Cells: f32, f16, bf16, q8_0, q4_0; at equal bytes small ones are more.")]
+Types = Annotated[str, typer.Option(help="Cells: f32, f16, bf16, q8_0, q4_0, or own: what each policy prefers.")]
 Lengths = Annotated[str, typer.Option(help="Tokens, comma-separated; 4k is 4096.")]
 Haystack = Annotated[
     Path | None, typer.Option(help="A text, or a folder of .txt and .md files. Default: prose of our own.")
@@ -176,8 +178,8 @@ def _start(
         threads=threads or n_cores(),
     )
     for cells in plan.types:
-        if cells not in TYPES:
-            raise CLIError(f"--types has {cells!r}, expected some of {', '.join(TYPES)}")
+        if cells not in (OWN, *TYPES):
+            raise CLIError(f"--types has {cells!r}, expected some of {OWN}, {', '.join(TYPES)}")
     return _Run(open_model(model), plan, out or Path(f"eval-{name}.jsonl"), seed, gpu_layers)
 
 
@@ -221,7 +223,7 @@ def needle(
     haystack: Haystack = None,
     policies: Policies = POLICIES,
     budgets: Budgets = BUDGETS,
-    types: Types = "f16",
+    types: Types = OWN,
     chat: Chat = False,
     seed: Seed = 0,
     first: First = 0,
@@ -255,7 +257,7 @@ def ruler(
     haystack: Haystack = None,
     policies: Policies = POLICIES,
     budgets: Budgets = BUDGETS,
-    types: Types = "f16",
+    types: Types = OWN,
     chat: Chat = False,
     seed: Seed = 0,
     first: First = 0,
@@ -293,7 +295,7 @@ def fidelity(
     follow: Annotated[int, typer.Option(min=2, max=512, help="Tokens behind each that are forced.")] = 96,
     policies: Policies = POLICIES,
     budgets: Budgets = BUDGETS,
-    types: Types = "f16",
+    types: Types = OWN,
     seed: Seed = 0,
     out: Out = None,
     threads: Threads = None,
@@ -325,7 +327,7 @@ def turns(
     haystack: Haystack = None,
     policies: Policies = POLICIES,
     budgets: Budgets = BUDGETS,
-    types: Types = "f16",
+    types: Types = OWN,
     chat: Chat = False,
     seed: Seed = 0,
     first: First = 0,
@@ -357,7 +359,7 @@ def tasks(
     limit: Annotated[int | None, typer.Option(min=1, help="Lines at most.")] = None,
     policies: Policies = POLICIES,
     budgets: Budgets = BUDGETS,
-    types: Types = "f16",
+    types: Types = OWN,
     chat: Chat = False,
     seed: Seed = 0,
     out: Out = None,

@@ -204,7 +204,8 @@ def about(res: Results) -> str:
     )
     if res.is_fidelity:
         tokens = res.rows[0]["n_follow"]
-        return f"{text}: {len(res.rows)} windows, {tokens} forced tokens each; budgets are shares of the full f16 cache's bytes"
+        said = f"{len(res.rows)} windows, {tokens} forced tokens each"
+        return f"{text}: {said}; budgets are shares of the full f16 cache's bytes"
     full = sum(row["results"][0]["score"] for row in res.rows)
     return (
         f"{text}: the full f16 cache scores {full:.1f} of {len(res.rows)} prompts; {res.n_counted} count, "

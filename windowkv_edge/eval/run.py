@@ -13,7 +13,6 @@ import numpy as np
 
 from .. import _native
 from .._native import lib
-from ..bench.run import bits
 from ..bench.session import Model
 from ..budget import n_cells
 from ..policies import KVPolicy
@@ -22,9 +21,10 @@ from .case import Case, EvalError
 from .metrics import score
 from .records import Records
 
-__all__ = ["FULL", "FidelityCase", "Plan", "Runner", "sha256"]
+__all__ = ["FULL", "OWN", "FidelityCase", "Plan", "Runner", "sha256"]
 
 FULL = "full"
+OWN = "own"
 
 Report = Callable[[str], None]
 """``report(what)``: a prompt was done."""
@@ -38,7 +38,7 @@ class Plan:
         policies: by name.
         budgets: see :class:`windowkv_edge.Llama`; fractions are of the bytes that f16 cells of the whole prompt
             take, so that smaller cells are more.
-        types: cells.
+        types: cells; OWN stands for those that a policy prefers, f16 for most.
         threads: CPU threads.
     """
 
@@ -50,6 +50,10 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.policies or not self.budgets or not self.types:
             raise EvalError("policies, budgets and types need at least one entry each")
+
+    def types_of(self, policy: KVPolicy) -> tuple[str, ...]:
+        """Cells that a policy is run with."""
+        return tuple(dict.fromkeys((policy.cells or "f16") if cells == OWN else cells for cells in self.types))
 
     @property
     def window(self) -> int:
@@ -83,13 +87,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cells_for(budget: float | int, cells: str, n_past: int) -> int:
-    """Cells per (layer, kv head) that a budget buys: a fraction of the f16 bytes, or a number."""
-    if isinstance(budget, int):
-        return min(budget, n_past)
-    return n_cells(min(1.0, budget * 16 / bits(cells)), n_past)
-
-
 class Runner:
     """Sessions of all cell types on one model, and the loop over prompts.
 
@@ -108,7 +105,8 @@ class Runner:
         self.stack = ExitStack()
         self.branches: dict[str, Branches] = {}
         try:
-            for cells in dict.fromkeys(("f16", *plan.types)):
+            own_types = (cells for policy in plan.policies.values() for cells in plan.types_of(policy))
+            for cells in dict.fromkeys(("f16", *own_types)):
                 own = Branches(model, n_ctx, plan.window, cells, plan.threads)
                 self.stack.callback(own.close)
                 self.branches[cells] = own
@@ -143,9 +141,9 @@ class Runner:
     #
 
     def _variants(self, cells: str) -> list[tuple[str, KVPolicy, float | int]]:
-        if cells not in self.plan.types:
-            return []
-        return [(name, policy, budget) for name, policy in self.plan.policies.items() for budget in self.plan.budgets]
+        policies = self.plan.policies.items()
+        chosen = [(name, own) for name, own in policies if cells in self.plan.types_of(own)]
+        return [(name, policy, budget) for name, policy in chosen for budget in self.plan.budgets]
 
     def _each(self, prompt: Sequence[int], measure: Callable[[Branches], dict[str, Any]]) -> list[dict[str, Any]]:
         """Results of the full cache and of every variant; the first is that of the full f16 cache, and the only one if
@@ -155,13 +153,13 @@ class Runner:
             if results and results[0].get("score") == 0:
                 break
             own.prefill(prompt)
-            if not results or cells in self.plan.types:
+            if not results or self._variants(cells):
                 own.restore()
                 results.append(self._row(own, FULL, None, cells, measure))
                 if results[0].get("score") == 0:
                     break
             for name, policy, budget in self._variants(cells):
-                own.compact(policy, cells_for(budget, cells, len(prompt)))
+                own.compact(policy, min(len(prompt), n_cells(budget, len(prompt), cells)))
                 results.append(self._row(own, name, budget, cells, measure))
         return results
 

@@ -7,7 +7,9 @@ from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
 
 from .adakv import AdaKV
+from .auto import Auto
 from .base import CacheView, KVPolicy, Positions, Scores, Task
+from .expected_attention import ExpectedAttention
 from .full import Full
 from .headkv import HeadKV, HeadKVR2
 from .pyramidkv import PyramidKV
@@ -21,7 +23,9 @@ __all__ = [
     "ENTRY_POINTS",
     "POLICIES",
     "AdaKV",
+    "Auto",
     "CacheView",
+    "ExpectedAttention",
     "Full",
     "HeadKV",
     "HeadKVR2",
@@ -42,11 +46,13 @@ __all__ = [
 POLICIES: dict[str, type[KVPolicy]] = {
     cls.name: cls
     for cls in (
+        Auto,
         Full,
         StreamingLLM,
         SnapKV,
         PyramidKV,
         AdaKV,
+        ExpectedAttention,
         HeadKV,
         HeadKVR2,
         WindowKV,

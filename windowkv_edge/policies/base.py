@@ -47,6 +47,8 @@ class CacheView:
         positions: per layer and kv head int32 [cells], ascending.
         n_past: positions that the sequence has seen, evicted ones included.
         n_gqa: query heads per kv head; those of kv head h are ``h * n_gqa`` to ``(h + 1) * n_gqa - 1``.
+        cell_types: of K and V, such as ("f16", "f16"). Keys, values and queries of quantised cells are rotated by a
+            Hadamard matrix, as llama.cpp does it: their products are what they were, the pairs that RoPE turns are not.
         task: the prompt's task, "localization" unless the policy's ``needs_task`` is True.
     """
 
@@ -54,6 +56,7 @@ class CacheView:
     positions: Sequence[Sequence[npt.NDArray[np.int32]]]
     n_past: int
     n_gqa: int
+    cell_types: tuple[str, str]
     task: Task
 
     @property
@@ -87,6 +90,9 @@ class KVPolicy(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str] = "-"
+
+    #: cells of K and V that it prefers, a name of llama.cpp; fractions of a budget then are of the bytes of f16 cells
+    cells: ClassVar[str | None] = None
 
     #: whether the prompt's text has to be classified before a compaction
     needs_task: bool = False

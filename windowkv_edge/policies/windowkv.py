@@ -27,6 +27,10 @@ class WindowKV(KVPolicy):
         suffix: share of a layer's budget that the observation window may take, its last tokens first; 1.0 = as
             published, it always stays.
         carry: a token's score carries over to this many tokens behind it; 0 = as published.
+        tokens: after the windows, single tokens get this share of the budget (the suffix left out); 0 = as published.
+            Windows keep an answer whole, tokens what the text attends to. Needs ``scope="head"`` and ``gamma=1``.
+        window_floor: cells of a head that windows get before single tokens get any.
+        token_alpha: the last tokens whose attention scores single tokens.
         localization: strategy for tasks whose answer sits in one place (questions).
         aggregation: strategy for tasks that need the whole text (summaries, few-shot, counting, code).
         task: which of the two; "auto" classifies the prompt's text (:mod:`windowkv_edge.task`).
@@ -46,6 +50,9 @@ class WindowKV(KVPolicy):
     alpha_aggregation: int | None = None
     suffix: float = 0.25
     carry: int = 7
+    tokens: float = 0.0
+    window_floor: int = 64
+    token_alpha: int = 32
     localization: Strategy = "average"
     aggregation: Strategy = "average"
     task: Literal["localization", "aggregation", "auto"] = "auto"
@@ -68,6 +75,13 @@ class WindowKV(KVPolicy):
             if getattr(self, field) is not None:
                 at_least(field, getattr(self, field), 1)
         at_least("carry", self.carry, 0)
+        at_least("window_floor", self.window_floor, 0)
+        at_least("token_alpha", self.token_alpha, 1)
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, (int, float)) or not 0 <= self.tokens <= 1:
+            raise ValueError(f"tokens is {self.tokens!r}, expected a share of 0 to 1")
+        if self.tokens > 0 and (self.scope != "head" or self.gamma != 1):
+            got = f"got {self.scope!r} and {self.gamma}"
+            raise ValueError(f"tokens={self.tokens} needs scope='head' and gamma=1, {got}")
         if not 0 < self.suffix <= 1:
             raise ValueError(f"suffix is {self.suffix!r}, expected a share over 0 and up to 1")
         one_of("localization", self.localization, ("average", "max"))
@@ -98,7 +112,7 @@ class WindowKV(KVPolicy):
 
     @property
     def window(self) -> int:
-        return max(self.alpha, self.alpha_aggregation or 0)
+        return max(self.alpha, self.alpha_aggregation or 0, self.token_alpha if self.tokens > 0 else 0)
 
     def _fields(self, task: Task) -> dict[str, float]:
         if task == "localization":
@@ -125,5 +139,8 @@ class WindowKV(KVPolicy):
             "accounting": ("native", "paper").index(self.accounting),
             "protect_first": int(self.protect_first),
             "carry": self.carry,
+            "tokens": self.tokens,
+            "window_floor": self.window_floor,
+            "token_alpha": self.token_alpha,
             "suffix_share": self.suffix,
         }

@@ -1,0 +1,256 @@
+"""Policies that select in Python: equal to their native twins, no copies, errors at the call, entry points."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import tiny_model
+
+from windowkv_edge import CacheView, ExpectedAttention, KVPolicy, Llama, NativeError, SnapKV, get_policy
+from windowkv_edge.bench.session import Model
+from windowkv_edge.compaction import compact
+from windowkv_edge.eval import Branches
+from windowkv_edge.policies import POLICIES, policy_names
+
+TOKENS = np.random.default_rng(3).integers(0, tiny_model.N_VOCAB, 400).tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKVTwin(KVPolicy):
+    """SnapKV once more, in NumPy."""
+
+    alpha: int = 32
+    kernel: int = 7
+
+    name: ClassVar[str] = "snapkv-twin"
+
+    @property
+    def window(self) -> int:
+        return self.alpha
+
+    def select(self, scores: Any, budget: int, ctx: CacheView) -> Any:
+        return [[self.best(s, p, budget) for s, p in zip(*layer)] for layer in zip(scores, ctx.positions)]
+
+    def best(self, score: np.ndarray, positions: np.ndarray, budget: int) -> np.ndarray:
+        suffix = min(self.alpha, budget)
+        review = score[: len(score) - self.alpha]
+        half = self.kernel // 2
+        padded = np.pad(review, half, constant_values=-np.inf)
+        pooled = np.lib.stride_tricks.sliding_window_view(padded, self.kernel).max(axis=1)
+        rest = budget - suffix
+        top = np.argsort(-pooled, kind="stable")[:rest] if rest else []
+        return np.concatenate([positions[np.sort(top).astype(int)], positions[len(score) - suffix :]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script(KVPolicy):
+    """Answers what a test says."""
+
+    answer: Callable[..., Any]
+    ragged: bool = True
+
+    name: ClassVar[str] = "script"
+
+    @property
+    def window(self) -> int:
+        return 8
+
+    def select(self, scores: Any, budget: int, ctx: CacheView) -> Any:
+        return self.answer(scores, budget, ctx)
+
+
+def last(scores: Any, budget: int, ctx: CacheView) -> Any:
+    return [[own[-budget:] for own in layer] for layer in ctx.positions]
+
+
+@pytest.mark.parametrize("budget", [20, 40, 100, 250])
+def test_the_twin_keeps_the_same_cells(smollm2: Path, document: str, budget: int) -> None:
+    """Cell by cell over 30 layers of 3 heads, at the first and at a second compaction."""
+    model = Model(smollm2)
+    own = Branches(model, 1024, 32)
+    try:
+        own.prefill(model.tokenize(document)[:700])
+        kept = []
+        for policy in (SnapKV(), SnapKVTwin()):
+            own.compact(policy, budget)
+            first = [own.kv.positions(il, ih).tolist() for il in range(30) for ih in range(3)]
+            own.extend(own.prompt[100:150])
+            compact(own.kv, own.bind(policy), budget // 2 + 5)
+            kept.append((first, [own.kv.positions(il, ih).tolist() for il in range(30) for ih in range(3)]))
+        assert kept[0] == kept[1]
+        assert all(len(positions) == budget for positions in kept[0][0])
+    finally:
+        own.close()
+        model.close()
+
+
+def test_what_a_policy_sees(tiny: Path, opened: Callable[..., Llama]) -> None:
+    """Arrays of native memory, and keys, values and queries whose attention the scores are."""
+    seen: dict[str, Any] = {}
+
+    def answer(scores: Any, budget: int, ctx: CacheView) -> Any:
+        score, positions = scores[1][1], ctx.positions[1][1]
+        assert not score.flags.owndata and not positions.flags.owndata
+        assert score.base is not None and score.dtype == np.float32 and positions.dtype == np.int32
+        keys, values = ctx.keys(1, 1), ctx.values(1, 1)
+        assert keys.shape == values.shape == (len(positions), 32)
+        weights = []
+        for head in (2, 3):
+            at, rows = ctx.queries(1, head)
+            logits = rows @ keys.T / np.sqrt(32)
+            logits = np.where(positions[None] <= at[:, None], logits, -np.inf)
+            part = np.exp(logits - logits.max(axis=1, keepdims=True))
+            weights.append(part / part.sum(axis=1, keepdims=True))
+        np.testing.assert_allclose(np.mean(weights, axis=(0, 1)), score, atol=2e-3)
+        seen.update(n=ctx.n_past, budget=budget, shape=(ctx.n_layer, ctx.n_head_kv, ctx.n_gqa), types=ctx.cell_types)
+        return last(scores, budget, ctx)
+
+    llm = opened(tiny, kv_policy=Script(answer=answer), kv_budget=0.25)
+    llm.eval(TOKENS)
+    assert seen == {"n": 400, "budget": 100, "shape": (3, 2, 2), "types": ("f16", "f16")}
+    assert llm.kv_positions(2, 1).tolist() == list(range(300, 400))
+
+
+def test_heads_of_different_lengths(tiny: Path, opened: Callable[..., Llama]) -> None:
+    def answer(scores: Any, budget: int, ctx: CacheView) -> Any:
+        return [[layer[0][-budget - 20 :], layer[1][20 - budget :]] for layer in ctx.positions]
+
+    llm = opened(tiny, kv_policy=Script(answer=answer), kv_budget=60)
+    llm.eval(TOKENS)
+    assert llm.kv_stats().cells.tolist() == [[80, 40]] * 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (lambda s, b, c: 1 / 0, ZeroDivisionError, "division"),
+        (lambda s, b, c: (_ for _ in ()).throw(KeyboardInterrupt), KeyboardInterrupt, None),
+        (lambda s, b, c: None, TypeError, r"Script.select\(\) returned NoneType, expected positions"),
+        (lambda s, b, c: last(s, b, c)[1:], ValueError, "returned 2 layers of 2 kv heads, expected 3 of 2"),
+        (lambda s, b, c: [[own[:5] * 1.0 for own in layer] for layer in c.positions], TypeError, "integer positions"),
+        (lambda s, b, c: [[own[:5] + 1000 for own in layer] for layer in c.positions], ValueError, "not hold the position 1000"),
+        (lambda s, b, c: c.positions, NativeError, "keeps 2400 cells over all heads, expected at most 360"),
+        (lambda s, b, c: [[own[:0] for own in layer] for layer in c.positions], NativeError, "no cell of layer 0, kv head 0"),
+    ],
+)  # fmt: skip
+def test_errors_surface_and_nothing_is_evicted(
+    tiny: Path, opened: Callable[..., Llama], answer: Callable[..., Any], error: type[BaseException], message: str | None
+) -> None:
+    """At the call that compacted; the session goes on, and compacts with a policy that works."""
+    llm = opened(tiny, kv_policy=Script(answer=answer), kv_budget=60)
+    with pytest.raises(error, match=message):
+        llm.eval(TOKENS)
+    assert (llm.kv_stats().cells == 400).all()
+    assert llm.kv_stats().n_compactions == 0
+    llm.eval(TOKENS[:1])
+    assert (llm.kv_stats().cells == 401).all()
+    llm.kv_policy = Script(answer=last)
+    llm.eval(TOKENS)
+    assert (llm.kv_stats().cells == 60).all()
+
+
+def test_nothing_to_evict_asks_nobody(tiny: Path, opened: Callable[..., Llama]) -> None:
+    llm = opened(tiny, kv_policy=Script(answer=lambda *_: 1 / 0), kv_budget=500)
+    llm.eval(TOKENS)
+    llm.kv_compact(400)
+    assert (llm.kv_stats().cells == 400).all()
+
+
+def test_scores_are_not_for_writing_afterwards(tiny: Path, opened: Callable[..., Llama]) -> None:
+    """A policy without native fields says so where these are asked for."""
+    with pytest.raises(NotImplementedError, match="Script selects in Python"):
+        Script(answer=last).native()
+
+
+def test_expected_attention(smollm2: Path, gemma3: Path, document: str) -> None:
+    """Sinks and the last token stay, and rotations are refused."""
+    model = Model(smollm2)
+    policy = ExpectedAttention(freq_base=100000.0, n_queries=128)
+    for cells in ("f16", "q8_0"):
+        own = Branches(model, 700, policy.window, cells)
+        own.prefill(model.tokenize(document)[:600])
+        if cells == "q8_0":
+            with pytest.raises(ValueError, match="needs cells that are not rotated"):
+                own.compact(policy, 60)
+        else:
+            own.compact(policy, 60)
+            assert (own.kv.cells() == 60).all()
+            kept = own.kv.positions(7, 2).tolist()
+            assert kept[:4] == [0, 1, 2, 3] and kept[-1] == 599
+        own.close()
+    model.close()
+
+
+@pytest.mark.parametrize("neox", [False, True])
+def test_rotations_of_expected_attention(neox: bool) -> None:
+    """Turned forth and back a row is itself; the mean rotation of one position is that position's."""
+    policy = ExpectedAttention(neox=neox)
+    rows = np.random.default_rng(0).normal(size=(5, 32))
+    at = np.array([0.0, 3, 70, 700, 5000])
+    np.testing.assert_allclose(policy._turn(policy._turn(rows, at), -at), rows, atol=1e-9)
+    np.testing.assert_allclose(policy._mean_rotation(32, at[3:4]) @ rows[0], policy._turn(rows[:1], at[3:4])[0], atol=1e-9)
+
+
+#
+# names, parameters, entry points
+#
+
+
+def test_names_with_parameters() -> None:
+    assert get_policy("snapkv(alpha=16, kernel=5)") == SnapKV(alpha=16, kernel=5)
+    assert get_policy("snapkv()") == SnapKV()
+    for text, message in (
+        ("snapkv(alpha=16", "expected parameters such as"),
+        ("snapkv(16)", "expected parameters such as"),
+        ("snapkv(alpha=open('x'))", "expected parameters such as"),
+        ("snapkv(beta=2)", "snapkv takes the parameters alpha, kernel"),
+        ("snapkv(kernel=2)", "kernel is 2, expected an odd number"),
+        ("snap", "expected one of auto, full"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_policy(text)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package with entry points."""
+    info = tmp_path / "other_policies-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-policies\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[windowkv_edge.policies]\nlast = other_policies:Last\nbroken = other_policies:Missing\nodd = other_policies:np\n"
+    )
+    (tmp_path / "other_policies.py").write_text(
+        "from dataclasses import dataclass\n"
+        "import numpy as np\n"
+        "from windowkv_edge import KVPolicy\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Last(KVPolicy):\n"
+        "    alpha: int = 4\n"
+        "    name = 'last'\n"
+        "    @property\n"
+        "    def window(self): return self.alpha\n"
+        "    def select(self, scores, budget, ctx):\n"
+        "        return [[own[-budget:] for own in layer] for layer in ctx.positions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("other_policies", None)
+
+
+def test_packages_bring_policies(package: Path, tiny: Path, opened: Callable[..., Llama]) -> None:
+    assert policy_names() == [*POLICIES, "broken", "last", "odd"]
+    llm = opened(tiny, kv_policy="last(alpha=6)", kv_budget=50)
+    assert llm.kv_policy is not None and llm.kv_policy.window == 6
+    llm.eval(TOKENS)
+    assert llm.kv_positions(0, 0).tolist() == list(range(350, 400))
+    with pytest.raises(ValueError, match="'broken' .* cannot be loaded: .*; repair or remove"):
+        get_policy("broken")
+    with pytest.raises(ValueError, match="'odd' .* expected a subclass of KVPolicy"):
+        get_policy("odd")
