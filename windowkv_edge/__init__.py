@@ -43,6 +43,7 @@ from .policies import (  # noqa: E402
     WindowAdaKV,
     WindowHeadKV,
     WindowKV,
+    WindowKVPaper,
     get_policy,
 )
 from .stats import KVStats  # noqa: E402
@@ -72,6 +73,7 @@ __all__ = [
     "WindowAdaKV",
     "WindowHeadKV",
     "WindowKV",
+    "WindowKVPaper",
     "WindowKVError",
     "get_policy",
 ]

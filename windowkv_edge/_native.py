@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import runpy
+import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -100,11 +101,12 @@ Choose = Callable[[Cache, Cache, Cache], None]
 """``choose(positions, scores, keep)``: int32, float32 and uint8."""
 
 
-def _split(pointer: Any, dtype: type, cells: npt.NDArray[np.int32]) -> Cache:
+def _split(pointer: Any, dtype: type, cells: npt.NDArray[np.int32], writeable: bool = False) -> Cache:
     """Views of native memory in which the cells of every (layer, kv head) follow each other."""
     n_layer, n_head_kv = cells.shape
     size = int(cells.sum()) * np.dtype(dtype).itemsize
     flat: npt.NDArray[Any] = np.frombuffer(ffi.buffer(pointer, size), dtype=dtype)
+    flat.flags.writeable = writeable
     parts = iter(np.split(flat, np.cumsum(cells.ravel())[:-1]))
     return [[next(parts) for _ in range(n_head_kv)] for _ in range(n_layer)]
 
@@ -154,8 +156,8 @@ class Context:
             try:
                 n = shapes.n_layer, shapes.n_head_kv
                 cells = np.frombuffer(ffi.buffer(shapes.cells, 4 * n[0] * n[1]), dtype=np.int32).reshape(n)
-                arrays = (positions, np.int32), (scores, np.float32), (keep, np.uint8)
-                choose(*(_split(pointer, dtype, cells) for pointer, dtype in arrays))
+                chosen = _split(keep, np.uint8, cells, writeable=True)
+                choose(_split(positions, np.int32, cells), _split(scores, np.float32, cells), chosen)
                 return 0
             except BaseException as error:  # C cannot pass it on
                 failed.append(error)
@@ -163,6 +165,7 @@ class Context:
 
         status = lib.wkv_compact_custom(self._ctx, alpha, n_cells, select, ffi.NULL)
         if failed:
+            traceback.clear_frames(failed[0].__traceback__)  # their arrays point to memory that is gone
             raise failed[0]
         return check(status)
 
@@ -200,11 +203,14 @@ class Context:
         n = check(lib.wkv_get_positions(self._ctx, layer, head, ffi.from_buffer("int32_t[]", res), res.size))
         return res[:n]
 
-    def scores(self, layer: int, alpha: int) -> list[npt.NDArray[np.float32]]:
-        """Per kv head float32 [cells]: mean attention of the last alpha observed queries."""
+    def scores(self, layer: int, alpha: int, among: int = 0) -> list[npt.NDArray[np.float32]]:
+        """Per kv head float32 [cells]: mean attention of the last alpha observed queries.
+
+        For a policy that scores with two numbers of queries ``among`` is the larger one: sums round as when compacting.
+        """
         cells = self.cells()[layer]
         res = np.zeros(cells.sum(), dtype=np.float32)
-        check(lib.wkv_get_scores(self._ctx, layer, alpha, ffi.from_buffer("float[]", res), res.size))
+        check(lib.wkv_get_scores(self._ctx, layer, alpha, among, ffi.from_buffer("float[]", res), res.size))
         return np.split(res, np.cumsum(cells)[:-1])
 
     def attention(self, layer: int) -> list[npt.NDArray[np.float32]]:
@@ -270,13 +276,15 @@ def budgets(
     have = np.ascontiguousarray(cells, dtype=np.int32)
     res = np.zeros_like(have)
     pos = ffi.NULL if positions is None else ffi.from_buffer("int32_t[]", _flat(positions, np.int32))
-    score = ffi.NULL if scores is None else ffi.from_buffer("float[]", _planes(scores, token_scores))
+    score = ffi.NULL if scores is None else ffi.from_buffer("float[]", _planes(fields, scores, token_scores))
     shapes = _shapes(have, int(have.max(initial=0)))
     check(lib.wkv_budgets(policy_struct(fields), shapes, n_cells, pos, score, ffi.from_buffer("int32_t[]", res)))
     return res
 
 
-def _planes(scores: Cache, token_scores: Cache | None) -> npt.NDArray[np.float32]:
+def _planes(fields: Fields, scores: Cache, token_scores: Cache | None) -> npt.NDArray[np.float32]:
+    if fields.get("tokens") and token_scores is None:
+        raise ValueError(f"tokens is {fields['tokens']}, expected token_scores as well")
     flat = _flat(scores, np.float32)
     return flat if token_scores is None else np.concatenate([flat, _flat(token_scores, np.float32)])
 
@@ -297,7 +305,7 @@ def select(
         Per layer and kv head bool [cells], True where the cell stays.
     """
     cells = np.array([[len(own) for own in layer] for layer in positions], dtype=np.int32)
-    pos, score = _flat(positions, np.int32), _planes(scores, token_scores)
+    pos, score = _flat(positions, np.int32), _planes(fields, scores, token_scores)
     keep = np.zeros(pos.size, dtype=np.uint8)
     own = np.ascontiguousarray(budget, dtype=np.int32)
     check(

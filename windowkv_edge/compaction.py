@@ -40,7 +40,7 @@ def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "l
         return 0
 
     def choose(positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> None:
-        view = CacheView(kv, positions, int(stats.n_past), int(stats.n_gqa), cell_types(stats), task)
+        view = CacheView(kv, positions, int(stats.n_past), int(stats.n_gqa), cell_types(stats), task, policy.window)
         _mark(policy, policy.select(scores, n_cells, view), positions, keep)
 
     return kv.compact_custom(policy.window, n_cells, choose)
@@ -83,3 +83,9 @@ def _mark(
                     "choose from ctx.positions[layer][head]"
                 )
             keep[il][head][at] = 1
+        counts = [int(own.sum()) for own in keep[il]]
+        if not policy.ragged and min(counts) < max(counts):
+            raise ValueError(
+                f"{what}: the heads of layer {il} keep {counts} cells, expected equally many; "
+                "set ragged = True in the policy"
+            )

@@ -15,16 +15,16 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, GGUFValueType, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, LlamaFileType
 
-from windowkv_edge.budget import n_cells
+from windowkv_edge.budget import TYPES, bits, n_cells
 from windowkv_edge.errors import UnsupportedModelError, WindowKVError
 
 __all__ = [
@@ -132,10 +132,10 @@ class CostRow:
     """Memory of one KV cache holding a text of ``n_tokens``."""
 
     policy: str  # "stock" or the policy's name
-    budget: float  # fraction of the cells kept; 1.0 for stock
+    budget: float  # fraction of the cells kept, or of f16's bytes for a policy with its own cells; 1.0 for stock
     n_tokens: int
     cells_per_head: int  # mean over all heads of the layers that attend to all positions
-    n_bytes: int  # f16 K and V; the state of recurrent layers, which is the same at every length, is left out
+    n_bytes: int  # K and V; the state of recurrent layers, which is the same at every length, is left out
     ratio: float  # n_bytes over stock's at the same length
 
 
@@ -336,15 +336,26 @@ def support(info: GGUFInfo) -> tuple[bool, str]:
     return True, f"{len(layers)} of {info.n_layer} layers attend to all positions and are compressed, {keep} ({arch})"
 
 
+def _is_whole(info: GGUFInfo, cells: str) -> bool:
+    """Whether the rows of all heads are whole blocks of a type."""
+    block = GGML_QUANT_SIZES[GGMLQuantizationType(TYPES[cells])][0]
+    return info.head_dim_k % block == info.head_dim_v % block == 0
+
+
 def cost_table(
-    info: GGUFInfo, lengths: Sequence[int], budgets: Sequence[float], policies: Sequence[str]
+    info: GGUFInfo,
+    lengths: Sequence[int],
+    budgets: Sequence[float],
+    policies: Sequence[str],
+    cells_of: Mapping[str, str | None] | None = None,
 ) -> list[CostRow]:
-    """KV bytes (f16) of the stock cache and of every policy x budget, for texts of ``lengths`` tokens.
+    """KV bytes of the stock cache (f16) and of every policy x budget, for texts of ``lengths`` tokens.
 
     A budget is the fraction of cells kept per head, ``max(1, floor(budget * length))`` on average: policies that
-    share it out unevenly have the same mean. Windowed layers hold at most their window, with a policy and without: what
-    llama.cpp reserves beyond it, or for all positions with ``swa_full=True``, is not counted. A model that
-    :func:`support` refuses gets stock rows only.
+    share it out unevenly have the same mean. Policies with cells of their own (``cells_of``) hold more of these for the
+    same bytes, if the heads' rows are whole blocks of them. Windowed layers hold at most their window, with a policy
+    and without: what llama.cpp reserves beyond it, or for all positions with ``swa_full=True``, is not counted. A model
+    that :func:`support` refuses gets stock rows only.
 
     Raises:
         ValueError: a length below 1 or a budget outside (0, 1].
@@ -364,9 +375,12 @@ def cost_table(
         rows.append(CostRow("stock", 1.0, n, n, stock, 1.0))
         for policy in policies if support(info)[0] else ():
             for budget in budgets:
-                kept = n_cells(budget, n)
+                own = (cells_of or {}).get(policy)
+                types = (own,) if own and _is_whole(info, own) else ()
+                kept = n_cells(budget, n, *types)
                 windows = sum(info.layer_bytes(il) * cells[il] for il in range(info.n_layer) if info.window_layers[il])
-                n_bytes = windows + kept * sum(info.layer_bytes(il) for il in info.compressed_layers)
+                size = sum(info.layer_bytes(il) for il in info.compressed_layers)
+                n_bytes = windows + kept * (round(size * bits(*types) / 16) if types else size)
                 rows.append(CostRow(policy, budget, n, kept, n_bytes, n_bytes / stock))
     return rows
 

@@ -55,7 +55,9 @@ class Llama(llama_cpp.Llama):
     Args:
         kv_policy: None (stock behaviour), a name from :data:`windowkv_edge.POLICIES`, or a policy object.
         kv_budget: cells that stay after a prompt, per (layer, kv head) on average, observation window included:
-            a float in (0, 1] is a fraction of the positions seen, an int counts cells. Default 0.12.
+            a float in (0, 1] is a fraction of the positions seen, an int counts cells. Default 0.12. With a policy that
+            prefers cells of its own ("auto": q8_0) the fraction is one of the bytes that f16 cells of all positions
+            take; ``type_k`` and ``type_v`` go before what the policy prefers.
         kv_min_prompt: with a fractional budget, sequences shorter than this many tokens are left whole
             (12 % of a 30-token chat would be 3 cells). Default 256.
         kv_exact: until something is evicted, f16 and f32 cells are attended to by stock's kernel, which gives stock's
@@ -86,7 +88,7 @@ class Llama(llama_cpp.Llama):
 
         if kv_policy is None and kv_budget is not None:
             raise ValueError(
-                f"kv_budget={kv_budget!r} without kv_policy has no effect; name a policy, e.g. kv_policy='windowkv'"
+                f"kv_budget={kv_budget!r} without kv_policy has no effect; name a policy, e.g. kv_policy='auto'"
             )
         if isinstance(kv_min_prompt, bool) or not isinstance(kv_min_prompt, int) or kv_min_prompt < 0:
             raise ValueError(f"kv_min_prompt is {kv_min_prompt!r}, expected an int of at least 0 tokens")
@@ -288,7 +290,7 @@ class Llama(llama_cpp.Llama):
     def _need_kv(self, what: str) -> _native.Context:
         if self._kv is None:
             raise UnsupportedCallError(
-                f"{what} needs a session with a policy; create it with Llama(..., kv_policy='windowkv')"
+                f"{what} needs a session with a policy; create it with Llama(..., kv_policy='auto')"
             )
         return self._kv
 

@@ -193,7 +193,8 @@ WKV_API int wkv_get_positions(struct llama_context * ctx, int32_t layer, int32_t
 
 // mean attention of the last alpha observed queries over the cells of one layer: for every kv head in turn its cells
 // (mean over its query heads); returns the number of floats or a negative status
-WKV_API int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t alpha, float * scores, size_t n);
+// among: 0, or for a policy that scores with two numbers of queries the larger one: sums round as in its compaction then
+WKV_API int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t alpha, int32_t among, float * scores, size_t n);
 
 // attention of the last position over the cells of one layer: for every kv head in turn row major [n_gqa, cells];
 // returns the number of floats or a negative status

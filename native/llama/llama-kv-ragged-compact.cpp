@@ -116,18 +116,28 @@ std::vector<float> llama_kv_cache_ragged::score(
     const int64_t n_gqa     = layer.n_head/layer.n_head_kv;
     const int64_t n_head_kv = layer.n_head_kv;
 
-    // ring rows of the last alpha positions that were observed
-    const auto is_observed = [&](uint32_t i, int32_t alpha) {
-        return ring_pos[i] >= 0 && ring_pos[i] >= (int32_t) n_pos - alpha;
-    };
+    // Ring rows of the positions that were observed, in the order of these: sums then do not depend on the size of the ring.
+    const int32_t alpha_max = *std::max_element(alphas.begin(), alphas.end());
+
+    std::vector<int32_t> rows;
+    for (uint32_t i = 0; i < n_window; ++i) {
+        if (ring_pos[i] >= 0 && ring_pos[i] >= (int32_t) n_pos - alpha_max) {
+            rows.push_back(i);
+        }
+    }
+    std::sort(rows.begin(), rows.end(), [&](int32_t a, int32_t b) { return ring_pos[a] < ring_pos[b]; });
+
+    const int64_t n_rows = rows.size();
+
+    const auto is_observed = [&](int64_t i, int32_t alpha) { return ring_pos[rows[i]] >= (int32_t) n_pos - alpha; };
+
     std::vector<int64_t> n_observed;
     for (const int32_t alpha : alphas) {
         n_observed.push_back(0);
-        for (uint32_t i = 0; i < n_window; ++i) {
+        for (int64_t i = 0; i < n_rows; ++i) {
             n_observed.back() += is_observed(i, alpha);
         }
     }
-    const int32_t alpha_max = *std::max_element(alphas.begin(), alphas.end());
 
     if (n_pos == 0 || *std::min_element(n_observed.begin(), n_observed.end()) == 0) {
         fail("kv_policy: nothing to score, evaluate a prompt first");
@@ -146,7 +156,8 @@ std::vector<float> llama_kv_cache_ragged::score(
     // a column of weights for every result: one per alpha for the means, or one per query head
     const int64_t n_res = mean ? alphas.size() : n_gqa;
 
-    ggml_tensor * weights = graph.input(GGML_TYPE_F32, n_window*n_gqa, n_res);
+    ggml_tensor * weights = graph.input(GGML_TYPE_F32, n_rows*n_gqa, n_res);
+    ggml_tensor * idxs    = graph.input(GGML_TYPE_I32, n_rows, n_gqa);
 
     // before the first compaction all heads hold the same positions
     const int64_t n_masks = layer.boundary == 0 ? 1 : n_head_kv;
@@ -157,24 +168,27 @@ std::vector<float> llama_kv_cache_ragged::score(
         const int64_t n = len[ih];
 
         if (ih < n_masks) {
-            masks.push_back(graph.input(GGML_TYPE_F32, n, n_window));
+            masks.push_back(graph.input(GGML_TYPE_F32, n, n_rows));
         }
 
         ggml_tensor * k = ggml_view_2d(ctx, layer.pool.k, layer.n_embd_head_k, n, layer.pool.k->nb[1], layer.pool.first[ih]*layer.pool.k->nb[1]);
-        ggml_tensor * q = ggml_view_2d(ctx, layer.ring, layer.n_embd_head_k, n_window*n_gqa, layer.ring->nb[1], ih*n_gqa*layer.ring->nb[2]);
+        ggml_tensor * q = ggml_view_3d(ctx, layer.ring, layer.n_embd_head_k, n_window, n_gqa, layer.ring->nb[1], layer.ring->nb[2],
+                ih*n_gqa*layer.ring->nb[2]);
 
-        ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_cast(ctx, q, GGML_TYPE_F32)); // [n, n_window*n_gqa]
+        q = ggml_reshape_2d(ctx, ggml_get_rows(ctx, q, idxs), layer.n_embd_head_k, n_rows*n_gqa); // F32
+
+        ggml_tensor * kq = ggml_mul_mat(ctx, k, q); // [n, n_rows*n_gqa]
         ggml_prec_set_acc(kq, GGML_PREC_F32);
         if (softcap > 0.0f) {
             kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, layer.kq_scale/softcap)), softcap);
         }
 
-        kq = ggml_reshape_3d(ctx, kq, n, n_window, n_gqa);
+        kq = ggml_reshape_3d(ctx, kq, n, n_rows, n_gqa);
         kq = ggml_soft_max_ext(ctx, kq, masks.back(), softcap > 0.0f ? 1.0f : layer.kq_scale, 0.0f);
         if (sinks) {
             ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, sinks, n_gqa, ih*n_gqa*sinks->nb[0]));
         }
-        kq = ggml_reshape_2d(ctx, kq, n, n_window*n_gqa);
+        kq = ggml_reshape_2d(ctx, kq, n, n_rows*n_gqa);
 
         ggml_tensor * sum = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, kq)), weights); // [n, n_res]
         ggml_set_output(sum);
@@ -184,29 +198,33 @@ std::vector<float> llama_kv_cache_ragged::score(
 
     graph.alloc();
 
-    std::vector<float> data(n_window*n_gqa*n_res, 0.0f);
+    std::vector<float> data(n_rows*n_gqa*n_res, 0.0f);
     for (int64_t ir = 0; ir < n_res; ++ir) {
         const size_t ia = mean ? ir : 0;
         for (int64_t ig = 0; ig < n_gqa; ++ig) {
-            for (uint32_t i = 0; i < n_window; ++i) {
+            for (int64_t i = 0; i < n_rows; ++i) {
                 if (is_observed(i, alphas[ia]) && (mean || ig == ir)) {
-                    data[ir*n_window*n_gqa + ig*n_window + i] = 1.0f/float(n_observed[ia]*(mean ? n_gqa : 1));
+                    data[ir*n_rows*n_gqa + ig*n_rows + i] = 1.0f/float(n_observed[ia]*(mean ? n_gqa : 1));
                 }
             }
         }
     }
     ggml_backend_tensor_set(weights, data.data(), 0, ggml_nbytes(weights));
 
-    // an observed query sees the cells up to its own position; rows that are not observed weigh nothing, and a query
-    // older than every cell that is left sees all of them, which prefers none
+    for (int64_t ig = 0; ig < n_gqa; ++ig) {
+        ggml_backend_tensor_set(idxs, rows.data(), ig*idxs->nb[1], idxs->nb[1]);
+    }
+
+    // an observed query sees the cells up to its own position; one that is older than every cell that is left sees all of
+    // them, which prefers none
     for (int64_t ih = 0; ih < n_masks; ++ih) {
         const int64_t n   = len[ih];
         const auto    pos = positions(layer, ih);
 
-        data.resize(n*n_window);
-        for (uint32_t i = 0; i < n_window; ++i) {
-            const int64_t n_older = std::upper_bound(pos.begin(), pos.end(), ring_pos[i]) - pos.begin();
-            const int64_t n_seen  = is_observed(i, alpha_max) && n_older > 0 ? n_older : n;
+        data.resize(n*n_rows);
+        for (int64_t i = 0; i < n_rows; ++i) {
+            const int64_t n_older = std::upper_bound(pos.begin(), pos.end(), ring_pos[rows[i]]) - pos.begin();
+            const int64_t n_seen  = n_older > 0 ? n_older : n;
 
             std::fill_n(data.begin() + i*n,          n_seen,     0.0f);
             std::fill_n(data.begin() + i*n + n_seen, n - n_seen, -INFINITY);

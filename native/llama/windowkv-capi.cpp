@@ -291,10 +291,13 @@ int wkv_get_positions(struct llama_context * ctx, int32_t layer, int32_t head, i
     });
 }
 
-int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t alpha, float * scores, size_t n) {
+int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t alpha, int32_t among, float * scores, size_t n) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         ctx->synchronize();
-        const auto res = kv.score(ctx, get_layer(kv, layer), { alpha });
+        auto res = kv.score(ctx, get_layer(kv, layer), among > 0 ? std::vector<int32_t>{ alpha, among } : std::vector<int32_t>{ alpha });
+        if (among > 0) {
+            res.resize(res.size()/2);
+        }
         check_room(n, res.size());
         std::copy(res.begin(), res.end(), scores);
         return res.size();

@@ -319,7 +319,7 @@ static void test_trimmed_queries_are_forgotten(llama_model * model) {
 
     // fewer observed than asked for: the mean is over those that are left
     std::vector<float> scores(4096);
-    const int64_t n = wkv_get_scores(ctx.get(), 0, 8, scores.data(), scores.size());
+    const int64_t n = wkv_get_scores(ctx.get(), 0, 8, 0, scores.data(), scores.size());
     CHECK(n == int64_t(stats(ctx.get()).n_head_kv)*297);
     CHECK(std::fabs(std::accumulate(scores.begin(), scores.begin() + 297, 0.0f) - 1.0f) < 1e-3f);
 }
@@ -332,7 +332,7 @@ static void test_queries_older_than_every_cell(llama_model * model) {
     CHECK(decode(ctx.get(), prompt(2, 3), 300) == 0);
 
     std::vector<float> scores(64);
-    const int64_t n = wkv_get_scores(ctx.get(), 0, 16, scores.data(), scores.size());
+    const int64_t n = wkv_get_scores(ctx.get(), 0, 16, 0, scores.data(), scores.size());
     CHECK(n == int64_t(stats(ctx.get()).n_head_kv)*6);
     for (int64_t i = 0; i < n; ++i) {
         CHECK(std::isfinite(scores[i]));
@@ -394,6 +394,51 @@ static void test_snapshot(llama_model * model) {
     }
     CHECK(wkv_snapshot_drop(ctx.get()) == WKV_OK);
     CHECK(wkv_snapshot_restore(ctx.get()) == WKV_ERR_COMPUTE);
+}
+
+// keeps the last cells of every head; user is how many
+static int keep_last(void * user, const wkv_shapes * shapes, int64_t n_cells, const int32_t * positions, const float * scores, uint8_t * keep) {
+    const int n_keep = *static_cast<const int *>(user);
+    CHECK(n_cells == 40);
+
+    for (int i = 0; i < shapes->n_layer*shapes->n_head_kv; ++i) {
+        const int n = shapes->cells[i];
+        float total = 0.0f;
+        for (int j = 0; j < n; ++j) {
+            CHECK(keep[j] == 0);
+            CHECK(j == 0 || positions[j] > positions[j - 1]);
+            total += scores[j];
+            keep[j] = j >= n - n_keep;
+        }
+        CHECK(total > 0.99f && total < 1.01f);
+        positions += n;
+        scores    += n;
+        keep      += n;
+    }
+    return n_keep < 0;
+}
+
+static void test_custom_selection(llama_model * model) {
+    auto ctx = make(model, 8);
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+
+    // nothing is evicted by a selection that is given up, empty, or too large
+    for (const auto & [n_keep, message] : { std::make_pair(-1, "given up"), { 0, "no cell of layer 0, kv head 0" }, { 41, "expected at most" } }) {
+        int n = n_keep;
+        CHECK(wkv_compact_custom(ctx.get(), 8, 40, keep_last, &n) == WKV_ERR_ARGUMENT);
+        CHECK(last_error_has(message));
+        CHECK(positions(ctx.get(), 0, 0).size() == 300);
+    }
+    int n = 40;
+    CHECK(wkv_compact_custom(ctx.get(), 9, 40, keep_last, &n) == WKV_ERR_ARGUMENT);
+    CHECK(last_error_has("the ring holds 8"));
+    CHECK(wkv_compact_custom(ctx.get(), 8, 0, keep_last, &n) == WKV_ERR_ARGUMENT);
+    CHECK(wkv_compact_custom(ctx.get(), 8, 40, nullptr, &n) == WKV_ERR_ARGUMENT);
+
+    CHECK(wkv_compact_custom(ctx.get(), 8, 40, keep_last, &n) == int64_t(260)*stats(ctx.get()).n_layer*stats(ctx.get()).n_head_kv);
+    CHECK(positions(ctx.get(), 0, 0).front() == 260);
+    CHECK(positions(ctx.get(), 0, 0).size() == 40);
+    CHECK(decode(ctx.get(), prompt(20, 4), 300) == 0);
 }
 
 static void test_refusals(llama_model * model) {
@@ -550,6 +595,7 @@ int main(int argc, char ** argv) {
     test_batches_that_do_not_fit(model);
     test_aborted_ubatch_leaves_no_trace(model);
     test_snapshot(model);
+    test_custom_selection(model);
     test_refusals(model);
     test_cells_f32(model);
     test_fill(model);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from windowkv_edge import CacheView, ExpectedAttention, KVPolicy, Llama, NativeError, SnapKV, get_policy
+from windowkv_edge import CacheView, ExpectedAttention, KVPolicy, Llama, NativeError, SnapKV, WindowKVError, get_policy
 from windowkv_edge.bench.session import Model
 from windowkv_edge.compaction import compact
 from windowkv_edge.eval import Branches
@@ -117,6 +118,23 @@ def test_what_a_policy_sees(tiny: Path, opened: Callable[..., Llama]) -> None:
     assert llm.kv_positions(2, 1).tolist() == list(range(300, 400))
 
 
+def test_a_window_of_its_own(smollm2: Path, document: str) -> None:
+    """In a ring that is larger than the policy's window."""
+    model = Model(smollm2)
+    own = Branches(model, 700, 64)
+
+    def answer(scores: Any, budget: int, ctx: CacheView) -> Any:
+        at, rows = ctx.queries(3, 4)
+        assert at.tolist() == list(range(592, 600)) and rows.shape == (8, 64)
+        assert not scores[0][0].flags.writeable and not ctx.positions[0][0].flags.writeable
+        return last(scores, budget, ctx)
+
+    own.prefill(model.tokenize(document)[:600])
+    own.compact(Script(answer=answer), 50)
+    own.close()
+    model.close()
+
+
 def test_heads_of_different_lengths(tiny: Path, opened: Callable[..., Llama]) -> None:
     def answer(scores: Any, budget: int, ctx: CacheView) -> Any:
         return [[layer[0][-budget - 20 :], layer[1][20 - budget :]] for layer in ctx.positions]
@@ -135,6 +153,7 @@ def test_heads_of_different_lengths(tiny: Path, opened: Callable[..., Llama]) ->
         (lambda s, b, c: last(s, b, c)[1:], ValueError, "returned 2 layers of 2 kv heads, expected 3 of 2"),
         (lambda s, b, c: [[own[:5] * 1.0 for own in layer] for layer in c.positions], TypeError, "integer positions"),
         (lambda s, b, c: [[own[:5] + 1000 for own in layer] for layer in c.positions], ValueError, "not hold the position 1000"),
+        (lambda s, b, c: [[own[: 5 + h] for h, own in enumerate(layer)] for layer in c.positions], ValueError, "set ragged = True"),
         (lambda s, b, c: c.positions, NativeError, "keeps 2400 cells over all heads, expected at most 360"),
         (lambda s, b, c: [[own[:0] for own in layer] for layer in c.positions], NativeError, "no cell of layer 0, kv head 0"),
     ],
@@ -143,9 +162,12 @@ def test_errors_surface_and_nothing_is_evicted(
     tiny: Path, opened: Callable[..., Llama], answer: Callable[..., Any], error: type[BaseException], message: str | None
 ) -> None:
     """At the call that compacted; the session goes on, and compacts with a policy that works."""
-    llm = opened(tiny, kv_policy=Script(answer=answer), kv_budget=60)
-    with pytest.raises(error, match=message):
+    llm = opened(tiny, kv_policy=Script(answer=answer, ragged=False), kv_budget=60)
+    with pytest.raises(error, match=message) as caught:
         llm.eval(TOKENS)
+    # a debugger must not look at native memory that is gone
+    frames = [entry.frame for entry in caught.traceback if entry.frame.code.name in ("choose", "select", "_mark")]
+    assert all(not isinstance(value, np.ndarray | list) for frame in frames for value in frame.f_locals.values())
     assert (llm.kv_stats().cells == 400).all()
     assert llm.kv_stats().n_compactions == 0
     llm.eval(TOKENS[:1])
@@ -162,16 +184,35 @@ def test_nothing_to_evict_asks_nobody(tiny: Path, opened: Callable[..., Llama]) 
     assert (llm.kv_stats().cells == 400).all()
 
 
-def test_scores_are_not_for_writing_afterwards(tiny: Path, opened: Callable[..., Llama]) -> None:
-    """A policy without native fields says so where these are asked for."""
+def test_one_of_the_two_ways() -> None:
+    """A policy that selects in Python has no native fields; one with neither is refused before anything is loaded."""
     with pytest.raises(NotImplementedError, match="Script selects in Python"):
         Script(answer=last).native()
+
+    class Nothing(KVPolicy):
+        name = "nothing"
+        window = 4
+
+    with pytest.raises(TypeError, match="Nothing defines neither select"):
+        get_policy(Nothing())
+
+
+def test_the_example_of_the_readme(smollm2: Path, document: str, opened: Callable[..., Llama]) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from dataclasses .*?)```", text, re.S)
+    scope: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(code[: code.index("llm = ")], "README.md", "exec", dont_inherit=True), scope)
+    llm = opened(smollm2, kv_policy=scope["ByValue"](), kv_budget=0.12)
+    llm.eval(llm.tokenize(document.encode())[:600])
+    assert (llm.kv_stats().cells == 72).all()
+    kept = llm.kv_positions(11, 1).tolist()
+    assert kept[:4] == [0, 1, 2, 3] and kept[-1] == 599
 
 
 def test_expected_attention(smollm2: Path, gemma3: Path, document: str) -> None:
     """Sinks and the last token stay, and rotations are refused."""
     model = Model(smollm2)
-    policy = ExpectedAttention(freq_base=100000.0, n_queries=128)
+    policy = ExpectedAttention(n_queries=128)
     for cells in ("f16", "q8_0"):
         own = Branches(model, 700, policy.window, cells)
         own.prefill(model.tokenize(document)[:600])
@@ -180,11 +221,37 @@ def test_expected_attention(smollm2: Path, gemma3: Path, document: str) -> None:
                 own.compact(policy, 60)
         else:
             own.compact(policy, 60)
+            assert own.bind(policy) == ExpectedAttention(n_queries=128, freq_base=100000.0, neox=False)
             assert (own.kv.cells() == 60).all()
             kept = own.kv.positions(7, 2).tolist()
             assert kept[:4] == [0, 1, 2, 3] and kept[-1] == 599
         own.close()
     model.close()
+    other = Model(gemma3)
+    with pytest.raises(WindowKVError, match="not for 'gemma3'; give neox=True"):
+        Branches(other, 600, policy.window).bind(policy)
+    other.close()
+
+
+def test_the_weights_of_expected_attention() -> None:
+    """Queries that are all alike are expected again: softmax of their products, turned on to where they are asked."""
+    policy = ExpectedAttention(n_future=1)
+    rng = np.random.default_rng(2)
+    keys, query = rng.normal(size=(9, 32)), rng.normal(size=32)
+
+    def weights(rows: np.ndarray) -> np.ndarray:
+        logits = keys @ rows / np.sqrt(32)
+        return np.exp(logits) / np.exp(logits).sum()
+
+    at = np.array([70, 70], dtype=np.int32)
+    alike = np.stack([query, query]).astype(np.float32)
+    np.testing.assert_allclose(policy._expected(keys, at, alike, 70), weights(query), rtol=1e-4)
+    # 10 positions on, llama.cpp turns neighbours by 10 * base^(-2i/d): x' = x cos - y sin, y' = x sin + y cos
+    angle = 10 * 10000.0 ** (-2 * np.arange(16) / 32)
+    turned = query.copy()
+    turned[0::2] = query[0::2] * np.cos(angle) - query[1::2] * np.sin(angle)
+    turned[1::2] = query[0::2] * np.sin(angle) + query[1::2] * np.cos(angle)
+    np.testing.assert_allclose(policy._expected(keys, at, alike, 80), weights(turned), rtol=1e-4)
 
 
 @pytest.mark.parametrize("neox", [False, True])
@@ -209,6 +276,8 @@ def test_names_with_parameters() -> None:
         ("snapkv(alpha=16", "expected parameters such as"),
         ("snapkv(16)", "expected parameters such as"),
         ("snapkv(alpha=open('x'))", "expected parameters such as"),
+        ("snapkv(kernel=5)(alpha=4)", "expected parameters such as"),
+        ("windowkv(suffix='a')", "suffix"),
         ("snapkv(beta=2)", "snapkv takes the parameters alpha, kernel"),
         ("snapkv(kernel=2)", "kernel is 2, expected an odd number"),
         ("snap", "expected one of auto, full"),

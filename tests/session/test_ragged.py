@@ -16,6 +16,7 @@ from tiny_reference import TinyLlama
 
 from windowkv_edge import (
     AdaKV,
+    Auto,
     HeadKV,
     HeadScores,
     KVPolicy,
@@ -109,9 +110,11 @@ def test_answers_are_computed_from_the_cells(name: str, tiny: Path, tiny_session
     np.testing.assert_allclose(logits(llm), oracle.step(TOKENS[pos], pos, held), atol=atol)
 
 
-@pytest.mark.parametrize("name", ["adakv", "headkv", "windowkv+adakv", "windowkv+headkv"])
+@pytest.mark.parametrize("name", ["auto", "adakv", "headkv", "windowkv+adakv", "windowkv+headkv", "tokens"])
 def test_selection_equals_the_reference(name: str, session: Callable[..., Llama], document: str) -> None:
     policy: KVPolicy = {
+        "auto": Auto(window_floor=20),
+        "tokens": WindowHeadKV(importance=scores(30, 9), tokens=0.4, window_floor=0, token_alpha=24),
         "adakv": AdaKV(alpha=16),
         "headkv": HeadKV(importance=scores(30, 9)),
         "windowkv+adakv": WindowAdaKV(),
@@ -123,9 +126,11 @@ def test_selection_equals_the_reference(name: str, session: Callable[..., Llama]
     assert kv is not None
     bound = llm._kv_bound
     positions = [[llm.kv_positions(il, ih) for ih in range(3)] for il in range(30)]
-    found = [kv.scores(il, bound.window) for il in range(30)]
-    budget = reference.budgets(bound, np.full((30, 3), 600), 60, positions, found)
-    keep = reference.select(bound, budget, positions, found)
+    fields = bound.native()
+    found = [kv.scores(il, fields["alpha"], among=bound.window) for il in range(30)]
+    tokens = [kv.scores(il, fields["token_alpha"], among=bound.window) for il in range(30)] if fields.get("tokens") else None
+    budget = reference.budgets(bound, np.full((30, 3), 600), 60, positions, found, token_scores=tokens)
+    keep = reference.select(bound, budget, positions, found, token_scores=tokens)
     stats = llm.kv_compact(60)
     assert stats.cells.tolist() == budget.tolist()
     assert stats.cells.sum() == 60 * 90

@@ -20,6 +20,7 @@ from ..errors import UnsupportedModelError, WindowKVError
 from ..heads import METADATA_KEY
 from ..llama import bind_policy
 from ..policies import KVPolicy
+from ..stats import cell_types
 
 __all__ = ["TYPES", "Model", "Session"]
 
@@ -98,6 +99,13 @@ class Model:
         llama_cpp.llama_model_meta_val_str(self.model, key.encode(), value, size + 1)
         return {key: value.value.decode("utf-8", "replace")}
 
+    def about(self) -> dict[str, str]:
+        """The metadata that policies look at."""
+        arch = self.metadata("general.architecture")
+        keys = [f"{name}.rope.{key}" for name in arch.values() for key in ("freq_base", "dimension_count")]
+        found = [self.metadata(key) for key in ("general.name", METADATA_KEY, *keys)]
+        return {**arch, **{key: value for part in found for key, value in part.items()}}
+
     def close(self) -> None:
         if self.model:
             llama_cpp.llama_model_free(self.model)
@@ -116,10 +124,19 @@ class Session:
         exact: attend as stock does until something is evicted.
         threads: CPU threads.
         n_batch: tokens evaluated at once.
+        own_cells: of the layers that the policy compresses, where they fit, instead of ``cells``.
     """
 
     def __init__(
-        self, model: Model, n_ctx: int, cells: str, policy: KVPolicy | None, exact: bool, threads: int, n_batch: int
+        self,
+        model: Model,
+        n_ctx: int,
+        cells: str,
+        policy: KVPolicy | None,
+        exact: bool,
+        threads: int,
+        n_batch: int,
+        own_cells: str | None = None,
     ) -> None:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -135,7 +152,7 @@ class Session:
         if policy is None:
             self.ctx = llama_cpp.llama_init_from_model(model.model, params)
         else:
-            with _native.pending(policy.window):
+            with _native.pending(policy.window, own_cells):
                 self.ctx = llama_cpp.llama_init_from_model(model.model, params)
         if not self.ctx:
             reason = _native.last_error() if policy is not None else ""
@@ -146,15 +163,25 @@ class Session:
             )
         self.kv = _native.Context(self.ctx)
         if policy is not None:
-            metadata = model.metadata("general.name") | model.metadata(METADATA_KEY)
             try:
-                self.bound = bind_policy(self.kv, policy, str(model.path), metadata, model.model)
+                self.bound = self.bind(policy)
                 self.kv.set_attention("auto" if exact else "ragged")
-            except BaseException as error:
+            except BaseException:
                 self.close()
-                if isinstance(error, (OSError, ValueError)) and not isinstance(error, WindowKVError):
-                    raise WindowKVError(str(error)) from error  # head scores that cannot be read or do not fit
                 raise
+
+    def bind(self, policy: KVPolicy) -> KVPolicy:
+        """The policy for this model; see :func:`windowkv_edge.llama.bind_policy`.
+
+        Raises:
+            WindowKVError: the policy cannot serve the model, or what it needs cannot be read or does not fit.
+        """
+        try:
+            return bind_policy(self.kv, policy, str(self.model.path), self.model.about(), self.model.model)
+        except (OSError, ValueError) as error:
+            if isinstance(error, WindowKVError):
+                raise
+            raise WindowKVError(str(error)) from error
 
     def decode(self, tokens: Sequence[int]) -> float:
         """Evaluate tokens; seconds."""
@@ -199,7 +226,8 @@ class Session:
 
     def compact(self, budget: float | int) -> None:
         """Select and gather, as a prompt of ``n_past`` tokens is compacted."""
-        compact(self.kv, self.bound, n_cells(budget, self.n_past))
+        types = () if self.bound.cells is None else cell_types(self.kv.stats())
+        compact(self.kv, self.bound, n_cells(budget, self.n_past, *types))
 
     def close(self) -> None:
         if self.ctx:

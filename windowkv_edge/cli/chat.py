@@ -30,7 +30,7 @@ Message = dict[str, str]
 @reports_errors
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, or 'smollm2' (fetched once).")],
-    policy: Annotated[str, typer.Option(help="The KV policy.")] = "windowkv",
+    policy: Annotated[str, typer.Option(help="The KV policy.")] = "auto",
     budget: Annotated[str, typer.Option(help="Cells that stay: 0.12, 12%, or a number of cells per head.")] = "0.12",
     ctx: Annotated[int, typer.Option(min=256, help="Positions that the conversation may have.")] = 8192,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,

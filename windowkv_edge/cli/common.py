@@ -97,8 +97,14 @@ def parse_policy(name: str) -> KVPolicy:
 
 def split_names(text: str) -> list[str]:
     """Parts between commas, those in brackets left alone, each once."""
-    parts = (part.strip() for part in re.split(r",(?![^(]*\))", text))
-    return list(dict.fromkeys(part for part in parts if part))
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
 
 
 def parse_policies(text: str) -> dict[str, KVPolicy]:

@@ -90,7 +90,7 @@ def demo(
     model: Annotated[str, typer.Option(help="A GGUF file, or 'smollm2' (fetched once).")] = SMOLLM2,
     file: Annotated[Path | None, typer.Option(help="A long text; default: a handbook that comes along.")] = None,
     question: Annotated[str | None, typer.Option(help="The question about the text.")] = None,
-    policy: Annotated[str, typer.Option(help="The KV policy to compare with the full cache.")] = "windowkv",
+    policy: Annotated[str, typer.Option(help="The KV policy to compare with the full cache.")] = "auto",
     budget: Annotated[str, typer.Option(help="Cells that stay: 0.12, 12%, or a number of cells per head.")] = "0.12",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the answer at most.")] = 48,
@@ -119,13 +119,13 @@ def demo(
             llm.close()
     full, kept = runs
 
-    released = 1 - kept.cells_mean / full.cells_mean
+    released = 1 - kept.bytes_live / kept.bytes_full
     speedup = full.decode_ms / kept.decode_ms
     if as_json:
         res: dict[str, Any] = {"model": str(info.path), "file": str(file) if file else None, **asdict(asked)}
         res["question"] = res.pop("text")
         res |= {"n_prompt": len(tokens), "n_ctx": n_ctx, "threads": n_threads, "budget": kv_budget}
-        res |= {"full": asdict(full), "policy": asdict(kept), "cells_released": released, "decode_speedup": speedup}
+        res |= {"full": asdict(full), "policy": asdict(kept), "bytes_released": released, "decode_speedup": speedup}
         print(json.dumps(res, indent=1))
         return
 
@@ -298,4 +298,4 @@ def _summary(released: float, speedup: float) -> str:
     decode = f"decode {speedup:.1f}x faster"
     if speedup < 1.05:
         decode = "decode as fast" if speedup > 0.95 else f"decode {1 / speedup:.1f}x slower"
-    return f"{100 * released:.0f} % of the KV cells released, {decode}"
+    return f"{100 * released:.0f} % of the KV cache released, {decode}"

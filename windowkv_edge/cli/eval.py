@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from windowkv_edge.eval import (
     Style,
     build_stamp,
     fidelity_cases,
+    fingerprint,
     hay_tokens,
     needle_cases,
     prose,
@@ -77,7 +79,7 @@ First = Annotated[int, typer.Option(min=0, help="Number of the first item of eve
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the physical cores.")]
 GPULayers = Annotated[int, typer.Option(help="Layers on the GPU, -1 for all.")]
 
-POLICIES = "auto,windowkv+adakv,windowkv,adakv,snapkv,pyramidkv,streamingllm"
+POLICIES = "auto,windowkv+adakv,windowkv,windowkv-paper,adakv,snapkv,pyramidkv,streamingllm"
 BUDGETS = "12%,6%,3%"
 
 
@@ -208,8 +210,9 @@ def _depths(text: str) -> list[float]:
     return res
 
 
-def _hay_name(haystack: Path | None) -> str:
-    return "own prose" if haystack is None else haystack.name
+def _about(haystack: Path | None) -> str:
+    """The haystack with the hash of its contents, so that a changed one is another run."""
+    return "own prose" if haystack is None else f"{haystack.name} {fingerprint(read_texts(haystack))[:16]}"
 
 
 @app.command()
@@ -237,7 +240,7 @@ def needle(
     names = _chosen(kinds, needles.KINDS, "--kinds")
     about = {
         "suite": "needle", "lengths": sizes, "depths": places, "kinds": names, "count": count, "first": first,
-        "haystack": _hay_name(haystack), "chat": chat,
+        "haystack": _about(haystack), "chat": chat,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Case]:
@@ -272,7 +275,7 @@ def ruler(
         raise CLIError(f"--lengths has {min(sizes)}, expected at least 512: the tasks need room for what they hide")
     about = {
         "suite": "ruler", "lengths": sizes, "tasks": names, "count": count, "first": first,
-        "haystack": _hay_name(haystack), "chat": chat,
+        "haystack": _about(haystack), "chat": chat,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Case]:
@@ -307,7 +310,7 @@ def fidelity(
     texts = [own for path in text or [] for own in read_texts(path)]
     about = {
         "suite": "fidelity", "lengths": sizes, "windows": windows, "follow": follow,
-        "texts": [name for name, _ in texts] or ["own prose"],
+        "texts": [name for name, _ in texts] or ["own prose"], "texts_sha256": fingerprint(texts),
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[FidelityCase]:
@@ -340,7 +343,7 @@ def turns(
     sizes = parse_lengths(lengths)
     about = {
         "suite": "turns", "lengths": sizes, "count": count, "questions": questions, "first": first,
-        "haystack": _hay_name(haystack), "chat": chat,
+        "haystack": _about(haystack), "chat": chat,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Case]:
@@ -380,6 +383,38 @@ def tasks(
     run.go(about, prepare, n_ctx)
 
 
+@app.command("all")
+@reports_errors
+def all_suites(
+    model: ModelArg,
+    to: Annotated[Path, typer.Option("--to", help="Folder for results, tables, pictures and the page.")] = Path("eval"),
+    small: Annotated[bool, typer.Option("--small", help="A few minutes instead of an hour: one short length.")] = False,
+    policies: Policies = POLICIES,
+    budgets: Budgets = "12%,6%,3%,1.5%",
+    types: Types = OWN,
+    seed: Seed = 0,
+    threads: Threads = None,
+    gpu_layers: GPULayers = 0,
+) -> None:
+    """The README's tables and pictures: needles in two texts, RULER, second questions, distances, and the report."""
+    journey = Path(str(resources.files("windowkv_edge") / "data" / "journey.txt"))
+    lengths, depths, short = ("600", "0.5", "600") if small else ("1000,2000,4000", "0.2,0.8", "1000,2000")
+    common: dict[str, Any] = {
+        "policies": policies, "budgets": budgets, "types": types, "seed": seed, "threads": threads,
+        "gpu_layers": gpu_layers,
+    }  # fmt: skip
+    files = {name: to / f"{name}.jsonl" for name in ("needle-prose", "needle-journey", "ruler", "turns", "fidelity")}
+    needle(model, lengths, depths, first=0, out=files["needle-prose"], **common)
+    needle(model, lengths, depths, first=1, haystack=journey, out=files["needle-journey"], **common)
+    ruler(model, "1000" if small else "1000,2000", count=1 if small else 2, out=files["ruler"], **common)
+    turns(model, short, count=1 if small else 3, haystack=journey, out=files["turns"], **common)
+    text = to / "prose.txt"
+    text.write_text(prose(60_000, seed), encoding="utf-8")
+    size, windows = ("600", 1) if small else ("2000", 2)
+    fidelity(model, [journey, text], size, windows, out=files["fidelity"], **common)
+    report(list(files.values()), to)
+
+
 @app.command()
 @reports_errors
 def report(
@@ -399,7 +434,7 @@ def report(
         (to / "report.html").write_text(page, encoding="utf-8")
         for res in results:
             for name, figure in draw(res).items():
-                figure.savefig(to / f"{res.suite.replace('/', '-')}-{name}.png", dpi=120)
+                figure.savefig(to / f"{res.title}-{name}.png", dpi=120)
     except OSError as error:
         raise CLIError(f"cannot write to {to}: {error.strerror or error}; give another --to") from error
     print(f"report.md, report.html and pictures are in {to}{os.sep}")

@@ -32,7 +32,8 @@ def info(
     supported, reason = support(header)
     policies = [name for name in POLICIES if name != "full"]
     try:
-        rows, why_no_cost = cost_table(header, n_tokens, fractions, policies), ""
+        own = {name: POLICIES[name].cells for name in policies}
+        rows, why_no_cost = cost_table(header, n_tokens, fractions, policies, own), ""
     except UnsupportedModelError as error:
         rows, why_no_cost = [], str(error)
 
@@ -105,13 +106,14 @@ def _model_table(header: GGUFInfo, supported: bool, reason: str, is_cost_known: 
 
 
 def _cost_table(header: GGUFInfo, rows: list[CostRow], lengths: list[int], budgets: list[float]) -> Table:
-    """Policies that cost the same share their columns; all of this release do."""
+    """Policies that cost the same share their columns."""
     named: dict[tuple[int, ...], list[str]] = {}
-    for policy in dict.fromkeys(row.policy for row in rows if row.policy != "stock"):
+    shown = dict.fromkeys(row.policy for row in rows if row.policy != "stock")
+    for policy in (name for name in shown if POLICIES[name].cells is None):
         named.setdefault(tuple(row.n_bytes for row in rows if row.policy == policy), []).append(policy)
     costs = {(row.policy, row.budget, row.n_tokens): row for row in rows}
 
-    table = Table(title="MiB of K and V (f16), and cells per head", title_justify="left", title_style="")
+    table = Table(title="MiB of K and V, and cells per head", title_justify="left", title_style="")
     table.add_column("tokens", justify="right")
     table.add_column("stock", justify="right")
     for _ in named:
@@ -123,6 +125,8 @@ def _cost_table(header: GGUFInfo, rows: list[CostRow], lengths: list[int], budge
         beyond = " *" if 0 < header.n_ctx_train < n else ""
         table.add_row(f"{n:,}{beyond}", *(f"{mib(row.n_bytes)}\n[dim]{row.cells_per_head:,}[/]" for row in cells))
     notes = ["percent: " + "; ".join(", ".join(names) for names in named.values())] if named else []
+    own = {name: POLICIES[name].cells for name in shown if POLICIES[name].cells}
+    notes += [f"{name}: more cells for these bytes, in {cells}" for name, cells in own.items()]
     if header.n_ctx_train and max(lengths) > header.n_ctx_train:
         notes.append(f"* more than the {header.n_ctx_train:,} positions that the model was trained on")
     table.caption, table.caption_justify = "\n".join(notes), "left"

@@ -10,7 +10,7 @@ from .prose import prose
 from .records import Records, read_records
 from .ruler import ruler_cases
 from .run import FidelityCase, Plan, Runner, build_stamp, sha256
-from .sources import hay_tokens, read_texts
+from .sources import fingerprint, hay_tokens, read_texts
 from .style import Style
 from .tasks import tasks_cases
 from .turns import turns_cases
@@ -26,6 +26,7 @@ __all__ = [
     "Style",
     "build_stamp",
     "fidelity_cases",
+    "fingerprint",
     "hay_tokens",
     "needle_cases",
     "prose",

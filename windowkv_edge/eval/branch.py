@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import llama_cpp
 import numpy as np
@@ -10,9 +10,8 @@ import numpy.typing as npt
 
 from ..bench.session import Model, Session
 from ..compaction import compact
-from ..heads import METADATA_KEY
-from ..llama import bind_policy
 from ..policies import Full, KVPolicy
+from ..stats import cell_types
 from ..task import prompt_task
 
 __all__ = ["Branches"]
@@ -25,34 +24,34 @@ class Branches:
     """A session whose uncompacted cache is kept, to go back to before every compaction.
 
     What a branch gives is what a fresh session with its policy gives, bit for bit: prompts are evaluated in the same
-    batches. The copy of the cache takes as much memory as the cache itself; there is one at a time.
+    batches. The copy of the cache takes as much memory as the cache itself; there is one.
 
     Args:
         model: the weights.
         n_ctx: positions, those decoded after the prompt included.
         n_window: tokens whose queries are observed, the largest ``window`` of the policies.
-        cells: a name of :data:`windowkv_edge.bench.session.TYPES`, for K and V.
+        cells: of K and V in the layers that policies compress, a name of :data:`windowkv_edge.budget.TYPES`; the cache
+            of window layers stays f16. f16 where the heads' rows are no whole blocks of it: ``cells`` then says so.
         threads: CPU threads.
     """
 
     def __init__(self, model: Model, n_ctx: int, n_window: int, cells: str = "f16", threads: int = 2) -> None:
-        self.model, self.n_ctx, self.n_window, self.cells = model, n_ctx, n_window, cells
-        self.session = Session(model, n_ctx, cells, Full(), True, threads, N_BATCH)
+        self.model, self.n_ctx, self.n_window = model, n_ctx, n_window
+        self.session = Session(model, n_ctx, "f16", Full(), True, threads, N_BATCH, own_cells=cells)
         self.kv = self.session.kv
         self.kv.set_window(n_window)
-        self.metadata = model.metadata("general.name") | model.metadata(METADATA_KEY)
+        self.cells = cell_types(self.kv.stats())[0]
         self.prompt: list[int] = []
         self.n_evaluated = 0
         """Tokens evaluated by prefill() so far; those that neighbouring prompts share are evaluated once."""
-        self.decode_ms = 0.0
-        """Mean time per token of the last greedy(), in ms."""
+        self.decode_ms: float | None = None
+        """Mean time per token of the last greedy() in ms, None if it decoded nothing."""
         self._bound: dict[int, tuple[KVPolicy, KVPolicy]] = {}
 
     def bind(self, policy: KVPolicy) -> KVPolicy:
-        """The policy for this model; see :func:`windowkv_edge.llama.bind_policy`."""
+        """The policy for this model; see :meth:`Session.bind`."""
         if id(policy) not in self._bound:
-            bound = bind_policy(self.kv, policy, str(self.model.path), self.metadata, self.model.model)
-            self._bound[id(policy)] = policy, bound
+            self._bound[id(policy)] = policy, self.session.bind(policy)
         return self._bound[id(policy)][1]
 
     def prefill(self, tokens: Sequence[int]) -> None:
@@ -67,12 +66,11 @@ class Branches:
             self.session.n_past = start = 0
         self.prompt = []
         self.kv.reserve(len(tokens) - start)
-        for i in range(start, len(tokens), N_BATCH):
-            self.session.decode(tokens[i : i + N_BATCH])
+        self.first = self.extend(tokens[start:])
         self.n_evaluated += len(tokens) - start
-        self.prompt = tokens
-        self.first = self.session.logits()
+        self.kv.snapshot_drop()
         self.kv.snapshot_save()
+        self.prompt = tokens
 
     def _shared(self, tokens: list[int]) -> int:
         """Whole batches that the last prompt shares with these tokens; the ring has to observe its window anew."""
@@ -98,27 +96,34 @@ class Branches:
         self.restore()
         if not isinstance(policy, Full):
             task = prompt_task(self.prompt, self.model.detokenize) if policy.needs_task else "localization"
-            compact(self.kv, self.bind(policy), n_cells, task)
+            compact(self.kv, self.bind(policy), n_cells, task)  # what a policy in Python raises passes through
 
-    def greedy(self, n: int, first: npt.NDArray[np.float32] | None = None) -> list[int]:
+    def greedy(
+        self,
+        n: int,
+        first: npt.NDArray[np.float32] | None = None,
+        enough: Callable[[list[int]], bool] | None = None,
+    ) -> list[int]:
         """The most likely continuation, n tokens at most, up to the end of the generation.
 
         Args:
             n: tokens.
             first: logits of the first one, float32 [n_vocab]; by default those of the prompt with the full cache.
+            enough: says whether no more tokens are needed.
         """
         logits = self.first if first is None else first
         res: list[int] = []
-        self.decode_ms = 0.0
+        self.decode_ms = None
+        times: list[float] = []
         while True:
             token = int(logits.argmax())
             if self.model.is_end(token):
                 return res
             res.append(token)
-            if len(res) >= n:
+            if len(res) >= n or (enough is not None and enough(res)):
                 return res
-            seconds = self.session.decode(res[-1:])
-            self.decode_ms += (1000 * seconds - self.decode_ms) / len(res)
+            times.append(1000 * self.session.decode(res[-1:]))
+            self.decode_ms = sum(times) / len(times)
             logits = self.session.logits()
 
     def extend(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:

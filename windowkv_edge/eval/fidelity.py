@@ -27,6 +27,9 @@ def fidelity_cases(
     Raises:
         EvalError: a text is too short for one window.
     """
+    names = [name for name, _ in texts]
+    if len(set(names)) < len(names):
+        raise EvalError(f"two texts have the same name ({', '.join(sorted(names))}); rename one")
     for name, text in texts:
         tokens = style.tokenize(text)
         for length in lengths:
@@ -41,4 +44,4 @@ def fidelity_cases(
             for i in range(n):
                 start = i * (len(tokens) - need) // max(1, n - 1) if n > 1 else 0
                 window = tokens[start : start + need]
-                yield FidelityCase(name, i, style.head + window[:length], window[length:])
+                yield FidelityCase(name, i, style.bos + window[:length], window[length:])

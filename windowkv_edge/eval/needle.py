@@ -1,7 +1,8 @@
 """Needles: facts hidden at a depth of a long text, and the question behind it.
 
-Six kinds, seeded: a number, a word, a phrase, one of several keys, all values of one key, and a fact that the question
-words differently. The idea of the test is Kamradt's (2023), several keys and values are RULER's (arXiv 2404.06654).
+Six kinds, seeded: a number, a password of two words, a phrase, one of several keys, all values of one key, and a fact
+that the question words differently. The test is Kamradt's idea (2023), several keys and values are RULER's (arXiv
+2404.06654).
 """
 
 from __future__ import annotations
@@ -130,9 +131,10 @@ def make_needle(kind: str, index: int, seed: int = 0) -> Needle:
         asked = f"registration number of the {keys[0]}"
         return Needle(kind, lines, f"What is the {asked}?", f"The {asked} is", (values[0],))
     if kind == "word":
-        role, word = rng.choice(_ROLES), rng.choice(_WORDS)
-        asked = f"secret word of the {role}"
-        return Needle(kind, (f"The {asked} is {word}.",), f"What is the {asked}?", f"The {asked} is", (word,))
+        # two words: the first token comes from the full cache, as in every session, and would decide a single one
+        role, words = rng.choice(_ROLES), f"{rng.choice(_ADJECTIVES)} {rng.choice(_WORDS)}"
+        asked = f"secret password of the {role}"
+        return Needle(kind, (f"The {asked} is {words}.",), f"What is the {asked}?", f"The {asked} is", (words,))
     if kind == "phrase":
         day = rng.choice(("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"))
         deed, word = rng.choice(_DEEDS)

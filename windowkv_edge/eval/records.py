@@ -77,7 +77,12 @@ class Records:
         except OSError as error:
             raise EvalError(f"cannot write {path}: {error.strerror}; give another --out") from error
         try:
-            old, self.rows, self._end = _parse(path, self._file.read())
+            data = self._file.read()
+            old, self.rows, self._end = _parse(path, data)
+            if not old and not (json.dumps(full) + "\n").encode().startswith(data):
+                raise EvalError(f"{path} is not a results file of windowkv-edge eval; give another --out")
+            if not self.rows:
+                old, self._end = {}, 0  # a run that stopped before its first prompt
             changed = [key for key in {**old, **full} if key not in free and old.get(key) != full.get(key)]
             if old and changed:
                 raise EvalError(

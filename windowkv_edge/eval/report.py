@@ -15,7 +15,7 @@ import numpy as np
 from .case import EvalError
 from .run import FULL
 
-__all__ = ["Line", "Results", "draw", "html", "load", "markdown", "ranks"]
+__all__ = ["Line", "Results", "draw", "html", "load", "markdown", "ranks", "summary"]
 
 Budget = Any
 """None for the full cache, a float or an int."""
@@ -49,6 +49,11 @@ class Results:
     suite: str
     rows: Sequence[Mapping[str, Any]]
     source: str
+
+    @property
+    def title(self) -> str:
+        """Name of the file, with the part of the suite where it has several."""
+        return self.source.removesuffix(".jsonl") + ("-" + self.suite.split("/")[1] if "/" in self.suite else "")
 
     @property
     def is_fidelity(self) -> bool:
@@ -85,8 +90,9 @@ class Results:
         for row in self._counted():
             if where is None or where(row):
                 for r in row["results"]:
-                    if (r["policy"], r["cells"], r["budget"]) == (line.policy, line.cells, budget):
-                        res.append((float(r[value]), float(row["results"][0].get(value, 0.0))))
+                    same = (r["policy"], r["cells"], r["budget"]) == (line.policy, line.cells, budget)
+                    if same and r[value] is not None:
+                        res.append((float(r[value]), float(row["results"][0].get(value) or 0.0)))
         return res
 
     def retention(
@@ -102,10 +108,15 @@ class Results:
         return float(np.mean([got for got, _ in pairs])) if pairs else None
 
     def interval(self, line: Line, budget: Budget, value: str | None = None) -> tuple[float, float] | None:
-        """95 % confidence interval of the retention, or of the mean of a value, by bootstrap over prompts (windows of a
-        text count as one each: their tokens depend on each other)."""
+        """95 % confidence interval of the retention, or of the mean of a value, by bootstrap over prompts.
+
+        None with fewer than four prompts, or with nothing that varies.
+
+        Windows of a text count as one each, as their tokens depend on each other. Prompts that hide one fact at several
+        places count as independent, so that intervals say nothing about other facts.
+        """
         pairs = np.array(self.pairs(line, budget, value or "score"))
-        if len(pairs) < 2:
+        if len(pairs) < 4 or (pairs == pairs[0]).all():
             return None
         pick = np.random.default_rng(0).integers(0, len(pairs), (N_BOOTSTRAP, len(pairs)))
         got, want = pairs[pick, 0].mean(axis=1), pairs[pick, 1].mean(axis=1)
@@ -215,7 +226,7 @@ def about(res: Results) -> str:
 
 def markdown(results: Sequence[Results]) -> str:
     """All tables."""
-    parts = []
+    parts = [f"## Summary\n\n{_summary_text(results)}\n\n{summary(results)}"] if len(results) > 1 else []
     for res in results:
         parts.append(f"## {res.suite}: {res.source}\n\n{about(res)}")
         if res.is_fidelity:
@@ -233,6 +244,35 @@ def markdown(results: Sequence[Results]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _same_budgets(results: Sequence[Results]) -> list[Budget]:
+    """Budgets that all suites have."""
+    return [b for b in results[0].budgets if all(b in res.budgets for res in results)]
+
+
+def _summary_text(results: Sequence[Results]) -> str:
+    budgets = ", ".join(map(budget_name, _same_budgets(results)))
+    counts = ", ".join(f"{res.n_counted} of {len(res.rows)} in {res.title}" for res in results if not res.is_fidelity)
+    return (
+        f"At {budgets}: percent of the full f16 cache's score, and KL to it. "
+        f"Prompts that it answers and that count: {counts}"
+    )
+
+
+def summary(results: Sequence[Results]) -> str:
+    """One row per policy: what it keeps of every suite at the budgets that all have."""
+    budgets = _same_budgets(results)
+    lines = [line for line in results[0].lines if line.policy != FULL and all(line in res.lines for res in results)]
+    rows = []
+    for line in lines:
+        cells = []
+        for res in results:
+            values = [_value(res, line, budget) for budget in budgets]
+            form = "{:.3f}".format if res.is_fidelity else lambda value: f"{100 * value:.0f}"
+            cells.append(" ".join("-" if value is None else form(value) for value in values))
+        rows.append([str(line), *cells])
+    return _table(["policy", *(f"{res.title}, KL" if res.is_fidelity else res.title for res in results)], rows)
+
+
 def _places(values: Mapping[Line, float]) -> dict[Line, float]:
     """Places from the best value on; equal values share the mean of their places."""
     res = {}
@@ -248,7 +288,7 @@ def mean_ranks(results: Sequence[Results]) -> dict[Budget, dict[Line, float]]:
     kinds: dict[str, list[Results]] = defaultdict(list)
     for res in results:
         kinds[res.suite].append(res)
-    budgets = [b for b in results[0].budgets if all(b in res.budgets for res in results)] if results else []
+    budgets = _same_budgets(results)
     found: dict[Budget, dict[Line, float]] = {}
     for budget in budgets:
         places: dict[Line, list[float]] = defaultdict(list)
@@ -258,7 +298,7 @@ def mean_ranks(results: Sequence[Results]) -> dict[Budget, dict[Line, float]]:
                 for line in res.lines:
                     if line.policy == FULL:
                         continue
-                    value = res.mean(line, budget, "kl") if res.is_fidelity else res.retention(line, budget)
+                    value = _value(res, line, budget)
                     if value is not None:
                         per_line[line].append(-value if res.is_fidelity else value)
             means = {line: float(np.mean(v)) for line, v in per_line.items() if len(v) == len(group)}
@@ -389,6 +429,8 @@ def _heatmaps(res: Results) -> Any:
 
 def draw(res: Results) -> dict[str, Any]:
     """Figures of one suite by their names."""
+    if not res.budgets:  # the full cache answered nothing
+        return {}
     figures = {"bytes": _curves(res)}
     if res.suite == "needle":
         figures["depth"] = _depths(res)
@@ -442,7 +484,10 @@ def html(results: Sequence[Results]) -> str:
 
     import jinja2
 
-    parts = []
+    parts: list[dict[str, Any]] = []
+    if len(results) > 1:
+        table = {"name": "", **_cells(summary(results))}
+        parts.append({"name": "Summary", "about": _summary_text(results), "tables": [table], "pictures": []})
     for res in results:
         tables = [{"name": "", **_cells(_fidelity_table(res) if res.is_fidelity else _retention_table(res))}]
         if not res.is_fidelity:
@@ -455,13 +500,13 @@ def html(results: Sequence[Results]) -> str:
         parts.append(
             {"name": f"{res.suite}: {res.source}", "about": about(res), "tables": tables, "pictures": pictures}
         )
-    table = ranks(results)
-    if table:
+    places = ranks(results)
+    if places:
         parts.append(
             {
                 "name": "Ranks",
                 "about": "mean places, 1 = best",
-                "tables": [{"name": "", **_cells(table)}],
+                "tables": [{"name": "", **_cells(places)}],
                 "pictures": [],
             }
         )

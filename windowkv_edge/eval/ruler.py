@@ -20,6 +20,7 @@ of the answer, as RULER's do.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from .case import Case, place
@@ -88,14 +89,14 @@ def _numbered(style: Style, words: Sequence[str], length: int, head: str, tail: 
 
 
 def _common(rng: random.Random, style: Style, hay: Sequence[int], length: int) -> tuple[list[int], tuple[str, ...]]:
-    """Three words ten times as frequent as the others."""
+    """Half of the list is three words, the other half all the others in turn."""
     pool = sorted({*_WORDS, *_OBJECTS, *_ADJECTIVES, *(w.split()[-1] for w in _SLOTS["thing"]), *_SLOTS["trade"]})
     common = rng.sample(pool, 3)
     rare = [word for word in pool if word not in common]
     head = "Below is a numbered list of words. Some words occur far more often than the others.\n"
     end = style.ask("Which three words occur most often in the list?", "The three words that occur most often are")
     n = max(1, length // 5)  # an item takes four tokens or more
-    words = [common[i % 3] if i % 2 else rare[i % len(rare)] for i in range(n)]
+    words = [common[i % 3] if i % 2 else rare[i // 2 % len(rare)] for i in range(n)]
     rng.shuffle(words)
     return _numbered(style, words, length, head, end), tuple(common)
 
@@ -110,12 +111,18 @@ def _frequent(rng: random.Random, style: Style, hay: Sequence[int], length: int)
     start = style.tokenize(head)
     room = length - len(start) - len(end)
     text: list[int] = []
+    count: Counter[str] = Counter()
     while True:
-        part = style.tokenize(" " + " ".join(rng.choices(words, weights, k=8)) + " .")
+        drawn = rng.choices(words, weights, k=8)
+        part = style.tokenize(" " + " ".join(drawn) + " .")
         if len(text) + len(part) > room:
             break
         text += part
-    return start + text + end, tuple(words[:2])
+        count.update(drawn)
+    best = [word for word, _ in count.most_common(3)]
+    if count[best[1]] == count[best[2]]:  # a tie has no answer
+        return _frequent(rng, style, hay, length)
+    return start + text + end, tuple(best[:2])
 
 
 def _qa(rng: random.Random, style: Style, hay: Sequence[int], length: int) -> tuple[list[int], tuple[str, ...]]:
@@ -125,16 +132,17 @@ def _qa(rng: random.Random, style: Style, hay: Sequence[int], length: int) -> tu
     ]
     rng.shuffle(people)
 
-    def article(name: str) -> tuple[str, str, str]:
+    def article(name: str) -> tuple[str, str, str, str]:
         trade, word, place_ = rng.choice(_SLOTS["trade"]), rng.choice(_OBJECTS), rng.choice(_SLOTS["place"])
         text = f"{name} worked as a {trade} near {place_} for many years. In the end {name} became known for building "
-        return text + f"a {rng.choice(_ADJECTIVES)} {word}. ", trade, word
+        return text + f"a {rng.choice(_ADJECTIVES)} {word}. ", trade, word, place_
 
     asked = people[0]
-    own, trade, word = article(asked)
+    own, trade, word, where = article(asked)
     wants = rng.random() < 0.5
-    question = f"What did {asked} work as?" if wants else f"What did {asked} become known for building?"
-    lead = f"{asked} worked as a" if wants else f"{asked} became known for building a"
+    # what decides comes behind the first token, which is the full cache's
+    question = f"What did {asked} work as, and where?" if wants else f"What did {asked} become known for building?"
+    lead = f"{asked} worked as a {trade} near" if wants else f"{asked} became known for building a"
     end = style.ask(question, lead)
     needle = style.tokenize(own)
     others: list[int] = []
@@ -147,7 +155,7 @@ def _qa(rng: random.Random, style: Style, hay: Sequence[int], length: int) -> tu
     room = length - len(others) - len(needle) - len(end)
     half = len(others) // 2
     inserts = [(rng.random(), others[:half]), (rng.random(), needle), (rng.random(), others[half:])]
-    return place(hay[: max(0, room)], inserts) + end, (trade if wants else word,)
+    return place(hay[: max(0, room)], inserts) + end, (where if wants else word,)
 
 
 TASKS: dict[str, Maker] = {

@@ -14,11 +14,11 @@ import numpy as np
 from .. import _native
 from .._native import lib
 from ..bench.session import Model
-from ..budget import n_cells
+from ..budget import bits, n_cells
 from ..policies import KVPolicy
 from .branch import Branches
 from .case import Case, EvalError
-from .metrics import score
+from .metrics import RECALL, score
 from .records import Records
 
 __all__ = ["FULL", "OWN", "FidelityCase", "Plan", "Runner", "sha256"]
@@ -104,12 +104,18 @@ class Runner:
         self.model, self.plan, self.records, self.report = model, plan, records, report
         self.stack = ExitStack()
         self.branches: dict[str, Branches] = {}
+        self.instead: dict[str, str] = {}  # of cells that a policy prefers and the model cannot have
         try:
             own_types = (cells for policy in plan.policies.values() for cells in plan.types_of(policy))
             for cells in dict.fromkeys(("f16", *own_types)):
                 own = Branches(model, n_ctx, plan.window, cells, plan.threads)
                 self.stack.callback(own.close)
-                self.branches[cells] = own
+                if own.cells == cells:
+                    self.branches[cells] = own
+                elif cells in plan.types:
+                    raise EvalError(f"the rows of this model's heads are no whole blocks of {cells}; leave it out")
+                else:
+                    self.instead[cells] = own.cells
             for policy in plan.policies.values():
                 self.branches["f16"].bind(policy)
         except BaseException:
@@ -142,7 +148,11 @@ class Runner:
 
     def _variants(self, cells: str) -> list[tuple[str, KVPolicy, float | int]]:
         policies = self.plan.policies.items()
-        chosen = [(name, own) for name, own in policies if cells in self.plan.types_of(own)]
+        chosen = [
+            (name, own)
+            for name, own in policies
+            if cells in {self.instead.get(want, want) for want in self.plan.types_of(own)}
+        ]
         return [(name, policy, budget) for name, policy in chosen for budget in self.plan.budgets]
 
     def _each(self, prompt: Sequence[int], measure: Callable[[Branches], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -159,7 +169,10 @@ class Runner:
                 if results[0].get("score") == 0:
                     break
             for name, policy, budget in self._variants(cells):
-                own.compact(policy, min(len(prompt), n_cells(budget, len(prompt), cells)))
+                try:
+                    own.compact(policy, min(len(prompt), n_cells(budget, len(prompt), cells)))
+                except ValueError as error:  # of a policy in Python
+                    raise EvalError(f"{name} at {budget} with {cells} cells: {error}") from error
                 results.append(self._row(own, name, budget, cells, measure))
         return results
 
@@ -173,26 +186,30 @@ class Runner:
     ) -> dict[str, Any]:
         stats = own.kv.stats()
         held = int(own.kv.cells().sum())
-        per_cell = stats.bytes_full / (stats.n_past * stats.n_layer * stats.n_head_kv)
+        f16 = stats.bytes_full / (stats.n_past * stats.n_layer * stats.n_head_kv)  # the context's own type
         about = {
             "policy": policy,
             "budget": budget,
             "cells": cells,
             "n_cells": held / (stats.n_layer * stats.n_head_kv),
-            "kv_bytes": round(held * per_cell),
+            "kv_bytes": round(held * f16 * bits(own.cells) / 16),
         }
-        if policy != FULL:
+        if policy != FULL and held < stats.n_past * stats.n_layer * stats.n_head_kv:
             about["compact_ms"] = round(stats.t_score_ms + stats.t_select_ms + stats.t_gather_ms, 2)
         return {**about, **measure(own)}
 
     def _generate(self, case: Case) -> dict[str, Any]:
+        def value_of(text: str) -> float:
+            return score(case.metric, text, case.answers, case.classes)
+
         def measure(own: Branches) -> dict[str, Any]:
             first = own.extend(case.follow_up) if case.follow_up else None
-            text = self.model.detokenize(own.greedy(case.max_tokens, first))
+            # an answer that holds all that is asked for gets no better
+            done = (lambda tokens: value_of(self.model.detokenize(tokens)) == 1) if case.metric in RECALL else None
+            text = self.model.detokenize(own.greedy(case.max_tokens, first, done))
             if case.first_line:
                 text = text.lstrip("\n").split("\n")[0]
-            value = score(case.metric, text, case.answers, case.classes)
-            return {"score": round(value, 4), "decode_ms": round(own.decode_ms, 3), "output": text}
+            return {"score": round(value_of(text), 4), "decode_ms": own.decode_ms, "output": text}
 
         return {
             "case": case.key,

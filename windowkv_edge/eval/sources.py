@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..bench.session import Model
 from .case import EvalError
 from .prose import prose
 
-__all__ = ["Text", "hay_tokens", "read_texts"]
+__all__ = ["Text", "fingerprint", "hay_tokens", "read_texts"]
 
 Text = tuple[str, str]
 """Name and content."""
@@ -37,6 +39,11 @@ def read_texts(path: Path) -> list[Text]:
     if not files:
         raise EvalError(f"{path} holds no .txt or .md file; give a folder of texts, or one file")
     return [(file.name, read_text(file)) for file in files]
+
+
+def fingerprint(texts: Sequence[Text]) -> str:
+    """Hash of names and contents."""
+    return hashlib.sha256("\0".join(part for text in texts for part in text).encode()).hexdigest()
 
 
 def hay_tokens(model: Model, haystack: Path | None, n_tokens: int, seed: int) -> list[int]:

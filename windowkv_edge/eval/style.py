@@ -20,6 +20,7 @@ class Style:
         chat: use the chat template of the model.
 
     Attributes:
+        bos: the BOS token, where the model wants one.
         head: tokens in front of every prompt: the BOS token where the model wants one, and the start of the first turn.
 
     Raises:
@@ -28,10 +29,10 @@ class Style:
 
     def __init__(self, model: Model, chat: bool = False) -> None:
         self.model, self.chat = model, chat
-        self.head: list[int] = []
+        wants = llama_cpp.llama_vocab_get_add_bos(model.vocab)
+        self.bos = [int(llama_cpp.llama_vocab_bos(model.vocab))] if wants else []
+        self.head = self.bos
         if not chat:
-            if llama_cpp.llama_vocab_get_add_bos(model.vocab):
-                self.head = [int(llama_cpp.llama_vocab_bos(model.vocab))]
             return
         template = model.metadata("tokenizer.chat_template").get("tokenizer.chat_template")
         if template is None:

@@ -23,6 +23,7 @@ _ASKS = {
     "gov_report": "Summarize the report.",
     "multi_news": "Summarize the news.",
     "qmsum": "",
+    "passage_retrieval_en": "Which paragraph does this summary come from? Name its number.",
     "passage_count": "How many different paragraphs are there?",
 }
 
@@ -47,17 +48,18 @@ def _reason(row: Any) -> str | None:
 def _prompt(style: Style, row: dict[str, Any], room: int) -> list[int]:
     """Tokens of a line; a context that is too long loses its middle, as in the benchmark."""
     name = row["dataset"].removesuffix("_e")
-    if name in _CODE:
-        end = style.tokenize(row["input"])
+    head = style.head
+    if name in _CODE or name in FIRST_LINE:  # they are continued as they are
+        head, end = style.bos, style.tokenize(row["input"])
     else:
         end = style.ask(" ".join(part for part in (_ASKS.get(name, ""), row["input"]) if part))
     body = style.tokenize(row["context"])
-    room -= len(style.head) + len(end)
+    room -= len(head) + len(end)
     if room < 2:
         raise EvalError(f"the questions alone fill the context; give a larger --n-ctx than {room + len(end)}")
     if len(body) > room:
         body = body[: room // 2] + body[len(body) - (room - room // 2) :]
-    return style.head + body + end
+    return head + body + end
 
 
 def tasks_cases(style: Style, path: Path, n_ctx: int, limit: int | None = None) -> tuple[list[Case], Counter[str]]:
@@ -75,7 +77,7 @@ def tasks_cases(style: Style, path: Path, n_ctx: int, limit: int | None = None) 
     cases: list[Case] = []
     skipped: Counter[str] = Counter()
     count: Counter[str] = Counter()
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if limit is not None and len(cases) >= limit:
             break
         if not line.strip():

@@ -18,6 +18,7 @@ from .streamingllm import StreamingLLM
 from .windowkv import WindowKV
 from .windowkv_adakv import WindowAdaKV
 from .windowkv_headkv import WindowHeadKV
+from .windowkv_paper import WindowKVPaper
 
 __all__ = [
     "ENTRY_POINTS",
@@ -39,6 +40,7 @@ __all__ = [
     "WindowAdaKV",
     "WindowHeadKV",
     "WindowKV",
+    "WindowKVPaper",
     "get_policy",
     "policy_names",
 ]
@@ -56,6 +58,7 @@ POLICIES: dict[str, type[KVPolicy]] = {
         HeadKV,
         HeadKVR2,
         WindowKV,
+        WindowKVPaper,
         WindowAdaKV,
         WindowHeadKV,
     )  # fmt: skip
@@ -101,6 +104,8 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
         TypeError: neither a name nor a policy.
     """
     if isinstance(policy, KVPolicy):
+        if not policy.in_python and type(policy).native is KVPolicy.native:
+            raise TypeError(f"{type(policy).__name__} defines neither select() nor native(), expected one of them")
         return policy
     if not isinstance(policy, str):
         raise TypeError(
@@ -111,13 +116,15 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
     expected = "expected parameters such as 'windowkv(omega=8, suffix=0.5)'"
     try:
         call = ast.parse(f"f({rest}" if bracket else "f()", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError
         parameters = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (ValueError, SyntaxError):
         raise ValueError(f"kv_policy is {policy!r}, {expected}") from None
+    known: list[str] = [own.name for own in fields(cls) if own.init] if is_dataclass(cls) else []
+    if not set(parameters) <= set(known):
+        raise ValueError(f"kv_policy is {policy!r}; {name.strip()} takes the parameters {', '.join(known) or 'none'}")
     try:
-        return cls(**parameters)
-    except TypeError:
-        known = ", ".join(own.name for own in fields(cls) if own.init) if is_dataclass(cls) else "none"
-        raise ValueError(f"kv_policy is {policy!r}; {name.strip()} takes the parameters {known or 'none'}") from None
+        return get_policy(cls(**parameters))
+    except TypeError as error:
+        raise ValueError(f"kv_policy is {policy!r}: {error}") from None

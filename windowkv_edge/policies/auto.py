@@ -20,6 +20,7 @@ class Auto(WindowAdaKV):
     measurements; the session chooses other cells where ``type_k`` or ``type_v`` say so.
     """
 
+    omega: int = 2
     tokens: float = 0.5
 
     name: ClassVar[str] = "auto"

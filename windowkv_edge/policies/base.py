@@ -50,6 +50,7 @@ class CacheView:
         cell_types: of K and V, such as ("f16", "f16"). Keys, values and queries of quantised cells are rotated by a
             Hadamard matrix, as llama.cpp does it: their products are what they were, the pairs that RoPE turns are not.
         task: the prompt's task, "localization" unless the policy's ``needs_task`` is True.
+        window: the policy's.
     """
 
     _kv: _native.Context
@@ -58,6 +59,7 @@ class CacheView:
     n_gqa: int
     cell_types: tuple[str, str]
     task: Task
+    window: int
 
     @property
     def n_layer(self) -> int:
@@ -77,8 +79,10 @@ class CacheView:
 
     def queries(self, layer: int, head: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """The last queries of one *query* head, RoPE included: positions int32 [observed], a copy float32 [observed,
-        head_dim]; as many as the policy's ``window``."""
-        return self._kv.queries(layer, head)
+        head_dim]; as many as the policy's ``window``, or as the sequence has."""
+        at, rows = self._kv.queries(layer, head)
+        seen = at >= self.n_past - self.window
+        return at[seen], rows[seen]
 
 
 class KVPolicy(ABC):
@@ -118,7 +122,7 @@ class KVPolicy(ABC):
         raise NotImplementedError(f"{type(self).__name__} selects in Python, it has no native fields")
 
     def select(self, scores: Scores, budget: int, ctx: CacheView) -> Positions:
-        """Choose the cells that stay; called once per compaction, and only if there is something to evict.
+        """Choose the cells that stay; called once per compaction, and only if some head holds more than the budget.
 
         What it raises surfaces at the call that compacted; nothing is evicted then and the session stays usable.
 

@@ -6,13 +6,16 @@ the last in finding facts, for it does not look at the question.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from .base import CacheView, KVPolicy, Positions, Scores, at_least
+
+if TYPE_CHECKING:
+    from ..heads import ModelHeads
 
 __all__ = ["ExpectedAttention"]
 
@@ -28,15 +31,16 @@ class ExpectedAttention(KVPolicy):
     ``exp(m k / sqrt(d) + k C k / (2 d))`` (section 3.2), normalised over the cells, mean over the query heads.
 
     Args:
-        freq_base: of the model's RoPE, ``rope.freq_base`` of its metadata.
-        neox: RoPE pairs the halves of a head (Qwen, Gemma, Phi), not neighbours (Llama).
+        freq_base: of the model's RoPE; None = ``rope.freq_base`` of its metadata, or 10,000.
+        neox: RoPE pairs the halves of a head (Qwen, Gemma, Phi), not neighbours (Llama); None = neighbours, for models
+            of the architecture "llama" only.
         n_queries: queries that are observed.
         n_future: positions ahead over which the rotation is averaged.
         n_sink: first cells that always stay.
     """
 
-    freq_base: float = 10000.0
-    neox: bool = False
+    freq_base: float | None = None
+    neox: bool | None = None
     n_queries: int = 512
     n_future: int = 512
     n_sink: int = 4
@@ -54,12 +58,25 @@ class ExpectedAttention(KVPolicy):
     def window(self) -> int:
         return self.n_queries
 
+    def bind(self, model: ModelHeads) -> KVPolicy:
+        """With the RoPE of the model's metadata, where the arguments leave it open.
+
+        Raises:
+            ValueError: the metadata do not say how RoPE pairs dimensions.
+        """
+        arch = model.metadata.get("general.architecture", "")
+        if self.neox is None and arch != "llama":
+            raise ValueError(
+                f"{self.name}: how RoPE pairs dimensions is known for the architecture 'llama', not for {arch!r}; "
+                "give neox=True (halves) or neox=False (neighbours)"
+            )
+        base = float(model.metadata.get(f"{arch}.rope.freq_base", 10000.0))
+        return replace(self, freq_base=self.freq_base or base, neox=bool(self.neox))
+
     def select(self, scores: Scores, budget: int, ctx: CacheView) -> Positions:
         if not set(ctx.cell_types) <= {"f32", "f16", "bf16"}:
             raise ValueError(f"{self.name} needs cells that are not rotated, got {ctx.cell_types}; use f16 cells")
-        return [
-            [self._best(budget, layer, head, ctx) for head in range(ctx.n_head_kv)] for layer in range(ctx.n_layer)
-        ]
+        return [[self._best(budget, layer, head, ctx) for head in range(ctx.n_head_kv)] for layer in range(ctx.n_layer)]
 
     def _best(self, budget: int, layer: int, head: int, ctx: CacheView) -> npt.NDArray[np.int32]:
         positions = ctx.positions[layer][head]
@@ -71,9 +88,7 @@ class ExpectedAttention(KVPolicy):
         value[-1] = np.inf  # the next token follows it
         return np.sort(positions[np.argsort(-value, kind="stable")[:budget]])
 
-    def _expected(
-        self, keys: Array, at: npt.NDArray[np.int32], queries: npt.NDArray[np.float32], n_past: int
-    ) -> Array:
+    def _expected(self, keys: Array, at: npt.NDArray[np.int32], queries: npt.NDArray[np.float32], n_past: int) -> Array:
         d = keys.shape[1]
         origin = self._turn(queries.astype(np.float64), -at.astype(np.float64))
         mean, covariance = origin.mean(axis=0), np.cov(origin, rowvar=False)
@@ -89,7 +104,7 @@ class ExpectedAttention(KVPolicy):
         return (i, i + d // 2) if self.neox else (2 * i, 2 * i + 1)
 
     def _angles(self, d: int, positions: Array) -> Array:
-        return positions[:, None] * self.freq_base ** (-2.0 * np.arange(d // 2) / d)
+        return positions[:, None] * (self.freq_base or 10000.0) ** (-2.0 * np.arange(d // 2) / d)
 
     def _turn(self, rows: Array, positions: Array) -> Array:
         """Rows [n, d] turned by RoPE at their positions."""
