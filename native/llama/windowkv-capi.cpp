@@ -234,8 +234,8 @@ static int stock_stats(const llama_context & ctx, struct wkv_stats & stats) {
     stats.n_past      = mem->seq_pos_max(0) + 1;
     stats.bytes_live  = kv ? n_bytes(*kv) : total;
     stats.bytes_other = total - stats.bytes_live;
-    stats.type_k      = kv ? kv->type_k() : GGML_TYPE_COUNT;
-    stats.type_v      = kv ? kv->type_v() : GGML_TYPE_COUNT;
+    stats.type_k      = kv && !kv->get_layer_ids().empty() ? kv->type_k() : GGML_TYPE_COUNT;
+    stats.type_v      = kv && !kv->get_layer_ids().empty() ? kv->type_v() : GGML_TYPE_COUNT;
     stats.bytes_pool  = stats.bytes_live;
     stats.bytes_peak  = stats.bytes_live;
     stats.bytes_full  = stats.bytes_live*stats.n_past/ctx.n_ctx();

@@ -271,7 +271,7 @@ def test_embeddings_are_refused(llm: Llama, session: Callable[..., Llama]) -> No
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"kv_policy": "windowk"}, ValueError, "expected one of full, streamingllm, snapkv, pyramidkv, adakv, headkv"),
+        ({"kv_policy": "windowk"}, ValueError, "expected one of auto, full, streamingllm, snapkv, pyramidkv, adakv"),
         ({"kv_policy": 3}, TypeError, "expected None, a name or a KVPolicy object"),
         ({"kv_policy": "windowkv", "kv_budget": 0.0}, ValueError, "fraction over 0"),
         ({"kv_policy": "windowkv", "kv_budget": 1.2}, ValueError, "up to 1.0"),

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from windowkv_edge import POLICIES, Llama, NativeError, SnapKV, UnsupportedCallError, WindowKV, _native, reference
+from windowkv_edge.budget import bits
 
 CELL_BYTES = (64 + 64) * 2  # K and V of one head, f16
 N_LAYER, N_HEAD_KV = 30, 3
@@ -56,7 +57,9 @@ def test_every_policy_keeps_its_budget(name: str, session: Callable[..., Llama],
     assert stats.policy == name
     assert stats.n_past == llm.n_tokens == 600
     assert stats.cells.shape == (N_LAYER, N_HEAD_KV)
-    assert stats.cells.mean() == 72  # floor(0.12 * 600), exactly
+    share = bits(*stats.cell_types) / 16
+    assert share == (1 if POLICIES[name].cells is None else 8.5 / 16)
+    assert stats.cells.mean() == int(0.12 * 600 / share + 1e-6)  # exactly
     assert stats.n_compactions == 1
     for layer in (0, 14, 29):
         for head in range(N_HEAD_KV):
@@ -64,7 +67,7 @@ def test_every_policy_keeps_its_budget(name: str, session: Callable[..., Llama],
             assert len(pos) == stats.cells[layer, head]
             assert (np.diff(pos) > 0).all() and pos[-1] == 599 and pos[0] >= 0
 
-    slack = stats.bytes_live - int(stats.cells.sum()) * CELL_BYTES
+    slack = stats.bytes_live - int(stats.cells.sum()) * CELL_BYTES * share
     ring = N_LAYER * 9 * 64 * 2 * llm.kv_policy.window  # type: ignore[union-attr]
     assert 0 <= slack - ring <= N_LAYER * N_HEAD_KV * CELL_BYTES * 40  # under 40 free cells a head
 

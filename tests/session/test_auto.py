@@ -1,0 +1,84 @@
+"""kv_policy="auto": q8_0 cells for the bytes of f16 ones, unless the caller says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+import tiny_model
+
+from windowkv_edge import Auto, Llama
+
+CELL = 2 * 2 * 64  # bytes of K and V of one head, f16
+Open = Callable[..., Llama]
+
+
+def test_a_budget_is_one_of_bytes(session: Open, document: str) -> None:
+    llm = session(kv_policy="auto", kv_budget=0.12)
+    tokens = llm.tokenize(document.encode())[:900]
+    llm.eval(tokens)
+    stats = llm.kv_stats()
+    assert stats.cell_types == ("q8_0", "q8_0")
+    assert stats.cells.sum() == 90 * int(0.12 * 900 * 16 / 8.5)
+    assert stats.bytes_full == 900 * 90 * CELL
+    ring = 30 * 9 * 64 * 2 * 32
+    free = 90 * 17 * CELL * 8.5 / 16 + 30 * 4096  # and what buffers are rounded up to
+    assert 0.11 * stats.bytes_full < stats.bytes_live - ring < 0.12 * stats.bytes_full + free
+
+
+def test_what_the_caller_says_about_cells_goes_first(session: Open, document: str) -> None:
+    for kind, name, bits in ((llama_cpp.GGML_TYPE_F16, "f16", 16), (llama_cpp.GGML_TYPE_Q4_0, "q4_0", 4.5)):
+        llm = session(kv_policy="auto", kv_budget=0.12, type_k=kind, type_v=kind)
+        llm.eval(llm.tokenize(document.encode())[:600])
+        assert llm.kv_stats().cell_types == (name, name)
+        assert llm.kv_stats().cells.sum() == 90 * int(0.12 * 600 * 16 / bits)
+
+
+def test_numbers_count_cells_and_other_policies_positions(session: Open, document: str) -> None:
+    llm = session(kv_policy="auto", kv_budget=70)
+    tokens = llm.tokenize(document.encode())[:600]
+    llm.eval(tokens)
+    assert llm.kv_stats().cells.sum() == 90 * 70
+    llm.kv_policy, llm.kv_budget = "snapkv", 0.12
+    llm.eval(tokens)
+    assert llm.kv_stats().cell_types == ("q8_0", "q8_0")
+    assert (llm.kv_stats().cells == 72).all()
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.6, 700])
+def test_nothing_is_evicted_where_the_bytes_suffice(session: Open, document: str, budget: float) -> None:
+    """0.6 of the bytes hold all positions in q8_0. With stock's kernel the logits are those of stock with q8_0 cells, bit
+    for bit; ours, the default for quantised cells on the CPU, rounds differently (test_ragged.py, test_cell_types)."""
+    q8_0 = llama_cpp.GGML_TYPE_Q8_0
+    own = session(kv_policy="auto", kv_budget=budget)
+    own._kv.set_attention("stock")  # type: ignore[union-attr]
+    stock = session(flash_attn=True, type_k=q8_0, type_v=q8_0)
+    tokens = own.tokenize(document.encode())[:620]
+    for part in (tokens[:600], *([token] for token in tokens[600:])):
+        rows = []
+        for llm in (own, stock):
+            llm.eval(part)
+            rows.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy())
+        assert np.array_equal(*rows)
+    assert own.kv_stats().n_compactions == 0 and (own.kv_stats().cells == 620).all()
+
+
+def test_window_layers_keep_their_cells(opened: Open, gemma3: Path, document: str) -> None:
+    others = set()
+    for policy in ("auto", "windowkv"):
+        llm = opened(gemma3, kv_policy=policy, kv_budget=0.12)
+        llm.eval(llm.tokenize(document.encode())[:900])
+        others.add(llm.kv_stats().bytes_other)
+    assert len(others) == 1
+
+
+def test_heads_that_q8_0_does_not_fit(tmp_path: Path, opened: Open) -> None:
+    """48 values are no whole blocks of 32: f16 cells, and fractions of positions."""
+    path = tiny_model.write_llama(tmp_path / "odd.gguf", head_dim=48)
+    llm = opened(path, kv_policy=Auto(), kv_budget=0.25, n_ctx=512)
+    llm.eval(np.random.default_rng(0).integers(0, tiny_model.N_VOCAB, 400).tolist())
+    assert llm.kv_stats().cell_types == ("f16", "f16")
+    assert llm.kv_stats().cells.sum() == 100 * llm.kv_stats().cells.size
