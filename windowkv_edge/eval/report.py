@@ -103,8 +103,10 @@ class Results:
         full = sum(want for _, want in pairs)
         return sum(got for got, _ in pairs) / full if full else None
 
-    def mean(self, line: Line, budget: Budget, value: str) -> float | None:
-        pairs = self.pairs(line, budget, value)
+    def mean(
+        self, line: Line, budget: Budget, value: str, where: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> float | None:
+        pairs = self.pairs(line, budget, value, where)
         return float(np.mean([got for got, _ in pairs])) if pairs else None
 
     def interval(self, line: Line, budget: Budget, value: str | None = None) -> tuple[float, float] | None:
@@ -192,6 +194,18 @@ def _fidelity_table(res: Results) -> str:
     return _table(["policy", "", *map(budget_name, res.budgets)], rows)
 
 
+def _kl_by_text(res: Results) -> str:
+    texts = list(dict.fromkeys(row["task"] for row in res.rows))
+    rows = []
+    for line in (line for line in res.lines if line.policy != FULL):
+        cells = []
+        for text in texts:
+            values = [res.mean(line, b, "kl", lambda row, text=text: row["task"] == text) for b in res.budgets]  # type: ignore[misc]
+            cells.append(" ".join("-" if value is None else f"{value:.3f}" for value in values))
+        rows.append([str(line), *cells])
+    return _table(["policy", *texts], rows)
+
+
 def _by(res: Results, key: str) -> str:
     """Retention by a field of the prompts, at every budget."""
     values = sorted({row[key] for row in res._counted() if row[key] is not None}, key=lambda v: (isinstance(v, str), v))
@@ -231,6 +245,8 @@ def markdown(results: Sequence[Results]) -> str:
         parts.append(f"## {res.suite}: {res.source}\n\n{about(res)}")
         if res.is_fidelity:
             parts.append(_fidelity_table(res))
+            if len({row["task"] for row in res.rows}) > 1:
+                parts.append(f"### KL by text, at {', '.join(map(budget_name, res.budgets))}\n\n{_kl_by_text(res)}")
             continue
         parts.append(_retention_table(res))
         for key, name in (("task", "kind"), ("length", "length"), ("depth", "depth")):
