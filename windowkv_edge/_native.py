@@ -17,7 +17,7 @@ from ._libs import BUILT, llama_library
 from .budget import TYPES
 from .errors import LibraryMismatchError, NativeError, UnsupportedModelError
 
-__all__ = ["Context", "budgets", "ffi", "lib", "pending", "select"]
+__all__ = ["Context", "budgets", "build_stamp", "ffi", "lib", "pending", "select"]
 
 HEADER = BUILT / "include" / "windowkv.h"
 
@@ -33,6 +33,11 @@ ffi.cdef(_declarations())
 lib: Any = ffi.dlopen(str(llama_library()))
 
 
+def build_stamp() -> str:
+    """Hash of the pin, the patches and the native sources that the library was built from."""
+    return str(ffi.string(lib.wkv_build_stamp()).decode())
+
+
 def check_stamp() -> None:
     """Raise LibraryMismatchError unless the library was built together with this package."""
     try:
@@ -40,7 +45,7 @@ def check_stamp() -> None:
     except ModuleNotFoundError:
         STAMP = str(runpy.run_path(str(BUILT / "_stamp.py"))["STAMP"])
 
-    got = ffi.string(lib.wkv_build_stamp()).decode()
+    got = build_stamp()
     if got != STAMP:
         raise LibraryMismatchError(
             f"libllama has the build stamp {got[:12]}, this package expects {STAMP[:12]}; "

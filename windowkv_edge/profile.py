@@ -35,7 +35,7 @@ from .heads import METADATA_KEY, HeadScores, Kind
 from .llama import Llama
 from .policies import Full
 
-__all__ = ["EXAMPLES", "Example", "Outcome", "Plan", "ProfileError", "measure", "word_f1", "write_gguf"]
+__all__ = ["EXAMPLES", "Example", "Outcome", "Plan", "ProfileError", "measure", "sha256", "word_f1", "write_gguf"]
 
 F1_FLOOR = 0.5
 DEPTHS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
@@ -163,7 +163,8 @@ class Outcome:
         return cls((length, depth, i), row["answer"], None if row["earned"] is None else np.array(row["earned"]))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hash of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -296,7 +297,7 @@ def measure(
     """
     plan = plan or Plan()
     cases = list(plan.cases())
-    header = {"model_sha256": _sha256(model), "plan": plan.digest()}
+    header = {"model_sha256": sha256(model), "plan": plan.digest()}
     done = _read_part(part, header)
     watcher = _Watcher(model, plan, threads)
     try:

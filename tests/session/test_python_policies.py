@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from windowkv_edge import CacheView, ExpectedAttention, KVPolicy, Llama, NativeError, SnapKV, WindowKVError, get_policy
+from windowkv_edge import CacheView, ExpectedAttention, KVPolicy, Llama, NativeError, SnapKV, WindowKV, WindowKVError, get_policy
 from windowkv_edge.bench.session import Model
 from windowkv_edge.compaction import compact
 from windowkv_edge.eval import Branches
@@ -267,6 +267,11 @@ def test_rotations_of_expected_attention(neox: bool) -> None:
 #
 # names, parameters, entry points
 #
+
+
+def test_the_paper_by_name() -> None:
+    for task in ("localization", "aggregation"):
+        assert get_policy("windowkv-paper").native(task) == WindowKV.published("llama3-8b").native(task)
 
 
 def test_names_with_parameters() -> None:

@@ -15,6 +15,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import windowkv_edge
+from windowkv_edge._native import build_stamp
 from windowkv_edge.bench.session import Model
 from windowkv_edge.budget import TYPES
 from windowkv_edge.eval import (
@@ -24,7 +25,6 @@ from windowkv_edge.eval import (
     Records,
     Runner,
     Style,
-    build_stamp,
     fidelity_cases,
     fingerprint,
     hay_tokens,
@@ -32,7 +32,6 @@ from windowkv_edge.eval import (
     prose,
     read_texts,
     ruler_cases,
-    sha256,
     tasks_cases,
     turns_cases,
 )
@@ -41,6 +40,7 @@ from windowkv_edge.eval import ruler as rulers
 from windowkv_edge.eval.run import OWN
 from windowkv_edge.eval.report import draw, html, load, markdown
 from windowkv_edge.gguf_info import GGUFInfo
+from windowkv_edge.profile import sha256
 
 from .common import (
     CLIError,

@@ -9,7 +9,7 @@ from .needle import needle_cases
 from .prose import prose
 from .records import Records, read_records
 from .ruler import ruler_cases
-from .run import FidelityCase, Plan, Runner, build_stamp, sha256
+from .run import FidelityCase, Plan, Runner
 from .sources import fingerprint, hay_tokens, read_texts
 from .style import Style
 from .tasks import tasks_cases
@@ -24,7 +24,6 @@ __all__ = [
     "Records",
     "Runner",
     "Style",
-    "build_stamp",
     "fidelity_cases",
     "fingerprint",
     "hay_tokens",
@@ -33,7 +32,6 @@ __all__ = [
     "read_records",
     "read_texts",
     "ruler_cases",
-    "sha256",
     "tasks_cases",
     "turns_cases",
 ]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import _native
-from .._native import lib
 from ..bench.session import Model
 from ..budget import bits, n_cells
 from ..policies import KVPolicy
@@ -21,7 +17,7 @@ from .case import Case, EvalError
 from .metrics import RECALL, score
 from .records import Records
 
-__all__ = ["FULL", "OWN", "FidelityCase", "Plan", "Runner", "sha256"]
+__all__ = ["FULL", "OWN", "FidelityCase", "Plan", "Runner"]
 
 FULL = "full"
 OWN = "own"
@@ -79,12 +75,6 @@ class FidelityCase:
     @property
     def key(self) -> str:
         return f"fidelity/{self.text}/{len(self.prompt)}/-/{self.index}"
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Runner:
@@ -251,8 +241,3 @@ class Runner:
             "n_follow": len(case.follow),
             "results": self._each(case.prompt, measure),
         }
-
-
-def build_stamp() -> str:
-    """Hash of the native sources this library was built from."""
-    return str(_native.ffi.string(lib.wkv_build_stamp()).decode())
