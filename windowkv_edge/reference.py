@@ -27,6 +27,7 @@ Ranking = tuple[Order, list[float]]
 
 FULL, STREAMINGLLM, SNAPKV, PYRAMIDKV, WINDOWKV = range(5)
 EQUAL, IMPORTANCE, SCORE = range(3)
+LAYER, MODEL = range(2)
 
 
 #
@@ -221,17 +222,28 @@ def _layer_budgets(p: dict[str, Any], hi: list[int], n_cells: int) -> list[int]:
     return apportion(want, [min(floor, n_cells, have) for have in hi], hi, n_cells * n_layer)
 
 
-def _score_budgets(budget: int, share: float, ranked: list[Ranking]) -> list[int]:
-    """AdaKV (arXiv 2407.11550, algorithm 1): a part of an equal budget for sure, the rest to the best of all heads."""
+def _compete(own: list[int], share: float, ranked: list[Ranking]) -> list[int]:
+    """AdaKV (arXiv 2407.11550, algorithm 1): of its own budget each head is sure of a share, the rest goes to the best."""
     sure = []
-    for _, key in ranked:
+    for budget, (_, key) in zip(own, ranked, strict=True):
         stays = min(budget, key.count(math.inf))
         sure.append(min(len(key), stays + math.floor((budget - stays) * share)))
-    rest = budget * len(ranked) - sum(sure)
+    rest = sum(own) - sum(sure)
     best = sorted((-key[i], i, head) for head, (_, key) in enumerate(ranked) for i in range(sure[head], len(key)))
     for _, _, head in best[:rest]:
         sure[head] += 1
     return sure
+
+
+def _importance_budgets(p: dict[str, Any], have: IntArray, n_cells: int) -> IntArray:
+    """HeadKV (arXiv 2410.19258, section 3.2): a part of the cells is shared equally, the pool by importance."""
+    lo = [min(int(p["suffix"]), n_cells, h) for h in have.ravel().tolist()]
+    base = float(n_cells) - float(max(0, n_cells - p.get("pool_floor", 0))) * p.get("pool", 0.0)
+    weight = [0.0] * have.size
+    if p.get("pool", 0.0) > 0 or p["heads"] == IMPORTANCE:
+        weight = np.asarray(p["importance"], dtype=np.float64).ravel().tolist()
+    own = pour(base, weight, lo, have.ravel().tolist(), n_cells * have.size)
+    return np.array(own, dtype=np.int32).reshape(have.shape)
 
 
 def budgets(
@@ -262,11 +274,12 @@ def budgets(
         return have.copy()
     heads = p.get("heads", EQUAL)
     if heads == IMPORTANCE:
-        lo = [min(int(p["suffix"]), n_cells, h) for h in have.ravel().tolist()]
-        base = float(n_cells) - float(n_cells) * p["pool"]
-        weight = np.asarray(p["importance"], dtype=np.float64).ravel().tolist()
-        own = pour(base, weight, lo, have.ravel().tolist(), n_cells * have.size)
-        return np.array(own, dtype=np.int32).reshape(have.shape)
+        return _importance_budgets(p, have, n_cells)
+    if heads == SCORE and p.get("span", LAYER) == MODEL:
+        assert positions is not None and scores is not None
+        own = _importance_budgets(p, have, n_cells)
+        all_ranked = [r for layer in _rankings(p, own, positions, scores, token_scores) for r in layer]
+        return np.array(_compete(own.ravel().tolist(), p["floor_share"], all_ranked), dtype=np.int32).reshape(have.shape)
 
     hi = have.min(axis=1) if heads == EQUAL else have.sum(axis=1) // n_head_kv
     layers = _layer_budgets(p, hi.tolist(), n_cells)
@@ -275,7 +288,7 @@ def budgets(
         return equal
     assert positions is not None and scores is not None
     ranked = _rankings(p, equal, positions, scores, token_scores)
-    shared = [_score_budgets(b, p["floor_share"], r) for b, r in zip(layers, ranked, strict=True)]
+    shared = [_compete([b] * n_head_kv, p["floor_share"], r) for b, r in zip(layers, ranked, strict=True)]
     return np.array(shared, dtype=np.int32)
 
 
@@ -322,12 +335,9 @@ def _suffix_of(n: int, p: dict[str, float], budget: int) -> int:
 
 
 def _rank_windows_and_tokens(
-    p: dict[str, Any], budget: IntArray, pos: list[IntArray], score: list[FloatArray], tokens: list[FloatArray]
+    p: dict[str, Any], own: list[int], pos: list[IntArray], score: list[FloatArray], tokens: list[FloatArray]
 ) -> list[Ranking]:
-    """Windows for a part of the budget, then single tokens by the attention of more queries; heads of one layer."""
-    own = budget.tolist()
-    if p.get("heads", EQUAL) == SCORE:
-        own = [sum(own) // len(own)] * len(own)
+    """Windows for a part of the budget, then single tokens by the attention of more queries; heads that compete."""
     windows = [
         _rank_windows(q.astype(np.int64), s.astype(np.float64), p, b) for q, s, b in zip(pos, score, own, strict=True)
     ]
@@ -338,7 +348,7 @@ def _rank_windows_and_tokens(
         for n, r in zip(suffix, rest, strict=True)
     ]
     if p.get("heads", EQUAL) == SCORE:
-        first = _score_budgets(max(first), p["floor_share"], windows)
+        first = _compete(first, p["floor_share"], windows)
     res: list[Ranking] = []
     for (order, _), n, s in zip(windows, first, tokens, strict=True):
         stays = order[: min(len(s), n)]
@@ -410,24 +420,32 @@ def _rankings(
     if p["kind"] in (SNAPKV, PYRAMIDKV):
         return [[_rank_snapkv(s, p) for s in layer] for layer in scores]
 
+    n_layer, n_head_kv, gamma = len(positions), len(positions[0]), int(p["gamma"])
+    over_model = p.get("heads", EQUAL) == SCORE and p.get("span", LAYER) == MODEL
+    if over_model:  # heads that compete are ranked with what they would hold otherwise
+        have = np.array([[len(q) for q in layer] for layer in positions], dtype=np.int32)
+        budget = _importance_budgets(p, have, int(budget.sum()) // budget.size)
+    elif p.get("heads", EQUAL) == SCORE:
+        budget = np.repeat(budget.sum(axis=1, keepdims=True) // n_head_kv, n_head_kv, axis=1)
+
     if p.get("tokens", 0.0) > 0:
         assert token_scores is not None
-        return [
-            _rank_windows_and_tokens(p, *layer)
-            for layer in zip(budget, positions, scores, token_scores, strict=True)
-        ]
-
-    n_layer, n_head_kv, gamma = len(positions), len(positions[0]), int(p["gamma"])
+        n_group = n_layer if over_model else 1
+        ranked: list[list[Ranking]] = []
+        for il0 in range(0, n_layer, n_group):
+            heads = [(il, ih) for il in range(il0, il0 + n_group) for ih in range(n_head_kv)]
+            own = [int(budget[at]) for at in heads]
+            parts = ([c[il][ih] for il, ih in heads] for c in (positions, scores, token_scores))
+            found = _rank_windows_and_tokens(p, own, *parts)
+            ranked += [found[i : i + n_head_kv] for i in range(0, len(found), n_head_kv)]
+        return ranked
     res: list[list[Ranking]] = [[([], []) for _ in range(n_head_kv)] for _ in range(n_layer)]
     for il0 in range(0, n_layer, gamma):
         group = range(il0, min(n_layer, il0 + gamma))
         for head in range(n_head_kv):
             sets = [_cells_of(p, positions[il], scores[il], head) for il in group]
             shared, score = _mean_cells(sets) if p["share"] == 1 else sets[0]
-            own = int(budget[il0, head])
-            if p.get("heads", EQUAL) == SCORE:  # heads that compete are ranked before they know their budgets
-                own = int(budget[il0].sum()) // n_head_kv
-            ranking = _rank_windows(shared, score, p, own)
+            ranking = _rank_windows(shared, score, p, int(budget[il0, head]))
             for il in group:
                 res[il][head] = _translate(ranking, shared, positions[il][head])
     return res

@@ -51,7 +51,13 @@ enum wkv_accounting { WKV_ACCOUNTING_NATIVE = 0, WKV_ACCOUNTING_PAPER = 1 };
 enum wkv_heads {
     WKV_HEADS_EQUAL      = 0, // every head of a layer holds the same number of cells
     WKV_HEADS_IMPORTANCE = 1, // HeadKV, arXiv 2410.19258: by a score that the model's heads were given beforehand
-    WKV_HEADS_SCORE      = 2, // AdaKV, arXiv 2407.11550: the heads of a layer compete with the scores of their cells
+    WKV_HEADS_SCORE      = 2, // AdaKV, arXiv 2407.11550: heads compete with the scores of their cells
+};
+
+// whom a head competes with
+enum wkv_span {
+    WKV_SPAN_LAYER = 0, // the heads of its layer, as published
+    WKV_SPAN_MODEL = 1, // all heads
 };
 
 // which attention a layer runs whose heads hold equally many cells; layers whose heads differ always run the ragged op
@@ -84,9 +90,12 @@ struct wkv_policy {
     int32_t token_alpha;   // windowkv: the last token_alpha tokens score single tokens, > 0 if tokens > 0
     double  slope;         // lambda of windowkv, beta of pyramidkv: the last budget is C*gamma/lambda or C/beta
     int32_t heads;         // enum wkv_heads
-    double  pool;          // heads = importance: the share of all cells that is divided by importance, 0..1 (HeadKV's 1/beta)
-    double  floor_share;   // heads = score: the share of an equal budget that every head is sure of, 0..1
-    const double * importance; // heads = importance: [n_layer, n_head_kv], not negative, any scale
+    int32_t span;          // heads = score: enum wkv_span; budgets of span = model are flat
+    double  pool;          // heads = importance, or score over the model: the share of all cells that is divided by importance
+                           // before heads compete, 0..1 (HeadKV's 1/beta)
+    int32_t pool_floor;    // of each head's equal budget, the cells that are not divided, >= 0 (HeadKV: 0)
+    double  floor_share;   // heads = score: the share of what it would hold otherwise that every head is sure of, 0..1
+    const double * importance; // [n_layer, n_head_kv], not negative, any scale; needed where pool > 0, and by heads = importance
     int64_t n_importance;      // elements of importance
 };
 

@@ -192,32 +192,36 @@ static std::vector<int64_t> importance_budgets(const wkv_policy & policy, const 
     for (size_t i = 0; i < hi.size(); ++i) {
         lo[i] = std::min({ int64_t(policy.suffix), n_cells, hi[i] });
     }
-    const std::vector<double> weight(policy.importance, policy.importance + hi.size());
+    std::vector<double> weight(hi.size(), 0.0);
+    if (policy.pool > 0.0 || policy.heads == WKV_HEADS_IMPORTANCE) {
+        weight.assign(policy.importance, policy.importance + hi.size());
+    }
+    const int64_t n_divided = std::max<int64_t>(0, n_cells - policy.pool_floor);
 
-    return pour(double(n_cells) - double(n_cells)*policy.pool, weight, lo, hi, n_cells*int64_t(hi.size()));
+    return pour(double(n_cells) - double(n_divided)*policy.pool, weight, lo, hi, n_cells*int64_t(hi.size()));
 }
 
-std::vector<int32_t> compete(const std::vector<ranking> & ranked, int64_t budget, double floor) {
+std::vector<int32_t> compete(const std::vector<std::vector<double>> & keys, const std::vector<int32_t> & own, double floor) {
     struct candidate {
         double  key;
         int32_t ih;
         int32_t i; // place in the ranking
     };
 
-    const int32_t n_head_kv = ranked.size();
+    const int32_t n_heads = keys.size();
 
-    std::vector<int32_t>   res(n_head_kv);
+    std::vector<int32_t>   res(n_heads);
     std::vector<candidate> open;
 
-    int64_t rest = budget*n_head_kv;
-    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
-        const auto &  key     = ranked[ih].key;
+    int64_t rest = 0;
+    for (int32_t ih = 0; ih < n_heads; ++ih) {
+        const auto &  key     = keys[ih];
         const int64_t n       = key.size();
-        const int64_t n_stays = std::min<int64_t>(budget, std::count(key.begin(), key.end(), std::numeric_limits<double>::infinity()));
-        const int64_t n_sure  = std::min(n, n_stays + int64_t(std::floor((budget - n_stays)*floor)));
+        const int64_t n_stays = std::min<int64_t>(own[ih], std::count(key.begin(), key.end(), std::numeric_limits<double>::infinity()));
+        const int64_t n_sure  = std::min(n, n_stays + int64_t(std::floor((own[ih] - n_stays)*floor)));
 
         res[ih] = n_sure;
-        rest -= n_sure;
+        rest += own[ih] - n_sure;
         for (int64_t i = n_sure; i < n; ++i) {
             open.push_back({ key[i], ih, int32_t(i) });
         }
@@ -238,23 +242,45 @@ std::vector<int32_t> compete(const std::vector<ranking> & ranked, int64_t budget
     return res;
 }
 
-static std::string score_budgets(const cache_view & view, const std::vector<int64_t> & layers, std::vector<int32_t> & res) {
-    const int32_t n_head_kv = view.shapes.n_head_kv;
+std::vector<int32_t> rank_budgets(const cache_view & view, const int32_t * budgets) {
+    const int64_t n_head_kv = view.shapes.n_head_kv;
+    const size_t  n         = view.offsets.size() - 1;
 
-    // the rankings of a layer may come in any order, with layers in between: those of a group come head by head
-    std::vector<std::vector<ranking>> waiting(view.shapes.n_layer);
-    std::vector<int32_t>              equal(res.size());
-    for (size_t i = 0; i < equal.size(); ++i) {
-        equal[i] = layers[i/n_head_kv];
+    std::vector<int32_t> res(budgets, budgets + n);
+    if (view.policy.heads != WKV_HEADS_SCORE) {
+        return res;
     }
+    if (view.policy.span == WKV_SPAN_MODEL) {
+        const std::vector<int64_t> cells(view.shapes.cells, view.shapes.cells + n);
+        const int64_t total = std::accumulate(res.begin(), res.end(), int64_t(0));
+        const auto    own   = importance_budgets(view.policy, cells, total/int64_t(n));
+        res.assign(own.begin(), own.end());
+        return res;
+    }
+    for (auto first = res.begin(); first != res.end(); first += n_head_kv) {
+        std::fill(first, first + n_head_kv, int32_t(std::accumulate(first, first + n_head_kv, int64_t(0))/n_head_kv));
+    }
+    return res;
+}
 
-    return rank(view, equal.data(), [&](int32_t il, int32_t ih, const ranking & cur) {
-        waiting[il].resize(n_head_kv);
-        waiting[il][ih] = cur;
-        if (ih == n_head_kv - 1) {
-            const auto own = compete(waiting[il], layers[il], view.policy.floor_share);
-            std::copy(own.begin(), own.end(), res.begin() + view.index(il, 0));
-            waiting[il].clear();
+// own: what each head would hold if none competed
+static std::string score_budgets(const cache_view & view, const std::vector<int32_t> & own, std::vector<int32_t> & res) {
+    const size_t n_group = view.policy.span == WKV_SPAN_MODEL ? own.size() : view.shapes.n_head_kv;
+
+    // rankings come in any order of layers, each layer's head by head: a group is done with its last head
+    std::vector<std::vector<double>> keys(own.size());
+    std::vector<size_t>              n_done(own.size()/n_group, 0);
+
+    return rank(view, own.data(), [&](int32_t il, int32_t ih, const ranking & cur) {
+        const size_t i  = view.index(il, ih);
+        const size_t i0 = i - i%n_group;
+
+        keys[i] = cur.key;
+        if (++n_done[i/n_group] == n_group) {
+            std::vector<std::vector<double>> group(std::make_move_iterator(keys.begin() + i0), std::make_move_iterator(keys.begin() + i0 + n_group));
+            const auto stays = compete(group, { own.begin() + i0, own.begin() + i0 + n_group }, view.policy.floor_share);
+            std::copy(stays.begin(), stays.end(), res.begin() + i0);
+            std::fill(keys.begin() + i0, keys.begin() + i0 + n_group, std::vector<double>());
         }
     });
 }
@@ -273,10 +299,11 @@ std::string budgets(const cache_view & view, int64_t n_cells, std::vector<int32_
         return "";
     }
 
-    if (policy.heads == WKV_HEADS_IMPORTANCE) {
+    const bool over_model = policy.heads == WKV_HEADS_SCORE && policy.span == WKV_SPAN_MODEL;
+    if (policy.heads == WKV_HEADS_IMPORTANCE || over_model) {
         const auto own = importance_budgets(policy, cells, n_cells);
         res.assign(own.begin(), own.end());
-        return "";
+        return over_model ? score_budgets(view, std::vector<int32_t>(res), res) : "";
     }
 
     // heads that hold equally many go on doing so; heads that compete can use all that their layer holds
@@ -288,14 +315,10 @@ std::string budgets(const cache_view & view, int64_t n_cells, std::vector<int32_
     }
 
     const auto layers = layer_budgets(policy, hi, n_cells);
-    if (policy.heads == WKV_HEADS_SCORE) {
-        return score_budgets(view, layers, res);
-    }
-
     for (size_t i = 0; i < res.size(); ++i) {
         res[i] = layers[i/n_head_kv];
     }
-    return "";
+    return policy.heads == WKV_HEADS_SCORE ? score_budgets(view, std::vector<int32_t>(res), res) : "";
 }
 
 } // namespace wkv

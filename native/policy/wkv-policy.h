@@ -63,9 +63,12 @@ struct ranking {
     std::vector<double>  key; // never rises along the order; infinite where a cell stays before, or goes before, all others
 };
 
-// AdaKV (arXiv 2407.11550, algorithm 1) inside one layer: every head is sure of the share floor of an equal budget, the rest
-// goes to the best cells of the layer, whoever holds them; cells that stay, [n_head_kv]
-std::vector<int32_t> compete(const std::vector<ranking> & ranked, int64_t budget, double floor);
+// AdaKV (arXiv 2407.11550, algorithm 1): every head is sure of the share floor of its own budget, the rest goes to the best
+// cells, whoever holds them; keys of the heads' rankings and their budgets, [heads] -> cells that stay
+std::vector<int32_t> compete(const std::vector<std::vector<double>> & keys, const std::vector<int32_t> & own, double floor);
+
+// the budgets that heads are ranked with: those given, or where heads compete, what each would hold otherwise
+std::vector<int32_t> rank_budgets(const cache_view & view, const int32_t * budgets);
 
 using rank_fn = std::function<void(int32_t il, int32_t ih, const ranking & res)>;
 

@@ -28,8 +28,21 @@ std::string policy_error(const wkv_policy & p) {
     if (p.heads < WKV_HEADS_EQUAL || p.heads > WKV_HEADS_SCORE) {
         return range("heads", p.heads, "a value of enum wkv_heads");
     }
-    if (p.heads == WKV_HEADS_IMPORTANCE && !(p.pool >= 0.0 && p.pool <= 1.0)) {
+    if (p.span < WKV_SPAN_LAYER || p.span > WKV_SPAN_MODEL) {
+        return range("span", p.span, "a value of enum wkv_span");
+    }
+    if (p.heads != WKV_HEADS_EQUAL && !(p.pool >= 0.0 && p.pool <= 1.0)) {
         return "pool must be 0 to 1";
+    }
+    if (p.pool_floor < 0) {
+        return range("pool_floor", p.pool_floor, "at least 0");
+    }
+    if (p.heads == WKV_HEADS_SCORE && p.span == WKV_SPAN_LAYER && p.pool > 0.0) {
+        return "heads that compete divide a pool by importance over the model only, pool needs span = model";
+    }
+    if (p.heads == WKV_HEADS_SCORE && p.span == WKV_SPAN_MODEL &&
+            (p.kind == WKV_KIND_PYRAMIDKV || (p.kind == WKV_KIND_WINDOWKV && p.shape != WKV_SHAPE_FLAT))) {
+        return "heads that compete over the model decide what layers hold, span = model needs flat budgets";
     }
     if (p.heads == WKV_HEADS_SCORE && !(p.floor_share >= 0.0 && p.floor_share <= 1.0)) {
         return "floor_share must be 0 to 1";
@@ -93,7 +106,8 @@ std::string shapes_error(const wkv_policy & policy, const wkv_shapes & shapes) {
         }
     }
 
-    if (policy.kind != WKV_KIND_FULL && policy.heads == WKV_HEADS_IMPORTANCE) {
+    const bool divides = policy.heads == WKV_HEADS_IMPORTANCE || (policy.heads == WKV_HEADS_SCORE && policy.pool > 0.0);
+    if (policy.kind != WKV_KIND_FULL && divides) {
         if (!policy.importance || policy.n_importance != n) {
             return "importance holds " + std::to_string(policy.importance ? policy.n_importance : 0) + " scores, expected " +
                 std::to_string(shapes.n_layer) + " layers x " + std::to_string(shapes.n_head_kv) + " kv heads";

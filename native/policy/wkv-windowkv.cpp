@@ -193,56 +193,54 @@ static bool heads_agree(const cache_view & view, int32_t il) {
     return true;
 }
 
-// heads that compete are ranked before they know their budgets: with the mean of their layer
-static int32_t rank_budget(const cache_view & view, const int32_t * budgets, int32_t il, int32_t ih) {
-    if (view.policy.heads != WKV_HEADS_SCORE) {
-        return budgets[view.index(il, ih)];
-    }
-    const int32_t * first = budgets + view.index(il, 0);
-    return std::accumulate(first, first + view.shapes.n_head_kv, int64_t(0))/view.shapes.n_head_kv;
-}
-
 // Windows first, then single tokens: a part of the budget is spent as if there were no more, and what is left goes to the best
-// tokens by the attention of more queries. Windows keep an answer whole, tokens what the text as a whole attends to.
-static void rank_windows_and_tokens(const cache_view & view, const int32_t * budgets, int32_t il, const rank_fn & fn) {
+// tokens by the attention of more queries. Windows keep an answer whole, tokens what the text as a whole attends to. Heads of the
+// layers il0 to il1 - 1 compete in both parts.
+static void rank_windows_and_tokens(const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1, const rank_fn & fn) {
     const wkv_policy & policy    = view.policy;
     const int32_t      n_head_kv = view.shapes.n_head_kv;
 
-    std::vector<ranking> windows;
-    std::vector<int32_t> n_first; // cells of each that come before single tokens
-    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
-        const int32_t budget   = rank_budget(view, budgets, il, ih);
-        const int32_t n_suffix = suffix_of(view.n_cells(il, ih), policy, budget);
+    std::vector<std::vector<int32_t>> order; // windows of all heads
+    std::vector<std::vector<double>>  key;
+    std::vector<int32_t>              n_first; // cells of each that come before single tokens
+    for (int32_t i = il0*n_head_kv; i < il1*n_head_kv; ++i) {
+        ranking windows = rank_windows(head_cells(view, i/n_head_kv, i%n_head_kv), policy, own[i]);
 
-        windows.push_back(rank_windows(head_cells(view, il, ih), policy, budget));
-        const int32_t n_rest   = std::max(0, budget - n_suffix);
+        const int32_t n_suffix = suffix_of(windows.order.size(), policy, own[i]);
+        const int32_t n_rest   = std::max(0, own[i] - n_suffix);
         n_first.push_back(n_suffix + std::max(std::min(n_rest, policy.window_floor), int32_t(std::floor(n_rest*(1.0 - policy.tokens)))));
+        order.push_back(std::move(windows.order));
+        key.push_back(std::move(windows.key));
     }
     if (policy.heads == WKV_HEADS_SCORE) {
-        n_first = compete(windows, *std::max_element(n_first.begin(), n_first.end()), policy.floor_share);
+        n_first = compete(key, n_first, policy.floor_share);
     }
+    key.clear();
 
-    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+    for (int32_t i = il0*n_head_kv; i < il1*n_head_kv; ++i) {
+        const int32_t il    = i/n_head_kv;
+        const int32_t ih    = i%n_head_kv;
         const int32_t n     = view.n_cells(il, ih);
-        const auto    first = std::min(n, n_first[ih]);
+        const auto    first = std::min(n, n_first[i - il0*n_head_kv]);
         const float * score = view.token_score(il, ih);
 
         ranking res;
-        res.order.assign(windows[ih].order.begin(), windows[ih].order.begin() + first);
+        res.order = std::move(order[i - il0*n_head_kv]);
+        res.order.resize(first);
         res.key.assign(first, std::numeric_limits<double>::infinity());
 
         std::vector<uint8_t> taken(n, 0);
-        for (const int32_t i : res.order) {
-            taken[i] = 1;
+        for (const int32_t j : res.order) {
+            taken[j] = 1;
         }
-        for (int32_t i = 0; i < n; ++i) {
-            if (!taken[i]) {
-                res.order.push_back(i);
+        for (int32_t j = 0; j < n; ++j) {
+            if (!taken[j]) {
+                res.order.push_back(j);
             }
         }
         std::stable_sort(res.order.begin() + first, res.order.end(), [&](int32_t a, int32_t b) { return score[a] > score[b]; });
-        for (int32_t i = first; i < n; ++i) {
-            res.key.push_back(score[res.order[i]]);
+        for (int32_t j = first; j < n; ++j) {
+            res.key.push_back(score[res.order[j]]);
         }
         fn(il, ih, res);
     }
@@ -260,8 +258,10 @@ std::string rank_windowkv(const cache_view & view, const int32_t * budgets, cons
         }
     }
 
-    for (int32_t il = 0; policy.tokens > 0.0 && il < view.shapes.n_layer; ++il) {
-        rank_windows_and_tokens(view, budgets, il, fn);
+    const auto    own     = rank_budgets(view, budgets);
+    const int32_t n_group = policy.heads == WKV_HEADS_SCORE && policy.span == WKV_SPAN_MODEL ? view.shapes.n_layer : 1;
+    for (int32_t il = 0; policy.tokens > 0.0 && il < view.shapes.n_layer; il += n_group) {
+        rank_windows_and_tokens(view, own, il, il + n_group, fn);
     }
 
     for (int32_t il0 = 0; policy.tokens == 0.0 && il0 < view.shapes.n_layer; il0 += policy.gamma) {
@@ -269,7 +269,7 @@ std::string rank_windowkv(const cache_view & view, const int32_t * budgets, cons
 
         for (int32_t is = 0; is < (per_layer ? 1 : n_head_kv); ++is) {
             const cell_set cells  = policy.share == WKV_SHARE_MEAN ? mean_cells(view, il0, il1, is) : cells_of(view, il0, is);
-            const ranking  shared = rank_windows(cells, policy, rank_budget(view, budgets, il0, is));
+            const ranking  shared = rank_windows(cells, policy, own[view.index(il0, is)]);
 
             for (int32_t il = il0; il < il1; ++il) {
                 const ranking own = translate(view, il, is, cells, shared);

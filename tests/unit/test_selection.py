@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from windowkv_edge import (
     AdaKV,
+    Auto,
     Full,
     HeadKV,
     HeadScores,
@@ -26,6 +27,7 @@ from windowkv_edge import (
     reference,
 )
 from windowkv_edge.heads import ModelHeads
+from windowkv_edge.policies.headkv import ByImportance
 
 Cache = list[list[np.ndarray]]
 
@@ -74,6 +76,17 @@ policies = st.one_of(
     st.builds(WindowKV, **token_windows),
     st.builds(WindowAdaKV, **token_windows, floor=st.sampled_from([0.0, 0.2, 1.0])),
     st.builds(WindowHeadKV, **token_windows, beta=st.sampled_from([1.0, 1.2, 5.0])),
+    st.builds(AdaKV, alpha=st.integers(1, 40), floor=st.sampled_from([0.0, 0.2, 1.0]), across=st.just("model")),
+    st.builds(WindowAdaKV, **head_windows, floor=st.sampled_from([0.0, 0.5, 1.0]), across=st.just("model")),
+    st.builds(WindowAdaKV, **token_windows, floor=st.sampled_from([0.0, 0.5, 1.0]), across=st.just("model")),
+    st.builds(
+        Auto,
+        **token_windows,
+        floor=st.sampled_from([0.0, 0.5, 1.0]),
+        beta=st.sampled_from([1.0, 2.0, 5.0]),
+        pool_floor=st.sampled_from([0, 3, 64]),
+        across=st.sampled_from(["layer", "model", "model"]),
+    ),
     windowkv,
     windowkv,
 )
@@ -81,8 +94,10 @@ policies = st.one_of(
 
 def bound(policy: KVPolicy, n_layer: int, n_head: int, seed: int) -> KVPolicy:
     """The policy with head scores: some heads matter most, many not at all."""
-    if not isinstance(policy, HeadKV | WindowHeadKV):
+    if not isinstance(policy, ByImportance):
         return policy
+    if isinstance(policy, Auto) and (seed % 3 == 0 or policy.across == "layer"):
+        return policy  # auto does without scores, too
     rng = np.random.default_rng(seed)
     scores = rng.random((n_layer, n_head)) ** 4 * (rng.random((n_layer, n_head)) < 0.7)
     model = ModelHeads("model", {}, n_layer, n_head, tuple(range(n_layer)))
@@ -166,7 +181,7 @@ def test_budgets_spend_exactly_what_is_there(policy: KVPolicy, cache: tuple[Cach
     assert (0 <= got).all() and (got <= cells).all()
     if isinstance(policy, Full):
         assert (got == cells).all()
-    elif isinstance(policy, HeadKV | WindowHeadKV):
+    elif isinstance(policy, HeadKV | WindowHeadKV) or policy.native().get("span"):
         assert got.sum() == min(n_cells * cells.size, cells.sum())
     elif isinstance(policy, AdaKV | WindowAdaKV):
         # a layer's heads share what an equal budget per layer gives them

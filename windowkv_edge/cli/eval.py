@@ -79,7 +79,9 @@ First = Annotated[int, typer.Option(min=0, help="Number of the first item of eve
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the physical cores.")]
 GPULayers = Annotated[int, typer.Option(help="Layers on the GPU, -1 for all.")]
 
-POLICIES = "auto,windowkv+adakv,windowkv,windowkv-paper,adakv,snapkv,pyramidkv,streamingllm"
+POLICIES = (
+    "auto,windowkv+headkv,windowkv+adakv,windowkv,windowkv-paper,headkv-r2,adakv,snapkv,pyramidkv,streamingllm"
+)
 BUDGETS = "12%,6%,3%"
 
 

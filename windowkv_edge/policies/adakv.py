@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from .base import KVPolicy, Task
+from .base import KVPolicy, Task, one_of
 from .snapkv import SnapKV
 
 __all__ = ["AdaKV", "ByScore"]
@@ -22,9 +22,11 @@ class ByScore(KVPolicy):
 
     Args:
         floor: share of an equal budget that every head is sure of.
+        across: the heads that compete: those of a "layer", as published, or all of the "model".
     """
 
     floor: float = 0.2
+    across: Literal["layer", "model"] = "layer"
 
     ragged = True
 
@@ -32,9 +34,11 @@ class ByScore(KVPolicy):
         super().__post_init__()
         if isinstance(self.floor, bool) or not isinstance(self.floor, (int, float)) or not 0 <= self.floor <= 1:
             raise ValueError(f"floor is {self.floor!r}, expected a share of 0 to 1")
+        one_of("across", self.across, ("layer", "model"))
 
     def native(self, task: Task = "localization") -> dict[str, Any]:
-        return {**super().native(task), "heads": 2, "floor_share": self.floor}
+        span = ("layer", "model").index(self.across)
+        return {**super().native(task), "heads": 2, "floor_share": self.floor, "span": span}
 
 
 @dataclass(frozen=True, kw_only=True)

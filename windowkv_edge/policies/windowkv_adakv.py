@@ -26,4 +26,6 @@ class WindowAdaKV(ByScore, WindowKV):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scope != "head" or self.accounting != "native":
-            raise ValueError("windowkv+adakv needs scope='head' and accounting='native'")
+            raise ValueError(f"{self.name} needs scope='head' and accounting='native'")
+        if self.across == "model" and self.budget != "flat":
+            raise ValueError(f"{self.name} with across='model' needs budget='flat': what layers hold is decided by score")
