@@ -223,7 +223,7 @@ def _layer_budgets(p: dict[str, Any], hi: list[int], n_cells: int) -> list[int]:
 
 
 def _compete(own: list[int], share: float, ranked: list[Ranking]) -> list[int]:
-    """AdaKV (arXiv 2407.11550, algorithm 1): of its own budget each head is sure of a share, the rest goes to the best."""
+    """AdaKV (arXiv 2407.11550, algorithm 1): of its budget each head is sure of a share, the rest goes to the best."""
     sure = []
     for budget, (_, key) in zip(own, ranked, strict=True):
         stays = min(budget, key.count(math.inf))
@@ -278,8 +278,9 @@ def budgets(
     if heads == SCORE and p.get("span", LAYER) == MODEL:
         assert positions is not None and scores is not None
         own = _importance_budgets(p, have, n_cells)
-        all_ranked = [r for layer in _rankings(p, own, positions, scores, token_scores) for r in layer]
-        return np.array(_compete(own.ravel().tolist(), p["floor_share"], all_ranked), dtype=np.int32).reshape(have.shape)
+        every = [r for layer in _rankings(p, own, positions, scores, token_scores) for r in layer]
+        won = _compete(own.ravel().tolist(), p["floor_share"], every)
+        return np.array(won, dtype=np.int32).reshape(have.shape)
 
     hi = have.min(axis=1) if heads == EQUAL else have.sum(axis=1) // n_head_kv
     layers = _layer_budgets(p, hi.tolist(), n_cells)

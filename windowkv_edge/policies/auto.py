@@ -21,9 +21,9 @@ class Auto(ByImportance, WindowAdaKV):
     its importance (:class:`ByImportance`).
 
     Windows find answers, tokens keep the distribution of the text, heads that copy need more than attention to the
-    prompt's end shows, and q8_0 holds 1.9 cells for the bytes of one f16 cell. A session's fraction of a budget is one of
-    the bytes that f16 cells would take. README, Accuracy, has the measurements; the session chooses other cells where
-    ``type_k`` or ``type_v`` say so.
+    prompt's end shows, and q8_0 holds 1.9 cells for the bytes of one f16 cell. A session's fraction of a budget is one
+    of the bytes that f16 cells would take. README, Accuracy, has the measurements; the session chooses other cells
+    where ``type_k`` or ``type_v`` say so.
 
     Takes the arguments of all three, and:
 

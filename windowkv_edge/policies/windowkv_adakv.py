@@ -28,4 +28,4 @@ class WindowAdaKV(ByScore, WindowKV):
         if self.scope != "head" or self.accounting != "native":
             raise ValueError(f"{self.name} needs scope='head' and accounting='native'")
         if self.across == "model" and self.budget != "flat":
-            raise ValueError(f"{self.name} with across='model' needs budget='flat': what layers hold is decided by score")
+            raise ValueError(f"{self.name} with across='model' needs budget='flat': scores decide what layers hold")

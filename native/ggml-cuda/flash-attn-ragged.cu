@@ -1,0 +1,142 @@
+#include "flash-attn-ragged.cuh"
+
+#include "simt/flash-attn-ragged-host.h"
+#include "simt/simt-cuda.cuh"
+#include "simt/flash-attn-ragged-simt.h"
+#include "simt/flash-attn-ragged-vec.h"
+#include "simt/flash-attn-ragged-tile.h"
+
+// blocks of a multiprocessor that are in flight at the same time
+static constexpr int N_BLOCKS_SM = 2;
+
+template <typename row_t, int n_lanes, int n_rows>
+SIMT_KERNEL(FA_N_THREADS, N_BLOCKS_SM) flash_attn_ragged_vec(
+        const fa_args a, const char * q, const char * k, const char * v, const int32_t * ranges, const float * sinks, float * part, float * dst) {
+    SIMT_SHARED_ARRAY(float, sh, (fa_vec_shape<n_lanes, n_rows>::N_SHARED));
+
+    fa_vec<row_t, n_lanes, n_rows>(a, SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks),
+            SIMT_ENTER(part), SIMT_ENTER(dst), sh, simt_get_ids());
+}
+
+template <typename row_t, int n_rows, int n_cells, int n_embd>
+SIMT_KERNEL(FA_N_THREADS, N_BLOCKS_SM) flash_attn_ragged_tile(
+        const fa_args a, const char * q, const char * k, const char * v, const int32_t * ranges, const float * sinks, float * part, float * dst) {
+    typedef fa_tile_shape<n_rows, n_cells, n_embd> shape;
+
+    SIMT_SHARED_ARRAY(simt_f16, q_sh,   shape::N_Q);
+    SIMT_SHARED_ARRAY(simt_f16, kv_sh,  shape::N_KV);
+    SIMT_SHARED_ARRAY(float,    s_sh,   shape::N_S);
+    SIMT_SHARED_ARRAY(simt_f16, p_sh,   shape::N_P);
+    SIMT_SHARED_ARRAY(float,    o_sh,   shape::N_O);
+    SIMT_SHARED_ARRAY(float,    max_sh, n_rows);
+    SIMT_SHARED_ARRAY(float,    sum_sh, n_rows);
+
+    fa_tile<row_t, n_rows, n_cells, n_embd>(a, SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks),
+            SIMT_ENTER(part), SIMT_ENTER(dst), { q_sh, kv_sh, s_sh, p_sh, o_sh, max_sh, sum_sh }, simt_get_ids());
+}
+
+template <int n_rows>
+SIMT_KERNEL(FA_N_THREADS, 1) flash_attn_ragged_combine(
+        const fa_args a, const int32_t * ranges, const float * sinks, const float * part, float * dst, const int32_t n_cells_tile) {
+    fa_combine<n_rows>(a, SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst), n_cells_tile, simt_get_ids());
+}
+
+// tensors of the op on the device
+struct fa_tensors {
+    explicit fa_tensors(const ggml_tensor * op) :
+        q((const char *) op->src[0]->data), k((const char *) op->src[1]->data), v((const char *) op->src[2]->data),
+        ranges((const int32_t *) ((const char *) op->src[3]->data + fa_ranges_offset(op))),
+        sinks(op->src[4] ? (const float *) op->src[4]->data : nullptr), dst((float *) op->data) {}
+
+    const char    * q;
+    const char    * k;
+    const char    * v;
+    const int32_t * ranges; // of the op's layer
+    const float   * sinks;
+    float         * dst;
+};
+
+static int n_busy(const ggml_backend_cuda_context & ctx) {
+    return N_BLOCKS_SM*ggml_cuda_info().devices[ctx.device].nsm;
+}
+
+template <int n_rows>
+static void launch_combine(ggml_backend_cuda_context & ctx, const fa_tensors & t, const fa_args & a, const float * part, int32_t n_cells_tile) {
+    simt_launch(flash_attn_ragged_combine<n_rows>, a.n_head_kv*a.n_row_blocks*n_rows, FA_N_THREADS, ctx.stream(),
+            a, t.ranges, t.sinks, part, t.dst, n_cells_tile);
+}
+
+template <typename row_t, int n_lanes, int n_rows>
+static void launch_vec(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fa_args a) {
+    typedef fa_vec_shape<n_lanes, n_rows> shape;
+
+    const fa_tensors t(dst);
+
+    fa_share(a, dst, n_rows, shape::N_CELLS_TILE, n_busy(ctx));
+    ggml_cuda_pool_alloc<float> part(ctx.pool(), fa_part_size(a, n_rows));
+
+    simt_launch(flash_attn_ragged_vec<row_t, n_lanes, n_rows>, a.n_blocks, FA_N_THREADS, ctx.stream(),
+            a, t.q, t.k, t.v, t.ranges, t.sinks, part.get(), t.dst);
+    launch_combine<n_rows>(ctx, t, a, part.get(), shape::N_CELLS_TILE);
+}
+
+template <typename row_t, int n_rows, int n_cells, int n_embd>
+static void launch_tile(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fa_args a) {
+    const fa_tensors t(dst);
+
+    fa_split(a, dst, n_rows, n_cells, n_busy(ctx));
+    ggml_cuda_pool_alloc<float> part(ctx.pool());
+    if (a.n_splits > 1) {
+        part.alloc(fa_part_size(a, n_rows));
+    }
+    simt_launch(flash_attn_ragged_tile<row_t, n_rows, n_cells, n_embd>, a.n_blocks, FA_N_THREADS, ctx.stream(),
+            a, t.q, t.k, t.v, t.ranges, t.sinks, part.get(), t.dst);
+    if (a.n_splits > 1) {
+        launch_combine<n_rows>(ctx, t, a, part.get(), n_cells);
+    }
+}
+
+template <typename row_t, int n_lanes>
+static void launch_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fa_args & a) {
+    if (a.n_rows > 8) {
+        // what fits into 48 KiB
+        launch_tile<row_t, n_lanes < 32 ? 32 : 16, 32, n_lanes*FA_DIMS>(ctx, dst, a);
+        return;
+    }
+    switch (fa_vec_rows(a)) {
+        case 1:  launch_vec<row_t, n_lanes, 1>(ctx, dst, a); break;
+        case 2:  launch_vec<row_t, n_lanes, 2>(ctx, dst, a); break;
+        case 4:  launch_vec<row_t, n_lanes, 4>(ctx, dst, a); break;
+        default: launch_vec<row_t, n_lanes, 8>(ctx, dst, a); break;
+    }
+}
+
+template <typename row_t>
+static void launch_lanes(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fa_args & a) {
+    switch (fa_n_lanes(a)) {
+        case 8:  launch_rows<row_t, 8> (ctx, dst, a); break;
+        case 16: launch_rows<row_t, 16>(ctx, dst, a); break;
+        default: launch_rows<row_t, 32>(ctx, dst, a); break;
+    }
+}
+
+void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const fa_args a = fa_args_of(dst);
+
+    if (a.type_k != a.type_v) {
+        launch_lanes<fa_row_any>(ctx, dst, a);
+        return;
+    }
+    switch (a.type_k) {
+        case FA_F32:  launch_lanes<fa_row_f32> (ctx, dst, a); break;
+        case FA_F16:  launch_lanes<fa_row_f16> (ctx, dst, a); break;
+        case FA_BF16: launch_lanes<fa_row_bf16>(ctx, dst, a); break;
+        case FA_Q8_0: launch_lanes<fa_row_q8_0>(ctx, dst, a); break;
+        case FA_Q4_0: launch_lanes<fa_row_q4_0>(ctx, dst, a); break;
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+bool ggml_cuda_flash_attn_ragged_supported(const ggml_tensor * dst) {
+    return fa_supported(dst);
+}

@@ -1,0 +1,114 @@
+// Metal kernels of GGML_OP_FLASH_ATTN_RAGGED, see ggml-flash-attn-ragged.h; a library of its own, embed.cmake flattens it
+
+#include "simt/simt-metal.h"
+#include "simt/flash-attn-ragged-simt.h"
+#include "simt/flash-attn-ragged-vec.h"
+#include "simt/flash-attn-ragged-tile.h"
+
+inline simt_ids fa_ids(uint3 group, ushort thread_index, ushort simd, ushort lane) {
+    simt_ids id;
+    id.block  = (int32_t) group.x;
+    id.thread = thread_index;
+    id.warp   = simd;
+    id.lane   = lane;
+    return id;
+}
+
+template <typename row_t, int n_lanes, int n_rows>
+kernel void kernel_flash_attn_ragged_vec(
+        constant fa_args     & args   [[buffer(0)]],
+        device const char    * q      [[buffer(1)]],
+        device const char    * k      [[buffer(2)]],
+        device const char    * v      [[buffer(3)]],
+        device const int32_t * ranges [[buffer(4)]],
+        device const float   * sinks  [[buffer(5)]],
+        device       float   * part   [[buffer(6)]],
+        device       float   * dst    [[buffer(7)]],
+        uint3  group        [[threadgroup_position_in_grid]],
+        ushort thread_index [[thread_index_in_threadgroup]],
+        ushort simd         [[simdgroup_index_in_threadgroup]],
+        ushort lane         [[thread_index_in_simdgroup]]) {
+    SIMT_SHARED_ARRAY(float, sh, (fa_vec_shape<n_lanes, n_rows>::N_SHARED));
+
+    fa_vec<row_t, n_lanes, n_rows>(args, SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks),
+            SIMT_ENTER(part), SIMT_ENTER(dst), sh, fa_ids(group, thread_index, simd, lane));
+}
+
+template <typename row_t, int n_rows, int n_cells, int n_embd>
+kernel void kernel_flash_attn_ragged_tile(
+        constant fa_args     & args   [[buffer(0)]],
+        device const char    * q      [[buffer(1)]],
+        device const char    * k      [[buffer(2)]],
+        device const char    * v      [[buffer(3)]],
+        device const int32_t * ranges [[buffer(4)]],
+        device const float   * sinks  [[buffer(5)]],
+        device       float   * part   [[buffer(6)]],
+        device       float   * dst    [[buffer(7)]],
+        uint3  group        [[threadgroup_position_in_grid]],
+        ushort thread_index [[thread_index_in_threadgroup]],
+        ushort simd         [[simdgroup_index_in_threadgroup]],
+        ushort lane         [[thread_index_in_simdgroup]]) {
+    typedef fa_tile_shape<n_rows, n_cells, n_embd> shape;
+
+    SIMT_SHARED_ARRAY(simt_f16, q_sh,   shape::N_Q);
+    SIMT_SHARED_ARRAY(simt_f16, kv_sh,  shape::N_KV);
+    SIMT_SHARED_ARRAY(float,    s_sh,   shape::N_S);
+    SIMT_SHARED_ARRAY(simt_f16, p_sh,   shape::N_P);
+    SIMT_SHARED_ARRAY(float,    o_sh,   shape::N_O);
+    SIMT_SHARED_ARRAY(float,    max_sh, n_rows);
+    SIMT_SHARED_ARRAY(float,    sum_sh, n_rows);
+
+    const fa_tile_shared sh = { q_sh, kv_sh, s_sh, p_sh, o_sh, max_sh, sum_sh };
+
+    fa_tile<row_t, n_rows, n_cells, n_embd>(args, SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks),
+            SIMT_ENTER(part), SIMT_ENTER(dst), sh, fa_ids(group, thread_index, simd, lane));
+}
+
+template <int n_rows>
+kernel void kernel_flash_attn_ragged_combine(
+        constant fa_args     & args         [[buffer(0)]],
+        device const int32_t * ranges       [[buffer(1)]],
+        device const float   * sinks        [[buffer(2)]],
+        device const float   * part         [[buffer(3)]],
+        device       float   * dst          [[buffer(4)]],
+        constant     int32_t & n_cells_tile [[buffer(5)]],
+        uint3  group        [[threadgroup_position_in_grid]],
+        ushort thread_index [[thread_index_in_threadgroup]],
+        ushort simd         [[simdgroup_index_in_threadgroup]],
+        ushort lane         [[thread_index_in_simdgroup]]) {
+    fa_combine<n_rows>(args, SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst), n_cells_tile,
+            fa_ids(group, thread_index, simd, lane));
+}
+
+#define FA_VEC(type, n_lanes, n_rows) \
+    SIMT_KERNEL_NAME(kernel_flash_attn_ragged_vec_##type##_##n_lanes##_##n_rows, kernel_flash_attn_ragged_vec<fa_row_##type, n_lanes, n_rows>)
+
+#define FA_VEC_ROWS(type, n_lanes) \
+    FA_VEC(type, n_lanes, 1)       \
+    FA_VEC(type, n_lanes, 2)       \
+    FA_VEC(type, n_lanes, 4)       \
+    FA_VEC(type, n_lanes, 8)
+
+// n_lanes*8 is the size of a head; what fits into 32 KiB of threadgroup memory
+#define FA_TILE(type, n_lanes) \
+    SIMT_KERNEL_NAME(kernel_flash_attn_ragged_tile_##type##_##n_lanes, kernel_flash_attn_ragged_tile<fa_row_##type, 16, 32, n_lanes*8>)
+
+#define FA_TYPE(type)     \
+    FA_VEC_ROWS(type, 8)  \
+    FA_VEC_ROWS(type, 16) \
+    FA_VEC_ROWS(type, 32) \
+    FA_TILE(type, 8)      \
+    FA_TILE(type, 16)
+
+FA_TYPE(f32)
+FA_TYPE(f16)
+FA_TYPE(bf16)
+FA_TYPE(q8_0)
+FA_TYPE(q4_0)
+FA_TYPE(any)
+
+SIMT_KERNEL_NAME(kernel_flash_attn_ragged_combine_1,  kernel_flash_attn_ragged_combine<1>)
+SIMT_KERNEL_NAME(kernel_flash_attn_ragged_combine_2,  kernel_flash_attn_ragged_combine<2>)
+SIMT_KERNEL_NAME(kernel_flash_attn_ragged_combine_4,  kernel_flash_attn_ragged_combine<4>)
+SIMT_KERNEL_NAME(kernel_flash_attn_ragged_combine_8,  kernel_flash_attn_ragged_combine<8>)
+SIMT_KERNEL_NAME(kernel_flash_attn_ragged_combine_16, kernel_flash_attn_ragged_combine<16>)

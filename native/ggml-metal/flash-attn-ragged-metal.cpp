@@ -1,0 +1,107 @@
+#include "flash-attn-ragged-metal.h"
+
+#include "simt/flash-attn-ragged-host.h"
+
+#include "ggml-backend-impl.h"
+
+#include <string>
+
+// threadgroups that keep the largest GPU busy; the API does not tell the number of cores
+static constexpr int N_BUSY = 160;
+
+// of kernel_flash_attn_ragged_tile_*
+static constexpr int N_ROWS_TILE  = 16;
+static constexpr int N_CELLS_TILE = 32;
+
+struct fa_plan {
+    explicit fa_plan(const ggml_tensor * op);
+
+    fa_args     a;
+    bool        tiles;        // many rows
+    int         n_rows_block;
+    int         n_cells_tile;
+    std::string name;         // of the kernel
+};
+
+fa_plan::fa_plan(const ggml_tensor * op) : a(fa_args_of(op)) {
+    static const char * const types[] = { "f32", "f16", "bf16", "q8_0", "q4_0" };
+
+    const int         n_lanes = fa_n_lanes(a);
+    const std::string suffix  = std::string(a.type_k == a.type_v ? types[a.type_k] : "any") + "_" + std::to_string(n_lanes);
+
+    // tiles of the largest heads do not fit into threadgroup memory
+    tiles = a.n_rows > 8 && n_lanes < 32;
+    if (tiles) {
+        n_rows_block = N_ROWS_TILE;
+        n_cells_tile = N_CELLS_TILE;
+        name         = "kernel_flash_attn_ragged_tile_" + suffix;
+        fa_split(a, op, n_rows_block, n_cells_tile, N_BUSY);
+        return;
+    }
+    n_rows_block = fa_vec_rows(a);
+    n_cells_tile = FA_N_WARPS*32/n_lanes*(n_rows_block > 4 ? 2 : 4); // fa_vec_shape
+    name         = "kernel_flash_attn_ragged_vec_" + suffix + "_" + std::to_string(n_rows_block);
+    fa_share(a, op, n_rows_block, n_cells_tile, N_BUSY);
+}
+
+static ggml_metal_pipeline_with_params get_pipeline(ggml_metal_library_t lib, const std::string & name) {
+    ggml_metal_pipeline_with_params res = ggml_metal_library_get_pipeline(lib, name.c_str());
+    if (!res.pipeline) {
+        res = ggml_metal_library_compile_pipeline(lib, name.c_str(), name.c_str(), nullptr);
+    }
+    return res;
+}
+
+static ggml_metal_buffer_id get_buffer_id(const ggml_tensor * t) {
+    ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
+    return ggml_metal_buffer_get_id((ggml_metal_buffer_t) buffer->context, t);
+}
+
+int ggml_metal_op_flash_attn_ragged(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tensor * op) {
+    fa_plan plan(op);
+
+    ggml_metal_buffer_id ranges = get_buffer_id(op->src[3]);
+    ggml_metal_buffer_id dst    = get_buffer_id(op);
+    ggml_metal_buffer_id part   = dst;
+    ranges.offs += fa_ranges_offset(op);
+    part.offs   += ggml_nbytes(op);
+
+    const ggml_metal_buffer_id sinks = op->src[4] ? get_buffer_id(op->src[4]) : dst; // has_sinks tells which
+
+    ggml_metal_encoder_set_pipeline(enc, get_pipeline(lib, plan.name));
+    ggml_metal_encoder_set_bytes (enc, &plan.a, sizeof(plan.a), 0);
+    ggml_metal_encoder_set_buffer(enc, get_buffer_id(op->src[0]), 1);
+    ggml_metal_encoder_set_buffer(enc, get_buffer_id(op->src[1]), 2);
+    ggml_metal_encoder_set_buffer(enc, get_buffer_id(op->src[2]), 3);
+    ggml_metal_encoder_set_buffer(enc, ranges,                    4);
+    ggml_metal_encoder_set_buffer(enc, sinks,                     5);
+    ggml_metal_encoder_set_buffer(enc, part,                      6);
+    ggml_metal_encoder_set_buffer(enc, dst,                       7);
+    ggml_metal_encoder_dispatch_threadgroups(enc, plan.a.n_blocks, 1, 1, FA_N_THREADS, 1, 1);
+
+    if (plan.a.n_splits == 1) {
+        return 1;
+    }
+    ggml_metal_encoder_memory_barrier(enc);
+
+    int32_t n_cells_tile = plan.n_cells_tile;
+
+    ggml_metal_encoder_set_pipeline(enc, get_pipeline(lib, "kernel_flash_attn_ragged_combine_" + std::to_string(plan.n_rows_block)));
+    ggml_metal_encoder_set_bytes (enc, &plan.a, sizeof(plan.a), 0);
+    ggml_metal_encoder_set_buffer(enc, ranges,                  1);
+    ggml_metal_encoder_set_buffer(enc, sinks,                   2);
+    ggml_metal_encoder_set_buffer(enc, part,                    3);
+    ggml_metal_encoder_set_buffer(enc, dst,                     4);
+    ggml_metal_encoder_set_bytes (enc, &n_cells_tile, sizeof(n_cells_tile), 5);
+    ggml_metal_encoder_dispatch_threadgroups(enc, plan.a.n_head_kv*plan.a.n_row_blocks*plan.n_rows_block, 1, 1, FA_N_THREADS, 1, 1);
+    return 1;
+}
+
+bool ggml_metal_op_flash_attn_ragged_supported(const ggml_tensor * op) {
+    return fa_supported(op);
+}
+
+size_t ggml_metal_op_flash_attn_ragged_extra(const ggml_tensor * op) {
+    const fa_plan plan(op);
+    return fa_part_size(plan.a, plan.n_rows_block)*sizeof(float);
+}

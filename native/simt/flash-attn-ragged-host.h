@@ -1,0 +1,103 @@
+#pragma once
+
+// What the hosts of all devices have in common: arguments of the kernels, and what they support.
+
+#include "flash-attn-ragged-args.h"
+
+#include "ggml-impl.h"
+#include "ggml.h"
+
+#include <algorithm>
+
+// -1 for types of which the kernels know nothing
+static inline int fa_type(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32:  return FA_F32;
+        case GGML_TYPE_F16:  return FA_F16;
+        case GGML_TYPE_BF16: return FA_BF16;
+        case GGML_TYPE_Q8_0: return FA_Q8_0;
+        case GGML_TYPE_Q4_0: return FA_Q4_0;
+        default:             return -1;
+    }
+}
+
+static inline fa_args fa_args_of(const ggml_tensor * dst) {
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
+
+    fa_args a = {};
+    a.type_k    = fa_type(k->type);
+    a.type_v    = fa_type(v->type);
+    a.n_embd_k  = k->ne[0];
+    a.n_embd_v  = v->ne[0];
+    a.n_tokens  = q->ne[1];
+    a.n_head    = q->ne[2];
+    a.n_head_kv = dst->src[3]->ne[1];
+    a.n_gqa     = a.n_head/a.n_head_kv;
+    a.n_rows    = a.n_tokens*a.n_gqa;
+    a.nb_q1     = q->nb[1];
+    a.nb_q2     = q->nb[2];
+    a.nb_k      = k->nb[1];
+    a.nb_v      = v->nb[1];
+    a.scale     = ggml_get_op_params_f32(dst, 0);
+    a.softcap   = ggml_get_op_params_f32(dst, 1);
+    a.causal    = ggml_get_op_params_i32(dst, 3);
+    a.has_sinks = dst->src[4] != nullptr;
+    if (a.softcap != 0.0f) {
+        a.scale /= a.softcap;
+    }
+    return a;
+}
+
+// bytes from the start of the ranges to those of the op's layer
+static inline size_t fa_ranges_offset(const ggml_tensor * dst) {
+    return ggml_get_op_params_i32(dst, 2)*dst->src[3]->nb[2];
+}
+
+// lanes that hold a row of the larger pool
+static inline int fa_n_lanes(const fa_args & a) {
+    const int n_embd = std::max(a.n_embd_k, a.n_embd_v);
+    return n_embd <= 8*FA_DIMS ? 8 : n_embd <= 16*FA_DIMS ? 16 : 32;
+}
+
+// rows of a block of the kernel for few rows
+static inline int fa_vec_rows(const fa_args & a) {
+    return a.n_rows == 1 ? 1 : a.n_rows == 2 ? 2 : a.n_rows <= 4 ? 4 : 8;
+}
+
+// shares of the work. The heads' lengths are known on the device alone; together they have no more cells than the pool has rows
+static inline void fa_share(fa_args & a, const ggml_tensor * dst, int n_rows_block, int n_cells_tile, int n_busy) {
+    a.n_row_blocks = (a.n_rows + n_rows_block - 1)/n_rows_block;
+    a.n_blocks     = std::min<int64_t>((dst->src[1]->ne[1]/n_cells_tile + a.n_head_kv)*a.n_row_blocks, n_busy);
+    a.n_splits     = 0;
+}
+
+// items in parts of equal length: as many as keep the device busy, of some tiles at least
+static inline void fa_split(fa_args & a, const ggml_tensor * dst, int n_rows_block, int n_cells_tile, int n_busy) {
+    a.n_row_blocks = (a.n_rows + n_rows_block - 1)/n_rows_block;
+
+    const int64_t n_items = (int64_t) a.n_row_blocks*a.n_head_kv;
+    const int64_t n_tiles = dst->src[1]->ne[1]/n_cells_tile/a.n_head_kv + 1;
+    a.n_splits = std::max<int64_t>(1, std::min((n_busy + n_items - 1)/n_items, n_tiles/4));
+    a.n_blocks = n_items*a.n_splits;
+}
+
+// floats for parts
+static inline size_t fa_part_size(const fa_args & a, int n_rows_block) {
+    return a.n_splits == 1 ? 0 : (size_t) a.n_blocks*2*n_rows_block*(a.n_embd_v + 2);
+}
+
+// lanes hold whole groups of dimensions, and what is not quantised is read 16 bytes at a time
+static inline bool fa_supported(const ggml_tensor * dst) {
+    const ggml_tensor * q = dst->src[0];
+    for (const ggml_tensor * pool : { dst->src[1], dst->src[2] }) {
+        if (fa_type(pool->type) < 0 || pool->ne[0] > 32*FA_DIMS || pool->ne[0] % FA_DIMS != 0) {
+            return false;
+        }
+        if (!ggml_is_quantized(pool->type) && pool->nb[1] % 16 != 0) {
+            return false;
+        }
+    }
+    return q->nb[1] % sizeof(float) == 0 && q->nb[2] % sizeof(float) == 0 && ggml_is_contiguous(dst);
+}

@@ -1,0 +1,141 @@
+#pragma once
+
+// The primitives that the texts of native/simt/ are written in, for CUDA. They are what those texts may use beside C++:
+//
+//   SIMT_FUNC, SIMT_UNROLL                what stands before functions and loops
+//   SIMT_GLOBAL(T), SIMT_SHARED(T)        pointers into device memory and into memory of a block
+//   SIMT_CAST(T, p)                       pointer into device memory of another type
+//   simt_ids                              block of the grid, thread of the block, warp and lane
+//   simt_barrier()                        all threads of a block
+//   simt_shuffle_xor(x, m)                x of the lane whose number differs in the bits m; all lanes of a warp
+//   simt_load_u16, simt_load_u32x4        aligned loads from device memory
+//   simt_frag                             16 x 16 floats that a warp holds together; made of products of matrices of simt_f16 in
+//                                         memory of the block, whose rows are ld apart: a multiple of 8 (of 4 for floats)
+//   simt_f16, simt_to_f16                 half precision
+//   simt_get, simt_pack, simt_unpack_f16, simt_bits_to_f32, simt_min, simt_max, simt_exp, simt_tanh
+
+#include "common.cuh"
+
+#include <mma.h>
+
+#define SIMT_FUNC __device__ __forceinline__
+#define SIMT_UNROLL _Pragma("unroll")
+
+#define SIMT_GLOBAL(T) T *
+#define SIMT_SHARED(T) T *
+#define SIMT_CAST(T, p) reinterpret_cast<T *>(p)
+
+// the entry of a kernel: memory of the block, and pointers as the texts have them
+#define SIMT_SHARED_ARRAY(T, name, n) __shared__ T name[n]
+#define SIMT_ENTER(p) p
+
+#define SIMT_KERNEL(n_threads, n_blocks_sm) static __global__ void __launch_bounds__(n_threads, n_blocks_sm)
+
+struct simt_ids {
+    int32_t block, thread, warp, lane;
+};
+
+static __device__ __forceinline__ simt_ids simt_get_ids() {
+    return { (int32_t) blockIdx.x, (int32_t) threadIdx.x, (int32_t) threadIdx.x/32, (int32_t) threadIdx.x%32 };
+}
+
+template <typename... params_t, typename... args_t>
+static void simt_launch(void (*kernel)(params_t...), int n_blocks, int n_threads, cudaStream_t stream, args_t... args) {
+    kernel<<<n_blocks, n_threads, 0, stream>>>(args...);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+typedef uint4  simt_u32x4;
+typedef float2 simt_f32x2;
+
+static __device__ __forceinline__ void simt_barrier() {
+    __syncthreads();
+}
+
+static __device__ __forceinline__ float simt_shuffle_xor(float x, int m) {
+    return __shfl_xor_sync(0xFFFFFFFF, x, m, 32);
+}
+
+static __device__ __forceinline__ uint16_t simt_load_u16(const char * p) {
+    return __ldg(reinterpret_cast<const unsigned short *>(p));
+}
+
+static __device__ __forceinline__ uint4 simt_load_u32x4(const char * p) {
+    return __ldg(reinterpret_cast<const uint4 *>(p));
+}
+
+static __device__ __forceinline__ uint32_t simt_get(uint4 x, int i) {
+    return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
+
+static __device__ __forceinline__ uint4 simt_pack(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return make_uint4(a, b, c, d);
+}
+
+static __device__ __forceinline__ float2 simt_unpack_f16(uint32_t x) {
+    return __half22float2(*reinterpret_cast<const half2 *>(&x));
+}
+
+static __device__ __forceinline__ float simt_bits_to_f32(uint32_t x) {
+    return __uint_as_float(x);
+}
+
+template <typename T>
+static __device__ __forceinline__ T simt_min(T a, T b) {
+    return a < b ? a : b;
+}
+
+template <typename T>
+static __device__ __forceinline__ T simt_max(T a, T b) {
+    return a > b ? a : b;
+}
+
+static __device__ __forceinline__ float simt_exp(float x) {
+    return __expf(x);
+}
+
+static __device__ __forceinline__ float simt_tanh(float x) {
+    return tanhf(x);
+}
+
+//
+// matrices
+//
+
+typedef half simt_f16;
+
+static __device__ __forceinline__ half simt_to_f16(float x) {
+    return __float2half(x);
+}
+
+typedef nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float> simt_frag;
+
+static __device__ __forceinline__ void simt_frag_zero(simt_frag & c) {
+    nvcuda::wmma::fill_fragment(c, 0.0f);
+}
+
+static __device__ __forceinline__ void simt_frag_load(simt_frag & c, const float * p, int ld) {
+    nvcuda::wmma::load_matrix_sync(c, p, ld, nvcuda::wmma::mem_row_major);
+}
+
+static __device__ __forceinline__ void simt_frag_store(float * p, const simt_frag & c, int ld) {
+    nvcuda::wmma::store_matrix_sync(p, c, ld, nvcuda::wmma::mem_row_major);
+}
+
+// c += a*b
+static __device__ __forceinline__ void simt_frag_mma(simt_frag & c, const half * a, int ld_a, const half * b, int ld_b) {
+    nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, half, nvcuda::wmma::row_major> fa;
+    nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, half, nvcuda::wmma::row_major> fb;
+    nvcuda::wmma::load_matrix_sync(fa, a, ld_a);
+    nvcuda::wmma::load_matrix_sync(fb, b, ld_b);
+    nvcuda::wmma::mma_sync(c, fa, fb, c);
+}
+
+// c += a*b^T
+static __device__ __forceinline__ void simt_frag_mma_t(simt_frag & c, const half * a, int ld_a, const half * b, int ld_b) {
+    nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, half, nvcuda::wmma::row_major> fa;
+    nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, half, nvcuda::wmma::col_major> fb;
+    nvcuda::wmma::load_matrix_sync(fa, a, ld_a);
+    nvcuda::wmma::load_matrix_sync(fb, b, ld_b);
+    nvcuda::wmma::mma_sync(c, fa, fb, c);
+}

@@ -1,0 +1,81 @@
+"""nvcc compiles our CUDA files and the patched dispatch, without a warning; no GPU needed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import platformdirs
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+CUBLAS = {13: "nvidia-cublas==13.1.0.3", 12: "nvidia-cublas-cu12==12.9.1.4"}  # headers of the toolkit's major version
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: install the CUDA toolkit to compile the CUDA kernels")
+
+
+@pytest.fixture(scope="session")
+def cublas() -> Path:
+    """Folder of cuBLAS' headers, which toolkits without libraries lack; fetched once."""
+    assert NVCC is not None
+    text = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    major = int(text.split("release ")[1].split(".")[0])
+    own = Path(NVCC).resolve().parents[1] / "include"
+    if (own / "cublas_v2.h").exists():
+        return own
+    folder = Path(platformdirs.user_cache_dir("windowkv-edge")) / "cublas" / CUBLAS[major].replace("==", "-")
+    if not (folder / "cublas_v2.h").exists():
+        wheels = folder / "wheel"
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels), CUBLAS[major]]
+        subprocess.run(command, check=True)
+        (wheel,) = wheels.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if "/include/" in name and name.endswith(".h"):
+                    (folder / Path(name).name).write_bytes(archive.read(name))
+        shutil.rmtree(wheels)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The patched llama.cpp."""
+    folder = tmp_path_factory.mktemp("cuda") / "llama.cpp"
+    built = sorted((ROOT / "build").glob("*/download"))
+    cache = ["--cache", str(built[0])] if built else []
+    command = [sys.executable, str(ROOT / "ggml_patch" / "patchq.py"), "prepare", "--out", str(folder), *cache]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+def compile_cuda(file: Path, archs: list[int], source: Path, cublas: Path, out: Path) -> None:
+    own = [ROOT / "native", ROOT / "native/ggml", ROOT / "native/ggml-cuda"]
+    upstream = [source / "ggml/src/ggml-cuda", source / "ggml/src", source / "ggml/include", cublas]
+    command = [
+        str(NVCC), "-std=c++17", "-c", str(file), "-o", str(out / f"{file.stem}.o"), "-use_fast_math", "-extended-lambda",
+        "-DGGML_CUDA_USE_GRAPHS", "-DGGML_SCHED_MAX_COPIES=4", "--threads", str(os.cpu_count() or 1),
+        "-Xcompiler", "-Wall,-Wextra,-Wno-pedantic,-Wno-unused-function,-Wno-unused-parameter,-Wno-array-bounds",
+        "-Werror", "all-warnings",
+        *(f"-I{folder}" for folder in [*own, *upstream]),
+        *(part for arch in archs for part in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")),
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "warning" not in run.stderr.lower(), run.stderr[-4000:]
+
+
+FILES = sorted((ROOT / "native" / "ggml-cuda").rglob("*.cu"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
+def test_our_files(file: Path, source: Path, cublas: Path, tmp_path: Path) -> None:
+    compile_cuda(file, [75, 86, 90, 120], source, cublas, tmp_path)
+
+
+def test_patched_dispatch(source: Path, cublas: Path, tmp_path: Path) -> None:
+    compile_cuda(source / "ggml/src/ggml-cuda/ggml-cuda.cu", [90], source, cublas, tmp_path)

@@ -1,0 +1,15 @@
+#include "flash-attn-ragged-metal.h"
+
+#include "test-simt-ragged.h"
+
+simt_device simt_metal() {
+    return {
+        "Metal",
+        ggml_metal_op_flash_attn_ragged_supported,
+        ggml_metal_op_flash_attn_ragged_extra,
+        [](simt::machine & machine, ggml_tensor * op) {
+            ggml_metal_encoder enc = { machine };
+            ggml_metal_op_flash_attn_ragged(nullptr, &enc, op);
+        },
+    };
+}

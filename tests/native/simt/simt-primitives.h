@@ -1,0 +1,120 @@
+// The primitives of native/simt/ for the emulator; native/ggml-cuda/simt-cuda.cuh says what they are.
+
+#pragma once
+
+#include "simt-emulator.h"
+
+#include "ggml.h"
+
+#include <cmath>
+
+#define SIMT_FUNC inline
+#define SIMT_UNROLL
+
+#define SIMT_GLOBAL(T) simt::global_ptr<T>
+#define SIMT_SHARED(T) simt::shared_ptr<T>
+#define SIMT_CAST(T, p) simt::cast<T>(p)
+
+#define SIMT_SHARED_ARRAY(T, name, n) const auto name = simt::shared_array<T>(__LINE__, n)
+#define SIMT_ENTER(p) simt::enter_pointer(p)
+
+#define SIMT_KERNEL(n_threads, n_blocks_sm) static void
+
+struct simt_ids {
+    int32_t block, thread, warp, lane;
+};
+
+inline simt_ids simt_get_ids() {
+    const int32_t thread = simt::current_machine()->thread_id();
+    return { simt::current_machine()->block_id(), thread, thread/simt::WARP, thread%simt::WARP };
+}
+
+struct simt_u32x4 {
+    uint32_t x[4];
+};
+
+struct simt_f32x2 {
+    float x, y;
+};
+
+#define simt_barrier() simt::current_machine()->barrier(__LINE__)
+#define simt_shuffle_xor(x, m) simt::current_machine()->shuffle_xor(x, m, __LINE__)
+
+inline uint16_t   simt_load_u16  (SIMT_GLOBAL(const char) p) { return simt::load<uint16_t>(p); }
+inline simt_u32x4 simt_load_u32x4(SIMT_GLOBAL(const char) p) { return simt::load<simt_u32x4>(p); }
+
+inline simt_u32x4 simt_pack(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return { { a, b, c, d } }; }
+
+inline uint32_t simt_get(const simt_u32x4 & x, int i) { return x.x[i]; }
+
+inline simt_f32x2 simt_unpack_f16(uint32_t x) { return { ggml_fp16_to_fp32(x & 0xFFFF), ggml_fp16_to_fp32(x >> 16) }; }
+
+inline float simt_bits_to_f32(uint32_t x) {
+    float res;
+    memcpy(&res, &x, sizeof(res));
+    return res;
+}
+
+template <typename T> T simt_min(T a, T b) { return a < b ? a : b; }
+template <typename T> T simt_max(T a, T b) { return a > b ? a : b; }
+
+inline float simt_exp (float x) { return expf(x); }
+inline float simt_tanh(float x) { return tanhf(x); }
+
+//
+// matrices: a lane holds eight consecutive elements of the 256
+//
+
+typedef _Float16 simt_f16;
+
+inline simt_f16 simt_to_f16(float x) { return (simt_f16) x; }
+
+struct simt_frag {
+    float x[8];
+};
+
+inline void simt_frag_zero(simt_frag & c) {
+    std::fill(c.x, c.x + 8, 0.0f);
+}
+
+inline void simt_frag_load(simt_frag & c, SIMT_SHARED(float) p, int ld) {
+    const int lane = simt_get_ids().lane;
+    for (int i = 0; i < 8; ++i) {
+        c.x[i] = p[lane/2*ld + lane%2*8 + i];
+    }
+}
+
+inline void simt_frag_store(SIMT_SHARED(float) p, const simt_frag & c, int ld) {
+    const int lane = simt_get_ids().lane;
+    for (int i = 0; i < 8; ++i) {
+        p[lane/2*ld + lane%2*8 + i] = c.x[i];
+    }
+}
+
+// a lane answers for 16 bytes of a matrix, the product reads all of it
+inline const simt_f16 * simt_frag_rows(SIMT_SHARED(simt_f16) p, int ld) {
+    const int lane = simt_get_ids().lane;
+    return (p + lane/2*ld + lane%2*8).read(8) - lane/2*ld - lane%2*8;
+}
+
+inline void simt_frag_mma(simt_frag & c, SIMT_SHARED(simt_f16) a, int ld_a, SIMT_SHARED(simt_f16) b, int ld_b) {
+    const int        lane = simt_get_ids().lane;
+    const simt_f16 * x    = simt_frag_rows(a, ld_a) + lane/2*ld_a;
+    const simt_f16 * y    = simt_frag_rows(b, ld_b) + lane%2*8;
+    for (int k = 0; k < 16; ++k) {
+        for (int i = 0; i < 8; ++i) {
+            c.x[i] += (float) x[k]*(float) y[k*ld_b + i];
+        }
+    }
+}
+
+inline void simt_frag_mma_t(simt_frag & c, SIMT_SHARED(simt_f16) a, int ld_a, SIMT_SHARED(simt_f16) b, int ld_b) {
+    const int        lane = simt_get_ids().lane;
+    const simt_f16 * x    = simt_frag_rows(a, ld_a) + lane/2*ld_a;
+    const simt_f16 * y    = simt_frag_rows(b, ld_b) + lane%2*8*ld_b;
+    for (int i = 0; i < 8; ++i) {
+        for (int k = 0; k < 16; ++k) {
+            c.x[i] += (float) x[k]*(float) y[i*ld_b + k];
+        }
+    }
+}

@@ -1,0 +1,237 @@
+// The GPU kernels of GGML_OP_FLASH_ATTN_RAGGED in the emulator: the cases of test-backend-ops-ragged, and planted faults.
+//
+//   test-simt-ragged cuda|metal [-p TEXT] [--part I/N]
+//   test-simt-ragged faults
+
+#include "ragged-cases.h"
+
+#include "ggml-cpu.h"
+
+#include "simt/simt-primitives.h"
+
+#include "test-simt-ragged.h"
+
+#include <set>
+
+static const simt_device DEVICES[] = { simt_cuda(), simt_metal() };
+
+struct result {
+    std::vector<float> out;
+    std::string        error;
+    size_t             n_skipped = 0;
+};
+
+// the op of a graph whose tensors lie in host memory
+static result compute(const simt_device & device, const ragged_graph & g, uint32_t seed, const std::function<void(simt::machine &)> & prepare = {}) {
+    simt::machine machine(seed);
+    for (const auto & [t, name] : { std::pair{ g.q, "q" }, { g.k, "k" }, { g.v, "v" }, { g.ranges, "ranges" }, { g.sinks, "sinks" } }) {
+        if (t) {
+            machine.add(t->data, ggml_nbytes(t), name);
+        }
+    }
+    // the result with what the device wants behind it, full of NaN
+    ggml_tensor out = *g.out;
+    std::vector<char> memory(ggml_nbytes(&out) + device.extra(&out), (char) 0xFF);
+    out.data = memory.data();
+    machine.add(out.data, memory.size(), "the result");
+    if (prepare) {
+        prepare(machine);
+    }
+
+    result res;
+    try {
+        device.compute(machine, &out);
+    } catch (const simt::failure & e) {
+        res.error = e.what();
+    }
+    res.out.assign((float *) out.data, (float *) out.data + ggml_nelements(&out));
+    res.n_skipped = machine.n_barriers_skipped;
+    return res;
+}
+
+static bool test(const simt_device & device, const ragged_case & tc, ggml_backend_t backend, bool & supported) {
+    ragged_graph g = build_graph(tc, backend);
+
+    supported = device.supports(g.out);
+    if (!supported) {
+        return true;
+    }
+    const result res   = compute(device, g, 1);
+    const double worst = res.error.empty() ? worst_nmse(tc, g, res.out) : INFINITY;
+    const bool   ok    = worst <= MAX_NMSE_GPU;
+
+    printf("  FLASH_ATTN_RAGGED(%s): %s (%.1e) %s\n", tc.vars().c_str(), ok ? "OK" : "FAIL", worst, res.error.c_str());
+    fflush(stdout);
+    return ok;
+}
+
+//
+// faults
+//
+
+static int n_failed = 0;
+
+static void expect(bool ok, const char * what, const std::string & got) {
+    printf("  %s: %s (%s)\n", what, ok ? "OK" : "FAIL", got.c_str());
+    n_failed += !ok;
+}
+
+// what a kernel of one block of 64 threads is told; data: 64 floats of device memory
+static std::string run_kernel(const std::function<void(simt_ids, SIMT_GLOBAL(float), SIMT_SHARED(float))> & kernel) {
+    std::vector<float> data(64, 1.0f);
+    simt::machine machine(3);
+    machine.add(data.data(), data.size()*sizeof(float), "data");
+    try {
+        machine.launch(1, 64, [&] { kernel(simt_get_ids(), SIMT_ENTER(data.data()), simt::shared_array<float>(0, 64)); });
+    } catch (const simt::failure & e) {
+        return e.what();
+    }
+    return "";
+}
+
+static void test_faults_of_small_kernels() {
+    using ids = simt_ids;
+    const auto has = [](const std::string & text, const char * part) { return text.find(part) != std::string::npos; };
+
+    std::string got = run_kernel([](ids id, auto data, auto sh) {
+        sh[id.thread] = data[id.thread];
+        simt_barrier();
+        data[id.thread] = sh[63 - id.thread] + simt_shuffle_xor(1.0f, 5);
+    });
+    expect(got.empty(), "a right kernel", got);
+
+    got = run_kernel([](ids id, auto data, auto sh) {
+        sh[id.thread] = data[id.thread];
+        data[id.thread] = sh[63 - id.thread];
+    });
+    expect(has(got, "nobody wrote") || has(got, "race"), "a missing barrier", got);
+
+    got = run_kernel([](ids id, auto data, auto sh) {
+        sh[id.thread] = 0.0f;
+        simt_barrier();
+        sh[id.thread/2] = data[id.thread];
+    });
+    expect(has(got, "race") && has(got, "wrote"), "two threads write", got);
+
+    got = run_kernel([](ids id, auto data, auto sh) {
+        sh[id.thread] = 0.0f;
+        simt_barrier();
+        data[id.thread] = sh[(id.thread + 32) % 64];
+        sh[id.thread]   = 1.0f;
+    });
+    expect(has(got, "race"), "a write after another warp's read", got);
+
+    got = run_kernel([](ids id, auto data, auto) { data[id.thread/2] = 1.0f; });
+    expect(has(got, "race"), "two threads write to the device", got);
+
+    got = run_kernel([](ids id, auto data, auto sh) { sh[id.thread] = data[id.thread + 1]; });
+    expect(has(got, "reads byte 256 of data"), "a read behind the end", got);
+
+    got = run_kernel([](ids id, auto, auto sh) { sh[id.thread + 1] = 0.0f; });
+    expect(has(got, "writes byte 256 of an array of 256"), "a write behind shared memory", got);
+
+    got = run_kernel([](ids id, auto data, auto sh) { data[id.thread] = sh[id.thread]; });
+    expect(has(got, "nobody wrote"), "a read of what nobody wrote", got);
+
+    got = run_kernel([](ids id, auto, auto) {
+        if (id.thread < 40) {
+            simt_barrier();
+        }
+    });
+    expect(has(got, "divergence"), "a barrier for some", got);
+
+    got = run_kernel([](ids id, auto, auto) {
+        if (id.thread % 2 == 0) {
+            simt_shuffle_xor(0.0f, 2);
+        } else {
+            simt_shuffle_xor(0.0f, 2);
+        }
+    });
+    expect(has(got, "divergence"), "a shuffle for some", got);
+
+    got = run_kernel([](ids, auto data, auto) { simt_load_u32x4(SIMT_CAST(const char, data) + 8); });
+    expect(has(got, "not aligned"), "a load that is not aligned", got);
+}
+
+// our kernels without one of their barriers, and with ranges that reach behind the pool
+static void test_faults_of_our_kernels(const simt_device & device, ggml_backend_t backend) {
+    printf("%s\n", device.name);
+    const std::vector<ragged_case> cases = {
+        { 64,  64,  GGML_TYPE_F16,  GGML_TYPE_F16,  3, 1,  { 700, 0, 33 }, 0.0f, false, true, 1 },
+        { 128, 128, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, 4, 20, { 300, 90 },    0.0f, true,  true, 1 },
+    };
+    for (const auto & tc : cases) {
+        rng.seed(1);
+        ragged_graph g = build_graph(tc, backend);
+
+        std::set<int> sites;
+        const result right = compute(device, g, 1, [&](simt::machine & m) { m.skip_barrier = [&](int line) { sites.insert(line); return false; }; });
+        expect(right.error.empty() && worst_nmse(tc, g, right.out) <= MAX_NMSE_GPU && sites.size() >= 2, "our kernel", right.error);
+
+        for (const int site : sites) {
+            const result res = compute(device, g, 1, [&](simt::machine & m) { m.skip_barrier = [=](int line) { return line == site; }; });
+            const std::string what = "without the barrier in line " + std::to_string(site);
+            expect(res.n_skipped > 0 && !res.error.empty(), what.c_str(), res.error);
+        }
+
+        auto * range = (int32_t *) g.ranges->data + 2*tc.lens.size()*LAYER;
+        range[0] = g.k->ne[1] - range[1] + 1;
+        const result res = compute(device, g, 1);
+        expect(res.error.find(" of k, which has ") != std::string::npos || res.error.find(" of v, which has ") != std::string::npos,
+                "a range that ends behind the pool", res.error);
+    }
+}
+
+int main(int argc, char ** argv) {
+    std::string text;
+    int  part = 0, n_parts = 1;
+    bool faults = false;
+    const simt_device * device = nullptr;
+    for (int i = 1; i < argc; ++i) {
+        const std::string arg = argv[i];
+        if (arg == "faults") {
+            faults = true;
+        } else if (arg == "cuda" || arg == "metal") {
+            device = &DEVICES[arg == "metal"];
+        } else if (arg == "-p" && i + 1 < argc) {
+            text = argv[++i];
+        } else if (arg == "--part" && i + 1 < argc && sscanf(argv[i + 1], "%d/%d", &part, &n_parts) == 2) {
+            ++i;
+        } else {
+            device = nullptr;
+            break;
+        }
+    }
+    if (!device && !faults) {
+        fprintf(stderr, "usage: %s cuda|metal [-p TEXT] [--part I/N]\n       %s faults\n", argv[0], argv[0]);
+        return 1;
+    }
+
+    ggml_backend_ptr backend(ggml_backend_cpu_init());
+    if (faults) {
+        test_faults_of_small_kernels();
+        for (const auto & own : DEVICES) {
+            test_faults_of_our_kernels(own, backend.get());
+        }
+        printf("%d failed\n", n_failed);
+        return n_failed == 0 ? 0 : 1;
+    }
+
+    max_reference = 2e6;
+
+    int n_tested  = 0;
+    int n_refused = 0;
+    int i         = 0;
+    for (const auto & tc : make_test_cases(false)) {
+        rng.seed(1);
+        if (i++ % n_parts != part || tc.vars().find(text) == std::string::npos) {
+            continue;
+        }
+        bool supported;
+        n_failed  += !test(*device, tc, backend.get(), supported);
+        n_refused += !supported;
+        n_tested  += supported;
+    }
+    printf("%d tested, %d failed, %d not supported\n", n_tested, n_failed, n_refused);
+    return n_failed == 0 && n_tested > 0 ? 0 : 1;
+}

@@ -1,0 +1,21 @@
+#pragma once
+
+// the hosts of the kernels in the emulator; each is compiled with headers of its own
+
+#include "ggml.h"
+
+#include <cstddef>
+
+namespace simt {
+class machine;
+}
+
+struct simt_device {
+    const char * name;
+    bool   (*supports)(const ggml_tensor * op);
+    size_t (*extra)   (const ggml_tensor * op); // bytes behind the result
+    void   (*compute) (simt::machine & machine, ggml_tensor * op);
+};
+
+simt_device simt_cuda();
+simt_device simt_metal();
