@@ -142,10 +142,25 @@ static double read_us(const std::vector<ggml_tensor *> & pools, int n_threads) {
     return res/n_times;
 }
 
+// the time that a device takes to move as many bytes as the pools have: half of what a copy takes, which reads and writes
+static double move_us(const std::vector<ggml_tensor *> & pools, ggml_backend_t backend) {
+    ggml_context_ptr ctx(ggml_init({ 2*(pools.size() + 1)*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+    ggml_cgraph *    gf  = ggml_new_graph(ctx.get());
+    ggml_tensor *    to  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, ggml_nbytes(pools[0])/sizeof(int32_t));
+
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
+    for (ggml_tensor * pool : pools) {
+        ggml_tensor * from = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, to->ne[0]);
+        GGML_ASSERT(ggml_backend_tensor_alloc(pool->buffer, from, pool->data) == GGML_STATUS_SUCCESS);
+        ggml_build_forward_expand(gf, ggml_cpy(ctx.get(), from, to));
+    }
+    return 0.5*best_us([&] { ggml_backend_graph_compute(backend, gf); });
+}
+
 // a pool attended by either op, by stock as if its heads were uniform; every layer reads its own cells, as a model does
 static void perf(const perf_case & pc, ggml_backend_t backend) {
     const int64_t n_head  = pc.n_head_kv*pc.n_gqa;
-    const int     n_layer = pc.n_tokens == 1 ? 8 : 1;
+    const int     n_layer = pc.n_tokens > 1 ? 1 : pc.n_cells > 32768 ? 2 : 8; // more than caches hold
 
     ggml_context_ptr ctx_ptr(ggml_init({ (16 + 8*n_layer)*ggml_tensor_overhead() + 2*ggml_graph_overhead(), nullptr, true }));
     ggml_context * ctx = ctx_ptr.get();
@@ -197,10 +212,11 @@ static void perf(const perf_case & pc, ggml_backend_t backend) {
     }
     ggml_backend_tensor_set(ranges, ranges_data.data(), 0, ggml_nbytes(ranges));
 
+    // the same cells in all pools: they differ in where they lie
+    std::vector<uint8_t> raw(ggml_nbytes(pools[0]));
+    const auto data = random_normal(ggml_nelements(pools[0]), 1.0f);
+    ggml_quantize_chunk(pc.type, data.data(), raw.data(), 0, pools[0]->ne[1], pools[0]->ne[0], nullptr);
     for (ggml_tensor * pool : pools) {
-        std::vector<uint8_t> raw(ggml_nbytes(pool));
-        const auto data = random_normal(ggml_nelements(pool), 1.0f);
-        ggml_quantize_chunk(pool->type, data.data(), raw.data(), 0, pool->ne[1], pool->ne[0], nullptr);
         ggml_backend_tensor_set(pool, raw.data(), 0, raw.size());
     }
 
@@ -213,8 +229,9 @@ static void perf(const perf_case & pc, ggml_backend_t backend) {
 
     // prompts are bound by arithmetic
     char of_read[16] = "";
-    if (pc.n_tokens == 1 && ggml_backend_buffer_is_host(buffer.get())) {
-        snprintf(of_read, sizeof(of_read), "%.0f %%", 100.0*read_us(pools, pc.n_threads)/n_layer/us_ragged);
+    if (pc.n_tokens == 1) {
+        const double us_read = ggml_backend_buffer_is_host(buffer.get()) ? read_us(pools, pc.n_threads) : move_us(pools, backend);
+        snprintf(of_read, sizeof(of_read), "%.0f %%", 100.0*us_read/n_layer/us_ragged);
     }
 
     printf("| %3d | %4s | %d x %d | %4d | %5d%s | %d | %9.1f | %9.1f | %5.2f | %5s |\n", (int) pc.hs, ggml_type_name(pc.type),
@@ -222,8 +239,21 @@ static void perf(const perf_case & pc, ggml_backend_t backend) {
             pc.n_threads, us_ext, us_ragged, us_ext/us_ragged, of_read);
 }
 
-static std::vector<perf_case> make_perf_cases() {
+static std::vector<perf_case> make_perf_cases(bool is_cpu) {
     std::vector<perf_case> res;
+    if (!is_cpu) {
+        for (const auto type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            for (const int64_t n_cells : { 4096, 16384, 131072 }) {
+                for (const bool ragged : { false, true }) {
+                    res.push_back({ 128, type, 8, 4, 1, n_cells, 1, ragged });
+                }
+                res.push_back({ 128, type, 8, 4, 8, n_cells, 1 });
+            }
+            res.push_back({ 128, type, 8, 4, 512, 16384, 1 });
+            res.push_back({ 64,  type, 3, 3, 1,   16384, 1 });
+        }
+        return res;
+    }
     for (const auto & shape : { std::array<int64_t, 3>{ 64, 3, 3 }, std::array<int64_t, 3>{ 128, 8, 4 } }) {
         for (const auto type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
             for (const int n_threads : { 1, 2 }) {
@@ -347,7 +377,8 @@ int main(int argc, char ** argv) {
         if (mode == "perf") {
             printf("| size | type | kv heads x queries | tokens | cells of all heads | threads | flash_attn_ext us | flash_attn_ragged us | ratio | of read speed |\n");
             printf("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n");
-            for (const auto & pc : make_perf_cases()) {
+            const bool is_cpu = ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
+            for (const auto & pc : make_perf_cases(is_cpu)) {
                 if (pc.vars().find(text) != std::string::npos) {
                     perf(pc, backend.get());
                 }

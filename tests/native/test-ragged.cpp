@@ -558,15 +558,18 @@ static void test_cells_f32(llama_model * model) {
 }
 
 int main(int argc, char ** argv) {
-    if (argc != 2) {
-        fprintf(stderr, "usage: %s MODEL.gguf\n", argv[0]);
+    if (argc < 2 || argc > 3) {
+        fprintf(stderr, "usage: %s MODEL.gguf [LAYERS_ON_THE_GPU]\n", argv[0]);
         return 2;
     }
 
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     llama_backend_init();
 
-    llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
+    llama_model_params params = llama_model_default_params();
+    params.n_gpu_layers = argc > 2 ? atoi(argv[2]) : 0;
+
+    llama_model * model = llama_model_load_from_file(argv[1], params);
     if (!model) {
         fprintf(stderr, "cannot load %s\n", argv[1]);
         return 2;

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny_model
 
-from windowkv_edge import Auto, Llama
+from windowkv_edge import Auto, HeadScores, Llama
+from windowkv_edge.heads import ModelHeads
 
 CELL = 2 * 2 * 64  # bytes of K and V of one head, f16
 Open = Callable[..., Llama]
@@ -82,3 +83,27 @@ def test_heads_that_q8_0_does_not_fit(tmp_path: Path, opened: Open) -> None:
     llm.eval(np.random.default_rng(0).integers(0, tiny_model.N_VOCAB, 400).tolist())
     assert llm.kv_stats().cell_types == ("f16", "f16")
     assert llm.kv_stats().cells.sum() == 100 * llm.kv_stats().cells.size
+
+
+def test_head_scores_are_used_where_there_are_some(session: Open, tmp_path: Path) -> None:
+    llm = session(kv_policy="auto", kv_budget=0.12)
+    fields = llm._kv_bound.native()
+    assert fields["pool"] == 0.5 and fields["importance"].shape == (30, 3)  # those of the package
+    model = ModelHeads(str(tmp_path / "unknown.gguf"), {}, 2, 2, (0, 1), n_head=2)
+    assert Auto().bind(model).native()["pool"] == 0.0
+    scores = HeadScores({"r2": np.array([[1.0, 0.0], [3.0, 0.0]])})
+    assert Auto(importance=scores).bind(model).native()["importance"].tolist() == [[0.25, 0.0], [0.75, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"across": "head"}, "across is 'head', expected one of layer, model"),
+        ({"pool_floor": -1}, "pool_floor is -1, expected an int of at least 0"),
+        ({"importance": "scores.json", "across": "layer"}, "auto divides by importance with across='model' only"),
+        ({"budget": "arithmetic"}, "auto with across='model' needs budget='flat'"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Auto(**arguments)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -94,3 +95,57 @@ def test_greedy_answers_equal_stock(document: str, session: Callable[..., Llama]
     for budget in (1.0, 1400):
         got = session(n_ctx=1536, kv_policy="windowkv", kv_budget=budget)(prompt, max_tokens=64, temperature=0.0)
         assert got["choices"][0]["text"] == want["choices"][0]["text"]
+
+
+# names and operations of all nodes of a prompt's graph and of a token's, as the scheduler meets them
+NODES = """
+import sys, ctypes, json
+model, ours, flash, out = sys.argv[1:]
+if ours == "1":
+    import windowkv_edge
+from llama_cpp import llama_cpp as low
+assert hasattr(low._lib, "wkv_build_stamp") == (ours == "1")
+for name in ("ggml_get_name", "ggml_op_desc"):
+    getattr(low._lib, name).restype = ctypes.c_char_p
+    getattr(low._lib, name).argtypes = [ctypes.c_void_p]
+nodes = []
+
+def visit(tensor, ask, _):
+    if ask:
+        nodes.append([low._lib.ggml_get_name(tensor).decode(), low._lib.ggml_op_desc(tensor).decode()])
+    return False
+
+low.llama_backend_init()
+weights = low.llama_model_load_from_file(model.encode(), low.llama_model_default_params())
+params = low.llama_context_default_params()
+params.n_ctx = params.n_batch = params.n_ubatch = 512
+params.flash_attn_type = int(flash)
+callback = low.ggml_backend_sched_eval_callback(visit)
+params.cb_eval = callback
+ctx = low.llama_init_from_model(weights, params)
+for tokens in ([5] * 300, [7]):
+    nodes.append(["a graph", str(len(tokens))])
+    array = (low.llama_token * len(tokens))(*tokens)
+    assert low.llama_decode(ctx, low.llama_batch_get_one(array, len(tokens))) == 0
+json.dump(nodes, open(out, "w"))
+"""
+
+
+@pytest.mark.parametrize("flash", [0, 1])
+@pytest.mark.parametrize("model_name", ["smollm2", "gemma3"])
+def test_off_adds_no_node(
+    model_name: str, flash: int, native_tests: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The graphs are stock's, node by node: on every backend, for graphs are built before any of these is asked."""
+    model = request.getfixturevalue(model_name)
+    found = []
+    for ours in (0, 1):
+        out = tmp_path / f"{ours}.json"
+        env = dict(os.environ) if ours else {**os.environ, "LLAMA_CPP_LIB_PATH": str(native_tests / "stock")}
+        command = [sys.executable, "-c", NODES, model, str(ours), str(flash), out]
+        subprocess.run(command, env=env, check=True, cwd=tmp_path)
+        found.append(json.loads(out.read_text()))
+    assert found[0] == found[1]
+    assert len(found[0]) > 1000 and sum(name == "a graph" for name, _ in found[0]) == 2
+    assert any(desc == "FLASH_ATTN_EXT" for _, desc in found[0]) == bool(flash)
+    assert not any(desc == "FLASH_ATTN_RAGGED" for _, desc in found[0])

@@ -303,6 +303,11 @@ def test_layer_scope_refuses_heads_that_differ() -> None:
         ({"heads": 1, "pool": 0.5, "importance": np.array([-1.0])}, "negative"),
         ({"heads": 2, "floor_share": -0.1}, "floor_share"),
         ({"heads": 2, "floor_share": 0.2, "scope": 0}, "scope = layer"),
+        ({"span": 2}, "span is 2, expected a value of enum wkv_span"),
+        ({"pool_floor": -1}, "pool_floor is -1, expected at least 0"),
+        ({"heads": 2, "pool": 0.5}, "pool needs span = model"),
+        ({"heads": 2, "span": 1, "shape": 1}, "span = model needs flat budgets"),
+        ({"heads": 2, "span": 1, "pool": 0.5}, "importance holds 0 scores"),
         ({"heads": 2, "floor_share": 0.2}, "heads that compete need both"),
     ],
 )
