@@ -137,6 +137,6 @@ void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * 
     }
 }
 
-bool ggml_cuda_flash_attn_ragged_supported(const ggml_tensor * dst) {
-    return fa_supported(dst);
+bool ggml_cuda_flash_attn_ragged_supported(int device, const ggml_tensor * dst) {
+    return ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc) >= GGML_CUDA_CC_VOLTA && fa_supported(dst);
 }

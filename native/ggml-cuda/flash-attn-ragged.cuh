@@ -6,4 +6,4 @@
 
 void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-bool ggml_cuda_flash_attn_ragged_supported(const ggml_tensor * dst);
+bool ggml_cuda_flash_attn_ragged_supported(int device, const ggml_tensor * dst);

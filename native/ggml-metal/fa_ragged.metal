@@ -8,7 +8,7 @@
 inline simt_ids fa_ids(uint3 group, ushort thread_index, ushort simd, ushort lane) {
     simt_ids id;
     id.block  = (int32_t) group.x;
-    id.thread = thread_index;
+    id.tid = thread_index;
     id.warp   = simd;
     id.lane   = lane;
     return id;

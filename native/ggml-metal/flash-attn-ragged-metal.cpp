@@ -17,7 +17,6 @@ struct fa_plan {
     explicit fa_plan(const ggml_tensor * op);
 
     fa_args     a;
-    bool        tiles;        // many rows
     int         n_rows_block;
     int         n_cells_tile;
     std::string name;         // of the kernel
@@ -29,9 +28,7 @@ fa_plan::fa_plan(const ggml_tensor * op) : a(fa_args_of(op)) {
     const int         n_lanes = fa_n_lanes(a);
     const std::string suffix  = std::string(a.type_k == a.type_v ? types[a.type_k] : "any") + "_" + std::to_string(n_lanes);
 
-    // tiles of the largest heads do not fit into threadgroup memory
-    tiles = a.n_rows > 8 && n_lanes < 32;
-    if (tiles) {
+    if (a.n_rows > 8 && n_lanes < 32) {
         n_rows_block = N_ROWS_TILE;
         n_cells_tile = N_CELLS_TILE;
         name         = "kernel_flash_attn_ragged_tile_" + suffix;
@@ -41,7 +38,12 @@ fa_plan::fa_plan(const ggml_tensor * op) : a(fa_args_of(op)) {
     n_rows_block = fa_vec_rows(a);
     n_cells_tile = FA_N_WARPS*32/n_lanes*(n_rows_block > 4 ? 2 : 4); // fa_vec_shape
     name         = "kernel_flash_attn_ragged_vec_" + suffix + "_" + std::to_string(n_rows_block);
-    fa_share(a, op, n_rows_block, n_cells_tile, N_BUSY);
+    if (a.n_rows > 8) {
+        // tiles of the largest heads do not fit into threadgroup memory
+        fa_split(a, op, n_rows_block, n_cells_tile, N_BUSY);
+    } else {
+        fa_share(a, op, n_rows_block, n_cells_tile, N_BUSY);
+    }
 }
 
 static ggml_metal_pipeline_with_params get_pipeline(ggml_metal_library_t lib, const std::string & name) {
@@ -64,7 +66,7 @@ int ggml_metal_op_flash_attn_ragged(ggml_metal_library_t lib, ggml_metal_encoder
     ggml_metal_buffer_id dst    = get_buffer_id(op);
     ggml_metal_buffer_id part   = dst;
     ranges.offs += fa_ranges_offset(op);
-    part.offs   += ggml_nbytes(op);
+    part.offs   += plan.a.n_splits == 1 ? 0 : ggml_nbytes(op);
 
     const ggml_metal_buffer_id sinks = op->src[4] ? get_buffer_id(op->src[4]) : dst; // has_sinks tells which
 

@@ -95,7 +95,8 @@ static inline bool fa_supported(const ggml_tensor * dst) {
         if (fa_type(pool->type) < 0 || pool->ne[0] > 32*FA_DIMS || pool->ne[0] % FA_DIMS != 0) {
             return false;
         }
-        if (!ggml_is_quantized(pool->type) && pool->nb[1] % 16 != 0) {
+        const size_t align = ggml_is_quantized(pool->type) ? 2 : 16;
+        if (pool->nb[1] % align != 0 || pool->view_offs % align != 0) {
             return false;
         }
     }

@@ -186,6 +186,12 @@ struct fa_row_any {
     }
 };
 
+// by the exponential function: the fast tanh of some compilers is off by more than logits are allowed to be
+static SIMT_FUNC float fa_tanh(float x) {
+    const float e = simt_exp(2.0f*simt_max(-15.0f, simt_min(15.0f, x)));
+    return (e - 1.0f)/(e + 1.0f);
+}
+
 //
 // schedule
 //
@@ -214,6 +220,11 @@ static SIMT_FUNC int64_t fa_total(fa_args a, SIMT_GLOBAL(const int32_t) ranges, 
 // first tile, of all, of a block's share
 static SIMT_FUNC int64_t fa_begin(fa_args a, int64_t total, int32_t block) {
     return total*block/a.n_blocks;
+}
+
+// first tile of a part of an item
+static SIMT_FUNC int64_t fa_split_begin(fa_args a, int64_t n_tiles, int32_t split) {
+    return n_tiles*split/a.n_splits;
 }
 
 // the block whose share holds a tile: the last one that begins at it or before
@@ -329,7 +340,7 @@ SIMT_FUNC void fa_combine(
     }
     const float w = fa_row_weight(a, sinks, fa_head_of(a, ih, row), max, sum);
 
-    for (int32_t d = id.thread; d < a.n_embd_v; d += FA_N_THREADS) {
+    for (int32_t d = id.tid; d < a.n_embd_v; d += FA_N_THREADS) {
         float res = 0.0f;
         for (int32_t b = parts.block0; b <= parts.block1; ++b) {
             if (fa_has_part(a, parts, b)) {

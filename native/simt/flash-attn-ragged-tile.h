@@ -32,7 +32,7 @@ template <typename row_t, int n_cells, int ld>
 SIMT_FUNC void fa_tile_read(
         SIMT_SHARED(simt_f16) dst, SIMT_GLOBAL(const char) pool, int type, int64_t nb, int64_t first, int32_t n_left, int32_t n_embd, int32_t n_pad, simt_ids id) {
     const int32_t n_parts = n_pad/FA_DIMS;
-    for (int32_t i = id.thread; i < n_cells*n_parts; i += FA_N_THREADS) {
+    for (int32_t i = id.tid; i < n_cells*n_parts; i += FA_N_THREADS) {
         const int32_t j = i/n_parts;
         const int32_t d = i%n_parts*FA_DIMS;
 
@@ -81,13 +81,13 @@ SIMT_FUNC void fa_tile(
 
     const int32_t n_visible = fa_visible(a, ranges, ih, simt_min(a.n_rows, row0 + n_rows) - 1);
     const int64_t n_tiles   = (n_visible + n_cells - 1)/n_cells;
-    const int32_t tile0     = (int32_t) (n_tiles*split/a.n_splits);
-    const int32_t tile1     = (int32_t) (n_tiles*(split + 1)/a.n_splits);
+    const int32_t tile0     = (int32_t) fa_split_begin(a, n_tiles, split);
+    const int32_t tile1     = (int32_t) fa_split_begin(a, n_tiles, split + 1);
 
     const int32_t n_pad_k = fa_pad16(a.n_embd_k);
     const int32_t n_pad_v = fa_pad16(a.n_embd_v);
 
-    for (int32_t i = id.thread; i < n_rows*n_pad_k; i += FA_N_THREADS) {
+    for (int32_t i = id.tid; i < n_rows*n_pad_k; i += FA_N_THREADS) {
         const int32_t ir  = i/n_pad_k;
         const int32_t d   = i%n_pad_k;
         const int32_t row = row0 + ir;
@@ -98,13 +98,13 @@ SIMT_FUNC void fa_tile(
         }
         sh.q[ir*shape::LD_Q + d] = simt_to_f16(x);
     }
-    for (int32_t i = id.thread; i < n_rows*n_pad_v; i += FA_N_THREADS) {
+    for (int32_t i = id.tid; i < n_rows*n_pad_v; i += FA_N_THREADS) {
         sh.o[i/n_pad_v*shape::LD_O + i%n_pad_v] = 0.0f;
     }
 
     // the row of this thread in the softmax, with the lanes beside it
-    const int32_t ir      = id.thread/N_LANES_ROW;
-    const int32_t lane    = id.thread%N_LANES_ROW;
+    const int32_t ir      = id.tid/N_LANES_ROW;
+    const int32_t lane    = id.tid%N_LANES_ROW;
     const int32_t visible = row0 + ir < a.n_rows ? fa_visible(a, ranges, ih, row0 + ir) : 0;
 
     float max = FA_MASKED;
@@ -139,7 +139,7 @@ SIMT_FUNC void fa_tile(
             const int32_t c = j*N_LANES_ROW + lane;
 
             float x = sh.s[ir*shape::LD_S + c];
-            x = a.softcap != 0.0f ? a.softcap*simt_tanh(x) : x;
+            x = a.softcap != 0.0f ? a.softcap*fa_tanh(x) : x;
             w[j]    = cell0 + c < visible ? x : FA_MASKED;
             max_new = simt_max(max_new, w[j]);
         }
@@ -153,7 +153,7 @@ SIMT_FUNC void fa_tile(
         sum *= w_old;
         SIMT_UNROLL
         for (int j = 0; j < n_cells/N_LANES_ROW; ++j) {
-            w[j] = w[j] > FA_MASKED ? simt_exp(w[j] - max_new) : 0.0f;
+            w[j] = w[j] <= FA_MASKED ? 0.0f : simt_exp(w[j] - max_new);
             sum += w[j];
             sh.p[ir*shape::LD_P + j*N_LANES_ROW + lane] = simt_to_f16(w[j]);
         }
@@ -189,7 +189,7 @@ SIMT_FUNC void fa_tile(
     }
     simt_barrier();
 
-    for (int32_t i = id.thread; i < n_rows*a.n_embd_v; i += FA_N_THREADS) {
+    for (int32_t i = id.tid; i < n_rows*a.n_embd_v; i += FA_N_THREADS) {
         const int32_t r   = i/a.n_embd_v;
         const int32_t d   = i%a.n_embd_v;
         const int32_t row = row0 + r;

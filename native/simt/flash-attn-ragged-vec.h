@@ -32,18 +32,32 @@ SIMT_FUNC void fa_vec(
     const bool    has_k = d0 < a.n_embd_k;
     const bool    has_v = d0 < a.n_embd_v;
 
-    const int64_t total = fa_total(a, ranges, n_rows, shape::N_CELLS_TILE);
-    const int64_t begin = fa_begin(a, total, id.block);
-    const int64_t end   = fa_begin(a, total, id.block + 1);
+    // a share of all tiles, or a part of one item
+    const bool split = a.n_splits > 0;
+
+    int32_t item0 = 0;
+    int64_t begin;
+    int64_t end;
+    if (split) {
+        item0 = id.block/a.n_splits;
+
+        const int64_t n_tiles = fa_n_tiles(a, ranges, item0, n_rows, shape::N_CELLS_TILE);
+        begin = fa_split_begin(a, n_tiles, id.block%a.n_splits);
+        end   = fa_split_begin(a, n_tiles, id.block%a.n_splits + 1);
+    } else {
+        const int64_t total = fa_total(a, ranges, n_rows, shape::N_CELLS_TILE);
+        begin = fa_begin(a, total, id.block);
+        end   = fa_begin(a, total, id.block + 1);
+    }
 
     int64_t work = 0;
-    for (int32_t item = 0; item < a.n_head_kv*a.n_row_blocks && work < end; ++item) {
+    for (int32_t item = item0; split ? item == item0 : item < a.n_head_kv*a.n_row_blocks && work < end; ++item) {
         const int32_t n_tiles = fa_n_tiles(a, ranges, item, n_rows, shape::N_CELLS_TILE);
         const int32_t tile0   = (int32_t) simt_max((int64_t) 0, begin - work);
         const int32_t tile1   = (int32_t) simt_min((int64_t) n_tiles, end - work);
         work += n_tiles;
-        if (tile0 >= tile1) {
-            continue;
+        if (!split && tile0 >= tile1) {
+            continue; // a part without tiles is a part all the same
         }
 
         const int32_t ih    = item/a.n_row_blocks;
@@ -109,7 +123,7 @@ SIMT_FUNC void fa_vec(
                     for (int m = 1; m < n_lanes; m *= 2) {
                         dot += simt_shuffle_xor(dot, m);
                     }
-                    dot = a.softcap != 0.0f ? a.softcap*simt_tanh(dot) : dot;
+                    dot = a.softcap != 0.0f ? a.softcap*fa_tanh(dot) : dot;
                     w[s][r] = cell0 + s*shape::N_CELLS_STEP < visible[r] ? dot : FA_MASKED;
                 }
             }
@@ -131,7 +145,7 @@ SIMT_FUNC void fa_vec(
                 }
                 SIMT_UNROLL
                 for (int s = 0; s < shape::N_STEPS; ++s) {
-                    w[s][r] = w[s][r] > FA_MASKED ? simt_exp(w[s][r] - max_new) : 0.0f;
+                    w[s][r] = w[s][r] <= FA_MASKED ? 0.0f : simt_exp(w[s][r] - max_new); // what is not a number stays that
                     sum[r] += w[s][r];
                 }
             }
@@ -203,13 +217,13 @@ SIMT_FUNC void fa_vec(
                     sum_block += sh[i*LD + LD - 1]*w_warp[i];
                 }
 
-                const bool whole = tile0 == 0 && tile1 == n_tiles;
+                const bool whole = split ? a.n_splits == 1 : tile0 == 0 && tile1 == n_tiles;
 
                 const float w_row = whole ? fa_row_weight(a, sinks, fa_head_of(a, ih, row), max_block, sum_block) : 1.0f;
 
                 SIMT_GLOBAL(float) y = whole ? dst + fa_dst(a, ih, row) :
-                    part + fa_part(a, id.block, tile0 > 0 ? 0 : 1, n_rows, r);
-                for (int32_t d = id.thread; d < a.n_embd_v; d += FA_N_THREADS) {
+                    part + fa_part(a, id.block, split || tile0 > 0 ? 0 : 1, n_rows, r);
+                for (int32_t d = id.tid; d < a.n_embd_v; d += FA_N_THREADS) {
                     float res = 0.0f;
                     SIMT_UNROLL
                     for (int i = 0; i < FA_N_WARPS; ++i) {
@@ -217,7 +231,7 @@ SIMT_FUNC void fa_vec(
                     }
                     y[d] = res*w_row;
                 }
-                if (!whole && id.thread == 0) {
+                if (!whole && id.tid == 0) {
                     y[a.n_embd_v]     = max_block;
                     y[a.n_embd_v + 1] = sum_block;
                 }

@@ -12,7 +12,7 @@
 //   simt_frag                             16 x 16 floats that a warp holds together; made of products of matrices of simt_f16 in
 //                                         memory of the block, whose rows are ld apart: a multiple of 8 (of 4 for floats)
 //   simt_f16, simt_to_f16                 half precision
-//   simt_get, simt_pack, simt_unpack_f16, simt_bits_to_f32, simt_min, simt_max, simt_exp, simt_tanh
+//   simt_get, simt_pack, simt_unpack_f16, simt_bits_to_f32, simt_min, simt_max, simt_exp
 
 #include "common.cuh"
 
@@ -26,13 +26,13 @@
 #define SIMT_CAST(T, p) reinterpret_cast<T *>(p)
 
 // the entry of a kernel: memory of the block, and pointers as the texts have them
-#define SIMT_SHARED_ARRAY(T, name, n) __shared__ T name[n]
+#define SIMT_SHARED_ARRAY(T, name, n) __shared__ __align__(32) T name[n] // as matrices want it
 #define SIMT_ENTER(p) p
 
 #define SIMT_KERNEL(n_threads, n_blocks_sm) static __global__ void __launch_bounds__(n_threads, n_blocks_sm)
 
 struct simt_ids {
-    int32_t block, thread, warp, lane;
+    int32_t block, tid, warp, lane; // thread: tid of the block, lane of the warp
 };
 
 static __device__ __forceinline__ simt_ids simt_get_ids() {
@@ -94,10 +94,6 @@ static __device__ __forceinline__ float simt_exp(float x) {
     return __expf(x);
 }
 
-static __device__ __forceinline__ float simt_tanh(float x) {
-    return tanhf(x);
-}
-
 //
 // matrices
 //
@@ -107,6 +103,19 @@ typedef half simt_f16;
 static __device__ __forceinline__ half simt_to_f16(float x) {
     return __float2half(x);
 }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_VOLTA
+
+// there are no such products, ggml_cuda_flash_attn_ragged_supported() says so
+struct simt_frag {};
+
+static __device__ void simt_frag_zero (simt_frag &) { NO_DEVICE_CODE; }
+static __device__ void simt_frag_load (simt_frag &, const float *, int) { NO_DEVICE_CODE; }
+static __device__ void simt_frag_store(float *, const simt_frag &, int) { NO_DEVICE_CODE; }
+static __device__ void simt_frag_mma  (simt_frag &, const half *, int, const half *, int) { NO_DEVICE_CODE; }
+static __device__ void simt_frag_mma_t(simt_frag &, const half *, int, const half *, int) { NO_DEVICE_CODE; }
+
+#else
 
 typedef nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float> simt_frag;
 
@@ -139,3 +148,5 @@ static __device__ __forceinline__ void simt_frag_mma_t(simt_frag & c, const half
     nvcuda::wmma::load_matrix_sync(fb, b, ld_b);
     nvcuda::wmma::mma_sync(c, fa, fb, c);
 }
+
+#endif

@@ -18,7 +18,7 @@ using namespace metal;
 #define SIMT_KERNEL_NAME(name, ...) template [[host_name(#name)]] kernel decltype(__VA_ARGS__) __VA_ARGS__;
 
 struct simt_ids {
-    int32_t block, thread, warp, lane;
+    int32_t block, tid, warp, lane; // thread: tid of the block, lane of the warp
 };
 
 typedef uint4  simt_u32x4;
@@ -75,11 +75,6 @@ inline float simt_exp(float x) {
     return exp(x);
 }
 
-// precise: the fast one is not a number for large arguments
-inline float simt_tanh(float x) {
-    return precise::tanh(x);
-}
-
 //
 // matrices: 2 x 2 blocks of 8 x 8
 //
@@ -89,18 +84,21 @@ struct simt_frag {
 };
 
 inline void simt_frag_zero(thread simt_frag & c) {
+    SIMT_UNROLL
     for (int i = 0; i < 4; ++i) {
         c.x[i/2][i%2] = make_filled_simdgroup_matrix<float, 8>(0.0f);
     }
 }
 
 inline void simt_frag_load(thread simt_frag & c, threadgroup const float * p, int ld) {
+    SIMT_UNROLL
     for (int i = 0; i < 4; ++i) {
         simdgroup_load(c.x[i/2][i%2], p + i/2*8*ld + i%2*8, ld);
     }
 }
 
-inline void simt_frag_store(threadgroup float * p, thread const simt_frag & c, int ld) {
+inline void simt_frag_store(threadgroup float * p, thread simt_frag & c, int ld) {
+    SIMT_UNROLL
     for (int i = 0; i < 4; ++i) {
         simdgroup_store(c.x[i/2][i%2], p + i/2*8*ld + i%2*8, ld);
     }
@@ -109,7 +107,8 @@ inline void simt_frag_store(threadgroup float * p, thread const simt_frag & c, i
 // c += a*b
 inline void simt_frag_mma(thread simt_frag & c, threadgroup const half * a, int ld_a, threadgroup const half * b, int ld_b) {
     for (int k = 0; k < 2; ++k) {
-        for (int i = 0; i < 4; ++i) {
+        SIMT_UNROLL
+    for (int i = 0; i < 4; ++i) {
             simdgroup_half8x8 x;
             simdgroup_half8x8 y;
             simdgroup_load(x, a + i/2*8*ld_a + k*8, ld_a);
@@ -122,7 +121,8 @@ inline void simt_frag_mma(thread simt_frag & c, threadgroup const half * a, int 
 // c += a*b^T
 inline void simt_frag_mma_t(thread simt_frag & c, threadgroup const half * a, int ld_a, threadgroup const half * b, int ld_b) {
     for (int k = 0; k < 2; ++k) {
-        for (int i = 0; i < 4; ++i) {
+        SIMT_UNROLL
+    for (int i = 0; i < 4; ++i) {
             simdgroup_half8x8 x;
             simdgroup_half8x8 y;
             simdgroup_load(x, a + i/2*8*ld_a + k*8, ld_a);

@@ -33,7 +33,10 @@ static result compute(const simt_device & device, const ragged_graph & g, uint32
     ggml_tensor out = *g.out;
     std::vector<char> memory(ggml_nbytes(&out) + device.extra(&out), (char) 0xFF);
     out.data = memory.data();
-    machine.add(out.data, memory.size(), "the result");
+    machine.add(out.data, ggml_nbytes(&out), "the result");
+    if (memory.size() > ggml_nbytes(&out)) {
+        machine.add(memory.data() + ggml_nbytes(&out), memory.size() - ggml_nbytes(&out), "the parts");
+    }
     if (prepare) {
         prepare(machine);
     }
@@ -94,54 +97,57 @@ static void test_faults_of_small_kernels() {
     const auto has = [](const std::string & text, const char * part) { return text.find(part) != std::string::npos; };
 
     std::string got = run_kernel([](ids id, auto data, auto sh) {
-        sh[id.thread] = data[id.thread];
+        sh[id.tid] = data[id.tid];
         simt_barrier();
-        data[id.thread] = sh[63 - id.thread] + simt_shuffle_xor(1.0f, 5);
+        data[id.tid] = sh[63 - id.tid] + simt_shuffle_xor(1.0f, 5);
     });
     expect(got.empty(), "a right kernel", got);
 
     got = run_kernel([](ids id, auto data, auto sh) {
-        sh[id.thread] = data[id.thread];
-        data[id.thread] = sh[63 - id.thread];
+        sh[id.tid] = data[id.tid];
+        data[id.tid] = sh[63 - id.tid];
     });
     expect(has(got, "nobody wrote") || has(got, "race"), "a missing barrier", got);
 
     got = run_kernel([](ids id, auto data, auto sh) {
-        sh[id.thread] = 0.0f;
+        sh[id.tid] = 0.0f;
         simt_barrier();
-        sh[id.thread/2] = data[id.thread];
+        sh[id.tid/2] = data[id.tid];
     });
-    expect(has(got, "race") && has(got, "wrote"), "two threads write", got);
+    expect(has(got, "race"), "two threads write", got);
 
     got = run_kernel([](ids id, auto data, auto sh) {
-        sh[id.thread] = 0.0f;
+        sh[id.tid] = 0.0f;
         simt_barrier();
-        data[id.thread] = sh[(id.thread + 32) % 64];
-        sh[id.thread]   = 1.0f;
+        data[id.tid] = sh[(id.tid + 32) % 64];
+        sh[id.tid]   = 1.0f;
     });
     expect(has(got, "race"), "a write after another warp's read", got);
 
-    got = run_kernel([](ids id, auto data, auto) { data[id.thread/2] = 1.0f; });
+    got = run_kernel([](ids id, auto data, auto) { data[id.tid/2] = 1.0f; });
     expect(has(got, "race"), "two threads write to the device", got);
 
-    got = run_kernel([](ids id, auto data, auto sh) { sh[id.thread] = data[id.thread + 1]; });
+    got = run_kernel([](ids id, auto data, auto) { data[id.tid] = 1.0f + data[(id.tid + 1) % 64]; });
+    expect(has(got, "race"), "a write to what another thread read from the device", got);
+
+    got = run_kernel([](ids id, auto data, auto sh) { sh[id.tid] = data[id.tid + 1]; });
     expect(has(got, "reads byte 256 of data"), "a read behind the end", got);
 
-    got = run_kernel([](ids id, auto, auto sh) { sh[id.thread + 1] = 0.0f; });
+    got = run_kernel([](ids id, auto, auto sh) { sh[id.tid + 1] = 0.0f; });
     expect(has(got, "writes byte 256 of an array of 256"), "a write behind shared memory", got);
 
-    got = run_kernel([](ids id, auto data, auto sh) { data[id.thread] = sh[id.thread]; });
+    got = run_kernel([](ids id, auto data, auto sh) { data[id.tid] = sh[id.tid]; });
     expect(has(got, "nobody wrote"), "a read of what nobody wrote", got);
 
     got = run_kernel([](ids id, auto, auto) {
-        if (id.thread < 40) {
+        if (id.tid < 40) {
             simt_barrier();
         }
     });
     expect(has(got, "divergence"), "a barrier for some", got);
 
     got = run_kernel([](ids id, auto, auto) {
-        if (id.thread % 2 == 0) {
+        if (id.tid % 2 == 0) {
             simt_shuffle_xor(0.0f, 2);
         } else {
             simt_shuffle_xor(0.0f, 2);
@@ -172,6 +178,11 @@ static void test_faults_of_our_kernels(const simt_device & device, ggml_backend_
             const result res = compute(device, g, 1, [&](simt::machine & m) { m.skip_barrier = [=](int line) { return line == site; }; });
             const std::string what = "without the barrier in line " + std::to_string(site);
             expect(res.n_skipped > 0 && !res.error.empty(), what.c_str(), res.error);
+        }
+
+        if (device.extra(g.out) > 0) {
+            const result res = compute(device, g, 1, [&](simt::machine & m) { m.skip_device_barriers = true; });
+            expect(res.error.find("of the parts, which thread") != std::string::npos, "without the barrier between two kernels", res.error);
         }
 
         auto * range = (int32_t *) g.ranges->data + 2*tc.lens.size()*LAYER;

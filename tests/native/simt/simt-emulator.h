@@ -3,9 +3,9 @@
 // Every thread of a block is a fiber; it runs until it meets a barrier, a shuffle or its end. A kernel fails with a message for
 //   - an access to device memory outside of what was registered, or not aligned to its size
 //   - an access outside of the block's memory, or a read of what nobody wrote
-//   - two accesses to the same bytes of shared or device memory without a barrier between, one of them a write
+//   - two accesses to the same bytes of shared or device memory by two threads without a barrier between, one of them a write
 //   - a barrier or a shuffle that not all threads of the block or warp come to
-// Order: fibers of a block take turns in an order that a seed shuffles, blocks run one after another.
+// Order: fibers of a block take turns in an order that a seed shuffles at every barrier, blocks run one after another.
 
 #pragma once
 
@@ -37,8 +37,7 @@ struct failure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-__attribute__((format(printf, 1, 2)))
-[[noreturn]] inline void fail(const char * format, ...) {
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char * format, ...) {
     char buf[512];
     va_list args;
     va_start(args, format);
@@ -124,16 +123,32 @@ struct fiber_context {
 // memory
 //
 
-// last accesses to two bytes; epochs are numbers of barriers that a block or a warp has passed
+// last accesses to two bytes of shared memory, or four of device memory. Epochs are numbers of barriers that lie between; threads
+// are numbered, 0 is none
 struct trace {
-    int32_t writer = -1;
-    int32_t reader = -1;      // the last one of this epoch
-    int32_t write_block = -1; // epoch
-    int32_t write_warp  = -1;
-    int32_t read_block  = -1;
-    int32_t read_warp   = -1;
-    bool    many_readers = false; // threads of one warp
-    bool    many_warps   = false;
+    int64_t writer      = 0;
+    int64_t reader      = 0; // MANY: several
+    int32_t write_epoch = -1;
+    int32_t read_epoch  = -1;
+
+    static constexpr int64_t MANY = -1;
+
+    // the thread whose access this one races with, or 0
+    int64_t access(int64_t self, int32_t epoch, bool writes) {
+        const int64_t other_writer = write_epoch == epoch && writer != self ? writer : 0;
+        const int64_t other_reader = read_epoch  == epoch && reader != self ? reader : 0;
+        if (other_writer || (writes && other_reader)) {
+            return other_writer ? other_writer : other_reader;
+        }
+        if (writes) {
+            writer      = self;
+            write_epoch = epoch;
+        } else {
+            reader     = read_epoch == epoch && reader != self ? MANY : self;
+            read_epoch = epoch;
+        }
+        return 0;
+    }
 };
 
 enum class wait { none, block, warp, done };
@@ -155,7 +170,7 @@ struct region {
     size_t     size;
     std::string name;
 
-    std::vector<int64_t> writer; // of four bytes: thread of the grid that wrote there in this launch, + 1
+    std::vector<trace> traces;
 };
 
 class machine {
@@ -163,21 +178,25 @@ public:
     // threads of blocks are numbered from 0; seed of the order in which they run
     explicit machine(uint32_t seed = 0) : rng(seed) {}
 
-    void add(const void * data, size_t size, const std::string & name) { regions[(uintptr_t) data] = { (char *) data, size, name, {} }; }
+    void add(const void * data, size_t size, const std::string & name) { regions[(uintptr_t) data] = { (char *) data, size, name, std::vector<trace>(size/4 + 1) }; }
     void remove(const void * data) { regions.erase((uintptr_t) data); }
     void clear() { regions.clear(); }
 
+    size_t shared_limit = SIZE_MAX; // bytes of a block
+
+    // what was launched before has ended, for what is launched from here on
+    void device_barrier() { device_epoch += !skip_device_barriers; }
+
     // faults for tests of the tests
-    int n_barriers_skipped = 0;
+    bool   skip_device_barriers = false;
+    size_t n_barriers_skipped = 0;
     std::function<bool(int line)> skip_barrier;
 
     void launch(int n_blocks, int n_threads, const std::function<void()> & kernel) {
         if (n_threads % WARP != 0) {
             fail("%d threads are no whole warps of %d", n_threads, WARP);
         }
-        for (auto & [_, r] : regions) {
-            r.writer.assign(r.size/4 + 1, 0);
-        }
+        n_launches++;
         for (block = 0; block < n_blocks; ++block) {
             run_block(n_threads, kernel);
         }
@@ -197,6 +216,9 @@ public:
             shared.resize(shared.size() + (size + 15)/16*16);
             written.resize(shared.size(), 0);
             traces.resize(shared.size()/2);
+            if (shared.size() > shared_limit) {
+                fail("%zu bytes of shared memory, a block has %zu", shared.size(), shared_limit);
+            }
         }
         return it->second;
     }
@@ -209,7 +231,8 @@ public:
         yield(wait::block, line);
     }
 
-    void warp_barrier(int line) { shuffle_xor(0.0f, 0, line); }
+    // all lanes of a warp come here
+    void converge(int line) { shuffle_xor(0.0f, 0, line); }
 
     float shuffle_xor(float x, int mask, int line) {
         current->value = x;
@@ -219,9 +242,9 @@ public:
     }
 
     char * shared_access(size_t offset, size_t size, size_t begin, size_t end, bool writes) {
-        if (offset < begin || offset + size > end) {
+        if (offset < begin || offset > end || size > end - offset) {
             fail("thread %d of block %d %s byte %zd of an array of %zu in shared memory", current->id, block, writes ? "writes" : "reads",
-                (ptrdiff_t) offset - (ptrdiff_t) begin, end - begin);
+                (ptrdiff_t) (offset - begin), end - begin);
         }
         for (size_t i = offset; i < offset + size; ++i) {
             if (!writes && !written[i]) {
@@ -230,7 +253,11 @@ public:
             written[i] = 1;
         }
         for (size_t i = offset/2; i <= (offset + size - 1)/2; ++i) {
-            check(traces[i], offset - begin, writes);
+            const int64_t other = traces[i].access(((int64_t) block << 16 | current->id) + 1, block_epoch, writes);
+            if (other) {
+                fail("race: thread %d of block %d %s byte %zu of shared memory, which %s touched since the last barrier", current->id,
+                    block, writes ? "writes" : "reads", offset - begin, thread_name(other).c_str());
+            }
         }
         return shared.data() + offset;
     }
@@ -256,14 +283,12 @@ public:
         if ((uintptr_t) p % size != 0) {
             fail("thread %d of block %d: %zu bytes of %s at byte %zd are not aligned", current->id, block, size, r->name.c_str(), p - r->data);
         }
-        const int64_t self = ((int64_t) block << 16 | current->id) + 1;
+        const int64_t self = (((int64_t) n_launches << 40) | ((int64_t) block << 16) | current->id) + 1;
         for (size_t i = (p - r->data)/4; i <= (p - r->data + size - 1)/4; ++i) {
-            if (r->writer[i] != 0 && r->writer[i] != self) {
-                fail("race: thread %d of block %d %s byte %zu of %s, which thread %d of block %d wrote", current->id, block,
-                    writes ? "writes" : "reads", 4*i, r->name.c_str(), (int) ((r->writer[i] - 1) & 0xFFFF), (int) ((r->writer[i] - 1) >> 16));
-            }
-            if (writes) {
-                r->writer[i] = self;
+            const int64_t other = r->traces[i].access(self, device_epoch, writes);
+            if (other) {
+                fail("race: thread %d of block %d %s byte %zu of %s, which %s touched", current->id, block, writes ? "writes" : "reads",
+                    4*i, r->name.c_str(), thread_name(other).c_str());
             }
         }
     }
@@ -281,8 +306,9 @@ private:
     const std::function<void()>        * kernel = nullptr;
     std::string                          error;
 
-    int32_t              block_epoch = 0;
-    std::vector<int32_t> warp_epoch;
+    int32_t block_epoch  = 0;
+    int32_t device_epoch = 0;
+    int32_t n_launches   = 0;
 
     std::map<int, size_t> arrays;
     std::vector<char>     shared;
@@ -333,42 +359,9 @@ private:
         return true;
     }
 
-    void check(trace & t, size_t at, bool writes) {
-        const int32_t id   = current->id;
-        const int32_t warp = id/WARP;
-        const int32_t own  = warp_epoch[warp];
-
-        const auto race = [&](int32_t other, const char * did) {
-            fail("race: thread %d of block %d %s byte %zu of shared memory, which thread %d %s since the last barrier", id, block,
-                writes ? "writes" : "reads", at, other, did);
-        };
-        if (t.write_block == block_epoch && t.writer != id && (t.writer/WARP != warp || t.write_warp == own)) {
-            race(t.writer, "wrote");
-        }
-        if (writes) {
-            if (t.read_block == block_epoch) {
-                const bool same_warp = t.reader/WARP == warp;
-                if (t.many_warps || !same_warp || (t.read_warp == own && (t.many_readers || t.reader != id))) {
-                    race(t.reader, "read");
-                }
-            }
-            t.writer      = id;
-            t.write_block = block_epoch;
-            t.write_warp  = own;
-            return;
-        }
-        if (t.read_block != block_epoch) {
-            t.many_warps = t.many_readers = false;
-        } else if (t.reader/WARP != warp) {
-            t.many_warps = true;
-        } else if (t.read_warp != own) {
-            t.many_readers = false;
-        } else if (t.reader != id) {
-            t.many_readers = true;
-        }
-        t.reader     = id;
-        t.read_block = block_epoch;
-        t.read_warp  = own;
+    static std::string thread_name(int64_t number) {
+        return number == trace::MANY ? "several threads" :
+            "thread " + std::to_string((number - 1) & 0xFFFF) + " of block " + std::to_string((number - 1) >> 16 & 0xFFFFFF);
     }
 
     friend machine *& current_machine();
@@ -403,7 +396,6 @@ inline void machine::run_block(int n_threads, const std::function<void()> & fn) 
     }
     kernel      = &fn;
     block_epoch = 0;
-    warp_epoch.assign(n_threads/WARP, 0);
     arrays.clear();
     shared.clear();
     written.clear();
@@ -417,8 +409,8 @@ inline void machine::run_block(int n_threads, const std::function<void()> & fn) 
         threads[i]->context.start(threads[i]->stack.get(), STACK, enter);
     }
 
+    std::shuffle(order.begin(), order.end(), rng);
     for (int n_done = 0; n_done < n_threads && error.empty();) {
-        std::shuffle(order.begin(), order.end(), rng);
         bool any = false;
         for (const int i : order) {
             if (threads[i]->waits != wait::none) {
@@ -432,7 +424,12 @@ inline void machine::run_block(int n_threads, const std::function<void()> & fn) 
                 break;
             }
         }
-        any = error.empty() && (release_warps(n_threads) || release_block(n_threads) || any);
+        if (error.empty() && release_warps(n_threads)) {
+            any = true;
+        } else if (error.empty() && release_block(n_threads)) {
+            any = true;
+            std::shuffle(order.begin(), order.end(), rng);
+        }
         if (!any && error.empty() && n_done < n_threads) {
             const auto stuck = std::find_if(threads.begin(), threads.begin() + n_threads, [](const auto & t) { return t->waits != wait::done; });
             char buf[256];
@@ -536,6 +533,13 @@ public:
     shared_ptr(size_t at, size_t begin, size_t end) : at(at), begin(begin), end(end) {}
 
     shared_ref<T> operator[](int64_t i) const { return { at + i*sizeof(T), begin, end }; }
+
+    // a matrix: rows of whole 16 bytes from a place where loads of 32 may begin
+    void check_matrix(size_t ld) const {
+        if ((at - begin)%32 != 0 || ld*sizeof(T) % 16 != 0) {
+            fail("a matrix at byte %zu with rows of %zu bytes is not aligned", at - begin, ld*sizeof(T));
+        }
+    }
 
     // n elements at once, valid until somebody writes them
     const T * read(size_t n) const { return (const T *) current_machine()->shared_access(at, n*sizeof(T), begin, end, false); }

@@ -21,7 +21,7 @@
 #define SIMT_KERNEL(n_threads, n_blocks_sm) static void
 
 struct simt_ids {
-    int32_t block, thread, warp, lane;
+    int32_t block, tid, warp, lane; // thread: tid of the block, lane of the warp
 };
 
 inline simt_ids simt_get_ids() {
@@ -59,7 +59,6 @@ template <typename T> T simt_min(T a, T b) { return a < b ? a : b; }
 template <typename T> T simt_max(T a, T b) { return a > b ? a : b; }
 
 inline float simt_exp (float x) { return expf(x); }
-inline float simt_tanh(float x) { return tanhf(x); }
 
 //
 // matrices: a lane holds eight consecutive elements of the 256
@@ -74,10 +73,13 @@ struct simt_frag {
 };
 
 inline void simt_frag_zero(simt_frag & c) {
+    simt::current_machine()->converge(__LINE__);
     std::fill(c.x, c.x + 8, 0.0f);
 }
 
 inline void simt_frag_load(simt_frag & c, SIMT_SHARED(float) p, int ld) {
+    simt::current_machine()->converge(__LINE__);
+    p.check_matrix(ld);
     const int lane = simt_get_ids().lane;
     for (int i = 0; i < 8; ++i) {
         c.x[i] = p[lane/2*ld + lane%2*8 + i];
@@ -85,6 +87,8 @@ inline void simt_frag_load(simt_frag & c, SIMT_SHARED(float) p, int ld) {
 }
 
 inline void simt_frag_store(SIMT_SHARED(float) p, const simt_frag & c, int ld) {
+    simt::current_machine()->converge(__LINE__);
+    p.check_matrix(ld);
     const int lane = simt_get_ids().lane;
     for (int i = 0; i < 8; ++i) {
         p[lane/2*ld + lane%2*8 + i] = c.x[i];
@@ -93,6 +97,7 @@ inline void simt_frag_store(SIMT_SHARED(float) p, const simt_frag & c, int ld) {
 
 // a lane answers for 16 bytes of a matrix, the product reads all of it
 inline const simt_f16 * simt_frag_rows(SIMT_SHARED(simt_f16) p, int ld) {
+    p.check_matrix(ld);
     const int lane = simt_get_ids().lane;
     return (p + lane/2*ld + lane%2*8).read(8) - lane/2*ld - lane%2*8;
 }

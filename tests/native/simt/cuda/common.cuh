@@ -15,15 +15,22 @@ typedef simt::machine * cudaStream_t;
 // as many blocks as a small GPU has at a time
 static constexpr int N_SM = 6;
 
+static constexpr int GGML_CUDA_CC_VOLTA = 700;
+
 struct ggml_cuda_device_info {
     struct {
+        int cc;
         int nsm;
     } devices[1];
 };
 
 inline const ggml_cuda_device_info & ggml_cuda_info() {
-    static const ggml_cuda_device_info res = { { { N_SM } } };
+    static const ggml_cuda_device_info res = { { { GGML_CUDA_CC_VOLTA, N_SM } } };
     return res;
+}
+
+inline int ggml_cuda_highest_compiled_arch(int cc) {
+    return cc;
 }
 
 // memory of the device, full of NaN

@@ -5,9 +5,10 @@
 simt_device simt_cuda() {
     return {
         "CUDA",
-        ggml_cuda_flash_attn_ragged_supported,
+        [](const ggml_tensor * op) { return ggml_cuda_flash_attn_ragged_supported(0, op); },
         [](const ggml_tensor *) { return size_t(0); },
         [](simt::machine & machine, ggml_tensor * op) {
+            machine.shared_limit = 48*1024; // without asking for more
             ggml_backend_cuda_context ctx(machine);
             ggml_cuda_flash_attn_ragged(ctx, op);
         },

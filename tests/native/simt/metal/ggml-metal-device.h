@@ -82,4 +82,7 @@ inline void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t enc, i
     enc->machine.launch(n0, n_threads, [&] { (*enc->pipeline)(enc->slots); });
 }
 
-inline void ggml_metal_encoder_memory_barrier(ggml_metal_encoder_t) {}
+// without it, kernels of an encoder may run at the same time
+inline void ggml_metal_encoder_memory_barrier(ggml_metal_encoder_t enc) {
+    enc->machine.device_barrier();
+}

@@ -5,11 +5,18 @@
 #include "ggml-metal-device.h"
 #include "simt-primitives.h"
 
+#include <tuple>
 #include <utility>
 
 #define kernel static
 #define device
 #define constant const
+
+// words of the language that are no names
+#define thread      simt_a_word_of_the_language !
+#define threadgroup simt_a_word_of_the_language !
+#define vertex      simt_a_word_of_the_language !
+#define fragment    simt_a_word_of_the_language !
 
 typedef uint16_t ushort;
 
@@ -35,7 +42,7 @@ static void simt_call(void (*fn)(params_t...), const simt_slots & slots, std::in
 
     const simt_ids id = simt_get_ids();
     fn(std::tuple_element_t<is, arguments>::get(slots.at(is))...,
-        uint3{ (uint32_t) id.block, 0, 0 }, (ushort) id.thread, (ushort) id.warp, (ushort) id.lane);
+        uint3{ (uint32_t) id.block, 0, 0 }, (ushort) id.tid, (ushort) id.warp, (ushort) id.lane);
 }
 
 template <typename... params_t>
