@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
 //
@@ -353,6 +354,11 @@ static bool attn_supported(const llama_kv_ragged_layer & layer) {
 }
 
 static bool ragged_supported(const llama_kv_ragged_layer & layer) {
+    // RPC devices say yes to every op, their servers need not know ours
+    if (strncmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(layer.dev)), "RPC", 3) == 0) {
+        return false;
+    }
+
     const ggml_init_params params = {
         /*.mem_size   =*/ 16*ggml_tensor_overhead(),
         /*.mem_buffer =*/ nullptr,
@@ -410,6 +416,14 @@ void llama_kv_cache_ragged::init_layers(ggml_type type_k, ggml_type type_v, cons
 
         map_layer[il] = layers.size();
         layers.push_back(std::move(layer));
+    }
+
+    const bool on_device = std::any_of(ils.begin(), ils.end(), [&](uint32_t il) {
+        return ggml_backend_dev_type(model.dev_layer(il)) != GGML_BACKEND_DEVICE_TYPE_CPU;
+    });
+    if (on_device && !cparams.offload_kqv) {
+        LLAMA_LOG_WARN("%s: offload_kqv is off: the cells lie in host memory and the CPU attends to them, every layer on a device waits for "
+            "it at every token\n", __func__);
     }
 }
 

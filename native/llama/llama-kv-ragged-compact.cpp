@@ -25,8 +25,9 @@ static double elapsed_ms(int64_t t_start_us) {
 }
 
 std::string llama_kv_cache_ragged::no_ragged_attention(const llama_kv_ragged_layer & layer) {
-    return format("kv_policy: %s has no attention over heads of different lengths (layer %u, head size %" PRId64 "), load the model "
-            "with n_gpu_layers=0 or choose a policy that gives all heads of a layer the same number of cells",
+    return format("kv_policy: %s has no attention over heads of different lengths (layer %u, head size %" PRId64 "): choose a policy "
+            "that gives all heads of a layer the same number of cells, or keep the cells in host memory, where the CPU attends to them, "
+            "with offload_kqv=False (slower), or load the model with n_gpu_layers=0",
             ggml_backend_dev_name(layer.dev), layer.il, layer.n_embd_head_k);
 }
 
