@@ -28,6 +28,7 @@ from .errors import (  # noqa: E402
 from .heads import HeadScores  # noqa: E402
 from .llama import Llama  # noqa: E402
 from .policies import (  # noqa: E402
+    H2O,
     POLICIES,
     AdaKV,
     Auto,
@@ -49,6 +50,7 @@ from .policies import (  # noqa: E402
 from .stats import KVStats  # noqa: E402
 
 __all__ = [
+    "H2O",
     "POLICIES",
     "AdaKV",
     "Auto",

@@ -36,7 +36,9 @@ from windowkv_edge.eval import (
 from windowkv_edge.eval import needle as needles
 from windowkv_edge.eval import ruler as rulers
 from windowkv_edge.eval.metrics import score
-from windowkv_edge.eval.report import Line, Results, draw, load, mean_ranks, ranks
+from windowkv_edge.eval.pictures import draw
+from windowkv_edge.eval.results import Line, Results, load
+from windowkv_edge.eval.tables import mean_ranks, ranks
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,10 @@ from windowkv_edge.eval import (
 from windowkv_edge.eval import needle as needles
 from windowkv_edge.eval import ruler as rulers
 from windowkv_edge.eval.run import OWN
-from windowkv_edge.eval.report import draw, html, load, markdown
+from windowkv_edge.eval.tables import markdown
+from windowkv_edge.eval.page import html
+from windowkv_edge.eval.pictures import draw
+from windowkv_edge.eval.results import load
 from windowkv_edge.gguf_info import GGUFInfo
 from windowkv_edge.profile import sha256
 

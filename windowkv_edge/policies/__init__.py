@@ -11,6 +11,7 @@ from .auto import Auto
 from .base import CacheView, KVPolicy, Positions, Scores, Task
 from .expected_attention import ExpectedAttention
 from .full import Full
+from .h2o import H2O
 from .headkv import HeadKV, HeadKVR2
 from .pyramidkv import PyramidKV
 from .snapkv import SnapKV
@@ -22,6 +23,7 @@ from .windowkv_paper import WindowKVPaper
 
 __all__ = [
     "ENTRY_POINTS",
+    "H2O",
     "POLICIES",
     "AdaKV",
     "Auto",
@@ -55,6 +57,7 @@ POLICIES: dict[str, type[KVPolicy]] = {
         PyramidKV,
         AdaKV,
         ExpectedAttention,
+        H2O,
         HeadKV,
         HeadKVR2,
         WindowKV,

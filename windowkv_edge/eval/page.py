@@ -1,0 +1,89 @@
+"""A page of results that stands alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from .pictures import draw
+from .results import Results
+from .tables import about, by, fidelity_table, ranks, retention_table, summary, summary_text
+
+__all__ = ["html"]
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+td, th { border: 1px solid #ccc; padding: .25rem .6rem; text-align: left; }
+img { max-width: 100%; } pre { background: #f5f5f5; padding: 1rem; overflow: auto; } h2 { margin-top: 2.5rem; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for part in parts %}
+<h2>{{ part.name }}</h2>
+<p>{{ part.about }}</p>
+{% for table in part.tables %}
+<h3>{{ table.name }}</h3>
+<table>
+<tr>{% for cell in table.head %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endfor %}
+{% for picture in part.pictures %}<p><img alt="{{ picture.name }}" src="data:image/png;base64,{{ picture.data }}"></p>
+{% endfor %}
+{% endfor %}
+<h2>Conditions</h2>
+<pre>{{ header }}</pre>
+</body>
+</html>
+"""
+
+
+def _cells(table: str) -> dict[str, Any]:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {"head": rows[0], "rows": rows[2:]}
+
+
+def html(results: Sequence[Results]) -> str:
+    """A page that stands alone: tables, pictures and conditions."""
+    import jinja2
+
+    parts: list[dict[str, Any]] = []
+    if len(results) > 1:
+        table = {"name": "", **_cells(summary(results))}
+        parts.append({"name": "Summary", "about": summary_text(results), "tables": [table], "pictures": []})
+    for res in results:
+        tables = [{"name": "", **_cells(fidelity_table(res) if res.is_fidelity else retention_table(res))}]
+        if not res.is_fidelity:
+            tables.append({"name": "By kind", **_cells(by(res, "task"))})
+        pictures = []
+        for name, figure in draw(res).items():
+            data = io.BytesIO()
+            figure.savefig(data, format="png", dpi=110)
+            pictures.append({"name": name, "data": base64.b64encode(data.getvalue()).decode()})
+        parts.append(
+            {"name": f"{res.suite}: {res.source}", "about": about(res), "tables": tables, "pictures": pictures}
+        )
+    places = ranks(results)
+    if places:
+        parts.append(
+            {
+                "name": "Ranks",
+                "about": "mean places, 1 = best",
+                "tables": [{"name": "", **_cells(places)}],
+                "pictures": [],
+            }
+        )
+    header = json.dumps([dict(res.header) for res in results], indent=1)
+    page = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    return page.render(title=f"windowkv-edge eval: {results[0].header['model']}", parts=parts, header=header)

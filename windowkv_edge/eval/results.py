@@ -1,0 +1,152 @@
+"""Results of evaluations, as they lie in files: shares of the full cache's score, with intervals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .case import EvalError
+from .records import read_records
+from .run import FULL
+
+__all__ = ["Budget", "Line", "Results", "budget_name", "load"]
+
+Budget = Any
+"""None for the full cache, a float or an int."""
+
+N_BOOTSTRAP = 2000
+
+
+@dataclass(frozen=True, order=True)
+class Line:
+    """One line of a table or plot: a policy with a cell type."""
+
+    policy: str
+    cells: str
+
+    def __str__(self) -> str:
+        return self.policy if self.cells == "f16" else f"{self.policy}, {self.cells}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """One suite of one results file.
+
+    Attributes:
+        header: of the file.
+        suite: its name.
+        rows: of the prompts.
+        source: the file.
+    """
+
+    header: Mapping[str, Any]
+    suite: str
+    rows: Sequence[Mapping[str, Any]]
+    source: str
+
+    @property
+    def title(self) -> str:
+        """Name of the file, with the part of the suite where it has several."""
+        return self.source.removesuffix(".jsonl") + ("-" + self.suite.split("/")[1] if "/" in self.suite else "")
+
+    @property
+    def is_fidelity(self) -> bool:
+        return self.suite == "fidelity"
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """Those of the policies, largest first: counts of cells, then shares."""
+        return sorted(
+            {r["budget"] for row in self.rows for r in row["results"] if r["policy"] != FULL},
+            key=lambda b: (isinstance(b, int), b), reverse=True,
+        )  # fmt: skip
+
+    @property
+    def lines(self) -> list[Line]:
+        """The policies in the order of the file, the full cache first."""
+        return list(dict.fromkeys(Line(r["policy"], r["cells"]) for row in self._counted() for r in row["results"]))
+
+    def _counted(self) -> list[Mapping[str, Any]]:
+        """Prompts that the full f16 cache answers, wholly or in part; all of them for distances."""
+        if self.is_fidelity:
+            return list(self.rows)
+        return [row for row in self.rows if row["results"][0]["score"] > 0]
+
+    @property
+    def n_counted(self) -> int:
+        return len(self._counted())
+
+    def pairs(
+        self, line: Line, budget: Budget, value: str = "score", where: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> list[tuple[float, float]]:
+        """(a policy's value, the full f16 cache's) of every counted prompt."""
+        res = []
+        for row in self._counted():
+            if where is None or where(row):
+                for r in row["results"]:
+                    same = (r["policy"], r["cells"], r["budget"]) == (line.policy, line.cells, budget)
+                    if same and r[value] is not None:
+                        res.append((float(r[value]), float(row["results"][0].get(value) or 0.0)))
+        return res
+
+    def retention(
+        self, line: Line, budget: Budget, where: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> float | None:
+        """A policy's score as a share of the full f16 cache's over the counted prompts."""
+        pairs = self.pairs(line, budget, where=where)
+        full = sum(want for _, want in pairs)
+        return sum(got for got, _ in pairs) / full if full else None
+
+    def mean(
+        self, line: Line, budget: Budget, value: str, where: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> float | None:
+        pairs = self.pairs(line, budget, value, where)
+        return float(np.mean([got for got, _ in pairs])) if pairs else None
+
+    def interval(self, line: Line, budget: Budget, value: str | None = None) -> tuple[float, float] | None:
+        """95 % confidence interval of the retention, or of the mean of a value, by bootstrap over prompts.
+
+        None with fewer than four prompts, or with nothing that varies.
+
+        Windows of a text count as one each, as their tokens depend on each other. Prompts that hide one fact at several
+        places count as independent, so that intervals say nothing about other facts.
+        """
+        pairs = np.array(self.pairs(line, budget, value or "score"))
+        if len(pairs) < 4 or (pairs == pairs[0]).all():
+            return None
+        pick = np.random.default_rng(0).integers(0, len(pairs), (N_BOOTSTRAP, len(pairs)))
+        got, want = pairs[pick, 0].mean(axis=1), pairs[pick, 1].mean(axis=1)
+        means = got if value else got / np.maximum(want, 1e-12)
+        low, high = np.percentile(means, (2.5, 97.5))
+        return float(low), float(high)
+
+    def value(self, line: Line, budget: Budget) -> float | None:
+        """What suites are compared by: KL divergence, or the share of the full cache's score."""
+        return self.mean(line, budget, "kl") if self.is_fidelity else self.retention(line, budget)
+
+
+def load(paths: Iterable[Path]) -> list[Results]:
+    """The suites of results files.
+
+    Raises:
+        EvalError: a file cannot be read or holds no result.
+    """
+    res = []
+    for path in paths:
+        header, rows = read_records(path)
+        if not rows:
+            raise EvalError(f"{path} holds no results yet; run its evaluation again, it goes on from there")
+        by_suite: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        for row in rows:
+            by_suite[row["suite"] + ("/" + row["task"] if row["suite"] == "turns" else "")].append(row)
+        res += [Results(header, suite, own, path.name) for suite, own in by_suite.items()]
+    return res
+
+
+def budget_name(budget: Budget) -> str:
+    return "all" if budget is None else f"{budget:,}" if isinstance(budget, int) else f"{100 * budget:g} %"

@@ -1,0 +1,206 @@
+"""Tables of results in Markdown: what a policy keeps of what the full cache answers, and its place among the others."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from .results import Budget, Line, Results, budget_name
+from .run import FULL
+
+__all__ = [
+    "about",
+    "by",
+    "fidelity_table",
+    "markdown",
+    "mean_ranks",
+    "ranks",
+    "retention_table",
+    "summary",
+    "summary_text",
+]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def retention_table(res: Results) -> str:
+    rows = []
+    for line in res.lines:
+        if line.policy == FULL:
+            value = res.retention(line, None)
+            rows.append([str(line), *(["" if value is None else f"{value:.1%}"] * len(res.budgets))])
+            continue
+        cells = []
+        for budget in res.budgets:
+            value, interval = res.retention(line, budget), res.interval(line, budget)
+            text = "" if value is None else f"{value:.1%}"
+            cells.append(text if interval is None else f"{text} ({interval[0]:.0%} to {interval[1]:.0%})")
+        rows.append([str(line), *cells])
+    return _table(["policy", *map(budget_name, res.budgets)], rows)
+
+
+def fidelity_table(res: Results) -> str:
+    rows = []
+    for line in res.lines:
+        if line.policy == FULL:
+            continue
+        for value, name in (("kl", "KL"), ("top1", "top-1"), ("nll_increase", "NLL +")):
+            cells = []
+            for budget in res.budgets:
+                mean, interval = res.mean(line, budget, value), res.interval(line, budget, value)
+                if mean is None or interval is None:
+                    cells.append("" if mean is None else f"{mean:.3f}")
+                else:
+                    cells.append(f"{mean:.3f} ({interval[0]:.3f} to {interval[1]:.3f})")
+            rows.append([str(line) if value == "kl" else "", name, *cells])
+    return _table(["policy", "", *map(budget_name, res.budgets)], rows)
+
+
+def _kl_by_text(res: Results) -> str:
+    texts = list(dict.fromkeys(row["task"] for row in res.rows))
+    rows = []
+    for line in (line for line in res.lines if line.policy != FULL):
+        cells = []
+        for text in texts:
+            values = [res.mean(line, b, "kl", lambda row, text=text: row["task"] == text) for b in res.budgets]  # type: ignore[misc]
+            cells.append(" ".join("-" if value is None else f"{value:.3f}" for value in values))
+        rows.append([str(line), *cells])
+    return _table(["policy", *texts], rows)
+
+
+def by(res: Results, key: str) -> str:
+    """Retention by a field of the prompts, at every budget."""
+    values = sorted({row[key] for row in res._counted() if row[key] is not None}, key=lambda v: (isinstance(v, str), v))
+    rows = []
+    for line in res.lines:
+        for budget in [None] if line.policy == FULL else res.budgets:
+            cells = []
+            for value in values:
+                share = res.retention(line, budget, where=lambda row, value=value: row[key] == value)  # type: ignore[misc]
+                cells.append("" if share is None else f"{share:.0%}")
+            rows.append([str(line), budget_name(budget), *cells])
+    counts = [sum(row[key] == value for row in res._counted()) for value in values]
+    return _table(["policy", "budget", *(f"{v} (n={n})" for v, n in zip(values, counts, strict=True))], rows)
+
+
+def about(res: Results) -> str:
+    """One line: model, what was counted."""
+    header = res.header
+    text = (
+        f"{header['model']} ({header['model_sha256'][:12]}), windowkv-edge {header['package']}, seed {header['seed']}"
+    )
+    if res.is_fidelity:
+        tokens = res.rows[0]["n_follow"]
+        said = f"{len(res.rows)} windows, {tokens} forced tokens each"
+        return f"{text}: {said}; budgets are shares of the full f16 cache's bytes"
+    full = sum(row["results"][0]["score"] for row in res.rows)
+    return (
+        f"{text}: the full f16 cache scores {full:.1f} of {len(res.rows)} prompts; {res.n_counted} count, "
+        f"{len(res.rows) - res.n_counted} that it fails do not; shares are of its score"
+    )
+
+
+def markdown(results: Sequence[Results]) -> str:
+    """All tables."""
+    parts = [f"## Summary\n\n{summary_text(results)}\n\n{summary(results)}"] if len(results) > 1 else []
+    for res in results:
+        parts.append(f"## {res.suite}: {res.source}\n\n{about(res)}")
+        if res.is_fidelity:
+            parts.append(fidelity_table(res))
+            if len({row["task"] for row in res.rows}) > 1:
+                parts.append(f"### KL by text, at {', '.join(map(budget_name, res.budgets))}\n\n{_kl_by_text(res)}")
+            continue
+        parts.append(retention_table(res))
+        for key, name in (("task", "kind"), ("length", "length"), ("depth", "depth")):
+            if len({row[key] for row in res.rows if row[key] is not None}) > 1 and (
+                key != "depth" or res.suite == "needle"
+            ):
+                parts.append(f"### By {name}\n\n{by(res, key)}")
+    table = ranks(results)
+    if table:
+        parts.append("## Ranks\n\nPlaces among the policies (1 = best), mean over the suites\n\n" + table)
+    return "\n\n".join(parts) + "\n"
+
+
+def _same_budgets(results: Sequence[Results]) -> list[Budget]:
+    """Budgets that all suites have."""
+    return [b for b in results[0].budgets if all(b in res.budgets for res in results)]
+
+
+def summary_text(results: Sequence[Results]) -> str:
+    budgets = ", ".join(map(budget_name, _same_budgets(results)))
+    counts = ", ".join(f"{res.n_counted} of {len(res.rows)} in {res.title}" for res in results if not res.is_fidelity)
+    return (
+        f"At {budgets}: percent of the full f16 cache's score, and KL to it. "
+        f"Prompts that it answers and that count: {counts}"
+    )
+
+
+def summary(results: Sequence[Results]) -> str:
+    """One row per policy: what it keeps of every suite at the budgets that all have."""
+    budgets = _same_budgets(results)
+    lines = [line for line in results[0].lines if line.policy != FULL and all(line in res.lines for res in results)]
+    rows = []
+    for line in lines:
+        cells = []
+        for res in results:
+            values = [res.value(line, budget) for budget in budgets]
+            form = "{:.3f}".format if res.is_fidelity else lambda value: f"{100 * value:.0f}"
+            cells.append(" ".join("-" if value is None else form(value) for value in values))
+        rows.append([str(line), *cells])
+    return _table(["policy", *(f"{res.title}, KL" if res.is_fidelity else res.title for res in results)], rows)
+
+
+def _places(values: Mapping[Line, float]) -> dict[Line, float]:
+    """Places from the best value on; equal values share the mean of their places."""
+    res = {}
+    for line, value in values.items():
+        better = sum(other > value for other in values.values())
+        same = sum(other == value for other in values.values())
+        res[line] = better + (same + 1) / 2
+    return res
+
+
+def mean_ranks(results: Sequence[Results]) -> dict[Budget, dict[Line, float]]:
+    """For every budget the mean place of every policy that all suites have: suites of one kind count as one."""
+    kinds: dict[str, list[Results]] = defaultdict(list)
+    for res in results:
+        kinds[res.suite].append(res)
+    budgets = _same_budgets(results)
+    found: dict[Budget, dict[Line, float]] = {}
+    for budget in budgets:
+        places: dict[Line, list[float]] = defaultdict(list)
+        for group in kinds.values():
+            per_line: dict[Line, list[float]] = defaultdict(list)
+            for res in group:
+                for line in res.lines:
+                    if line.policy == FULL:
+                        continue
+                    value = res.value(line, budget)
+                    if value is not None:
+                        per_line[line].append(-value if res.is_fidelity else value)
+            means = {line: float(np.mean(v)) for line, v in per_line.items() if len(v) == len(group)}
+            for line, own in _places(means).items():
+                places[line].append(own)
+        found[budget] = {line: float(np.mean(p)) for line, p in places.items() if len(p) == len(kinds)}
+    return found
+
+
+def ranks(results: Sequence[Results]) -> str:
+    """Table of mean places, "" with fewer than two suites."""
+    if len({res.suite for res in results}) < 2:
+        return ""
+    found = mean_ranks(results)
+    lines = list(dict.fromkeys(line for places in found.values() for line in places))
+    if not lines:
+        return ""
+    rows = [
+        [str(line), *(f"{found[b][line]:.1f}" if line in found[b] else "" for b in found)]
+        for line in sorted(lines, key=lambda line: sum(found[b].get(line, 0) for b in found))
+    ]
+    return _table(["policy", *map(budget_name, found)], rows)
