@@ -254,9 +254,9 @@ def test_the_weights_of_expected_attention() -> None:
     np.testing.assert_allclose(policy._expected(keys, at, alike, 80), weights(turned), rtol=1e-4)
 
 
-def test_h2o_accumulates_over_the_whole_prompt(tiny_session: Callable[..., Llama]) -> None:
+def test_h2o_accumulates_over_the_whole_prompt(opened: Callable[..., Llama], tiny: Path) -> None:
     """Scores by definition: every query of the prompt over the cells up to its own."""
-    llm = tiny_session(kv_policy=H2O(n_queries=256), kv_budget=1.0)
+    llm = opened(tiny, n_ctx=512, kv_policy=H2O(n_queries=256), kv_budget=1.0)
     llm.eval(TOKENS[:150])
     kv = llm._kv
     assert kv is not None
