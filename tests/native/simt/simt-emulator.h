@@ -6,6 +6,8 @@
 //   - two accesses to the same bytes of shared or device memory by two threads without a barrier between, one of them a write
 //   - a barrier or a shuffle that not all threads of the block or warp come to
 // Order: fibers of a block take turns in an order that a seed shuffles at every barrier, blocks run one after another.
+//
+// One header, long as it is: a test includes it and is done.
 
 #pragma once
 
