@@ -5,16 +5,27 @@
 #include "simt/flash-attn-ragged-vec.h"
 #include "simt/flash-attn-ragged-tile.h"
 
+// types of the pools, known when a pipeline is made
+SIMT_FUNCTION_CONSTANT(int32_t, fa_type_k, FC_TYPE_K)
+SIMT_FUNCTION_CONSTANT(int32_t, fa_type_v, FC_TYPE_V)
+
+inline fa_args fa_typed(constant fa_args & args) {
+    fa_args a = args;
+    a.type_k = fa_type_k;
+    a.type_v = fa_type_v;
+    return a;
+}
+
 inline simt_ids fa_ids(uint3 group, ushort thread_index, ushort simd, ushort lane) {
     simt_ids id;
-    id.block  = (int32_t) group.x;
-    id.tid = thread_index;
-    id.warp   = simd;
-    id.lane   = lane;
+    id.block = (int32_t) group.x;
+    id.tid   = thread_index;
+    id.warp  = simd;
+    id.lane  = lane;
     return id;
 }
 
-template <typename row_t, int n_lanes, int n_rows>
+template <int n_lanes, int n_rows>
 kernel void kernel_flash_attn_ragged_vec(
         constant fa_args     & args   [[buffer(0)]],
         device const char    * q      [[buffer(1)]],
@@ -30,11 +41,11 @@ kernel void kernel_flash_attn_ragged_vec(
         ushort lane         [[thread_index_in_simdgroup]]) {
     SIMT_SHARED_ARRAY(float, sh, (fa_vec_shape<n_lanes, n_rows>::N_SHARED));
 
-    fa_vec<row_t, n_lanes, n_rows>(args, SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks),
+    fa_vec<fa_row_any, n_lanes, n_rows>(fa_typed(args), SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks),
             SIMT_ENTER(part), SIMT_ENTER(dst), sh, fa_ids(group, thread_index, simd, lane));
 }
 
-template <typename row_t, int n_rows, int n_cells, int n_embd>
+template <int n_rows, int n_cells, int n_embd>
 kernel void kernel_flash_attn_ragged_tile(
         constant fa_args     & args   [[buffer(0)]],
         device const char    * q      [[buffer(1)]],
@@ -60,7 +71,7 @@ kernel void kernel_flash_attn_ragged_tile(
 
     const fa_tile_shared sh = { q_sh, kv_sh, s_sh, p_sh, o_sh, max_sh, sum_sh };
 
-    fa_tile<row_t, n_rows, n_cells, n_embd>(args, SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks),
+    fa_tile<fa_row_any, n_rows, n_cells, n_embd>(fa_typed(args), SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks),
             SIMT_ENTER(part), SIMT_ENTER(dst), sh, fa_ids(group, thread_index, simd, lane));
 }
 
@@ -80,32 +91,25 @@ kernel void kernel_flash_attn_ragged_combine(
             fa_ids(group, thread_index, simd, lane));
 }
 
-#define FA_VEC(type, n_lanes, n_rows) \
-    SIMT_KERNEL_NAME(kernel_flash_attn_ragged_vec_##type##_##n_lanes##_##n_rows, kernel_flash_attn_ragged_vec<fa_row_##type, n_lanes, n_rows>)
+#define FA_VEC(n_lanes, n_rows) \
+    SIMT_KERNEL_NAME(kernel_flash_attn_ragged_vec_##n_lanes##_##n_rows, kernel_flash_attn_ragged_vec<n_lanes, n_rows>)
 
-#define FA_VEC_ROWS(type, n_lanes) \
-    FA_VEC(type, n_lanes, 1)       \
-    FA_VEC(type, n_lanes, 2)       \
-    FA_VEC(type, n_lanes, 4)       \
-    FA_VEC(type, n_lanes, 8)
+#define FA_VEC_ROWS(n_lanes) \
+    FA_VEC(n_lanes, 1)       \
+    FA_VEC(n_lanes, 2)       \
+    FA_VEC(n_lanes, 4)       \
+    FA_VEC(n_lanes, 8)
 
 // n_lanes*8 is the size of a head; what fits into 32 KiB of threadgroup memory
-#define FA_TILE(type, n_lanes) \
-    SIMT_KERNEL_NAME(kernel_flash_attn_ragged_tile_##type##_##n_lanes, kernel_flash_attn_ragged_tile<fa_row_##type, 16, 32, n_lanes*8>)
+#define FA_TILE(n_lanes) \
+    SIMT_KERNEL_NAME(kernel_flash_attn_ragged_tile_##n_lanes, kernel_flash_attn_ragged_tile<16, 32, n_lanes*8>)
 
-#define FA_TYPE(type)     \
-    FA_VEC_ROWS(type, 8)  \
-    FA_VEC_ROWS(type, 16) \
-    FA_VEC_ROWS(type, 32) \
-    FA_TILE(type, 8)      \
-    FA_TILE(type, 16)
+FA_VEC_ROWS(8)
+FA_VEC_ROWS(16)
+FA_VEC_ROWS(32)
 
-FA_TYPE(f32)
-FA_TYPE(f16)
-FA_TYPE(bf16)
-FA_TYPE(q8_0)
-FA_TYPE(q4_0)
-FA_TYPE(any)
+FA_TILE(8)
+FA_TILE(16)
 
 SIMT_KERNEL_NAME(kernel_flash_attn_ragged_combine_1,  kernel_flash_attn_ragged_combine<1>)
 SIMT_KERNEL_NAME(kernel_flash_attn_ragged_combine_2,  kernel_flash_attn_ragged_combine<2>)

@@ -19,25 +19,22 @@ struct fa_plan {
     fa_args     a;
     int         n_rows_block;
     int         n_cells_tile;
-    std::string name;         // of the kernel
+    std::string kernel;
 };
 
 fa_plan::fa_plan(const ggml_tensor * op) : a(fa_args_of(op)) {
-    static const char * const types[] = { "f32", "f16", "bf16", "q8_0", "q4_0" };
-
-    const int         n_lanes = fa_n_lanes(a);
-    const std::string suffix  = std::string(a.type_k == a.type_v ? types[a.type_k] : "any") + "_" + std::to_string(n_lanes);
+    const int n_lanes = fa_n_lanes(a);
 
     if (a.n_rows > 8 && n_lanes < 32) {
         n_rows_block = N_ROWS_TILE;
         n_cells_tile = N_CELLS_TILE;
-        name         = "kernel_flash_attn_ragged_tile_" + suffix;
+        kernel       = "kernel_flash_attn_ragged_tile_" + std::to_string(n_lanes);
         fa_split(a, op, n_rows_block, n_cells_tile, N_BUSY);
         return;
     }
     n_rows_block = fa_vec_rows(a);
     n_cells_tile = FA_N_WARPS*32/n_lanes*(n_rows_block > 4 ? 2 : 4); // fa_vec_shape
-    name         = "kernel_flash_attn_ragged_vec_" + suffix + "_" + std::to_string(n_rows_block);
+    kernel       = "kernel_flash_attn_ragged_vec_" + std::to_string(n_lanes) + "_" + std::to_string(n_rows_block);
     if (a.n_rows > 8) {
         // tiles of the largest heads do not fit into threadgroup memory
         fa_split(a, op, n_rows_block, n_cells_tile, N_BUSY);
@@ -46,10 +43,19 @@ fa_plan::fa_plan(const ggml_tensor * op) : a(fa_args_of(op)) {
     }
 }
 
-static ggml_metal_pipeline_with_params get_pipeline(ggml_metal_library_t lib, const std::string & name) {
+// a pipeline knows the types of the pools, those that combine parts need none
+static ggml_metal_pipeline_with_params get_pipeline(ggml_metal_library_t lib, const std::string & kernel, const fa_args * a = nullptr) {
+    const std::string name = kernel + (a ? "_type_k=" + std::to_string(a->type_k) + "_type_v=" + std::to_string(a->type_v) : "");
+
     ggml_metal_pipeline_with_params res = ggml_metal_library_get_pipeline(lib, name.c_str());
     if (!res.pipeline) {
-        res = ggml_metal_library_compile_pipeline(lib, name.c_str(), name.c_str(), nullptr);
+        ggml_metal_cv_t cv = ggml_metal_cv_init();
+        if (a) {
+            ggml_metal_cv_set_int32(cv, a->type_k, FC_TYPE_K);
+            ggml_metal_cv_set_int32(cv, a->type_v, FC_TYPE_V);
+        }
+        res = ggml_metal_library_compile_pipeline(lib, kernel.c_str(), name.c_str(), cv);
+        ggml_metal_cv_free(cv);
     }
     return res;
 }
@@ -70,7 +76,7 @@ int ggml_metal_op_flash_attn_ragged(ggml_metal_library_t lib, ggml_metal_encoder
 
     const ggml_metal_buffer_id sinks = op->src[4] ? get_buffer_id(op->src[4]) : dst; // has_sinks tells which
 
-    ggml_metal_encoder_set_pipeline(enc, get_pipeline(lib, plan.name));
+    ggml_metal_encoder_set_pipeline(enc, get_pipeline(lib, plan.kernel, &plan.a));
     ggml_metal_encoder_set_bytes (enc, &plan.a, sizeof(plan.a), 0);
     ggml_metal_encoder_set_buffer(enc, get_buffer_id(op->src[0]), 1);
     ggml_metal_encoder_set_buffer(enc, get_buffer_id(op->src[1]), 2);

@@ -160,17 +160,39 @@ std::vector<float> llama_kv_cache_ragged::score(
     ggml_tensor * weights = graph.input(GGML_TYPE_F32, n_rows*n_gqa, n_res);
     ggml_tensor * idxs    = graph.input(GGML_TYPE_I32, n_rows, n_gqa);
 
+    // An observed query sees the cells up to its own position; one that is older than every cell that is left sees all of them,
+    // which prefers none. What a query does not see are the last cells of a head, no more than the ring has rows: a mask for
+    // these is all that crosses the bus.
+    const auto n_unseen = [&](const std::vector<int32_t> & pos, int64_t i) -> int64_t {
+        const int64_t n_older = std::upper_bound(pos.begin(), pos.end(), ring_pos[rows[i]]) - pos.begin();
+        return n_older > 0 ? pos.size() - n_older : 0;
+    };
+
     // before the first compaction all heads hold the same positions
     const int64_t n_masks = layer.boundary == 0 ? 1 : n_head_kv;
 
-    std::vector<ggml_tensor *> masks;
+    std::vector<ggml_tensor *>      masks; // nullptr: every query sees all
+    std::vector<std::vector<float>> masks_data;
+    for (int64_t ih = 0; ih < n_masks; ++ih) {
+        const auto pos = positions(layer, ih);
+
+        int64_t n_tail = 0;
+        for (int64_t i = 0; i < n_rows; ++i) {
+            n_tail = std::max(n_tail, n_unseen(pos, i));
+        }
+        masks.push_back(n_tail > 0 ? graph.input(GGML_TYPE_F32, n_tail, n_rows*n_gqa) : nullptr);
+
+        std::vector<float> data(n_tail*n_rows*n_gqa, 0.0f);
+        for (int64_t i = 0; i < n_rows*n_gqa; ++i) {
+            const auto end = data.begin() + (i + 1)*n_tail;
+            std::fill(end - n_unseen(pos, i % n_rows), end, -INFINITY);
+        }
+        masks_data.push_back(std::move(data));
+    }
+
     std::vector<ggml_tensor *> sums;
     for (int64_t ih = 0; ih < n_head_kv; ++ih) {
         const int64_t n = len[ih];
-
-        if (ih < n_masks) {
-            masks.push_back(graph.input(GGML_TYPE_F32, n, n_rows));
-        }
 
         ggml_tensor * k = ggml_view_2d(ctx, layer.pool.k, layer.n_embd_head_k, n, layer.pool.k->nb[1], layer.pool.first[ih]*layer.pool.k->nb[1]);
         ggml_tensor * q = ggml_view_3d(ctx, layer.ring, layer.n_embd_head_k, n_window, n_gqa, layer.ring->nb[1], layer.ring->nb[2],
@@ -184,8 +206,12 @@ std::vector<float> llama_kv_cache_ragged::score(
             kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, layer.kq_scale/softcap)), softcap);
         }
 
+        if (ggml_tensor * mask = masks[std::min(ih, n_masks - 1)]) {
+            kq = ggml_acc_inplace(ctx, kq, mask, kq->nb[1], kq->nb[2], kq->nb[3], (n - mask->ne[0])*kq->nb[0]);
+        }
+
         kq = ggml_reshape_3d(ctx, kq, n, n_rows, n_gqa);
-        kq = ggml_soft_max_ext(ctx, kq, masks.back(), softcap > 0.0f ? 1.0f : layer.kq_scale, 0.0f);
+        kq = ggml_soft_max_ext(ctx, kq, nullptr, softcap > 0.0f ? 1.0f : layer.kq_scale, 0.0f);
         if (sinks) {
             ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, sinks, n_gqa, ih*n_gqa*sinks->nb[0]));
         }
@@ -216,21 +242,10 @@ std::vector<float> llama_kv_cache_ragged::score(
         ggml_backend_tensor_set(idxs, rows.data(), ig*idxs->nb[1], idxs->nb[1]);
     }
 
-    // an observed query sees the cells up to its own position; one that is older than every cell that is left sees all of
-    // them, which prefers none
     for (int64_t ih = 0; ih < n_masks; ++ih) {
-        const int64_t n   = len[ih];
-        const auto    pos = positions(layer, ih);
-
-        data.resize(n*n_rows);
-        for (int64_t i = 0; i < n_rows; ++i) {
-            const int64_t n_older = std::upper_bound(pos.begin(), pos.end(), ring_pos[rows[i]]) - pos.begin();
-            const int64_t n_seen  = n_older > 0 ? n_older : n;
-
-            std::fill_n(data.begin() + i*n,          n_seen,     0.0f);
-            std::fill_n(data.begin() + i*n + n_seen, n - n_seen, -INFINITY);
+        if (masks[ih]) {
+            ggml_backend_tensor_set(masks[ih], masks_data[ih].data(), 0, ggml_nbytes(masks[ih]));
         }
-        ggml_backend_tensor_set(masks[ih], data.data(), 0, ggml_nbytes(masks[ih]));
     }
 
     graph.compute();

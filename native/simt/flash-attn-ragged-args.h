@@ -9,6 +9,10 @@ enum { FA_DIMS = 8 }; // consecutive dimensions of a row that one lane holds
 
 enum { FA_F32, FA_F16, FA_BF16, FA_Q8_0, FA_Q4_0 };
 
+// function constants of Metal's kernels
+#define FC_TYPE_K 0
+#define FC_TYPE_V 1
+
 struct fa_args {
     int32_t type_k, type_v; // FA_*
     int32_t n_embd_k, n_embd_v;

@@ -14,6 +14,9 @@ using namespace metal;
 #define SIMT_SHARED_ARRAY(T, name, n) threadgroup T name[n]
 #define SIMT_ENTER(p) p
 
+// what is known when a pipeline is made
+#define SIMT_FUNCTION_CONSTANT(T, name, index) constant T name [[function_constant(index)]];
+
 // a template as a function of the library; the emulator registers it
 #define SIMT_KERNEL_NAME(name, ...) template [[host_name(#name)]] kernel decltype(__VA_ARGS__) __VA_ARGS__;
 
@@ -107,8 +110,8 @@ inline void simt_frag_store(threadgroup float * p, thread simt_frag & c, int ld)
 // c += a*b
 inline void simt_frag_mma(thread simt_frag & c, threadgroup const half * a, int ld_a, threadgroup const half * b, int ld_b) {
     for (int k = 0; k < 2; ++k) {
-        SIMT_UNROLL
-    for (int i = 0; i < 4; ++i) {
+            SIMT_UNROLL
+        for (int i = 0; i < 4; ++i) {
             simdgroup_half8x8 x;
             simdgroup_half8x8 y;
             simdgroup_load(x, a + i/2*8*ld_a + k*8, ld_a);
@@ -121,8 +124,8 @@ inline void simt_frag_mma(thread simt_frag & c, threadgroup const half * a, int 
 // c += a*b^T
 inline void simt_frag_mma_t(thread simt_frag & c, threadgroup const half * a, int ld_a, threadgroup const half * b, int ld_b) {
     for (int k = 0; k < 2; ++k) {
-        SIMT_UNROLL
-    for (int i = 0; i < 4; ++i) {
+            SIMT_UNROLL
+        for (int i = 0; i < 4; ++i) {
             simdgroup_half8x8 x;
             simdgroup_half8x8 y;
             simdgroup_load(x, a + i/2*8*ld_a + k*8, ld_a);

@@ -9,10 +9,12 @@
 #include <array>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 
 typedef std::array<void *, 8>                   simt_slots; // arguments of a kernel
 typedef std::function<void(const simt_slots &)> simt_kernel;
+typedef std::array<int32_t, 2>                  simt_constants; // of a pipeline, by their index
 
 struct ggml_metal_buffer_id {
     void * metal;
@@ -24,33 +26,52 @@ struct ggml_metal_library {
         static std::map<std::string, simt_kernel> res;
         return res;
     }
+
+    // of the pipeline that runs
+    static simt_constants & constants() {
+        static simt_constants res;
+        return res;
+    }
+};
+
+struct ggml_metal_pipeline {
+    const simt_kernel & kernel;
+    simt_constants      constants;
 };
 
 struct ggml_metal_pipeline_with_params {
-    const simt_kernel * pipeline;
+    std::shared_ptr<ggml_metal_pipeline> pipeline;
 };
 
 struct ggml_metal_encoder {
-    simt::machine     & machine;
-    const simt_kernel * pipeline = nullptr;
-    simt_slots          slots    = {};
+    simt::machine & machine;
+    simt_slots      slots = {};
+    std::shared_ptr<ggml_metal_pipeline> pipeline = nullptr;
     std::array<std::array<char, 256>, 8> bytes = {};
 };
 
 typedef struct ggml_metal_library * ggml_metal_library_t;
 typedef struct ggml_metal_encoder * ggml_metal_encoder_t;
 typedef struct ggml_metal_buffer  * ggml_metal_buffer_t;
+typedef simt_constants            * ggml_metal_cv_t;
+
+inline ggml_metal_cv_t ggml_metal_cv_init() { return new simt_constants{ -1, -1 }; }
+
+inline void ggml_metal_cv_free(ggml_metal_cv_t cv) { delete cv; }
+
+inline void ggml_metal_cv_set_int32(ggml_metal_cv_t cv, int32_t value, int32_t i) { cv->at(i) = value; }
 
 inline ggml_metal_pipeline_with_params ggml_metal_library_get_pipeline(ggml_metal_library_t, const char *) {
     return { nullptr }; // nothing is cached
 }
 
-inline ggml_metal_pipeline_with_params ggml_metal_library_compile_pipeline(ggml_metal_library_t, const char * base, const char *, void *) {
+inline ggml_metal_pipeline_with_params ggml_metal_library_compile_pipeline(
+        ggml_metal_library_t, const char * base, const char *, ggml_metal_cv_t cv) {
     const auto it = ggml_metal_library::kernels().find(base);
     if (it == ggml_metal_library::kernels().end()) {
         simt::fail("there is no kernel %s", base);
     }
-    return { &it->second };
+    return { std::make_shared<ggml_metal_pipeline>(ggml_metal_pipeline{ it->second, cv ? *cv : simt_constants{ -1, -1 } }) };
 }
 
 // host memory: the tensor's own
@@ -79,7 +100,8 @@ inline void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t enc, i
     if (n1 != 1 || n2 != 1) {
         simt::fail("the emulator has grids of one dimension");
     }
-    enc->machine.launch(n0, n_threads, [&] { (*enc->pipeline)(enc->slots); });
+    ggml_metal_library::constants() = enc->pipeline->constants;
+    enc->machine.launch(n0, n_threads, [&] { enc->pipeline->kernel(enc->slots); });
 }
 
 // without it, kernels of an encoder may run at the same time

@@ -53,6 +53,8 @@ static bool simt_add(const char * name, void (*fn)(params_t...)) {
     return true;
 }
 
+#define SIMT_FUNCTION_CONSTANT(T, name, index) static const T & name = ggml_metal_library::constants().at(index);
+
 #define SIMT_CONCAT_(a, b) a##b
 #define SIMT_CONCAT(a, b)  SIMT_CONCAT_(a, b)
 

@@ -1,0 +1,410 @@
+// The device computes with the kernels of the CPU, but its memory is its own: the host cannot touch it, a new buffer is full of
+// NaN, what the host reads is there when the host has waited for it. Everything that crosses the bus is counted.
+
+#include "test-device.h"
+
+#include "ggml-backend-impl.h"
+#include "ggml-cpu.h"
+#include "ggml-impl.h"
+
+#include "simt/simt-emulator.h"
+
+#include "test-simt-ragged.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+static test_device_stats stats;
+
+static std::string get_kernel() {
+    const char * name = getenv("TEST_DEVICE_KERNEL");
+    for (const char * known : { "cpu", "cuda", "metal", "none" }) {
+        if (strcmp(name ? name : "cpu", known) == 0) {
+            return known;
+        }
+    }
+    GGML_ABORT("TEST_DEVICE_KERNEL is %s, expected cpu, cuda, metal or none", name);
+}
+
+static const std::string kernel = get_kernel();
+
+// in place of the CPU's kernel
+static const std::optional<simt_device> emulated =
+    kernel == "cuda" ? std::optional(simt_cuda()) : kernel == "metal" ? std::optional(simt_metal()) : std::nullopt;
+
+//
+// memory
+//
+
+static std::map<char *, size_t> pages; // of the buffers that exist
+static std::recursive_mutex     pages_mutex;
+
+static void protect(int prot) {
+    for (const auto & [data, size] : pages) {
+        GGML_ASSERT(mprotect(data, size, prot) == 0);
+    }
+}
+
+// while one exists the device works, and its memory can be touched
+class work {
+public:
+    work() : lock(pages_mutex) {
+        if (depth++ == 0) {
+            protect(PROT_READ | PROT_WRITE);
+        }
+    }
+
+    ~work() {
+        if (--depth == 0) {
+            protect(PROT_NONE);
+        }
+    }
+
+private:
+    static int depth;
+
+    std::lock_guard<std::recursive_mutex> lock;
+};
+
+int work::depth = 0;
+
+static size_t page_align(size_t size) {
+    const size_t n_page = sysconf(_SC_PAGESIZE);
+    return GGML_PAD(std::max<size_t>(size, 1), n_page);
+}
+
+static void * buffer_get_base(ggml_backend_buffer_t buffer) {
+    return buffer->context;
+}
+
+static void buffer_free(ggml_backend_buffer_t buffer) {
+    std::lock_guard<std::recursive_mutex> lock(pages_mutex);
+    stats.bytes_live -= buffer->size;
+    pages.erase((char *) buffer->context);
+    munmap(buffer->context, page_align(buffer->size));
+}
+
+static void buffer_memset(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
+    work w;
+    memset((char *) tensor->data + offset, value, size);
+}
+
+static void buffer_set(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    work w;
+    stats.n_set++;
+    stats.bytes_set += size;
+    memcpy((char *) tensor->data + offset, data, size);
+}
+
+static void buffer_get(ggml_backend_buffer_t, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    work w;
+    stats.n_get++;
+    stats.bytes_get += size;
+    memcpy(data, (const char *) tensor->data + offset, size);
+}
+
+static bool buffer_copy(ggml_backend_buffer_t buffer, const ggml_tensor * src, ggml_tensor * dst) {
+    const ggml_backend_buffer_t from = src->view_src ? src->view_src->buffer : src->buffer;
+    if (from->buft != buffer->buft) {
+        return false;
+    }
+    work w;
+    memcpy(dst->data, src->data, ggml_nbytes(src));
+    return true;
+}
+
+static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    work w;
+    memset(buffer->context, value, buffer->size);
+}
+
+static const char * buft_get_name(ggml_backend_buffer_type_t) {
+    return "TEST0";
+}
+
+static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    std::lock_guard<std::recursive_mutex> lock(pages_mutex);
+
+    void * data = mmap(nullptr, page_align(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) {
+        return nullptr;
+    }
+    memset(data, 0xFF, size);
+    mprotect(data, page_align(size), PROT_NONE);
+
+    pages[(char *) data] = page_align(size);
+    stats.bytes_live += size;
+    stats.bytes_peak  = std::max(stats.bytes_peak, stats.bytes_live);
+
+    ggml_backend_buffer_i iface = {};
+    iface.free_buffer   = buffer_free;
+    iface.get_base      = buffer_get_base;
+    iface.memset_tensor = buffer_memset;
+    iface.set_tensor    = buffer_set;
+    iface.get_tensor    = buffer_get;
+    iface.cpy_tensor    = buffer_copy;
+    iface.clear         = buffer_clear;
+    return ggml_backend_buffer_init(buft, iface, data, size);
+}
+
+static size_t buft_get_alignment(ggml_backend_buffer_type_t) {
+    return 128;
+}
+
+static size_t buft_get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * tensor) {
+    const size_t n_extra = tensor->op == GGML_OP_FLASH_ATTN_RAGGED && emulated ? emulated->extra(tensor) : 0;
+    return ggml_nbytes(tensor) + n_extra;
+}
+
+//
+// backend
+//
+
+// what a CUDA graph is made from
+struct node_properties {
+    ggml_tensor          node;
+    std::vector<int64_t> src;
+
+    bool operator==(const node_properties & other) const {
+        return memcmp(&node, &other.node, sizeof(node)) == 0 && src == other.src;
+    }
+};
+
+struct backend_context {
+    ggml_backend_t cpu;
+
+    std::map<const ggml_tensor *, std::vector<node_properties>> graphs; // by their first node
+
+    struct read {
+        void *            dst;
+        std::vector<char> data;
+    };
+    std::vector<read> reads; // which the host has not waited for
+};
+
+static bool is_new(backend_context & ctx, const ggml_cgraph * cgraph) {
+    std::vector<node_properties> props;
+    for (int i = 0; i < cgraph->n_nodes; ++i) {
+        node_properties cur = { *cgraph->nodes[i], {} };
+        for (const ggml_tensor * src : cgraph->nodes[i]->src) {
+            if (src) {
+                cur.src.push_back((intptr_t) src->data);
+                cur.src.insert(cur.src.end(), src->ne, src->ne + GGML_MAX_DIMS);
+                cur.src.insert(cur.src.end(), src->nb, src->nb + GGML_MAX_DIMS);
+            }
+        }
+        props.push_back(std::move(cur));
+    }
+
+    auto & last = ctx.graphs[cgraph->nodes[0]];
+    const bool res = last != props;
+    last = std::move(props);
+    return res;
+}
+
+static void compute_emulated(ggml_tensor * op) {
+    simt::machine machine(1);
+    for (int i = 0; i < 5; ++i) {
+        if (const ggml_tensor * src = op->src[i]) {
+            machine.add(src->data, ggml_nbytes(src), src->name);
+        }
+    }
+    machine.add(op->data, ggml_nbytes(op), "the result");
+    if (const size_t n_extra = emulated->extra(op)) {
+        memset((char *) op->data + ggml_nbytes(op), 0xFF, n_extra);
+        machine.add((char *) op->data + ggml_nbytes(op), n_extra, "the parts");
+    }
+    try {
+        emulated->compute(machine, op);
+    } catch (const simt::failure & e) {
+        GGML_ABORT("%s: %s", op->name, e.what());
+    }
+}
+
+static ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * cgraph) {
+    auto & ctx = *(backend_context *) backend->context;
+
+    work w;
+    stats.n_graphs++;
+    stats.n_graphs_new += is_new(ctx, cgraph);
+
+    int i0 = 0;
+    for (int i = 0; i <= cgraph->n_nodes; ++i) {
+        const bool ragged = i < cgraph->n_nodes && cgraph->nodes[i]->op == GGML_OP_FLASH_ATTN_RAGGED;
+        stats.n_ragged += ragged;
+        if (i < cgraph->n_nodes && !(ragged && emulated)) {
+            continue;
+        }
+        ggml_cgraph part = ggml_graph_view(cgraph, i0, i);
+        if (part.n_nodes > 0) {
+            const ggml_status status = ggml_backend_graph_compute(ctx.cpu, &part);
+            if (status != GGML_STATUS_SUCCESS) {
+                return status;
+            }
+        }
+        if (i < cgraph->n_nodes) {
+            compute_emulated(cgraph->nodes[i]);
+        }
+        i0 = i + 1;
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+static void backend_set_async(ggml_backend_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    buffer_set(nullptr, tensor, data, offset, size);
+}
+
+static void backend_get_async(ggml_backend_t backend, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    auto & ctx = *(backend_context *) backend->context;
+
+    ctx.reads.push_back({ data, std::vector<char>(size) });
+    buffer_get(nullptr, tensor, ctx.reads.back().data.data(), offset, size);
+    memset(data, 0xFF, size);
+}
+
+static void backend_synchronize(ggml_backend_t backend) {
+    auto & ctx = *(backend_context *) backend->context;
+
+    stats.n_sync++;
+    for (const auto & read : ctx.reads) {
+        memcpy(read.dst, read.data.data(), read.data.size());
+    }
+    ctx.reads.clear();
+}
+
+static const char * backend_get_name(ggml_backend_t) {
+    return "TEST0";
+}
+
+static void backend_free(ggml_backend_t backend) {
+    auto * ctx = (backend_context *) backend->context;
+    ggml_backend_free(ctx->cpu);
+    delete ctx;
+    delete backend;
+}
+
+//
+// device
+//
+
+static const char * dev_get_name       (ggml_backend_dev_t) { return "TEST0"; }
+static const char * dev_get_description(ggml_backend_dev_t) { return "a device for tests, on the CPU"; }
+
+static void dev_get_memory(ggml_backend_dev_t, size_t * free, size_t * total) {
+    *total = size_t(64) << 30;
+    *free  = *total - stats.bytes_live;
+}
+
+static enum ggml_backend_dev_type dev_get_type(ggml_backend_dev_t) {
+    return GGML_BACKEND_DEVICE_TYPE_GPU;
+}
+
+static void dev_get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
+    *props = {};
+    props->name        = dev_get_name(dev);
+    props->description = dev_get_description(dev);
+    props->type        = dev_get_type(dev);
+    props->caps.async  = true;
+    dev_get_memory(dev, &props->memory_free, &props->memory_total);
+}
+
+static ggml_backend_t dev_init(ggml_backend_dev_t dev, const char *) {
+    static ggml_guid guid = { 0x77, 0x6b, 0x76, 0x2d, 0x74, 0x65, 0x73, 0x74, 0x2d, 0x64, 0x65, 0x76, 0x69, 0x63, 0x65, 0x30 };
+
+    auto * ctx = new backend_context;
+    ctx->cpu = ggml_backend_cpu_init();
+    ggml_backend_cpu_set_n_threads(ctx->cpu, 1);
+
+    ggml_backend_i iface = {};
+    iface.get_name         = backend_get_name;
+    iface.free             = backend_free;
+    iface.set_tensor_async = backend_set_async;
+    iface.get_tensor_async = backend_get_async;
+    iface.synchronize      = backend_synchronize;
+    iface.graph_compute    = backend_graph_compute;
+    return new ggml_backend { &guid, iface, dev, ctx };
+}
+
+static ggml_backend_buffer_type_t dev_get_buffer_type(ggml_backend_dev_t dev) {
+    static ggml_backend_buffer_type buft = [dev] {
+        ggml_backend_buffer_type res = {};
+        res.iface.get_name       = buft_get_name;
+        res.iface.alloc_buffer   = buft_alloc;
+        res.iface.get_alignment  = buft_get_alignment;
+        res.iface.get_alloc_size = buft_get_alloc_size;
+        res.device = dev;
+        return res;
+    }();
+    return &buft;
+}
+
+static bool dev_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
+    if (op->op == GGML_OP_FLASH_ATTN_RAGGED && (kernel == "none" || (emulated && !emulated->supports(op)))) {
+        return false;
+    }
+    return ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
+}
+
+static bool dev_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) {
+    return buft == dev_get_buffer_type(dev);
+}
+
+//
+// registry
+//
+
+static const char * reg_get_name        (ggml_backend_reg_t) { return "TEST"; }
+static size_t       reg_get_device_count(ggml_backend_reg_t) { return 1; }
+
+static ggml_backend_dev_t reg_get_device(ggml_backend_reg_t reg, size_t) {
+    static ggml_backend_device dev = [reg] {
+        ggml_backend_device res = {};
+        res.iface.get_name        = dev_get_name;
+        res.iface.get_description = dev_get_description;
+        res.iface.get_memory      = dev_get_memory;
+        res.iface.get_type        = dev_get_type;
+        res.iface.get_props       = dev_get_props;
+        res.iface.init_backend    = dev_init;
+        res.iface.get_buffer_type = dev_get_buffer_type;
+        res.iface.supports_op     = dev_supports_op;
+        res.iface.supports_buft   = dev_supports_buft;
+        res.reg = reg;
+        return res;
+    }();
+    return &dev;
+}
+
+extern "C" ggml_backend_reg_t ggml_backend_init(void) {
+    static ggml_backend_reg reg = [] {
+        ggml_backend_reg res = {};
+        res.api_version = GGML_BACKEND_API_VERSION;
+        res.iface.get_name         = reg_get_name;
+        res.iface.get_device_count = reg_get_device_count;
+        res.iface.get_device       = reg_get_device;
+        return res;
+    }();
+    return &reg;
+}
+
+//
+// tests
+//
+
+void test_device_get_stats(test_device_stats * res) {
+    *res = stats;
+}
+
+void test_device_reset(void) {
+    const int64_t bytes_live = stats.bytes_live;
+    stats = {};
+    stats.bytes_live = stats.bytes_peak = bytes_live;
+}

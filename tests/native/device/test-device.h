@@ -1,0 +1,37 @@
+#pragma once
+
+// A device for tests of the runtime where there is no GPU; ggml_backend_load() loads it.
+//
+// TEST_DEVICE_KERNEL in the environment says what computes GGML_OP_FLASH_ATTN_RAGGED: "cpu", the default; "cuda" or "metal", the
+// GPU's kernel in the emulator; "none", the op is not supported.
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct test_device_stats {
+    // since the last reset
+    int64_t n_set;       // writes from the host
+    int64_t bytes_set;
+    int64_t n_get;       // reads to the host
+    int64_t bytes_get;
+    int64_t n_sync;      // times that the host waited
+    int64_t n_graphs;
+    int64_t n_graphs_new; // of these, those that a CUDA graph would have to be captured for: nodes, shapes or addresses changed
+    int64_t n_ragged;    // computed nodes of GGML_OP_FLASH_ATTN_RAGGED
+
+    // buffers that exist, and the most that did
+    int64_t bytes_live;
+    int64_t bytes_peak;
+};
+
+void test_device_get_stats(struct test_device_stats * stats);
+
+// counts start at zero again, the peak at what exists
+void test_device_reset(void);
+
+#ifdef __cplusplus
+}
+#endif
