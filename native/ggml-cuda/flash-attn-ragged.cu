@@ -6,11 +6,15 @@
 #include "simt/flash-attn-ragged-vec.h"
 #include "simt/flash-attn-ragged-tile.h"
 
-// blocks of a multiprocessor that are in flight at the same time
-static constexpr int N_BLOCKS_SM = 2;
+// blocks of a multiprocessor that are in flight at the same time: as many as its registers are enough for
+static constexpr int n_blocks_sm_vec(int n_rows) {
+    return n_rows <= 2 ? 4 : n_rows <= 4 ? 3 : 2;
+}
+
+static constexpr int N_BLOCKS_SM_TILE = 2;
 
 template <typename row_t, int n_lanes, int n_rows>
-SIMT_KERNEL(FA_N_THREADS, N_BLOCKS_SM) flash_attn_ragged_vec(
+SIMT_KERNEL(FA_N_THREADS, n_blocks_sm_vec(n_rows)) flash_attn_ragged_vec(
         const fa_args a, const char * q, const char * k, const char * v, const int32_t * ranges, const float * sinks, float * part, float * dst) {
     SIMT_SHARED_ARRAY(float, sh, (fa_vec_shape<n_lanes, n_rows>::N_SHARED));
 
@@ -19,7 +23,7 @@ SIMT_KERNEL(FA_N_THREADS, N_BLOCKS_SM) flash_attn_ragged_vec(
 }
 
 template <typename row_t, int n_rows, int n_cells, int n_embd>
-SIMT_KERNEL(FA_N_THREADS, N_BLOCKS_SM) flash_attn_ragged_tile(
+SIMT_KERNEL(FA_N_THREADS, N_BLOCKS_SM_TILE) flash_attn_ragged_tile(
         const fa_args a, const char * q, const char * k, const char * v, const int32_t * ranges, const float * sinks, float * part, float * dst) {
     typedef fa_tile_shape<n_rows, n_cells, n_embd> shape;
 
@@ -56,8 +60,8 @@ struct fa_tensors {
     float         * dst;
 };
 
-static int n_busy(const ggml_backend_cuda_context & ctx) {
-    return N_BLOCKS_SM*ggml_cuda_info().devices[ctx.device].nsm;
+static int n_busy(const ggml_backend_cuda_context & ctx, int n_blocks_sm) {
+    return n_blocks_sm*ggml_cuda_info().devices[ctx.device].nsm;
 }
 
 template <int n_rows>
@@ -72,7 +76,7 @@ static void launch_vec(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fa_ar
 
     const fa_tensors t(dst);
 
-    fa_share(a, dst, n_rows, shape::N_CELLS_TILE, n_busy(ctx));
+    fa_share(a, dst, n_rows, shape::N_CELLS_TILE, n_busy(ctx, n_blocks_sm_vec(n_rows)));
     ggml_cuda_pool_alloc<float> part(ctx.pool(), fa_part_size(a, n_rows));
 
     simt_launch(flash_attn_ragged_vec<row_t, n_lanes, n_rows>, a.n_blocks, FA_N_THREADS, ctx.stream(),
@@ -84,7 +88,7 @@ template <typename row_t, int n_rows, int n_cells, int n_embd>
 static void launch_tile(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fa_args a) {
     const fa_tensors t(dst);
 
-    fa_split(a, dst, n_rows, n_cells, n_busy(ctx));
+    fa_split(a, dst, n_rows, n_cells, n_busy(ctx, N_BLOCKS_SM_TILE));
     ggml_cuda_pool_alloc<float> part(ctx.pool());
     if (a.n_splits > 1) {
         part.alloc(fa_part_size(a, n_rows));

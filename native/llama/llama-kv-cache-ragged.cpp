@@ -319,6 +319,7 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
 
     init_layers(type_k, type_v, filter);
     alloc_ring(n_window);
+    alloc_tables();
 } catch (...) {
     ledger_owner = nullptr; // the base class may have thrown before it asked
     throw;
@@ -477,6 +478,53 @@ void llama_kv_cache_ragged::alloc_ring(uint32_t n) {
     n_window  = n;
     ring_pos.assign(n_window, -1);
     epoch++;
+}
+
+// tokens of the largest batch whose table a device holds: what decodes, with drafts
+static constexpr int64_t N_TOKENS_TABLE = 8;
+
+void llama_kv_cache_ragged::alloc_tables() {
+    for (const auto & layer : layers) {
+        if (layer.has_ragged && ggml_backend_dev_type(layer.dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+            tables[layer.dev] = nullptr;
+        }
+    }
+
+    const ggml_init_params params = {
+        /*.mem_size   =*/ tables.size()*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    tables_ctx.reset(ggml_init(params));
+
+    for (auto & [dev, table] : tables) {
+        table = ggml_new_tensor_1d(tables_ctx.get(), GGML_TYPE_I32, (2 + N_TOKENS_TABLE)*layers[0].n_head_kv*layers.size());
+        ggml_format_name(table, "ragged_table_%s", ggml_backend_dev_name(dev));
+
+        const ggml_backend_buffer_type_t buft = ggml_backend_dev_buffer_type(dev);
+
+        const size_t size = GGML_PAD(ggml_backend_buft_get_alloc_size(buft, table), ggml_backend_buft_get_alignment(buft));
+        tables_bufs.emplace_back(ggml_backend_buft_alloc_buffer(buft, size));
+        if (!tables_bufs.back()) {
+            refuse(format("no memory for a table of %zu bytes on %s", size, ggml_backend_dev_name(dev)));
+        }
+        ggml_backend_buffer_clear(tables_bufs.back().get(), 0);
+        meter.add(ggml_backend_buffer_get_size(tables_bufs.back().get()));
+
+        ggml_tallocr alloc = ggml_tallocr_new(tables_bufs.back().get());
+        ggml_tallocr_alloc(&alloc, table);
+    }
+}
+
+ggml_backend_t llama_kv_ragged_backend(llama_context & lctx, ggml_backend_dev_t dev) {
+    ggml_backend_sched_t sched = lctx.get_sched();
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        ggml_backend_t cur = ggml_backend_sched_get_backend(sched, i);
+        if (ggml_backend_get_device(cur) == dev) {
+            return cur;
+        }
+    }
+    return nullptr;
 }
 
 void llama_kv_cache_ragged::synchronize() const {
@@ -791,8 +839,10 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_break
     for (const auto & layer : layers) {
         res[layer.buft] += layer.pool.bytes();
     }
-    for (const auto & buf : ring_bufs) {
-        res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+    for (const auto * bufs : { &ring_bufs, &tables_bufs }) {
+        for (const auto & buf : *bufs) {
+            res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+        }
     }
     return res;
 }
@@ -893,6 +943,27 @@ llama_kv_cache_ragged_context::layer_view llama_kv_cache_ragged_context::get_vie
         res.k->buffer = res.v->buffer = kv->bufs_reserve.at(layer.buft).get();
     }
     return res;
+}
+
+std::pair<ggml_backend_dev_t, ggml_tensor *> llama_kv_cache_ragged_context::get_table(int32_t il, int64_t n_tokens) const {
+    const auto it = kv->tables.find(kv->layers.at(kv->map_layer.at(il)).dev);
+    if (it == kv->tables.end() || n_tokens > N_TOKENS_TABLE) {
+        return { nullptr, nullptr };
+    }
+    return *it;
+}
+
+void llama_kv_cache_ragged_context::set_table(ggml_backend_dev_t dev, ggml_tensor * table, const std::vector<int32_t> & data) const {
+    const size_t size = data.size()*sizeof(data[0]);
+
+    if (dev) {
+        // in the order of the device's work: graphs before this one may still read the table
+        ggml_backend_t backend = llama_kv_ragged_backend(*kv->lctx, dev);
+        GGML_ASSERT(backend);
+        ggml_backend_tensor_set_async(backend, table, data.data(), 0, size);
+    } else {
+        ggml_backend_tensor_set(table, data.data(), 0, size);
+    }
 }
 
 void llama_kv_cache_ragged_context::get_ranges(int32_t il, int32_t * ranges) const {

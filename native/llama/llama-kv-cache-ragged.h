@@ -159,6 +159,12 @@ private:
     std::vector<ggml_backend_buffer_ptr> ring_bufs;
     std::vector<int32_t>                 ring_pos;
 
+    // what graphs of a few tokens look up about heads of different lengths, on every device that is not a CPU: an input of the
+    // graph would be copied, and waited for, once for every layer
+    std::map<ggml_backend_dev_t, ggml_tensor *> tables;
+    ggml_context_ptr                            tables_ctx;
+    std::vector<ggml_backend_buffer_ptr>        tables_bufs;
+
     // empty buffers that stand for the pools of worst-case graphs, which are measured and never computed
     std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> bufs_reserve;
 
@@ -188,6 +194,7 @@ private:
 
     void init_layers(ggml_type type_k, ggml_type type_v, const layer_filter_cb & filter);
     void alloc_ring(uint32_t n);
+    void alloc_tables();
     void synchronize() const;
 
     // cells that attention reads of a layer with len cells per head
@@ -255,6 +262,12 @@ public:
     };
 
     layer_view get_view(ggml_context * ctx, int32_t il) const;
+
+    // the device that holds the table of a layer's cells for graphs of n_tokens, and the table; nullptr if it is an input
+    std::pair<ggml_backend_dev_t, ggml_tensor *> get_table(int32_t il, int64_t n_tokens) const;
+
+    // write a table before its graph runs; data stays as it is until then
+    void set_table(ggml_backend_dev_t dev, ggml_tensor * table, const std::vector<int32_t> & data) const;
 
     // first row and cells of every head, those of the ubatch included, {first, cells} x n_head_kv
     void get_ranges(int32_t il, int32_t * ranges) const;
@@ -334,6 +347,9 @@ llama_kv_cache_context * llama_kv_ragged_context_make(
 // n_tokens positions with random cells in an empty cache of any kind, see wkv_fill()
 // throws std::invalid_argument before anything changed, std::runtime_error if memory runs out
 void llama_kv_ragged_fill(llama_context & ctx, int32_t n_tokens);
+
+// backend of a device in a context, nullptr if it has none
+ggml_backend_t llama_kv_ragged_backend(llama_context & lctx, ggml_backend_dev_t dev);
 
 // message of the last failure on this thread
 void                llama_kv_ragged_set_error(const std::string & msg);

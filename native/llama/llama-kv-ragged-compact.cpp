@@ -35,13 +35,7 @@ std::string llama_kv_cache_ragged::no_ragged_attention(const llama_kv_ragged_lay
 class ragged_graph {
 public:
     ragged_graph(llama_context * lctx, const llama_kv_ragged_layer & layer, llama_kv_ragged_meter & meter, size_t n_tensors) : meter(meter) {
-        ggml_backend_sched_t sched = lctx->get_sched();
-        for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
-            ggml_backend_t cur = ggml_backend_sched_get_backend(sched, i);
-            if (ggml_backend_get_device(cur) == layer.dev) {
-                backend = cur;
-            }
-        }
+        backend = llama_kv_ragged_backend(*lctx, layer.dev);
         if (!backend) {
             fail(format("kv_policy: the context has no backend for the device of layer %u", layer.il));
         }

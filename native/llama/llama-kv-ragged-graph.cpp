@@ -8,7 +8,9 @@
 #include "ggml-flash-attn-ragged.h"
 
 #include <algorithm>
+#include <map>
 #include <stdexcept>
+#include <vector>
 
 // Inputs of one graph. Layers whose heads hold equally many cells share a class: one mask, one set of indices.
 // Appending adds the same number of cells everywhere, so the classes of a graph stay valid within an epoch.
@@ -34,10 +36,16 @@ public:
 
     ggml_tensor * get_ring_idxs(ggml_context * ctx);
 
-    // inputs of the layers whose heads differ: where their heads stand, and the rows of the new cells; all layers share
-    // a tensor and each looks at its own plane
-    ggml_tensor * get_ranges(ggml_context * ctx, int64_t n_head_kv);
-    ggml_tensor * get_rows  (ggml_context * ctx, int64_t n_head_kv, int32_t il);
+    // For the layers whose heads differ, I32: where their heads stand, [2, n_head_kv, n_layer], and behind that the rows of the new
+    // cells, [n_head_kv*n_tokens, n_layer]. All layers share it and each looks at its own plane.
+    struct cell_table {
+        ggml_tensor * all;
+        ggml_tensor * ranges; // a view
+    };
+
+    const cell_table & get_table(ggml_context * ctx, int64_t n_head_kv, int32_t il);
+
+    ggml_tensor * get_rows(ggml_context * ctx, const cell_table & table, int32_t il) const;
 
     static llm_graph_input_ragged * find(llm_graph_result * res);
 
@@ -50,10 +58,12 @@ private:
     std::vector<cell_class> classes;
 
     ggml_tensor * ring_idxs = nullptr; // I64 [n_observed]
-    ggml_tensor * ranges    = nullptr; // I32 [2, n_head_kv, n_layer]
-    ggml_tensor * rows      = nullptr; // I64 [n_head_kv*n_tokens, n_layer]
 
-    std::vector<int32_t> ragged; // layers that look at ranges
+    // by device, nullptr: an input of the graph; a device's own is written once, inputs are copied for every layer's view
+    std::map<ggml_backend_dev_t, cell_table> tables;
+
+    std::vector<int32_t> ragged; // layers that look at them
+    std::vector<int32_t> table_data;
 };
 
 llm_graph_input_ragged * llm_graph_input_ragged::find(llm_graph_result * res) {
@@ -96,23 +106,31 @@ ggml_tensor * llm_graph_input_ragged::get_ring_idxs(ggml_context * ctx) {
     return ring_idxs;
 }
 
-ggml_tensor * llm_graph_input_ragged::get_ranges(ggml_context * ctx, int64_t n_head_kv) {
-    if (!ranges) {
-        ranges = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, n_head_kv, mctx->get_n_layer());
-        ggml_set_input(ranges);
-        ggml_set_name(ranges, "ragged_ranges");
+const llm_graph_input_ragged::cell_table & llm_graph_input_ragged::get_table(ggml_context * ctx, int64_t n_head_kv, int32_t il) {
+    ragged.push_back(il);
+
+    const auto [dev, held] = mctx->get_table(il, n_tokens);
+
+    const auto [it, is_new] = tables.try_emplace(dev);
+    auto & table = it->second;
+    if (is_new) {
+        const int64_t n_layer = mctx->get_n_layer();
+
+        table.all = held;
+        if (!held) {
+            table.all = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, (2 + n_tokens)*n_head_kv*n_layer);
+            ggml_set_input(table.all);
+            ggml_set_name(table.all, "ragged_table");
+        }
+        table.ranges = ggml_view_3d(ctx, table.all, 2, n_head_kv, n_layer, 2*sizeof(int32_t), 2*n_head_kv*sizeof(int32_t), 0);
     }
-    return ranges;
+    return table;
 }
 
-ggml_tensor * llm_graph_input_ragged::get_rows(ggml_context * ctx, int64_t n_head_kv, int32_t il) {
-    if (!rows) {
-        rows = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, n_head_kv*n_tokens, mctx->get_n_layer());
-        ggml_set_input(rows);
-        ggml_set_name(rows, "ragged_rows");
-    }
-    ragged.push_back(il);
-    return ggml_view_1d(ctx, rows, rows->ne[0], mctx->get_index(il)*rows->nb[1]);
+ggml_tensor * llm_graph_input_ragged::get_rows(ggml_context * ctx, const cell_table & table, int32_t il) const {
+    const int64_t n_rows = table.ranges->ne[1]*n_tokens;
+
+    return ggml_view_1d(ctx, table.all, n_rows, (ggml_nelements(table.ranges) + mctx->get_index(il)*n_rows)*sizeof(int32_t));
 }
 
 void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
@@ -139,24 +157,25 @@ void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
         ggml_backend_tensor_set(cls.idxs, idxs.data(), 0, ggml_nbytes(cls.idxs));
     }
 
-    if (rows) {
-        const int64_t n_head_kv = ranges->ne[1];
+    if (!tables.empty()) {
+        const int64_t n_head_kv = tables.begin()->second.ranges->ne[1];
+        const int64_t n_rows    = n_head_kv*n_tokens;
 
-        std::vector<int32_t> all_ranges(ggml_nelements(ranges), 0);
-        std::vector<int64_t> all_rows(ggml_nelements(rows), 0);
+        table_data.assign((2*n_head_kv + n_rows)*mctx->get_n_layer(), 0);
         for (const int32_t il : ragged) {
-            int32_t * cur_ranges = all_ranges.data() + mctx->get_index(il)*2*n_head_kv;
-            int64_t * cur_rows   = all_rows.data()   + mctx->get_index(il)*rows->ne[0];
+            int32_t * ranges = table_data.data() + mctx->get_index(il)*2*n_head_kv;
+            int32_t * rows   = table_data.data() + mctx->get_n_layer()*2*n_head_kv + mctx->get_index(il)*n_rows;
 
-            mctx->get_ranges(il, cur_ranges);
+            mctx->get_ranges(il, ranges);
             for (int64_t t = 0; t < n_tokens; ++t) {
                 for (int64_t ih = 0; ih < n_head_kv; ++ih) {
-                    cur_rows[t*n_head_kv + ih] = cur_ranges[2*ih] + cur_ranges[2*ih + 1] - n_tokens + t;
+                    rows[t*n_head_kv + ih] = ranges[2*ih] + ranges[2*ih + 1] - n_tokens + t;
                 }
             }
         }
-        ggml_backend_tensor_set(ranges, all_ranges.data(), 0, ggml_nbytes(ranges));
-        ggml_backend_tensor_set(rows,   all_rows.data(),   0, ggml_nbytes(rows));
+        for (const auto & [dev, table] : tables) {
+            mctx->set_table(dev, table.all, table_data);
+        }
     }
 
     const int64_t n_observed = ring_idxs->ne[0];
@@ -275,17 +294,21 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
         g.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, il });
         ggml_prec_set_acc(cur, GGML_PREC_F32);
     } else {
-        ggml_tensor * rows = inp->get_rows(ctx, n_head_kv, il);
+        const auto & table = inp->get_table(ctx, n_head_kv, il);
+
+        ggml_tensor * rows = inp->get_rows(ctx, table, il);
 
         ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, view.k, all_heads(ctx, k_cur), rows));
         ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, view.v, all_heads(ctx, v_cur), rows));
 
-        cur = ggml_flash_attn_ragged(ctx, q, view.k, view.v, inp->get_ranges(ctx, n_head_kv), sinks, get_index(il),
+        cur = ggml_flash_attn_ragged(ctx, q, view.k, view.v, table.ranges, sinks, get_index(il),
                 kq_scale, softcap, /*causal =*/ true);
     }
 
-    // the probes at creation know no sinks; a pool must not move to another device at every token
-    if (sinks && !ggml_backend_dev_supports_op(layer.dev, cur)) { refuse("a learned attention sink on this device"); }
+    // the probes at creation know neither sinks nor the size of pools; a pool must not move to another device at every token
+    if (!ggml_backend_dev_supports_op(layer.dev, cur)) {
+        refuse(sinks ? "a learned attention sink on this device" : "attention over so many cells on this device");
+    }
 
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(g.gf, cur);

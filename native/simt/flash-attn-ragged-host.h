@@ -45,7 +45,10 @@ static inline fa_args fa_args_of(const ggml_tensor * dst) {
     a.causal    = ggml_get_op_params_i32(dst, 3);
     a.has_sinks = dst->src[4] != nullptr;
     if (a.softcap != 0.0f) {
-        a.scale /= a.softcap;
+        a.scale   /= a.softcap;
+        a.softcap *= FA_LOG2E;
+    } else {
+        a.scale *= FA_LOG2E;
     }
     return a;
 }
@@ -98,6 +101,9 @@ static inline bool fa_supported(const ggml_tensor * dst) {
         const size_t align = ggml_is_quantized(pool->type) ? 2 : 16;
         if (pool->nb[1] % align != 0 || pool->view_offs % align != 0) {
             return false;
+        }
+        if (ggml_nbytes(pool) > UINT32_MAX) {
+            return false; // kernels count its bytes in 32 bits
         }
     }
     return q->nb[1] % sizeof(float) == 0 && q->nb[2] % sizeof(float) == 0 && ggml_is_contiguous(dst);

@@ -10,14 +10,17 @@
 
 #include "flash-attn-ragged-args.h"
 
-#define FA_MASKED (-1e30f) // below every logit; no infinities, compilers may take them for granted not to be there
+// no infinities, compilers may take them for granted not to be there
+#define FA_LOWEST (-5e29f) // where maxima start, below every logit
+#define FA_MASKED (-1e30f) // the logit of what is not seen: so far below that its weight is 0
 
 struct fa_dims {
     float x[FA_DIMS];
 };
 
 //
-// rows of a pool: eight dimensions from d on, d is a multiple of eight; the last argument is of use to fa_row_any alone
+// rows of a pool, which begin some bytes behind its start: eight dimensions from d on, d is a multiple of eight, without the scale that
+// all have in common; the last argument is of use to fa_row_any alone
 //
 
 struct fa_row_f32 {
@@ -25,10 +28,10 @@ struct fa_row_f32 {
         simt_u32x4 a, b;
     };
 
-    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) row, int d, int) {
+    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) pool, uint32_t row, int d, int) {
         raw r;
-        r.a = simt_load_u32x4(row + 4*d);
-        r.b = simt_load_u32x4(row + 4*d + 16);
+        r.a = simt_load_u32x4(pool + (row + 4*d));
+        r.b = simt_load_u32x4(pool + (row + 4*d) + 16);
         return r;
     }
 
@@ -40,6 +43,10 @@ struct fa_row_f32 {
         }
         return res;
     }
+
+    static SIMT_FUNC float scale(raw, int) {
+        return 1.0f;
+    }
 };
 
 struct fa_row_f16 {
@@ -47,9 +54,9 @@ struct fa_row_f16 {
         simt_u32x4 a;
     };
 
-    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) row, int d, int) {
+    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) pool, uint32_t row, int d, int) {
         raw r;
-        r.a = simt_load_u32x4(row + 2*d);
+        r.a = simt_load_u32x4(pool + (row + 2*d));
         return r;
     }
 
@@ -62,13 +69,17 @@ struct fa_row_f16 {
         }
         return res;
     }
+
+    static SIMT_FUNC float scale(raw, int) {
+        return 1.0f;
+    }
 };
 
 struct fa_row_bf16 {
     typedef fa_row_f16::raw raw;
 
-    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) row, int d, int) {
-        return fa_row_f16::load(row, d, 0);
+    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) pool, uint32_t row, int d, int) {
+        return fa_row_f16::load(pool, row, d, 0);
     }
 
     static SIMT_FUNC fa_dims unpack(raw r, int, int) {
@@ -79,6 +90,10 @@ struct fa_row_bf16 {
             res.x[2*i + 1] = simt_bits_to_f32(x & 0xFFFF0000u);
         }
         return res;
+    }
+
+    static SIMT_FUNC float scale(raw, int) {
+        return 1.0f;
     }
 };
 
@@ -94,25 +109,29 @@ struct fa_row_q8_0 {
         uint32_t scale;
     };
 
-    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) row, int d, int) {
-        SIMT_GLOBAL(const char) block = row + 34*(d/32);
+    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) pool, uint32_t row, int d, int) {
+        const uint32_t block = row + 34*(d/32);
+
+        SIMT_GLOBAL(const char) values = pool + (block + d%32);
 
         raw r;
-        r.scale = simt_load_u16(block);
-        r.a     = fa_load_u32(block + 2 + d%32);
-        r.b     = fa_load_u32(block + 6 + d%32);
+        r.scale = simt_load_u16(pool + block);
+        r.a     = fa_load_u32(values + 2);
+        r.b     = fa_load_u32(values + 6);
         return r;
     }
 
     static SIMT_FUNC fa_dims unpack(raw r, int, int) {
-        const float scale = simt_unpack_f16(r.scale).x;
-
         fa_dims res;
         for (int i = 0; i < 4; ++i) {
-            res.x[i]     = scale*float((int32_t) (r.a << (24 - 8*i)) >> 24);
-            res.x[i + 4] = scale*float((int32_t) (r.b << (24 - 8*i)) >> 24);
+            res.x[i]     = float((int8_t) (r.a >> 8*i));
+            res.x[i + 4] = float((int8_t) (r.b >> 8*i));
         }
         return res;
+    }
+
+    static SIMT_FUNC float scale(raw r, int) {
+        return simt_unpack_f16(r.scale).x;
     }
 };
 
@@ -120,26 +139,31 @@ struct fa_row_q8_0 {
 struct fa_row_q4_0 {
     typedef fa_row_q8_0::raw raw;
 
-    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) row, int d, int) {
-        SIMT_GLOBAL(const char) block = row + 18*(d/32);
+    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) pool, uint32_t row, int d, int) {
+        const uint32_t block = row + 18*(d/32);
+
+        SIMT_GLOBAL(const char) values = pool + (block + d%16);
 
         raw r;
-        r.scale = simt_load_u16(block);
-        r.a     = fa_load_u32(block + 2 + d%16);
-        r.b     = fa_load_u32(block + 6 + d%16);
+        r.scale = simt_load_u16(pool + block);
+        r.a     = fa_load_u32(values + 2);
+        r.b     = fa_load_u32(values + 6);
         return r;
     }
 
     static SIMT_FUNC fa_dims unpack(raw r, int d, int) {
-        const float scale = simt_unpack_f16(r.scale).x;
-        const int   shift = d%32 < 16 ? 0 : 4;
+        const int shift = d%32 < 16 ? 0 : 4;
 
         fa_dims res;
         for (int i = 0; i < 4; ++i) {
-            res.x[i]     = scale*float((int32_t) (r.a >> (8*i + shift) & 0xF) - 8);
-            res.x[i + 4] = scale*float((int32_t) (r.b >> (8*i + shift) & 0xF) - 8);
+            res.x[i]     = float((int32_t) (r.a >> (8*i + shift) & 0xF) - 8);
+            res.x[i + 4] = float((int32_t) (r.b >> (8*i + shift) & 0xF) - 8);
         }
         return res;
+    }
+
+    static SIMT_FUNC float scale(raw r, int) {
+        return simt_unpack_f16(r.scale).x;
     }
 };
 
@@ -149,17 +173,17 @@ struct fa_row_any {
         simt_u32x4 a, b;
     };
 
-    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) row, int d, int type) {
+    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) pool, uint32_t row, int d, int type) {
         raw r;
         if (type == FA_F32) {
-            const fa_row_f32::raw x = fa_row_f32::load(row, d, type);
+            const fa_row_f32::raw x = fa_row_f32::load(pool, row, d, type);
             r.a = x.a;
             r.b = x.b;
         } else if (type == FA_F16 || type == FA_BF16) {
-            r.a = fa_row_f16::load(row, d, type).a;
+            r.a = fa_row_f16::load(pool, row, d, type).a;
             r.b = r.a;
         } else {
-            const fa_row_q8_0::raw x = type == FA_Q8_0 ? fa_row_q8_0::load(row, d, type) : fa_row_q4_0::load(row, d, type);
+            const fa_row_q8_0::raw x = type == FA_Q8_0 ? fa_row_q8_0::load(pool, row, d, type) : fa_row_q4_0::load(pool, row, d, type);
             r.a = simt_pack(x.a, x.b, x.scale, 0);
             r.b = r.a;
         }
@@ -184,11 +208,15 @@ struct fa_row_any {
         x.scale = simt_get(r.a, 2);
         return type == FA_Q8_0 ? fa_row_q8_0::unpack(x, d, type) : fa_row_q4_0::unpack(x, d, type);
     }
+
+    static SIMT_FUNC float scale(raw r, int type) {
+        return type == FA_Q8_0 || type == FA_Q4_0 ? simt_unpack_f16(simt_get(r.a, 2)).x : 1.0f;
+    }
 };
 
 // by the exponential function: the fast tanh of some compilers is off by more than logits are allowed to be
 static SIMT_FUNC float fa_tanh(float x) {
-    const float e = simt_exp(2.0f*simt_max(-15.0f, simt_min(15.0f, x)));
+    const float e = simt_exp2(2.0f*FA_LOG2E*simt_max(-15.0f, simt_min(15.0f, x)));
     return (e - 1.0f)/(e + 1.0f);
 }
 
@@ -246,11 +274,11 @@ static SIMT_FUNC int64_t fa_part(fa_args a, int32_t block, int32_t slot, int32_t
 static SIMT_FUNC float fa_row_weight(fa_args a, SIMT_GLOBAL(const float) sinks, int32_t head, float max, float sum) {
     float w = 1.0f;
     if (a.has_sinks) {
-        const float sink    = sinks[head];
+        const float sink    = sinks[head]*FA_LOG2E;
         const float max_new = simt_max(max, sink);
 
-        w   = simt_exp(max - max_new);
-        sum = sum*w + simt_exp(sink - max_new);
+        w   = simt_exp2(max - max_new);
+        sum = sum*w + simt_exp2(sink - max_new);
     }
     return sum > 0.0f ? w/sum : 0.0f;
 }
@@ -326,7 +354,7 @@ SIMT_FUNC void fa_combine(
         }
     }
 
-    float max = FA_MASKED;
+    float max = FA_LOWEST;
     float sum = 0.0f;
     for (int32_t b = parts.block0; b <= parts.block1; ++b) {
         if (fa_has_part(a, parts, b)) {
@@ -334,7 +362,7 @@ SIMT_FUNC void fa_combine(
 
             const float max_part = p[0];
             const float max_new  = simt_max(max, max_part);
-            sum = sum*simt_exp(max - max_new) + p[1]*simt_exp(max_part - max_new);
+            sum = sum*simt_exp2(max - max_new) + p[1]*simt_exp2(max_part - max_new);
             max = max_new;
         }
     }
@@ -346,7 +374,7 @@ SIMT_FUNC void fa_combine(
             if (fa_has_part(a, parts, b)) {
                 SIMT_GLOBAL(const float) p = part + fa_part(a, b, fa_slot(a, parts, b), n_rows_block, ir);
 
-                res += p[d]*simt_exp(p[a.n_embd_v] - max);
+                res += p[d]*simt_exp2(p[a.n_embd_v] - max);
             }
         }
         dst[fa_dst(a, ih, row) + d] = res*w;

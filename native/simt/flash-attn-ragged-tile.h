@@ -30,16 +30,19 @@ struct fa_tile_shared {
 // rows of a pool, zeros from n_embd to n_pad
 template <typename row_t, int n_cells, int ld>
 SIMT_FUNC void fa_tile_read(
-        SIMT_SHARED(simt_f16) dst, SIMT_GLOBAL(const char) pool, int type, int64_t nb, int64_t first, int32_t n_left, int32_t n_embd, int32_t n_pad, simt_ids id) {
+        SIMT_SHARED(simt_f16) dst, SIMT_GLOBAL(const char) pool, int type, uint32_t nb, int32_t first, int32_t n_left, int32_t n_embd, int32_t n_pad, simt_ids id) {
     const int32_t n_parts = n_pad/FA_DIMS;
     for (int32_t i = id.tid; i < n_cells*n_parts; i += FA_N_THREADS) {
         const int32_t j = i/n_parts;
         const int32_t d = i%n_parts*FA_DIMS;
 
         fa_dims x;
+        float   scale = 0.0f;
         if (d < n_embd) {
             // what lies behind the last cell is not there, its weight is zero
-            x = row_t::unpack(row_t::load(pool + (first + simt_min(j, n_left - 1))*nb, d, type), d, type);
+            const typename row_t::raw r = row_t::load(pool, (first + simt_min(j, n_left - 1))*nb, d, type);
+            x     = row_t::unpack(r, d, type);
+            scale = row_t::scale(r, type);
         } else {
             for (int c = 0; c < FA_DIMS; ++c) {
                 x.x[c] = 0.0f;
@@ -47,7 +50,7 @@ SIMT_FUNC void fa_tile_read(
         }
         SIMT_UNROLL
         for (int c = 0; c < FA_DIMS; ++c) {
-            dst[j*ld + d + c] = simt_to_f16(x.x[c]);
+            dst[j*ld + d + c] = simt_to_f16(x.x[c]*scale);
         }
     }
 }
@@ -107,7 +110,7 @@ SIMT_FUNC void fa_tile(
     const int32_t lane    = id.tid%N_LANES_ROW;
     const int32_t visible = row0 + ir < a.n_rows ? fa_visible(a, ranges, ih, row0 + ir) : 0;
 
-    float max = FA_MASKED;
+    float max = FA_LOWEST;
     float sum = 0.0f;
 
     for (int32_t tile = tile0; tile < tile1; ++tile) {
@@ -147,13 +150,13 @@ SIMT_FUNC void fa_tile(
         for (int m = 1; m < N_LANES_ROW; m *= 2) {
             max_new = simt_max(max_new, simt_shuffle_xor(max_new, m));
         }
-        const float w_old = simt_exp(max - max_new);
+        const float w_old = simt_exp2(max - max_new);
 
         max  = max_new;
         sum *= w_old;
         SIMT_UNROLL
         for (int j = 0; j < n_cells/N_LANES_ROW; ++j) {
-            w[j] = w[j] <= FA_MASKED ? 0.0f : simt_exp(w[j] - max_new);
+            w[j] = simt_exp2(w[j] - max_new);
             sum += w[j];
             sh.p[ir*shape::LD_P + j*N_LANES_ROW + lane] = simt_to_f16(w[j]);
         }

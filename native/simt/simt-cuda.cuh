@@ -7,12 +7,15 @@
 //   SIMT_CAST(T, p)                       pointer into device memory of another type
 //   simt_ids                              block of the grid, thread of the block, warp and lane
 //   simt_barrier()                        all threads of a block
-//   simt_shuffle_xor(x, m)                x of the lane whose number differs in the bits m; all lanes of a warp
+//   simt_shuffle(x, i, n, lane0)          x of lane i of the own n lanes, the first of which is lane0; all lanes of a warp, as
+//                                         for the next two
+//   simt_shuffle_xor(x, m)                x of the lane whose number differs in the bits m
+//   simt_any(x)                           whether x holds for any lane
 //   simt_load_u16, simt_load_u32x4        aligned loads from device memory
 //   simt_frag                             16 x 16 floats that a warp holds together; made of products of matrices of simt_f16 in
 //                                         memory of the block, whose rows are ld apart: a multiple of 8 (of 4 for floats)
 //   simt_f16, simt_to_f16                 half precision
-//   simt_get, simt_pack, simt_unpack_f16, simt_bits_to_f32, simt_min, simt_max, simt_exp
+//   simt_get, simt_pack, simt_unpack_f16, simt_bits_to_f32, simt_min, simt_max, simt_exp2
 
 #include "common.cuh"
 
@@ -50,6 +53,14 @@ typedef float2 simt_f32x2;
 
 static __device__ __forceinline__ void simt_barrier() {
     __syncthreads();
+}
+
+static __device__ __forceinline__ float simt_shuffle(float x, int i, int n, int) {
+    return __shfl_sync(0xFFFFFFFF, x, i, n);
+}
+
+static __device__ __forceinline__ bool simt_any(bool x) {
+    return __any_sync(0xFFFFFFFF, x);
 }
 
 static __device__ __forceinline__ float simt_shuffle_xor(float x, int m) {
@@ -90,8 +101,12 @@ static __device__ __forceinline__ T simt_max(T a, T b) {
     return a > b ? a : b;
 }
 
-static __device__ __forceinline__ float simt_exp(float x) {
-    return __expf(x);
+static __device__ __forceinline__ float simt_max(float a, float b) {
+    return fmaxf(a, b);
+}
+
+static __device__ __forceinline__ float simt_exp2(float x) {
+    return exp2f(x);
 }
 
 //

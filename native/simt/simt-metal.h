@@ -32,6 +32,14 @@ inline void simt_barrier() {
     threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
+inline float simt_shuffle(float x, int i, int, int lane0) {
+    return simd_shuffle(x, (ushort) (lane0 + i));
+}
+
+inline bool simt_any(bool x) {
+    return simd_any(x);
+}
+
 inline float simt_shuffle_xor(float x, int m) {
     return simd_shuffle_xor(x, (ushort) m);
 }
@@ -74,8 +82,12 @@ inline T simt_max(T a, T b) {
     return a > b ? a : b;
 }
 
-inline float simt_exp(float x) {
-    return exp(x);
+inline float simt_max(float a, float b) {
+    return fmax(a, b);
+}
+
+inline float simt_exp2(float x) {
+    return exp2(x);
 }
 
 //

@@ -163,7 +163,8 @@ struct thread {
     wait    waits = wait::none;
     int     line  = 0;
     float   value = 0.0f; // of a shuffle, before and after
-    int32_t mask  = 0;
+    int32_t mask  = 0; // what its exchange is told apart by
+    int32_t source = 0; // lane whose value it asks for
 };
 
 // memory of the device
@@ -237,10 +238,21 @@ public:
     void converge(int line) { shuffle_xor(0.0f, 0, line); }
 
     float shuffle_xor(float x, int mask, int line) {
-        current->value = x;
-        current->mask  = mask;
-        yield(wait::warp, line);
-        return current->value;
+        return exchange(x, current->id%WARP ^ mask, mask, line);
+    }
+
+    float shuffle(float x, int i, int n, int lane0, int line) {
+        if (i < 0 || i >= n || lane0 != current->id%WARP/n*n) {
+            fail("thread %d of block %d asks for lane %d of %d from lane %d on", current->id, block, i, n, lane0);
+        }
+        return exchange(x, lane0 + i, WARP, line);
+    }
+
+    bool any(bool x, int line) {
+        for (int m = 1; m < WARP; m *= 2) {
+            x = shuffle_xor(x, m, line) != 0.0f || x;
+        }
+        return x;
     }
 
     char * shared_access(size_t offset, size_t size, size_t begin, size_t end, bool writes) {
@@ -323,6 +335,15 @@ private:
         fiber_context::switch_to(current->context, scheduler);
     }
 
+    // all lanes of a warp come here with the same mask
+    float exchange(float x, int lane, int mask, int line) {
+        current->value  = x;
+        current->mask   = mask;
+        current->source = lane;
+        yield(wait::warp, line);
+        return current->value;
+    }
+
     static void enter();
 
     void run_block(int n_threads, const std::function<void()> & fn);
@@ -339,7 +360,7 @@ private:
             }
             float value[WARP];
             for (int i = 0; i < WARP; ++i) {
-                value[i] = first[i ^ (*first)->mask]->value;
+                value[i] = first[first[i]->source]->value;
             }
             for (int i = 0; i < WARP; ++i) {
                 first[i]->value = value[i];

@@ -38,6 +38,8 @@ struct simt_f32x2 {
 };
 
 #define simt_barrier() simt::current_machine()->barrier(__LINE__)
+#define simt_shuffle(x, i, n, lane0) simt::current_machine()->shuffle(x, i, n, lane0, __LINE__)
+#define simt_any(x) simt::current_machine()->any(x, __LINE__)
 #define simt_shuffle_xor(x, m) simt::current_machine()->shuffle_xor(x, m, __LINE__)
 
 inline uint16_t   simt_load_u16  (SIMT_GLOBAL(const char) p) { return simt::load<uint16_t>(p); }
@@ -58,7 +60,9 @@ inline float simt_bits_to_f32(uint32_t x) {
 template <typename T> T simt_min(T a, T b) { return a < b ? a : b; }
 template <typename T> T simt_max(T a, T b) { return a > b ? a : b; }
 
-inline float simt_exp (float x) { return expf(x); }
+inline float simt_max(float a, float b) { return fmaxf(a, b); }
+
+inline float simt_exp2(float x) { return exp2f(x); }
 
 //
 // matrices: a lane holds eight consecutive elements of the 256

@@ -1,0 +1,182 @@
+"""What runs on the test device (tests/native/device), in a process of its own: a backend that is registered stays."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Json = dict[str, Any]
+
+
+class Stats(ctypes.Structure):
+    """``struct test_device_stats``."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("n_set", "bytes_set", "n_get", "bytes_get", "n_sync", "n_graphs", "n_graphs_new", "n_ragged"),
+            *("bytes_live", "bytes_peak"),
+        )
+    ]
+
+
+library: ctypes.CDLL
+
+
+def load(path: Path, kernel: str) -> None:
+    """Register the device; ``kernel`` as its header says."""
+    global library
+    os.environ["TEST_DEVICE_KERNEL"] = kernel
+    import windowkv_edge  # noqa: F401
+    from llama_cpp import llama_cpp as low
+
+    low.llama_backend_init()
+    low._lib.ggml_backend_load.restype = ctypes.c_void_p
+    assert low._lib.ggml_backend_load(str(path).encode())
+    library = ctypes.CDLL(str(path))
+
+
+def on_device(path: Path, kernel: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``run`` in a new process with the device."""
+    with ProcessPoolExecutor(1, get_context("spawn"), load, (path, kernel)) as pool:
+        return pool.submit(run, *args, **kwargs).result(timeout=600)
+
+
+def stats() -> Json:
+    res = Stats()
+    library.test_device_get_stats(ctypes.byref(res))
+    return {name: getattr(res, name) for name, _ in Stats._fields_}
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Json]:
+    """A dict that has the counts of the block behind it."""
+    found: Json = {}
+    library.test_device_reset()
+    yield found
+    found.update(stats())
+
+
+def tokens(n: int, n_vocab: int = 128) -> list[int]:
+    return np.random.default_rng(1).integers(0, n_vocab, n).tolist()
+
+
+@contextlib.contextmanager
+def session(model: Path, layers: int, **kwargs: Any) -> Iterator[Any]:
+    from windowkv_edge import Llama
+
+    common = {"n_ctx": 1024, "n_ubatch": 128, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True, "verbose": False}
+    llm = Llama(str(model), n_gpu_layers=layers, **{**common, **kwargs})
+    try:
+        yield llm
+    finally:
+        llm.close()
+
+
+def logits(llm: Any) -> np.ndarray:
+    from llama_cpp import llama_cpp as low
+
+    return np.ctypeslib.as_array(low.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
+
+
+def decode(llm: Any, n_prompt: int, n_tokens: int) -> np.ndarray:
+    """Logits [1 + n_tokens, n_vocab] behind a prompt and every token."""
+    every = tokens(n_prompt + n_tokens)
+    llm.eval(every[:n_prompt])
+    rows = [logits(llm)]
+    for token in every[n_prompt:]:
+        llm.eval([token])
+        rows.append(logits(llm))
+    return np.array(rows)
+
+
+def answers(model: Path, layers: int, variants: Sequence[Json]) -> list[Json]:
+    """Logits behind 300 tokens and 40 more, and the positions held, of sessions with ``layers`` layers on the device."""
+    res = []
+    for kwargs in variants:
+        with session(model, layers, **kwargs) as llm:
+            rows = decode(llm, 300, 40)
+            held = []
+            if kwargs.get("kv_policy"):
+                shape = llm.kv_stats().cells.shape
+                held = [[llm.kv_positions(il, ih).tolist() for ih in range(shape[1])] for il in range(shape[0])]
+            res.append({"logits": rows, "positions": held, "n_compactions": llm.kv_stats().n_compactions})
+    return res
+
+
+def per_token(model: Path, policy: Any, budget: float) -> Json:
+    """What decoding costs: counts of 12 tokens between two growth steps."""
+    with session(model, 99, kv_policy=policy, **({"kv_budget": budget} if policy else {})) as llm:
+        decode(llm, 300, 2)
+        with counted() as found:
+            for token in tokens(12):
+                llm.eval([token])
+                logits(llm)
+        return found
+
+
+def compaction(model: Path, policy: Any, n_prompt: int) -> Json:
+    """Counts of one compaction, how many cells there were, and how many rows the new pools have."""
+    with session(model, 99, n_ctx=4096, kv_policy=policy, kv_budget=1.0) as llm:
+        llm.eval(tokens(n_prompt))
+        n_before = int(llm.kv_stats().cells.sum())
+        with counted() as found:
+            llm.kv_compact(n_prompt // 8)
+        return {**found, "cells": n_before, "cells_after": int(llm.kv_stats().cells.sum())}
+
+
+def memory(model: Path, policy: Any) -> list[tuple[int, int]]:
+    """Bytes live on the device and by kv_stats(), relative to the start: after the prompt's cells, the prompt, compaction, 100
+    tokens and a reset; then the peaks."""
+    with session(model, 99, n_ctx=4096, kv_policy=policy, kv_budget=1.0) as llm:
+        llm.eval(tokens(4))  # what a context allocates once
+        llm.reset()
+        llm._ctx.kv_cache_clear()
+        library.test_device_reset()
+        start, own = stats()["bytes_live"], llm.kv_stats().bytes_live
+        peak = llm.kv_stats().bytes_peak
+        res = []
+
+        def note() -> None:
+            res.append((stats()["bytes_live"] - start, llm.kv_stats().bytes_live - own))
+
+        llm.eval(tokens(2000))
+        note()
+        llm.kv_compact(250)
+        note()
+        for token in tokens(100):
+            llm.eval([token])
+        note()
+        assert llm.kv_stats().bytes_peak > peak
+        res.append((stats()["bytes_peak"] - start, llm.kv_stats().bytes_peak - own))
+        llm.reset()
+        llm._ctx.kv_cache_clear()
+        note()
+        return res
+
+
+def refusals(model: Path) -> Json:
+    """A device without the op: what is refused, what works, and what host memory costs."""
+    from windowkv_edge import WindowKV
+
+    res: Json = {}
+    try:
+        with session(model, 99, kv_policy="adakv", kv_budget=40):
+            res["ragged"] = "no error"
+    except Exception as error:
+        res["ragged"] = f"{type(error).__name__}: {error}"
+    with session(model, 99, kv_policy=WindowKV(alpha=8), kv_budget=40) as llm:
+        res["uniform"] = bool(np.isfinite(decode(llm, 300, 5)).all())
+        res["cells"] = int(llm.kv_stats().cells.max())
+    with session(model, 99, kv_policy="adakv", kv_budget=40, offload_kqv=False) as llm:
+        res["host"] = bool(np.isfinite(decode(llm, 300, 5)).all())
+        res["host_cells"] = llm.kv_stats().cells.tolist()
+    return res

@@ -1,0 +1,122 @@
+"""The runtime with layers on a device, where there is no GPU: tests/native/device has memory of its own, which the host cannot
+touch, and counts what crosses the bus."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import device_runs
+import numpy as np
+import pytest
+import tiny_model
+
+from windowkv_edge import AdaKV, HeadKV, HeadScores, WindowKV
+
+N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM = 3, 4, 2, 64
+
+ADAKV = AdaKV(alpha=8, floor=0.1)
+WINDOWKV = WindowKV(alpha=8)
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """F32 weights: those of llama.cpp's quantised types are computed in another layout where the CPU holds them."""
+    path = tmp_path_factory.mktemp("device") / "tiny.gguf"
+    return tiny_model.write_llama(path, n_layer=N_LAYER, n_head=N_HEAD, n_head_kv=N_HEAD_KV, head_dim=HEAD_DIM)
+
+
+@pytest.fixture
+def device(native_tests: Path) -> Run:
+    """``device(kernel, run, ...)``: see device_runs."""
+    return functools.partial(device_runs.on_device, native_tests / "test-device.so")
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "cuda", "metal"])
+@pytest.mark.parametrize("layers", [2, 99], ids=["partial", "all"])
+def test_the_cache_by_its_interface(
+    native_tests: Path, model: Path, layers: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of test-ragged, under the sanitizers: what is stored, compacted, moved, refused."""
+    monkeypatch.setenv("TEST_DEVICE_KERNEL", kernel)
+    program = [native_tests / "test-ragged", model, str(layers), native_tests / "test-device.so"]
+    run = subprocess.run(program, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.strip() == "ok"
+
+
+@pytest.mark.parametrize("layers", [1, 2, 99])
+@pytest.mark.parametrize("offload_kqv", [True, False], ids=["pools on the device", "pools of the host"])
+def test_answers_do_not_depend_on_where_layers_are(device: Run, model: Path, layers: int, offload_kqv: bool) -> None:
+    importance = HeadScores({"r": np.random.default_rng(0).random((N_LAYER, N_HEAD)) ** 3})
+    policies: list[Any] = [WINDOWKV, ADAKV, HeadKV(beta=1.2, importance=importance), "auto"]
+    variants: list[dict[str, Any]] = [{}, *({"kv_policy": p, "kv_budget": n} for p in policies for n in (400, 40))]
+    on_device = [{**variant, "offload_kqv": offload_kqv} for variant in variants]
+
+    found = device("cuda", device_runs.answers, model, layers, on_device)
+    want = device("cpu", device_runs.answers, model, 0, variants)
+    stock = found[0]["logits"]
+    for variant, here, there in zip(variants, found, want, strict=True):
+        if variant.get("kv_budget") == 400 and variant["kv_policy"] != "auto":  # auto's cells are q8_0
+            assert np.array_equal(here["logits"], stock), variant
+        assert here["n_compactions"] == (variant.get("kv_budget") == 40)
+        assert here["positions"] == there["positions"], variant
+        # stock's kernel, which rounds weights to F16 and queries to q8_0, may stand against ours; logits are around 1
+        atol = 6e-2 if variant.get("kv_policy") == "auto" else 2e-2
+        np.testing.assert_allclose(here["logits"], there["logits"], atol=atol, err_msg=str(variant))
+
+
+def test_decoding_keeps_its_graph_and_waits_no_more_than_stock(device: Run, model: Path) -> None:
+    """Nothing is captured anew, the host waits as often, and what crosses the bus does not grow with the cells."""
+    stock = device("cuda", device_runs.per_token, model, None, 0)
+    assert stock["n_ragged"] == 0
+    for policy, n_ragged, budget in ((WINDOWKV, 0, 40), (ADAKV, 12 * N_LAYER, 40), (ADAKV, 12 * N_LAYER, 120)):
+        found = device("cuda", device_runs.per_token, model, policy, budget)
+        assert found["n_ragged"] == n_ragged
+        assert found["n_graphs"] == stock["n_graphs"] == 12
+        assert found["n_graphs_new"] == 0
+        assert found["n_sync"] <= stock["n_sync"]
+        assert found["bytes_get"] == stock["bytes_get"]
+        assert found["n_get"] == stock["n_get"]
+        if n_ragged:
+            assert found["n_sync"] < stock["n_sync"]
+            # instead of stock's mask and rows: where every head begins, how long it is, its row; the ring's row
+            assert found["bytes_set"] <= stock["bytes_set"] + 12 * (4 * N_LAYER * N_HEAD_KV * 3 + 8)
+        assert found["bytes_live"] == found["bytes_peak"]
+
+
+@pytest.mark.parametrize("n_prompt", [500, 1900])
+def test_compaction_moves_scores_and_indices_only(device: Run, model: Path, n_prompt: int) -> None:
+    alpha = ADAKV.alpha
+    found = device("cuda", device_runs.compaction, model, ADAKV, n_prompt)
+    assert found["cells"] == n_prompt * N_LAYER * N_HEAD_KV
+    assert found["cells_after"] == n_prompt // 8 * N_LAYER * N_HEAD_KV
+
+    assert found["bytes_get"] == 4 * found["cells"]  # a score for every cell
+    # per layer: a weight, a row of the ring, at most alpha masked columns for every observed query; an index for every row
+    n_queries = alpha * N_HEAD // N_HEAD_KV
+    slack = 16 * N_LAYER * N_HEAD_KV
+    assert found["bytes_set"] <= 4 * (found["cells_after"] + slack + N_LAYER * n_queries * (2 + alpha))
+    assert found["n_graphs"] == 2 * N_LAYER
+
+
+@pytest.mark.parametrize("policy", [WINDOWKV, ADAKV], ids=["uniform", "ragged"])
+def test_reported_bytes_are_those_of_the_device(device: Run, model: Path, policy: Any) -> None:
+    prompt, compacted, longer, peak, empty = device("cuda", device_runs.memory, model, policy)
+    for on_device, reported in (prompt, compacted, longer, peak, empty):
+        assert on_device == reported
+    assert 0 == empty[0] < compacted[0] < longer[0] < prompt[0] / 3 < prompt[0] < peak[0]
+
+
+def test_a_device_without_the_op(device: Run, model: Path) -> None:
+    found = device("none", device_runs.refusals, model)
+    assert found["ragged"].startswith("UnsupportedModelError: ")
+    assert "TEST0 has no attention over heads of different lengths" in found["ragged"]
+    assert "offload_kqv=False" in found["ragged"]
+    assert found["uniform"] and found["cells"] == 45
+    assert found["host"] and len(np.unique(found["host_cells"])) > 2
