@@ -10,9 +10,11 @@ ops          all cases of the op against a reference in double precision
 identities   a session with a policy that evicts nothing gives stock's logits, compaction moves the right rows
 sanitizer    compute-sanitizer (memory, races, barriers) over cases of the op
 speed        the op beside ggml_flash_attn_ext, and the share of the speed at which the device copies
-sessions     `windowkv-edge bench` with all layers on the GPU: needs the package, built for it
+sessions     `windowkv-edge bench` with all layers on the GPU, 16k and 128k positions with random cells, a prompt of 32k: needs
+             the package, built for it
 
-``--table`` prints the table of all results, ``--readme FILE`` writes it into a README. Needs Python alone.
+``--table`` prints the table of all results and what they say about the targets, ``--readme FILE`` writes the table into a README.
+Needs Python alone.
 """
 
 from __future__ import annotations
@@ -80,11 +82,12 @@ class Check:
         found["commit"] = _commit()
         self.results = {
             **self.results,
+            name: found,
             "gpu": gpu_name(),
             "backend": self.backend,
             "host": platform.platform(),
-            name: found,
         }
+        self.results["targets"] = targets(self.results)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
         print(f"{name}: {'ok' if found['ok'] else 'FAILED: ' + found['error']}", flush=True)
@@ -144,9 +147,56 @@ class Check:
             raise Failed(
                 "the package is not installed; install it with CMAKE_ARGS='-DLLAMA_BUILD=OFF -DGGML_CUDA=ON' pip install ."
             )
-        common = ["--gpu-layers", "-1", "--policies", "auto,windowkv,headkv-r2", "--json"]
-        text = self.run(["windowkv-edge", "bench", "llama-8b", "--lengths", "16k,128k", "--fill", *common])
-        return {"bench": json.loads(text)}
+        common = ["--gpu-layers", "-1", "--policies", "auto,windowkv,headkv-r2", "--budgets", "12%", "--json"]
+        filled = self.run(["windowkv-edge", "bench", "llama-8b", "--lengths", "16k,128k", "--fill", *common])
+        prompt = ["--lengths", "32k", "--prefill", "--baselines", "f16", "--references", "", "--rounds", "8"]
+        return {
+            "filled": json.loads(filled),
+            "prompt": json.loads(self.run(["windowkv-edge", "bench", "llama-8b", *prompt, *common])),
+        }
+
+
+def _rows(results: Json, step: str, key: str) -> list[Json]:
+    """Rows of a bench run, [] if it was not run."""
+    found = results.get(step, {})
+    return list(found[key]["rows"]) if found.get("ok") else []
+
+
+def targets(results: Json) -> list[Json]:
+    """What the measurements of one GPU say about our targets: name, value, bound, met. Values are ratios.
+
+    The targets are those of an H100, batch 1: decoding reads the cells at 80 % (f16) and 60 % (q8_0) of the speed at which the
+    device copies, a token at 128k positions with 12 % of the cells is hardly slower than one at 16k with all, compaction is 2 % of
+    the time of its prompt, and what the device holds is what kv_stats reports and stock's other buffers.
+    """
+    res: list[Json] = []
+
+    def add(name: str, value: float, bound: float, at_least: bool) -> None:
+        met = value >= bound if at_least else value <= bound
+        res.append({"name": name, "value": round(value, 4), "bound": bound, "at_least": at_least, "met": met})
+
+    if results.get("speed", {}).get("ok"):
+        for size, kind, heads, n_tokens, cells, *_, share in results["speed"]["rows"]:
+            bound = {"f16": 0.8, "q8_0": 0.6}.get(kind)
+            if (size, n_tokens, cells.split()[0]) == ("128", "1", str(8 * 131072)) and heads.startswith("8 ") and bound:
+                add(f"{kind} cells of {cells}: share of read speed", float(share.split()[0]) / 100, bound, True)
+
+    filled = _rows(results, "sessions", "filled")
+    stock = {row["length"]: row for row in filled if row["session"] == "stock f16"}
+    for row in filled:
+        if row["budget"] is None or row["length"] not in stock:
+            continue
+        if row["length"] == 131072:
+            value = stock[16384]["decode_ms"] / row["decode_ms"]
+            add(f"{row['session']}: speed at 128k by stock's at 16k", value, 0.9, True)
+        own, others = row["device_bytes"], stock[row["length"]]
+        want = row["kv_bytes"] + others["device_bytes"] - others["kv_bytes"]
+        add(f"{row['session']} at {row['length']}: device bytes by those reported", own / want, 1.02, False)
+    for row in _rows(results, "sessions", "prompt"):
+        if row["compaction_ms"] is not None:
+            value = row["compaction_ms"] / (1000 * row["length"] / row["prefill_tokens_per_s"])
+            add(f"{row['session']}: compaction by prefill", value, 0.02, False)
+    return res
 
 
 def _commit() -> str:
@@ -210,13 +260,26 @@ def table(results: Sequence[Json]) -> str:
         return "ok"
 
     names = [name for name in STEPS if name != "build"]
-    lines = ["| GPU | " + " | ".join(names) + " | commit |", "| --- " * (len(names) + 2) + "|"]
+    lines = ["| GPU | " + " | ".join(names) + " | targets met | commit |", "| --- " * (len(names) + 3) + "|"]
     for res in results:
         commits = sorted({res[name]["commit"] for name in STEPS if name in res})
-        lines.append(f"| {res['gpu']} | " + " | ".join(cell(res, name) for name in names) + f" | {' '.join(commits)} |")
+        met = [target["met"] for target in res["targets"]]
+        n_met = f"{sum(met)} of {len(met)}" if met else "not run"
+        steps = " | ".join(cell(res, name) for name in names)
+        lines.append(f"| {res['gpu']} | {steps} | {n_met} | {' '.join(commits)} |")
     for gpu in ("NVIDIA (CUDA)", "Apple (Metal)"):
         if not any((gpu.startswith("NVIDIA")) == res["backend"].startswith("CUDA") for res in results):
-            lines.append(f"| {gpu} | " + " | ".join("not run" for _ in names) + " | |")
+            lines.append(f"| {gpu} | " + " | ".join("not run" for _ in [*names, "targets"]) + " | |")
+    return "\n".join(lines)
+
+
+def target_lines(results: Sequence[Json]) -> str:
+    """One line per target and GPU."""
+    lines = []
+    for res in results:
+        for target in res["targets"]:
+            sign, verdict = ">=" if target["at_least"] else "<=", "met" if target["met"] else "MISSED"
+            lines.append(f"{res['gpu']}: {target['name']}: {target['value']} ({sign} {target['bound']}): {verdict}")
     return "\n".join(lines)
 
 
@@ -243,7 +306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path)
     args = parser.parse_args(argv)
     if args.table:
-        print(table(all_results(args.results)))
+        found = all_results(args.results)
+        print(table(found))
+        print(target_lines(found))
         return 0
     if args.readme:
         write_readme(args.readme)

@@ -12,8 +12,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_steps_record_what_they_find(native_tests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that computes with the CPU's kernels, but has memory of its own and comes to its programs as a GPU does."""
     monkeypatch.setattr(check, "gpu_name", lambda: "Test 1")
-    common = ["--backend", "CPU", "--programs", str(native_tests), "--build", str(tmp_path), "--results", str(tmp_path)]
+    monkeypatch.setenv("GGML_BACKEND_PATH", str(native_tests / "test-device.so"))
+    common = ["--backend", "TEST0", "--programs", str(native_tests), "--build", str(tmp_path), "--results", str(tmp_path)]
     assert check.main(["--steps", "ops,identities", *common]) == 0
     found = json.loads((tmp_path / "test-1.json").read_text())
     assert found["ops"]["tested"] >= 200 and found["ops"]["failed"] == 0 and found["ops"]["worst_nmse"] < 1e-9
@@ -30,6 +32,40 @@ def test_a_failed_step_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = json.loads((tmp_path / "test-2.json").read_text())
     assert not found["ops"]["ok"] and "test-backend-ops-ragged" in found["ops"]["error"]
     assert "| Test 2 | failed |" in check.table([found])
+
+
+def test_targets_follow_from_what_was_measured() -> None:
+    def row(session: str, length: int, budget: float | None, **values: float) -> dict[str, object]:
+        common = {"kv_bytes": 4000, "device_bytes": 9000, "decode_ms": 5.0, "compaction_ms": None}
+        return {"session": session, "length": length, "budget": budget, **common, **values}
+
+    speed = [
+        ["128", "f16", "8 x 4", "1", "1048576", "1", "900.0", "700.0", "1.29", "81 %"],
+        ["128", "q8_0", "8 x 4", "1", "1048576 ragged", "1", "900.0", "700.0", "1.29", "59 %"],
+        ["128", "q4_0", "8 x 4", "1", "1048576", "1", "900.0", "700.0", "1.29", "10 %"],
+        ["128", "f16", "8 x 4", "1", "131072", "1", "900.0", "700.0", "1.29", "10 %"],
+        ["128", "f16", "8 x 4", "8", "1048576", "1", "900.0", "700.0", "1.29", ""],
+    ]
+    filled = [
+        row("stock f16", 16384, None, decode_ms=4.6),
+        row("stock f16", 131072, None, decode_ms=30.0),
+        row("auto 12 % f16", 16384, 0.12, kv_bytes=500, device_bytes=5500),
+        row("auto 12 % f16", 131072, 0.12, kv_bytes=500, device_bytes=5700),
+    ]
+    prompt = [
+        row("stock f16", 32768, None, prefill_tokens_per_s=5000.0),
+        row("auto 12 % f16", 32768, 0.12, prefill_tokens_per_s=4096.0, compaction_ms=170.0),
+    ]
+    sessions = {"ok": True, "filled": {"rows": filled}, "prompt": {"rows": prompt}}
+    found = check.targets({"speed": {"ok": True, "rows": speed}, "sessions": sessions})
+    assert [(target["value"], target["met"]) for target in found] == [
+        (0.81, True), (0.59, False),  # share of the speed at which the device copies
+        (1.0, True), (0.92, True), (1.0364, False),  # bytes at 16k, speed and bytes at 128k
+        (0.0213, False),  # of 8 s
+    ]  # fmt: skip
+    text = check.target_lines([{"gpu": "Test 3", "targets": found}])
+    assert text.count("MISSED") == 3 and "0.59 (>= 0.6): MISSED" in text
+    assert check.targets({"speed": {"ok": False, "error": "x"}}) == []
 
 
 def test_unknown_steps_are_refused(tmp_path: Path) -> None:

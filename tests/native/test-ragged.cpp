@@ -1,6 +1,8 @@
 // The ragged cache through its public interfaces, run under the sanitizers on a tiny model with random weights.
 //
-//   test-ragged MODEL.gguf [LAYERS_ON_THE_GPU] [BACKEND.so]
+//   test-ragged MODEL.gguf [LAYERS_ON_THE_GPU]
+//
+// GGML_BACKEND_PATH names a library with one more backend.
 
 #include "ggml-backend.h"
 #include "llama.h"
@@ -561,22 +563,23 @@ static void test_cells_f32(llama_model * model) {
 }
 
 int main(int argc, char ** argv) {
-    if (argc < 2 || argc > 4) {
-        fprintf(stderr, "usage: %s MODEL.gguf [LAYERS_ON_THE_GPU] [BACKEND.so]\n", argv[0]);
+    if (argc < 2 || argc > 3) {
+        fprintf(stderr, "usage: %s MODEL.gguf [LAYERS_ON_THE_GPU]\n", argv[0]);
         return 2;
     }
 
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     llama_backend_init();
-    if (argc > 3 && !ggml_backend_load(argv[3])) {
-        fprintf(stderr, "cannot load %s\n", argv[3]);
-        return 2;
-    }
+    ggml_backend_load_all();
 
     llama_model_params params = llama_model_default_params();
     params.n_gpu_layers = argc > 2 ? atoi(argv[2]) : 0;
 
     on_device = params.n_gpu_layers > 0;
+    if (on_device && !ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_GPU)) {
+        fprintf(stderr, "there is no GPU for %d layers\n", params.n_gpu_layers);
+        return 2;
+    }
 
     llama_model * model = llama_model_load_from_file(argv[1], params);
     if (!model) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -180,3 +181,14 @@ def refusals(model: Path) -> Json:
         res["host"] = bool(np.isfinite(decode(llm, 300, 5)).all())
         res["host_cells"] = llm.kv_stats().cells.tolist()
     return res
+
+
+def bench(model: Path, *options: str) -> list[Json]:
+    """Rows of ``windowkv-edge bench`` with all layers on the device."""
+    from typer.testing import CliRunner
+
+    from windowkv_edge.cli import app
+
+    found = CliRunner().invoke(app, ["bench", str(model), "--gpu-layers", "-1", "--json", *options])
+    assert found.exit_code == 0, found.stderr
+    return list(json.loads(found.stdout)["rows"])

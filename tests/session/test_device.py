@@ -15,6 +15,8 @@ import pytest
 import tiny_model
 
 from windowkv_edge import AdaKV, HeadKV, HeadScores, WindowKV
+from windowkv_edge.bench import Shape
+from windowkv_edge.bench.shapes import write_shape
 
 N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM = 3, 4, 2, 64
 
@@ -44,8 +46,8 @@ def test_the_cache_by_its_interface(
 ) -> None:
     """All of test-ragged, under the sanitizers: what is stored, compacted, moved, refused."""
     monkeypatch.setenv("TEST_DEVICE_KERNEL", kernel)
-    program = [native_tests / "test-ragged", model, str(layers), native_tests / "test-device.so"]
-    run = subprocess.run(program, capture_output=True, text=True, timeout=600)
+    monkeypatch.setenv("GGML_BACKEND_PATH", str(native_tests / "test-device.so"))
+    run = subprocess.run([native_tests / "test-ragged", model, str(layers)], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.strip() == "ok"
 
@@ -121,3 +123,18 @@ def test_a_device_without_the_op(device: Run, model: Path) -> None:
     assert "offload_kqv=False" in found["ragged"]
     assert found["uniform"] and found["cells"] == 45
     assert found["host"] and len(np.unique(found["host_cells"])) > 2
+
+
+def test_bench_measures_the_device(device: Run, tmp_path: Path) -> None:
+    """What a session takes of the device beside its cells is what stock takes."""
+    path = tmp_path / "small.gguf"
+    write_shape(Shape("small", 3, 512, 512, 8, 2, 64, 300), path)
+    rows = device("cpu", device_runs.bench, path, "--lengths", "4k", "--rounds", "2", "--policies", "windowkv,adakv,auto")
+    by_name = {row["session"]: row for row in rows}
+    stock = by_name["stock f16"]
+    assert stock["kv_bytes"] == 2 * 2 * 64 * 2 * N_LAYER * 4352  # positions in steps of 256
+    for name in ("windowkv 12 % f16", "adakv 12 % f16", "auto 12 % f16"):
+        row = by_name[name]
+        assert row["kv_bytes"] < stock["kv_bytes"] / 6
+        # inputs and the parts of the mask
+        assert abs((row["device_bytes"] - row["kv_bytes"]) - (stock["device_bytes"] - stock["kv_bytes"])) < 16384

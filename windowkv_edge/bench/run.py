@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from .._rss import rss
+from .._memory import device_memory, rss
 from ..budget import n_cells
 from ..errors import WindowKVError
 from ..gguf_info import GGUFInfo
@@ -92,6 +92,7 @@ class Row:
     rss_bytes: int = (
         0  # by which the process grew for this session's cache until decoding began, compute buffers left out
     )
+    device_bytes: int = 0  # by which what is taken of GPUs grew for this session until then, compute buffers included
 
     @property
     def is_reference(self) -> bool:
@@ -252,7 +253,7 @@ class Bench:
 
     def _open(self, row: Row, stack: ExitStack) -> _Entry:
         """A session with room for its prompt; filled and compacted if nothing is to be evaluated."""
-        before = rss()
+        before, before_device = rss(), device_memory()
         policy = None if row.policy == STOCK else self.policies[row.policy]
         session = self._session(row.depth + self.plan.rounds + 1, row.cell_type, policy)
         stack.callback(session.close)
@@ -263,7 +264,7 @@ class Bench:
             session.fill(row.depth)
             if not row.is_reference:
                 self.report(f"{row.length:,} positions: {row.session}", 1)
-        row.rss_bytes = rss() - before
+        row.rss_bytes, row.device_bytes = rss() - before, device_memory() - before_device
         if self.plan.fill:
             self._compact(entry)
         return entry
@@ -282,11 +283,12 @@ class Bench:
         row, session = entry.row, entry.session
         if row.budget is None:
             return
-        before = rss()
+        before, before_device = rss(), device_memory()
         session.compact(row.budget)
         stats = session.kv.stats()
         row.compaction_ms = stats.t_score_ms + stats.t_select_ms + stats.t_gather_ms
         row.rss_bytes += rss() - before
+        row.device_bytes += device_memory() - before_device
 
     def _decode(self, entries: list[_Entry]) -> None:
         """Median time of a token; the sessions take turns, so that a slow moment of the machine meets all of them."""

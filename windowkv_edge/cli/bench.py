@@ -189,6 +189,9 @@ def _print(console: Console, rows: list[Row], about: dict[str, Any]) -> None:
         table.add_column("session", no_wrap=True)
         for name in ("cells", "prefill tok/s", "compact ms", "decode ms", "x stock f16", "KV MiB", "peak", "RSS MiB"):
             table.add_column(name, justify="right")
+        on_device = any(row.device_bytes for row in group)
+        if on_device:
+            table.add_column("GPU MiB", justify="right")
         for row in group:
             table.add_row(
                 row.session,
@@ -200,5 +203,6 @@ def _print(console: Console, rows: list[Row], about: dict[str, Any]) -> None:
                 mib(row.kv_bytes),
                 mib(row.kv_bytes_peak),
                 mib(row.rss_bytes),
+                *([mib(row.device_bytes)] if on_device else []),
             )
         console.print(table)

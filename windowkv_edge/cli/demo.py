@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from windowkv_edge import KVStats, Llama
-from windowkv_edge._rss import rss
+from windowkv_edge._memory import rss
 from windowkv_edge.gguf_info import GGUFInfo, support
 from windowkv_edge.llama import DEFAULT_MIN_PROMPT
 
