@@ -351,6 +351,12 @@ void llama_kv_ragged_fill(llama_context & ctx, int32_t n_tokens);
 // backend of a device in a context, nullptr if it has none
 ggml_backend_t llama_kv_ragged_backend(llama_context & lctx, ggml_backend_dev_t dev);
 
+// throws std::runtime_error with the reason why a model, a context or a call is not served
+[[noreturn]] void llama_kv_ragged_refuse(const std::string & msg);
+
+// refuses a model for the layers that the cache is going to hold
+void llama_kv_ragged_check_layers(const llama_model & model, const std::vector<uint32_t> & layers);
+
 // message of the last failure on this thread
 void                llama_kv_ragged_set_error(const std::string & msg);
 const std::string & llama_kv_ragged_get_error();

@@ -66,6 +66,18 @@ def counted() -> Iterator[Json]:
     found.update(stats())
 
 
+def devices() -> list[str]:
+    """Names of the test devices."""
+    from llama_cpp import llama_cpp as low
+
+    lib = low._lib
+    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    lib.ggml_backend_dev_get.restype, lib.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    lib.ggml_backend_dev_name.restype, lib.ggml_backend_dev_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    names = [lib.ggml_backend_dev_name(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count())]
+    return [name.decode() for name in names if name.startswith(b"TEST")]
+
+
 def tokens(n: int, n_vocab: int = 128) -> list[int]:
     return np.random.default_rng(1).integers(0, n_vocab, n).tolist()
 
@@ -74,7 +86,14 @@ def tokens(n: int, n_vocab: int = 128) -> list[int]:
 def session(model: Path, layers: int, **kwargs: Any) -> Iterator[Any]:
     from windowkv_edge import Llama
 
-    common = {"n_ctx": 1024, "n_ubatch": 128, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True, "verbose": False}
+    common = {
+        "n_ctx": 1024,
+        "n_ubatch": 128,
+        "n_threads": 1,
+        "n_threads_batch": 1,
+        "flash_attn": True,
+        "verbose": False,
+    }
     llm = Llama(str(model), n_gpu_layers=layers, **{**common, **kwargs})
     try:
         yield llm

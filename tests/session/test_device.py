@@ -47,7 +47,9 @@ def test_the_cache_by_its_interface(
     """All of test-ragged, under the sanitizers: what is stored, compacted, moved, refused."""
     monkeypatch.setenv("TEST_DEVICE_KERNEL", kernel)
     monkeypatch.setenv("GGML_BACKEND_PATH", str(native_tests / "test-device.so"))
-    run = subprocess.run([native_tests / "test-ragged", model, str(layers)], capture_output=True, text=True, timeout=600)
+    run = subprocess.run(
+        [native_tests / "test-ragged", model, str(layers)], capture_output=True, text=True, timeout=600
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.strip() == "ok"
 
@@ -55,11 +57,25 @@ def test_the_cache_by_its_interface(
 @pytest.mark.parametrize("layers", [1, 2, 99])
 @pytest.mark.parametrize("offload_kqv", [True, False], ids=["pools on the device", "pools of the host"])
 def test_answers_do_not_depend_on_where_layers_are(device: Run, model: Path, layers: int, offload_kqv: bool) -> None:
+    check_answers(device, model, layers, offload_kqv)
+
+
+def test_layers_on_two_devices(device: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_DEVICE_COUNT", "2")
+    check_answers(device, model, 99, True)
+    assert device("cpu", device_runs.devices) == ["TEST0", "TEST1"]
+
+
+def check_answers(device: Run, model: Path, layers: int, offload_kqv: bool) -> None:
+    """What is kept and answered with layers on devices, against the CPU."""
     importance = HeadScores({"r": np.random.default_rng(0).random((N_LAYER, N_HEAD)) ** 3})
     policies: list[Any] = [WINDOWKV, ADAKV, HeadKV(beta=1.2, importance=importance), "auto"]
     # F16 is said, or auto would take q8_0, which stock's kernel on the CPU multiplies with quantised queries
     f16 = {"type_k": 1, "type_v": 1}
-    variants: list[dict[str, Any]] = [{}, *({"kv_policy": p, "kv_budget": n, **f16} for p in policies for n in (400, 40))]
+    variants: list[dict[str, Any]] = [
+        {},
+        *({"kv_policy": p, "kv_budget": n, **f16} for p in policies for n in (400, 40)),
+    ]
     on_device = [{**variant, "offload_kqv": offload_kqv} for variant in variants]
 
     found = device("cuda", device_runs.answers, model, layers, on_device)
@@ -129,7 +145,9 @@ def test_bench_measures_the_device(device: Run, tmp_path: Path) -> None:
     """What a session takes of the device beside its cells is what stock takes."""
     path = tmp_path / "small.gguf"
     write_shape(Shape("small", 3, 512, 512, 8, 2, 64, 300), path)
-    rows = device("cpu", device_runs.bench, path, "--lengths", "4k", "--rounds", "2", "--policies", "windowkv,adakv,auto")
+    rows = device(
+        "cpu", device_runs.bench, path, "--lengths", "4k", "--rounds", "2", "--policies", "windowkv,adakv,auto"
+    )
     by_name = {row["session"]: row for row in rows}
     stock = by_name["stock f16"]
     assert stock["kv_bytes"] == 2 * 2 * 64 * 2 * N_LAYER * 4352  # positions in steps of 256

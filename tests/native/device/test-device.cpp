@@ -23,7 +23,11 @@
 #include <string>
 #include <vector>
 
-static test_device_stats stats;
+static constexpr int N_DEVICES_MAX = 2;
+
+static const char * const NAMES[N_DEVICES_MAX] = { "TEST0", "TEST1" };
+
+static test_device_stats stats; // of all devices
 
 static std::string get_kernel() {
     const char * name = getenv("TEST_DEVICE_KERNEL");
@@ -127,8 +131,8 @@ static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
     memset(buffer->context, value, buffer->size);
 }
 
-static const char * buft_get_name(ggml_backend_buffer_type_t) {
-    return "TEST0";
+static const char * buft_get_name(ggml_backend_buffer_type_t buft) {
+    return ggml_backend_dev_name(buft->device);
 }
 
 static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
@@ -281,8 +285,8 @@ static void backend_synchronize(ggml_backend_t backend) {
     ctx.reads.clear();
 }
 
-static const char * backend_get_name(ggml_backend_t) {
-    return "TEST0";
+static const char * backend_get_name(ggml_backend_t backend) {
+    return ggml_backend_dev_name(backend->device);
 }
 
 static void backend_free(ggml_backend_t backend) {
@@ -296,8 +300,8 @@ static void backend_free(ggml_backend_t backend) {
 // device
 //
 
-static const char * dev_get_name       (ggml_backend_dev_t) { return "TEST0"; }
-static const char * dev_get_description(ggml_backend_dev_t) { return "a device for tests, on the CPU"; }
+static const char * dev_get_name       (ggml_backend_dev_t dev) { return (const char *) dev->context; }
+static const char * dev_get_description(ggml_backend_dev_t)     { return "a device for tests, on the CPU"; }
 
 static void dev_get_memory(ggml_backend_dev_t, size_t * free, size_t * total) {
     *total = size_t(64) << 30;
@@ -335,16 +339,17 @@ static ggml_backend_t dev_init(ggml_backend_dev_t dev, const char *) {
 }
 
 static ggml_backend_buffer_type_t dev_get_buffer_type(ggml_backend_dev_t dev) {
-    static ggml_backend_buffer_type buft = [dev] {
-        ggml_backend_buffer_type res = {};
+    static ggml_backend_buffer_type bufts[N_DEVICES_MAX];
+
+    ggml_backend_buffer_type & res = bufts[dev->context == NAMES[1]];
+    if (!res.device) {
         res.iface.get_name       = buft_get_name;
         res.iface.alloc_buffer   = buft_alloc;
         res.iface.get_alignment  = buft_get_alignment;
         res.iface.get_alloc_size = buft_get_alloc_size;
         res.device = dev;
-        return res;
-    }();
-    return &buft;
+    }
+    return &res;
 }
 
 static bool dev_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
@@ -362,12 +367,18 @@ static bool dev_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t
 // registry
 //
 
-static const char * reg_get_name        (ggml_backend_reg_t) { return "TEST"; }
-static size_t       reg_get_device_count(ggml_backend_reg_t) { return 1; }
+static const char * reg_get_name(ggml_backend_reg_t) { return "TEST"; }
 
-static ggml_backend_dev_t reg_get_device(ggml_backend_reg_t reg, size_t) {
-    static ggml_backend_device dev = [reg] {
-        ggml_backend_device res = {};
+static size_t reg_get_device_count(ggml_backend_reg_t) {
+    const char * n = getenv("TEST_DEVICE_COUNT");
+    return n ? std::min(std::max(atoi(n), 1), N_DEVICES_MAX) : 1;
+}
+
+static ggml_backend_dev_t reg_get_device(ggml_backend_reg_t reg, size_t i) {
+    static ggml_backend_device devs[N_DEVICES_MAX];
+
+    ggml_backend_device & res = devs[i];
+    if (!res.reg) {
         res.iface.get_name        = dev_get_name;
         res.iface.get_description = dev_get_description;
         res.iface.get_memory      = dev_get_memory;
@@ -377,10 +388,10 @@ static ggml_backend_dev_t reg_get_device(ggml_backend_reg_t reg, size_t) {
         res.iface.get_buffer_type = dev_get_buffer_type;
         res.iface.supports_op     = dev_supports_op;
         res.iface.supports_buft   = dev_supports_buft;
-        res.reg = reg;
-        return res;
-    }();
-    return &dev;
+        res.context = (void *) NAMES[i];
+        res.reg     = reg;
+    }
+    return &res;
 }
 
 extern "C" ggml_backend_reg_t ggml_backend_init(void) {
