@@ -20,6 +20,7 @@
 
 static int  n_failed  = 0;
 static bool on_device = false; // a GPU holds layers
+static bool no_ragged = false; // and has no attention over heads of different lengths
 
 #define CHECK(cond)                                                            \
     do {                                                                       \
@@ -162,7 +163,7 @@ static void test_equals_stock(llama_model * model) {
         CHECK(logits(stock.get()) == logits(ragged.get()));
         p0 += n;
     }
-    CHECK(wkv_ready(ragged.get(), true) == WKV_OK);
+    CHECK(wkv_ready(ragged.get(), !no_ragged) == WKV_OK);
     CHECK(wkv_ready(stock.get(), false) == WKV_ERR_NO_POLICY);
     CHECK(wkv_compact(stock.get(), nullptr, 1) == WKV_ERR_NO_POLICY);
 }
@@ -246,6 +247,21 @@ static void test_compaction_moves_the_right_rows(llama_model * model, const wkv_
     CHECK(stats(ctx.get()).n_past == 540);
     CHECK(wkv_compact(ctx.get(), &policy, 100000) == 0); // nothing to evict
     CHECK(stats(ctx.get()).n_compactions == 2);
+}
+
+// a policy whose heads differ
+static void test_ragged_compaction(llama_model * model, const wkv_policy & policy, ggml_type type) {
+    if (!no_ragged) {
+        test_compaction_moves_the_right_rows(model, policy, type);
+        return;
+    }
+    auto ctx = make(model, 8);
+    CHECK(decode(ctx.get(), prompt(400), 0) == 0);
+    CHECK(wkv_ready(ctx.get(), true) != WKV_OK);
+    CHECK(wkv_compact(ctx.get(), &policy, 50) == WKV_ERR_COMPUTE);
+    CHECK(last_error_has("no attention over heads of different lengths"));
+    CHECK(positions(ctx.get(), 0, 0).size() == 400);
+    CHECK(decode(ctx.get(), prompt(1), 400) == 0);
 }
 
 static void test_sequence_rules(llama_model * model) {
@@ -522,7 +538,7 @@ static void test_refusals(llama_model * model) {
 }
 
 static void test_fill(llama_model * model) {
-    const auto policy = adakv();
+    const auto policy = no_ragged ? pyramidkv() : adakv();
     for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
         auto params = default_params();
         params.type_k = type;
@@ -587,6 +603,11 @@ int main(int argc, char ** argv) {
         return 2;
     }
 
+    if (on_device) {
+        auto ctx = make(model, 8);
+        no_ragged = wkv_ready(ctx.get(), true) != WKV_OK;
+    }
+
     test_equals_stock(model);
     test_pools_grow_with_the_prompt(model);
     test_compaction_moves_the_right_rows(model, windowkv());
@@ -599,10 +620,10 @@ int main(int argc, char ** argv) {
             importance[i] = 1.0/(1 + i);
         }
         for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-            test_compaction_moves_the_right_rows(model, adakv(), type);
-            test_compaction_moves_the_right_rows(model, windowkv_headkv(importance), type);
+            test_ragged_compaction(model, adakv(), type);
+            test_ragged_compaction(model, windowkv_headkv(importance), type);
+            test_compaction_moves_the_right_rows(model, windowkv(), type);
         }
-        test_compaction_moves_the_right_rows(model, windowkv(), GGML_TYPE_Q4_0);
     }
     test_sequence_rules(model);
     test_trimmed_queries_are_forgotten(model);

@@ -39,7 +39,7 @@ def device(native_tests: Path) -> Run:
     return functools.partial(device_runs.on_device, native_tests / "test-device.so")
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "cuda", "metal"])
+@pytest.mark.parametrize("kernel", ["cpu", "cuda", "metal", "none"])
 @pytest.mark.parametrize("layers", [2, 99], ids=["partial", "all"])
 def test_the_cache_by_its_interface(
     native_tests: Path, model: Path, layers: int, kernel: str, monkeypatch: pytest.MonkeyPatch
