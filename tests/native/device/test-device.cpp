@@ -1,9 +1,11 @@
-// The device computes with the kernels of the CPU, but its memory is its own: the host cannot touch it, a new buffer is full of
-// NaN, what the host reads is there when the host has waited for it. Everything that crosses the bus is counted.
+// The device computes with the kernels of the CPU, but its memory is its own: the host cannot touch it, and a new buffer is full of
+// NaN. It is as late as a device may be: graphs, and what is read and written in their order, wait until the host waits for them,
+// while other accesses do not wait. Everything that crosses the bus is counted.
 
 #include "test-device.h"
 
 #include "ggml-backend-impl.h"
+#include "ggml-cpp.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 
@@ -17,7 +19,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -86,12 +90,46 @@ static size_t page_align(size_t size) {
     return GGML_PAD(std::max<size_t>(size, 1), n_page);
 }
 
+//
+// work that the host has not waited for
+//
+
+struct pending_work {
+    std::function<void()>     run;
+    std::vector<const void *> data; // what it touches
+};
+
+static std::map<ggml_backend_t, std::vector<pending_work>> queues;
+
+// to wait is no part of this: whoever frees memory has to
+static void check_unused(const char * base, size_t size) {
+    for (const auto & [backend, queue] : queues) {
+        for (const auto & item : queue) {
+            for (const void * data : item.data) {
+                if (data >= base && data < base + size) {
+                    GGML_ABORT("a buffer of %zu bytes is freed that %s has not done with", size, ggml_backend_name(backend));
+                }
+            }
+        }
+    }
+}
+
+static void flush(ggml_backend_t backend) {
+    work w;
+    const std::vector<pending_work> queue = std::move(queues[backend]);
+    queues.erase(backend);
+    for (const auto & item : queue) {
+        item.run();
+    }
+}
+
 static void * buffer_get_base(ggml_backend_buffer_t buffer) {
     return buffer->context;
 }
 
 static void buffer_free(ggml_backend_buffer_t buffer) {
     std::lock_guard<std::recursive_mutex> lock(pages_mutex);
+    check_unused((const char *) buffer->context, buffer->size);
     stats.bytes_live -= buffer->size;
     pages.erase((char *) buffer->context);
     munmap(buffer->context, page_align(buffer->size));
@@ -187,12 +225,6 @@ struct backend_context {
     ggml_backend_t cpu;
 
     std::map<const ggml_tensor *, std::vector<node_properties>> graphs; // by their first node
-
-    struct read {
-        void *            dst;
-        std::vector<char> data;
-    };
-    std::vector<read> reads; // which the host has not waited for
 };
 
 static bool is_new(backend_context & ctx, const ggml_cgraph * cgraph) {
@@ -234,55 +266,102 @@ static void compute_emulated(ggml_tensor * op) {
     }
 }
 
-static ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * cgraph) {
-    auto & ctx = *(backend_context *) backend->context;
+// a graph that stands by itself: those that llama.cpp computes are built anew in the same memory
+struct graph_copy {
+    explicit graph_copy(const ggml_cgraph * cgraph);
 
-    work w;
-    stats.n_graphs++;
-    stats.n_graphs_new += is_new(ctx, cgraph);
+    std::map<const ggml_tensor *, std::unique_ptr<ggml_tensor>> tensors;
 
+    ggml_context_ptr ctx;
+    ggml_cgraph    * gf;
+};
+
+graph_copy::graph_copy(const ggml_cgraph * cgraph) {
+    for (int i = 0; i < cgraph->n_nodes; ++i) {
+        tensors[cgraph->nodes[i]] = std::make_unique<ggml_tensor>(*cgraph->nodes[i]);
+    }
+    for (int i = 0; i < cgraph->n_nodes; ++i) {
+        ggml_tensor & node = *tensors[cgraph->nodes[i]];
+        for (auto & src : node.src) {
+            if (src && !tensors.count(src)) {
+                auto leaf = std::make_unique<ggml_tensor>(*src);
+                leaf->op       = GGML_OP_NONE;
+                leaf->view_src = nullptr;
+                std::fill(leaf->src, leaf->src + GGML_MAX_SRC, nullptr);
+                tensors[src] = std::move(leaf);
+            }
+            src = src ? tensors[src].get() : nullptr;
+        }
+        const auto it = tensors.find(node.view_src);
+        node.view_src = it == tensors.end() ? nullptr : it->second.get();
+    }
+
+    const size_t size = 2*tensors.size() + 1;
+    ctx.reset(ggml_init({ ggml_graph_overhead_custom(size, false), nullptr, true }));
+    gf = ggml_new_graph_custom(ctx.get(), size, false);
+    for (int i = 0; i < cgraph->n_nodes; ++i) {
+        ggml_tensor * node = tensors[cgraph->nodes[i]].get();
+        ggml_build_forward_expand(gf, node);
+        node->flags = cgraph->nodes[i]->flags;
+        GGML_ASSERT(gf->n_nodes == i + 1 && gf->nodes[i] == node);
+    }
+}
+
+static void compute(ggml_backend_t cpu, ggml_cgraph * cgraph) {
     int i0 = 0;
     for (int i = 0; i <= cgraph->n_nodes; ++i) {
-        const bool ragged = i < cgraph->n_nodes && cgraph->nodes[i]->op == GGML_OP_FLASH_ATTN_RAGGED;
-        stats.n_ragged += ragged;
-        if (i < cgraph->n_nodes && !(ragged && emulated)) {
+        if (i < cgraph->n_nodes && !(emulated && cgraph->nodes[i]->op == GGML_OP_FLASH_ATTN_RAGGED)) {
             continue;
         }
         ggml_cgraph part = ggml_graph_view(cgraph, i0, i);
         if (part.n_nodes > 0) {
-            const ggml_status status = ggml_backend_graph_compute(ctx.cpu, &part);
-            if (status != GGML_STATUS_SUCCESS) {
-                return status;
-            }
+            GGML_ASSERT(ggml_backend_graph_compute(cpu, &part) == GGML_STATUS_SUCCESS);
         }
         if (i < cgraph->n_nodes) {
             compute_emulated(cgraph->nodes[i]);
         }
         i0 = i + 1;
     }
+}
+
+static ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * cgraph) {
+    auto & ctx = *(backend_context *) backend->context;
+
+    stats.n_graphs++;
+    stats.n_graphs_new += is_new(ctx, cgraph);
+
+    const auto copy = std::make_shared<graph_copy>(cgraph);
+
+    pending_work item = { [cpu = ctx.cpu, copy] { compute(cpu, copy->gf); }, {} };
+    for (const auto & [_, tensor] : copy->tensors) {
+        stats.n_ragged += tensor->op == GGML_OP_FLASH_ATTN_RAGGED;
+        item.data.push_back(tensor->data);
+    }
+    queues[backend].push_back(std::move(item));
     return GGML_STATUS_SUCCESS;
 }
 
-static void backend_set_async(ggml_backend_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
-    buffer_set(nullptr, tensor, data, offset, size);
+static void backend_set_async(ggml_backend_t backend, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    stats.n_set++;
+    stats.bytes_set += size;
+
+    char * dst = (char *) tensor->data + offset;
+    std::vector<char> bytes((const char *) data, (const char *) data + size);
+    queues[backend].push_back({ [dst, bytes] { memcpy(dst, bytes.data(), bytes.size()); }, { dst } });
 }
 
 static void backend_get_async(ggml_backend_t backend, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
-    auto & ctx = *(backend_context *) backend->context;
+    stats.n_get++;
+    stats.bytes_get += size;
 
-    ctx.reads.push_back({ data, std::vector<char>(size) });
-    buffer_get(nullptr, tensor, ctx.reads.back().data.data(), offset, size);
+    const char * src = (const char *) tensor->data + offset;
     memset(data, 0xFF, size);
+    queues[backend].push_back({ [src, data, size] { memcpy(data, src, size); }, { src } });
 }
 
 static void backend_synchronize(ggml_backend_t backend) {
-    auto & ctx = *(backend_context *) backend->context;
-
     stats.n_sync++;
-    for (const auto & read : ctx.reads) {
-        memcpy(read.dst, read.data.data(), read.data.size());
-    }
-    ctx.reads.clear();
+    flush(backend);
 }
 
 static const char * backend_get_name(ggml_backend_t backend) {
@@ -290,6 +369,7 @@ static const char * backend_get_name(ggml_backend_t backend) {
 }
 
 static void backend_free(ggml_backend_t backend) {
+    flush(backend);
     auto * ctx = (backend_context *) backend->context;
     ggml_backend_free(ctx->cpu);
     delete ctx;
