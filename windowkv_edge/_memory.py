@@ -11,7 +11,7 @@ from llama_cpp import llama_cpp
 
 __all__ = ["device_memory", "rss"]
 
-_CPU, _ACCELERATOR = 0, 3  # GGML_BACKEND_DEVICE_TYPE_*: their memory is the host's
+_GPU = 1  # GGML_BACKEND_DEVICE_TYPE_GPU; the memory of integrated ones is the host's
 
 
 def rss() -> int:
@@ -23,7 +23,7 @@ def rss() -> int:
 
 
 def device_memory() -> int:
-    """Bytes of all GPUs that are taken, by whomever; 0 without a GPU."""
+    """Bytes of all GPUs with memory of their own that are taken, by whomever; 0 without one."""
     lib = llama_cpp._lib
     lib.ggml_backend_dev_count.restype = ctypes.c_size_t
     lib.ggml_backend_dev_get.restype = ctypes.c_void_p
@@ -33,7 +33,7 @@ def device_memory() -> int:
     res = 0
     for i in range(lib.ggml_backend_dev_count()):
         device = lib.ggml_backend_dev_get(i)
-        if lib.ggml_backend_dev_type(device) not in (_CPU, _ACCELERATOR):
+        if lib.ggml_backend_dev_type(device) == _GPU:
             free, total = ctypes.c_size_t(), ctypes.c_size_t()
             lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
             res += total.value - free.value

@@ -32,7 +32,8 @@ class KVStats:
         layers: indices of these layers in the model.
         cells: int32 [len(layers), n_head_kv], cells held now.
         cell_types: of K and V, such as ("f16", "f16").
-        bytes_live: bytes of the live buffers: K and V pools, and with a policy the observation ring.
+        bytes_live: bytes of the live buffers: K and V pools, and with a policy the observation ring and
+            what GPUs look up about their heads.
         bytes_full: bytes that stock llama.cpp holds for ``n_past`` positions, in the cells that the session asked for.
         bytes_other: bytes of the window and recurrent layers' caches, which no policy touches; 0 where there are none.
         bytes_peak: largest ``bytes_live`` so far, transients of growth and compaction included.

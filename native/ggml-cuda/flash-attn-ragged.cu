@@ -6,15 +6,18 @@
 #include "simt/flash-attn-ragged-vec.h"
 #include "simt/flash-attn-ragged-tile.h"
 
+#include <type_traits>
+
 // blocks of a multiprocessor that are in flight at the same time: as many as its registers are enough for
+template <typename row_t>
 static constexpr int n_blocks_sm_vec(int n_rows) {
-    return n_rows <= 2 ? 4 : n_rows <= 4 ? 3 : 2;
+    return (n_rows <= 2 ? 4 : n_rows <= 4 ? 3 : 2) - (std::is_same_v<row_t, fa_row_any> && n_rows <= 4 ? 1 : 0);
 }
 
 static constexpr int N_BLOCKS_SM_TILE = 2;
 
 template <typename row_t, int n_lanes, int n_rows>
-SIMT_KERNEL(FA_N_THREADS, n_blocks_sm_vec(n_rows)) flash_attn_ragged_vec(
+SIMT_KERNEL(FA_N_THREADS, n_blocks_sm_vec<row_t>(n_rows)) flash_attn_ragged_vec(
         const fa_args a, const char * q, const char * k, const char * v, const int32_t * ranges, const float * sinks, float * part, float * dst) {
     SIMT_SHARED_ARRAY(float, sh, (fa_vec_shape<n_lanes, n_rows>::N_SHARED));
 
@@ -76,7 +79,7 @@ static void launch_vec(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fa_ar
 
     const fa_tensors t(dst);
 
-    fa_share(a, dst, n_rows, shape::N_CELLS_TILE, n_busy(ctx, n_blocks_sm_vec(n_rows)));
+    fa_share(a, dst, n_rows, shape::N_CELLS_TILE, n_busy(ctx, n_blocks_sm_vec<row_t>(n_rows)));
     ggml_cuda_pool_alloc<float> part(ctx.pool(), fa_part_size(a, n_rows));
 
     simt_launch(flash_attn_ragged_vec<row_t, n_lanes, n_rows>, a.n_blocks, FA_N_THREADS, ctx.stream(),

@@ -119,7 +119,7 @@ struct wkv_stats {
     int32_t n_window;           // rows of the observation ring
     int32_t type_k;             // ggml types of the cells
     int32_t type_v;
-    int64_t bytes_live;         // bytes of the live buffers: pools and observation ring
+    int64_t bytes_live;         // bytes of the live buffers: pools, observation ring, tables on GPUs
     int64_t bytes_pool;         // of these, the K and V pools
     int64_t bytes_full;         // what the stock cache holds for n_past positions in these layers
     int64_t bytes_peak;         // largest bytes_live so far, transients of growth and compaction included

@@ -251,7 +251,7 @@ static constexpr int64_t N_TOKENS_TABLE = 8;
 void llama_kv_cache_ragged::alloc_tables() {
     for (const auto & layer : layers) {
         if (layer.has_ragged && ggml_backend_dev_type(layer.dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
-            tables[layer.dev] = nullptr;
+            tables[layer.dev] = {};
         }
     }
 
@@ -263,12 +263,12 @@ void llama_kv_cache_ragged::alloc_tables() {
     tables_ctx.reset(ggml_init(params));
 
     for (auto & [dev, table] : tables) {
-        table = ggml_new_tensor_1d(tables_ctx.get(), GGML_TYPE_I32, (2 + N_TOKENS_TABLE)*layers[0].n_head_kv*layers.size());
-        ggml_format_name(table, "ragged_table_%s", ggml_backend_dev_name(dev));
+        table.tensor = ggml_new_tensor_1d(tables_ctx.get(), GGML_TYPE_I32, (2 + N_TOKENS_TABLE)*layers[0].n_head_kv*layers.size());
+        ggml_format_name(table.tensor, "ragged_table_%s", ggml_backend_dev_name(dev));
 
         const ggml_backend_buffer_type_t buft = ggml_backend_dev_buffer_type(dev);
 
-        const size_t size = GGML_PAD(ggml_backend_buft_get_alloc_size(buft, table), ggml_backend_buft_get_alignment(buft));
+        const size_t size = GGML_PAD(ggml_backend_buft_get_alloc_size(buft, table.tensor), ggml_backend_buft_get_alignment(buft));
         tables_bufs.emplace_back(ggml_backend_buft_alloc_buffer(buft, size));
         if (!tables_bufs.back()) {
             llama_kv_ragged_refuse(format("no memory for a table of %zu bytes on %s", size, ggml_backend_dev_name(dev)));
@@ -277,7 +277,7 @@ void llama_kv_cache_ragged::alloc_tables() {
         meter.add(ggml_backend_buffer_get_size(tables_bufs.back().get()));
 
         ggml_tallocr alloc = ggml_tallocr_new(tables_bufs.back().get());
-        ggml_tallocr_alloc(&alloc, table);
+        ggml_tallocr_alloc(&alloc, table.tensor);
     }
 }
 
@@ -715,20 +715,24 @@ std::pair<ggml_backend_dev_t, ggml_tensor *> llama_kv_cache_ragged_context::get_
     if (it == kv->tables.end() || n_tokens > N_TOKENS_TABLE) {
         return { nullptr, nullptr };
     }
-    return *it;
+    return { it->first, it->second.tensor };
 }
 
 void llama_kv_cache_ragged_context::set_table(ggml_backend_dev_t dev, ggml_tensor * table, const std::vector<int32_t> & data) const {
     const size_t size = data.size()*sizeof(data[0]);
 
-    if (dev) {
-        // in the order of the device's work: graphs before this one may still read the table
-        ggml_backend_t backend = llama_kv_ragged_backend(*kv->lctx, dev);
-        GGML_ASSERT(backend);
-        ggml_backend_tensor_set_async(backend, table, data.data(), 0, size);
-    } else {
+    if (!dev) {
         ggml_backend_tensor_set(table, data.data(), 0, size);
+        return;
     }
+    auto & own  = kv->tables.at(dev);
+    auto & held = own.data[own.i_data++ % own.data.size()];
+    held = data;
+
+    // in the order of the device's work: graphs before this one may still read the table
+    ggml_backend_t backend = llama_kv_ragged_backend(*kv->lctx, dev);
+    GGML_ASSERT(backend);
+    ggml_backend_tensor_set_async(backend, table, held.data(), 0, size);
 }
 
 void llama_kv_cache_ragged_context::get_ranges(int32_t il, int32_t * ranges) const {

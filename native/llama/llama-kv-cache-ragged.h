@@ -5,6 +5,7 @@
 
 #include "windowkv.h"
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <string>
@@ -161,9 +162,16 @@ private:
 
     // what graphs of a few tokens look up about heads of different lengths, on every device that is not a CPU: an input of the
     // graph would be copied, and waited for, once for every layer
-    std::map<ggml_backend_dev_t, ggml_tensor *> tables;
-    ggml_context_ptr                            tables_ctx;
-    std::vector<ggml_backend_buffer_ptr>        tables_bufs;
+    struct table_t {
+        ggml_tensor * tensor = nullptr;
+
+        // what was written last, which the device may read later: as many as there are graphs in flight
+        std::array<std::vector<int32_t>, 4> data;
+        size_t                              i_data = 0;
+    };
+    std::map<ggml_backend_dev_t, table_t> tables;
+    ggml_context_ptr                      tables_ctx;
+    std::vector<ggml_backend_buffer_ptr>  tables_bufs;
 
     // empty buffers that stand for the pools of worst-case graphs, which are measured and never computed
     std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> bufs_reserve;
@@ -266,7 +274,7 @@ public:
     // the device that holds the table of a layer's cells for graphs of n_tokens, and the table; nullptr if it is an input
     std::pair<ggml_backend_dev_t, ggml_tensor *> get_table(int32_t il, int64_t n_tokens) const;
 
-    // write a table before its graph runs; data stays as it is until then
+    // write a table before its graph runs
     void set_table(ggml_backend_dev_t dev, ggml_tensor * table, const std::vector<int32_t> & data) const;
 
     // first row and cells of every head, those of the ubatch included, {first, cells} x n_head_kv

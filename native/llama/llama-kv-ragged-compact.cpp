@@ -138,6 +138,13 @@ std::vector<float> llama_kv_cache_ragged::score(
         fail("kv_policy: nothing to score, evaluate a prompt first");
     }
 
+    // ggml_acc() keeps distances in 32 bits
+    const int64_t n_max = *std::max_element(len.begin(), len.end());
+    if (n_max*n_rows*n_gqa*(int64_t) sizeof(float) > INT32_MAX) {
+        fail(format("kv_policy: the scores of %" PRId64 " cells by %" PRId64 " tokens of %" PRId64 " heads take over 2 GiB, observe fewer tokens (alpha)",
+                    n_max, n_rows, n_gqa));
+    }
+
     ragged_graph graph(lctx, layer, meter, 32*(n_head_kv + 1));
     ggml_context * ctx = graph.get_ctx();
 

@@ -305,10 +305,8 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
                 kq_scale, softcap, /*causal =*/ true);
     }
 
-    // the probes at creation know neither sinks nor the size of pools; a pool must not move to another device at every token
-    if (!ggml_backend_dev_supports_op(layer.dev, cur)) {
-        refuse(sinks ? "a learned attention sink on this device" : "attention over so many cells on this device");
-    }
+    // the probes at creation know no sinks; a pool must not move to another device at every token
+    if (sinks && !ggml_backend_dev_supports_op(layer.dev, cur)) { refuse("a learned attention sink on this device"); }
 
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(g.gf, cur);

@@ -102,9 +102,6 @@ static inline bool fa_supported(const ggml_tensor * dst) {
         if (pool->nb[1] % align != 0 || pool->view_offs % align != 0) {
             return false;
         }
-        if (ggml_nbytes(pool) > UINT32_MAX) {
-            return false; // kernels count its bytes in 32 bits
-        }
     }
     return q->nb[1] % sizeof(float) == 0 && q->nb[2] % sizeof(float) == 0 && ggml_is_contiguous(dst);
 }

@@ -19,7 +19,7 @@ struct fa_dims {
 };
 
 //
-// rows of a pool, which begin some bytes behind its start: eight dimensions from d on, d is a multiple of eight, without the scale that
+// rows of a head, which begin some bytes behind its first: eight dimensions from d on, d is a multiple of eight, without the scale that
 // all have in common; the last argument is of use to fa_row_any alone
 //
 
@@ -28,10 +28,10 @@ struct fa_row_f32 {
         simt_u32x4 a, b;
     };
 
-    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) pool, uint32_t row, int d, int) {
+    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) head, uint32_t row, int d, int) {
         raw r;
-        r.a = simt_load_u32x4(pool + (row + 4*d));
-        r.b = simt_load_u32x4(pool + (row + 4*d) + 16);
+        r.a = simt_load_u32x4(head + (row + 4*d));
+        r.b = simt_load_u32x4(head + (row + 4*d) + 16);
         return r;
     }
 
@@ -54,9 +54,9 @@ struct fa_row_f16 {
         simt_u32x4 a;
     };
 
-    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) pool, uint32_t row, int d, int) {
+    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) head, uint32_t row, int d, int) {
         raw r;
-        r.a = simt_load_u32x4(pool + (row + 2*d));
+        r.a = simt_load_u32x4(head + (row + 2*d));
         return r;
     }
 
@@ -78,8 +78,8 @@ struct fa_row_f16 {
 struct fa_row_bf16 {
     typedef fa_row_f16::raw raw;
 
-    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) pool, uint32_t row, int d, int) {
-        return fa_row_f16::load(pool, row, d, 0);
+    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) head, uint32_t row, int d, int) {
+        return fa_row_f16::load(head, row, d, 0);
     }
 
     static SIMT_FUNC fa_dims unpack(raw r, int, int) {
@@ -109,13 +109,13 @@ struct fa_row_q8_0 {
         uint32_t scale;
     };
 
-    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) pool, uint32_t row, int d, int) {
+    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) head, uint32_t row, int d, int) {
         const uint32_t block = row + 34*(d/32);
 
-        SIMT_GLOBAL(const char) values = pool + (block + d%32);
+        SIMT_GLOBAL(const char) values = head + (block + d%32);
 
         raw r;
-        r.scale = simt_load_u16(pool + block);
+        r.scale = simt_load_u16(head + block);
         r.a     = fa_load_u32(values + 2);
         r.b     = fa_load_u32(values + 6);
         return r;
@@ -139,13 +139,13 @@ struct fa_row_q8_0 {
 struct fa_row_q4_0 {
     typedef fa_row_q8_0::raw raw;
 
-    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) pool, uint32_t row, int d, int) {
+    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) head, uint32_t row, int d, int) {
         const uint32_t block = row + 18*(d/32);
 
-        SIMT_GLOBAL(const char) values = pool + (block + d%16);
+        SIMT_GLOBAL(const char) values = head + (block + d%16);
 
         raw r;
-        r.scale = simt_load_u16(pool + block);
+        r.scale = simt_load_u16(head + block);
         r.a     = fa_load_u32(values + 2);
         r.b     = fa_load_u32(values + 6);
         return r;
@@ -173,17 +173,17 @@ struct fa_row_any {
         simt_u32x4 a, b;
     };
 
-    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) pool, uint32_t row, int d, int type) {
+    static SIMT_FUNC raw load(SIMT_GLOBAL(const char) head, uint32_t row, int d, int type) {
         raw r;
         if (type == FA_F32) {
-            const fa_row_f32::raw x = fa_row_f32::load(pool, row, d, type);
+            const fa_row_f32::raw x = fa_row_f32::load(head, row, d, type);
             r.a = x.a;
             r.b = x.b;
         } else if (type == FA_F16 || type == FA_BF16) {
-            r.a = fa_row_f16::load(pool, row, d, type).a;
+            r.a = fa_row_f16::load(head, row, d, type).a;
             r.b = r.a;
         } else {
-            const fa_row_q8_0::raw x = type == FA_Q8_0 ? fa_row_q8_0::load(pool, row, d, type) : fa_row_q4_0::load(pool, row, d, type);
+            const fa_row_q8_0::raw x = type == FA_Q8_0 ? fa_row_q8_0::load(head, row, d, type) : fa_row_q4_0::load(head, row, d, type);
             r.a = simt_pack(x.a, x.b, x.scale, 0);
             r.b = r.a;
         }

@@ -27,10 +27,10 @@ struct fa_tile_shared {
     SIMT_SHARED(float)    sum; // [n_rows]
 };
 
-// rows of a pool, zeros from n_embd to n_pad
+// rows of a head from one of its cells on, zeros from n_embd to n_pad
 template <typename row_t, int n_cells, int ld>
 SIMT_FUNC void fa_tile_read(
-        SIMT_SHARED(simt_f16) dst, SIMT_GLOBAL(const char) pool, int type, uint32_t nb, int32_t first, int32_t n_left, int32_t n_embd, int32_t n_pad, simt_ids id) {
+        SIMT_SHARED(simt_f16) dst, SIMT_GLOBAL(const char) head, int type, uint32_t nb, int32_t cell0, int32_t n_left, int32_t n_embd, int32_t n_pad, simt_ids id) {
     const int32_t n_parts = n_pad/FA_DIMS;
     for (int32_t i = id.tid; i < n_cells*n_parts; i += FA_N_THREADS) {
         const int32_t j = i/n_parts;
@@ -40,7 +40,7 @@ SIMT_FUNC void fa_tile_read(
         float   scale = 0.0f;
         if (d < n_embd) {
             // what lies behind the last cell is not there, its weight is zero
-            const typename row_t::raw r = row_t::load(pool, (first + simt_min(j, n_left - 1))*nb, d, type);
+            const typename row_t::raw r = row_t::load(head, (cell0 + simt_min(j, n_left - 1))*nb, d, type);
             x     = row_t::unpack(r, d, type);
             scale = row_t::scale(r, type);
         } else {
@@ -80,7 +80,10 @@ SIMT_FUNC void fa_tile(
     const int32_t split = id.block%a.n_splits;
     const int32_t ih    = item/a.n_row_blocks;
     const int32_t row0  = item%a.n_row_blocks*n_rows;
-    const int32_t first = ranges[2*ih];
+    const int64_t first = ranges[2*ih];
+
+    SIMT_GLOBAL(const char) k_head = k + first*a.nb_k;
+    SIMT_GLOBAL(const char) v_head = v + first*a.nb_v;
 
     const int32_t n_visible = fa_visible(a, ranges, ih, simt_min(a.n_rows, row0 + n_rows) - 1);
     const int64_t n_tiles   = (n_visible + n_cells - 1)/n_cells;
@@ -116,7 +119,7 @@ SIMT_FUNC void fa_tile(
     for (int32_t tile = tile0; tile < tile1; ++tile) {
         const int32_t cell0 = tile*n_cells;
 
-        fa_tile_read<row_t, n_cells, shape::LD_Q>(sh.kv, k, a.type_k, a.nb_k, first + cell0, n_visible - cell0, a.n_embd_k, n_pad_k, id);
+        fa_tile_read<row_t, n_cells, shape::LD_Q>(sh.kv, k_head, a.type_k, a.nb_k, cell0, n_visible - cell0, a.n_embd_k, n_pad_k, id);
         simt_barrier();
 
         enum { N_FRAGS_S = n_rows/16*(n_cells/16) };
@@ -133,7 +136,7 @@ SIMT_FUNC void fa_tile(
         }
         simt_barrier();
 
-        fa_tile_read<row_t, n_cells, shape::LD_Q>(sh.kv, v, a.type_v, a.nb_v, first + cell0, n_visible - cell0, a.n_embd_v, n_pad_v, id);
+        fa_tile_read<row_t, n_cells, shape::LD_Q>(sh.kv, v_head, a.type_v, a.nb_v, cell0, n_visible - cell0, a.n_embd_v, n_pad_v, id);
 
         float w[n_cells/N_LANES_ROW];
         float max_new = max;

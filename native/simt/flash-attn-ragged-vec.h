@@ -115,7 +115,10 @@ SIMT_FUNC void fa_vec(
 
         const int32_t ih    = item/a.n_row_blocks;
         const int32_t row0  = item%a.n_row_blocks*n_rows;
-        const int32_t first = ranges[2*ih];
+        const int64_t first = ranges[2*ih];
+
+        SIMT_GLOBAL(const char) k_head = k + first*a.nb_k;
+        SIMT_GLOBAL(const char) v_head = v + first*a.nb_v;
 
         fa_dims x[n_rows]; // queries, scaled
         fa_dims o[n_rows];
@@ -166,10 +169,10 @@ SIMT_FUNC void fa_vec(
             SIMT_UNROLL
             for (int s = 0; s < shape::N_STEPS; ++s) {
                 // what lies behind the last cell is not there, its weight is zero
-                const uint32_t cell = first + simt_min(cell0 + s*shape::N_CELLS_STEP, n_visible - 1);
+                const uint32_t cell = simt_min(cell0 + s*shape::N_CELLS_STEP, n_visible - 1);
 
-                k_raw[s] = row_t::load(k, cell*a.nb_k, has_k ? d0 : 0, a.type_k);
-                v_raw[s] = row_t::load(v, cell*a.nb_v, has_v ? d0 : 0, a.type_v);
+                k_raw[s] = row_t::load(k_head, cell*a.nb_k, has_k ? d0 : 0, a.type_k);
+                v_raw[s] = row_t::load(v_head, cell*a.nb_v, has_v ? d0 : 0, a.type_v);
             }
 
             fa_values<shape::N_STEPS*n_rows> dots;

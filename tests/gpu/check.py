@@ -190,7 +190,7 @@ def targets(results: Json) -> list[Json]:
             value = stock[16384]["decode_ms"] / row["decode_ms"]
             add(f"{row['session']}: speed at 128k by stock's at 16k", value, 0.9, True)
         own, others = row["device_bytes"], stock[row["length"]]
-        want = row["kv_bytes"] + others["device_bytes"] - others["kv_bytes"]
+        want = row["kv_bytes_start"] + others["device_bytes"] - others["kv_bytes_start"]
         add(f"{row['session']} at {row['length']}: device bytes by those reported", own / want, 1.02, False)
     for row in _rows(results, "sessions", "prompt"):
         if row["compaction_ms"] is not None:

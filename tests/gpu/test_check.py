@@ -15,7 +15,16 @@ def test_steps_record_what_they_find(native_tests: Path, tmp_path: Path, monkeyp
     """On a device that computes with the CPU's kernels, but has memory of its own and comes to its programs as a GPU does."""
     monkeypatch.setattr(check, "gpu_name", lambda: "Test 1")
     monkeypatch.setenv("GGML_BACKEND_PATH", str(native_tests / "test-device.so"))
-    common = ["--backend", "TEST0", "--programs", str(native_tests), "--build", str(tmp_path), "--results", str(tmp_path)]
+    common = [
+        "--backend",
+        "TEST0",
+        "--programs",
+        str(native_tests),
+        "--build",
+        str(tmp_path),
+        "--results",
+        str(tmp_path),
+    ]
     assert check.main(["--steps", "ops,identities", *common]) == 0
     found = json.loads((tmp_path / "test-1.json").read_text())
     assert found["ops"]["tested"] >= 200 and found["ops"]["failed"] == 0 and found["ops"]["worst_nmse"] < 1e-9
@@ -36,7 +45,7 @@ def test_a_failed_step_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_targets_follow_from_what_was_measured() -> None:
     def row(session: str, length: int, budget: float | None, **values: float) -> dict[str, object]:
-        common = {"kv_bytes": 4000, "device_bytes": 9000, "decode_ms": 5.0, "compaction_ms": None}
+        common = {"kv_bytes_start": 4000, "device_bytes": 9000, "decode_ms": 5.0, "compaction_ms": None}
         return {"session": session, "length": length, "budget": budget, **common, **values}
 
     speed = [
@@ -49,8 +58,8 @@ def test_targets_follow_from_what_was_measured() -> None:
     filled = [
         row("stock f16", 16384, None, decode_ms=4.6),
         row("stock f16", 131072, None, decode_ms=30.0),
-        row("auto 12 % f16", 16384, 0.12, kv_bytes=500, device_bytes=5500),
-        row("auto 12 % f16", 131072, 0.12, kv_bytes=500, device_bytes=5700),
+        row("auto 12 % f16", 16384, 0.12, kv_bytes_start=500, device_bytes=5500),
+        row("auto 12 % f16", 131072, 0.12, kv_bytes_start=500, device_bytes=5700),
     ]
     prompt = [
         row("stock f16", 32768, None, prefill_tokens_per_s=5000.0),

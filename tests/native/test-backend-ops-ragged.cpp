@@ -83,6 +83,7 @@ std::vector<int64_t> perf_case::lens() const {
     for (int64_t ih = 0; ragged && ih < n_head_kv; ++ih) {
         res[ih] = 2*n_cells*(ih + 1)/(n_head_kv + 1);
     }
+    res.back() += n_cells*n_head_kv - std::accumulate(res.begin(), res.end(), int64_t(0)); // what division left over
     return res;
 }
 

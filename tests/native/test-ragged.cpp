@@ -1,7 +1,8 @@
 // The ragged cache through its public interfaces, run under the sanitizers on a tiny model with random weights.
 //
-//   test-ragged MODEL.gguf [LAYERS_ON_THE_GPU]
+//   test-ragged MODEL.gguf [LAYERS_ON_THE_GPU [uniform]]
 //
+// uniform: the GPU has no attention over heads of different lengths.
 // GGML_BACKEND_PATH names a library with one more backend.
 
 #include "ggml-backend.h"
@@ -255,7 +256,11 @@ static void test_ragged_compaction(llama_model * model, const wkv_policy & polic
         test_compaction_moves_the_right_rows(model, policy, type);
         return;
     }
-    auto ctx = make(model, 8);
+    auto params = default_params();
+    params.type_k = type;
+    params.type_v = type;
+
+    auto ctx = make(model, 8, params);
     CHECK(decode(ctx.get(), prompt(400), 0) == 0);
     CHECK(wkv_ready(ctx.get(), true) != WKV_OK);
     CHECK(wkv_compact(ctx.get(), &policy, 50) == WKV_ERR_COMPUTE);
@@ -579,8 +584,8 @@ static void test_cells_f32(llama_model * model) {
 }
 
 int main(int argc, char ** argv) {
-    if (argc < 2 || argc > 3) {
-        fprintf(stderr, "usage: %s MODEL.gguf [LAYERS_ON_THE_GPU]\n", argv[0]);
+    if (argc < 2 || argc > 4 || (argc == 4 && strcmp(argv[3], "uniform") != 0)) {
+        fprintf(stderr, "usage: %s MODEL.gguf [LAYERS_ON_THE_GPU [uniform]]\n", argv[0]);
         return 2;
     }
 
@@ -603,10 +608,7 @@ int main(int argc, char ** argv) {
         return 2;
     }
 
-    if (on_device) {
-        auto ctx = make(model, 8);
-        no_ragged = wkv_ready(ctx.get(), true) != WKV_OK;
-    }
+    no_ragged = argc == 4;
 
     test_equals_stock(model);
     test_pools_grow_with_the_prompt(model);

@@ -119,11 +119,17 @@ def decode(llm: Any, n_prompt: int, n_tokens: int) -> np.ndarray:
 
 
 def answers(model: Path, layers: int, variants: Sequence[Json]) -> list[Json]:
-    """Logits behind 300 tokens and 40 more, and the positions held, of sessions with ``layers`` layers on the device."""
+    """Logits behind 300 tokens, 40 more and pieces of several, and the positions held, of sessions with ``layers`` layers on the
+    device."""
+    import llama_cpp as low
+
     res = []
     for kwargs in variants:
         with session(model, layers, **kwargs) as llm:
             rows = decode(llm, 300, 40)
+            for n in (3, 8, 9, 1, 40, 2):  # several at once, as drafts are; what they see is not compacted
+                low.Llama.eval(llm, tokens(n))
+                rows = np.vstack([rows, logits(llm)])
             held = []
             if kwargs.get("kv_policy"):
                 shape = llm.kv_stats().cells.shape
@@ -144,7 +150,7 @@ def per_token(model: Path, policy: Any, budget: float) -> Json:
 
 
 def compaction(model: Path, policy: Any, n_prompt: int) -> Json:
-    """Counts of one compaction, how many cells there were, and how many rows the new pools have."""
+    """Counts of one compaction, and how many cells there were before and after it."""
     with session(model, 99, n_ctx=4096, kv_policy=policy, kv_budget=1.0) as llm:
         llm.eval(tokens(n_prompt))
         n_before = int(llm.kv_stats().cells.sum())
@@ -154,8 +160,8 @@ def compaction(model: Path, policy: Any, n_prompt: int) -> Json:
 
 
 def memory(model: Path, policy: Any) -> list[tuple[int, int]]:
-    """Bytes live on the device and by kv_stats(), relative to the start: after the prompt's cells, the prompt, compaction, 100
-    tokens and a reset; then the peaks."""
+    """Bytes live on the device and by kv_stats(), relative to the start: after a prompt, compaction and 100 tokens; the peaks; after
+    a reset."""
     with session(model, 99, n_ctx=4096, kv_policy=policy, kv_budget=1.0) as llm:
         llm.eval(tokens(4))  # what a context allocates once
         llm.reset()

@@ -88,6 +88,7 @@ class Row:
     decode_ms_best: float = 0.0
     decode_ms_mean: float = 0.0  # with the tokens at which pools grow
     kv_bytes_peak: int = 0  # transients of growth and compaction included
+    kv_bytes_start: int = 0  # when decoding begins, as the two below
     kv_bytes: int = 0  # behind the last token, window and recurrent layers included; stock's has room for all of n_ctx
     rss_bytes: int = (
         0  # by which the process grew for this session's cache until decoding began, compute buffers left out
@@ -296,6 +297,7 @@ class Bench:
         for entry in entries:
             stats = entry.session.kv.stats()
             row = entry.row
+            row.kv_bytes_start = stats.bytes_live + stats.bytes_other
             row.n_cells = float(entry.session.kv.cells().mean()) if row.policy != STOCK else float(stats.n_past)
             entry.session.decode(token)  # builds the graph
             entry.times = []

@@ -346,8 +346,7 @@ static void backend_set_async(ggml_backend_t backend, ggml_tensor * tensor, cons
     stats.bytes_set += size;
 
     char * dst = (char *) tensor->data + offset;
-    std::vector<char> bytes((const char *) data, (const char *) data + size);
-    queues[backend].push_back({ [dst, bytes] { memcpy(dst, bytes.data(), bytes.size()); }, { dst } });
+    queues[backend].push_back({ [dst, data, size] { memcpy(dst, data, size); }, { dst } });
 }
 
 static void backend_get_async(ggml_backend_t backend, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {

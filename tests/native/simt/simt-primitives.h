@@ -1,4 +1,4 @@
-// The primitives of native/simt/ for the emulator; native/ggml-cuda/simt-cuda.cuh says what they are.
+// The primitives of native/simt/ for the emulator; native/simt/simt-cuda.cuh says what they are.
 
 #pragma once
 
