@@ -23,7 +23,17 @@ class Stats(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            *("n_set", "bytes_set", "n_get", "bytes_get", "n_sync", "n_graphs", "n_graphs_new", "n_ragged"),
+            *(
+                "n_set",
+                "bytes_set",
+                "n_get",
+                "bytes_get",
+                "n_sync",
+                "n_graphs",
+                "n_graphs_new",
+                "n_ragged",
+                "n_devices",
+            ),
             *("bytes_live", "bytes_peak"),
         )
     ]
@@ -64,18 +74,6 @@ def counted() -> Iterator[Json]:
     library.test_device_reset()
     yield found
     found.update(stats())
-
-
-def devices() -> list[str]:
-    """Names of the test devices."""
-    from llama_cpp import llama_cpp as low
-
-    lib = low._lib
-    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
-    lib.ggml_backend_dev_get.restype, lib.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    lib.ggml_backend_dev_name.restype, lib.ggml_backend_dev_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    names = [lib.ggml_backend_dev_name(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count())]
-    return [name.decode() for name in names if name.startswith(b"TEST")]
 
 
 def tokens(n: int, n_vocab: int = 128) -> list[int]:

@@ -62,7 +62,7 @@ def test_answers_do_not_depend_on_where_layers_are(device: Run, model: Path, lay
 def test_layers_on_two_devices(device: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_DEVICE_COUNT", "2")
     check_answers(device, model, 99, True)
-    assert device("cpu", device_runs.devices) == ["TEST0", "TEST1"]
+    assert device("cpu", device_runs.per_token, model, ADAKV, 40)["n_devices"] == 2
 
 
 def check_answers(device: Run, model: Path, layers: int, offload_kqv: bool) -> None:
@@ -96,6 +96,7 @@ def test_decoding_keeps_its_graph_and_waits_no_more_than_stock(device: Run, mode
     for policy, n_ragged, budget in ((WINDOWKV, 0, 40), (ADAKV, 12 * N_LAYER, 40), (ADAKV, 12 * N_LAYER, 120)):
         found = device("cuda", device_runs.per_token, model, policy, budget)
         assert found["n_ragged"] == n_ragged
+        assert found["n_devices"] == (n_ragged > 0)
         assert found["n_graphs"] == stock["n_graphs"] == 12
         assert found["n_graphs_new"] == 0
         assert found["n_sync"] <= stock["n_sync"]

@@ -24,6 +24,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -100,6 +101,8 @@ struct pending_work {
 };
 
 static std::map<ggml_backend_t, std::vector<pending_work>> queues;
+
+static std::set<ggml_backend_dev_t> ragged_devices; // that computed GGML_OP_FLASH_ATTN_RAGGED
 
 // to wait is no part of this: whoever frees memory has to
 static void check_unused(const char * base, size_t size) {
@@ -334,7 +337,10 @@ static ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * c
 
     pending_work item = { [cpu = ctx.cpu, copy] { compute(cpu, copy->gf); }, {} };
     for (const auto & [_, tensor] : copy->tensors) {
-        stats.n_ragged += tensor->op == GGML_OP_FLASH_ATTN_RAGGED;
+        if (tensor->op == GGML_OP_FLASH_ATTN_RAGGED) {
+            stats.n_ragged++;
+            ragged_devices.insert(backend->device);
+        }
         item.data.push_back(tensor->data);
     }
     queues[backend].push_back(std::move(item));
@@ -491,9 +497,11 @@ extern "C" ggml_backend_reg_t ggml_backend_init(void) {
 
 void test_device_get_stats(test_device_stats * res) {
     *res = stats;
+    res->n_devices = ragged_devices.size();
 }
 
 void test_device_reset(void) {
+    ragged_devices.clear();
     const int64_t bytes_live = stats.bytes_live;
     stats = {};
     stats.bytes_live = stats.bytes_peak = bytes_live;

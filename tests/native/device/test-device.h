@@ -21,6 +21,7 @@ struct test_device_stats {
     int64_t n_graphs;
     int64_t n_graphs_new; // of these, those that a CUDA graph would have to be captured for: nodes, shapes or addresses changed
     int64_t n_ragged;    // computed nodes of GGML_OP_FLASH_ATTN_RAGGED
+    int64_t n_devices;   // devices that computed some
 
     // buffers that exist, and the most that did
     int64_t bytes_live;
