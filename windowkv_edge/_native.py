@@ -134,8 +134,13 @@ class Context:
         if lib.wkv_ready(self._ctx, ragged) < 0:
             raise UnsupportedModelError(last_error())
 
-    def set_window(self, n_window: int) -> None:
-        check(lib.wkv_set_window(self._ctx, n_window))
+    def set_observed(self, n_observed: int) -> None:
+        """Observe up to this many tokens from now on; what was observed is forgotten."""
+        check(lib.wkv_set_observed(self._ctx, n_observed))
+
+    def prompt_done(self) -> None:
+        """The positions so far end a prompt: its last queries stay available until the next one ends."""
+        check(lib.wkv_prompt_done(self._ctx))
 
     def set_attention(self, name: str) -> None:
         """Attention of layers whose heads hold equally many cells: "auto", "stock" or "ragged"."""
@@ -237,15 +242,12 @@ class Context:
 
     def queries(self, layer: int, head: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Positions int32 [observed] and queries float32 [observed, head_dim] of one query head."""
-        pos = np.zeros(self.stats().n_window, dtype=np.int32)
+        pos = np.full(self.stats().n_observed, -1, dtype=np.int32)
         res = np.zeros(pos.size * 1024, dtype=np.float32)
-        size = check(
-            lib.wkv_get_queries(
-                self._ctx, layer, head, ffi.from_buffer("float[]", res), ffi.from_buffer("int32_t[]", pos), res.size
-            )
-        )
-        stats_pos = pos[: np.count_nonzero(np.diff(pos, prepend=-1) > 0)]
-        return stats_pos, res[:size].reshape(len(stats_pos), -1)
+        rows, at = ffi.from_buffer("float[]", res), ffi.from_buffer("int32_t[]", pos)
+        size = check(lib.wkv_get_queries(self._ctx, layer, head, rows, res.size, at, pos.size))
+        n = int(np.count_nonzero(pos >= 0))
+        return pos[:n], res[:size].reshape(n, -1)
 
 
 def _shapes(cells: npt.NDArray[np.int32], n_past: int) -> Any:

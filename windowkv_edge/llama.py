@@ -154,7 +154,7 @@ class Llama(llama_cpp.Llama):
         new = get_policy(policy)
         bound = self._bind(kv, new)
         self._clear()
-        kv.set_window(new.window)
+        kv.set_observed(new.window)
         self._kv_policy, self._kv_bound = new, bound
 
     @property

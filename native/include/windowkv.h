@@ -116,13 +116,13 @@ struct wkv_stats {
     int32_t n_past;             // positions
     int32_t n_boundary;         // positions below this one were subject to the last compaction
     int32_t n_compactions;
-    int32_t n_window;           // rows of the observation ring
+    int32_t n_observed;         // queries that a compaction can ask for; as many of the last prompt's end are held beside them
     int32_t type_k;             // ggml types of the cells
     int32_t type_v;
-    int64_t bytes_live;         // bytes of the live buffers: pools, observation ring, tables on GPUs
+    int64_t bytes_live;         // bytes of the live buffers: pools, observed queries, tables on GPUs
     int64_t bytes_pool;         // of these, the K and V pools
     int64_t bytes_full;         // what the stock cache holds for n_past positions in these layers
-    int64_t bytes_peak;         // largest bytes_live so far, transients of growth and compaction included
+    int64_t bytes_peak;         // largest bytes_live so far; what growth and compaction hold for a moment, on the host too, included
     int64_t bytes_released;     // given back by the last compaction
     int64_t bytes_other;        // of the caches of window and recurrent layers, 0 where there are none
     double  t_score_ms;         // last compaction: scoring
@@ -138,14 +138,18 @@ WKV_API const char * wkv_build_stamp(void);
 // message of the last failure on this thread, "" if there was none
 WKV_API const char * wkv_last_error(void);
 
+// forget it, to tell whether a call of llama.h that follows is refused by this cache
+WKV_API void wkv_clear_error(void);
+
 // --- creation
 
-// The next llama_context created on this thread gets a ragged KV cache with an observation ring of n_window
-// rows (> 0), with cells of a ggml type of its own where the blocks of that divide the rows of all heads; type < 0 and other
-// heads: of the types that the context asks for, which the window layers have in any case. Models whose other layers keep a window or a recurrent state get it for the layers that attend to all
-// positions; their window caches are as large as the window then, whatever swa_full says. Parameter errors can stop the creation before the request is consumed, so call wkv_pending_clear()
+// The next llama_context created on this thread gets a ragged KV cache whose compactions observe up to n_observed tokens (> 0).
+// type: a ggml type for its cells, where the blocks of that divide the rows of all heads; below 0, and for other heads, the types
+// that the context asks for, which caches with a sliding window have in any case. Models whose other layers keep a sliding window
+// or a recurrent state get it for the layers that attend to all positions; their window caches are as large as the window then,
+// whatever swa_full says. Errors of parameters can stop the creation before the request is consumed, so call wkv_pending_clear()
 // afterwards in any case.
-WKV_API int  wkv_pending_set(int32_t n_window, int32_t type);
+WKV_API int  wkv_pending_set(int32_t n_observed, int32_t type);
 WKV_API void wkv_pending_clear(void);
 
 // WKV_OK if the context has a ragged cache that serves all of its attention layers, with ragged = true also for
@@ -164,8 +168,19 @@ WKV_API int wkv_fill(struct llama_context * ctx, int32_t n_tokens);
 // choose between attention kernels, for measuring and tests (enum wkv_attention)
 WKV_API int wkv_set_attention(struct llama_context * ctx, int32_t attention);
 
-// resize the observation ring; what it observed so far is forgotten
-WKV_API int wkv_set_window(struct llama_context * ctx, int32_t n_window);
+// observe up to n_observed tokens from now on; what was observed so far is forgotten
+WKV_API int wkv_set_observed(struct llama_context * ctx, int32_t n_observed);
+
+// The positions so far end a prompt: the queries of its last tokens stay available, whatever is generated and taken back after it,
+// until the next call or compaction, which says the same.
+WKV_API int wkv_prompt_done(struct llama_context * ctx);
+
+// Called inside llama_decode() before it evaluates a single token behind a prompt: behind several tokens at once, since which
+// nobody compacted or called wkv_prompt_done(). It may call these two and read the context, nothing else.
+typedef void (*wkv_prompt_fn)(void * user);
+
+// fn = NULL: no more
+WKV_API int wkv_on_prompt(struct llama_context * ctx, wkv_prompt_fn fn, void * user);
 
 // score, select and gather: afterwards the (layer, kv head) pairs hold n_cells cells on average
 // returns the number of cells released over all layers and heads, or a negative status
@@ -173,12 +188,14 @@ WKV_API int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy 
 
 // Chooses the cells that stay: sets keep to 1 there (it comes as 0), in the layout of positions and scores, for at most
 // n_cells cells per (layer, kv head) on average and at least one each. The arrays are the runtime's own and valid until it
-// returns. It may read the context, not change it. Returns 0, or anything else to leave the cache as it is.
+// returns. It may read the context, not change it:
+// calls that would are refused. Returns 0, or anything else to leave the cache as it is.
 typedef int (*wkv_select_fn)(void * user, const struct wkv_shapes * shapes, int64_t n_cells,
                              const int32_t * positions, const float * scores, uint8_t * keep);
 
-// wkv_compact() with a selection of the caller's; scores are the mean attention of the last alpha tokens, zeros if alpha is 0
-WKV_API int64_t wkv_compact_custom(struct llama_context * ctx, int32_t alpha, int64_t n_cells, wkv_select_fn fn, void * user);
+// wkv_compact() with a selection of the caller's; scores are the mean attention of the last window_size tokens, zeros if
+// that is 0
+WKV_API int64_t wkv_compact_custom(struct llama_context * ctx, int32_t window_size, int64_t n_cells, wkv_select_fn fn, void * user);
 
 // keep a copy of the cache, go back to it any number of times, give it up; clearing the cache gives it up too
 // for comparing policies after one prefill. Logits are not part of it.
@@ -200,10 +217,10 @@ WKV_API int wkv_get_cells(struct llama_context * ctx, int32_t * cells, size_t n)
 // positions kept by one head, ascending; returns their number or a negative status, writes at most n of them
 WKV_API int wkv_get_positions(struct llama_context * ctx, int32_t layer, int32_t head, int32_t * pos, size_t n);
 
-// mean attention of the last alpha observed queries over the cells of one layer: for every kv head in turn its cells
+// mean attention of the last window_size tokens, as far as observed, over the cells of one layer: for every kv head in turn its cells
 // (mean over its query heads); returns the number of floats or a negative status
-// among: 0, or for a policy that scores with two numbers of queries the larger one: sums round as in its compaction then
-WKV_API int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t alpha, int32_t among, float * scores, size_t n);
+// among: 0, or for a policy that scores with two windows the larger one: sums round as in its compaction then
+WKV_API int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t window_size, int32_t among, float * scores, size_t n);
 
 // attention of the last position over the cells of one layer: for every kv head in turn row major [n_gqa, cells];
 // returns the number of floats or a negative status
@@ -212,8 +229,9 @@ WKV_API int64_t wkv_get_attention(struct llama_context * ctx, int32_t layer, flo
 // K (0) or V (1) of one head as F32, row major [cells, head_dim]; returns the number of floats
 WKV_API int64_t wkv_get_rows(struct llama_context * ctx, int32_t layer, int32_t head, int32_t which, float * rows, size_t n);
 
-// observed queries of one query head as F32 in position order, row major [observed, head_dim], with positions
-WKV_API int64_t wkv_get_queries(struct llama_context * ctx, int32_t layer, int32_t head, float * rows, int32_t * pos, size_t n);
+// observed queries of one query head as F32 in position order, rows row major [observed, head_dim] of n_rows floats, and their
+// positions [observed] of n_pos; returns the number of floats
+WKV_API int64_t wkv_get_queries(struct llama_context * ctx, int32_t layer, int32_t head, float * rows, size_t n_rows, int32_t * pos, size_t n_pos);
 
 // --- pure functions: the same code the runtime calls, no context needed
 

@@ -13,14 +13,14 @@
 
 #include <algorithm>
 #include <cinttypes>
-#include <cmath>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 // sets the message of a batch that is refused
 static void refuse_batch(const std::string & msg) {
-    llama_kv_ragged_set_error(msg);
-    LLAMA_LOG_ERROR("%s\n", msg.c_str());
+    llama_kv_ragged_set_error("kv_policy: " + msg);
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, msg.c_str());
 }
 
 llama_kv_cache_context * llama_kv_ragged_context_make(
@@ -32,9 +32,13 @@ llama_kv_cache_context * llama_kv_ragged_context_make(
         return new llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches));
     }
 
-    const std::string error = ragged->check_ubatches(ubatches);
+    // all memory that the batch needs is there before any part of a compound memory changes
+    bool is_due = false;
+    const std::string error = ragged->prepare_room(ubatches, is_due);
     if (!error.empty()) {
         refuse_batch(error);
+    }
+    if (!error.empty() || is_due) {
         return new llama_kv_cache_ragged_context(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
     return new llama_kv_cache_ragged_context(ragged, std::move(sinfos), std::move(ubatches));
@@ -74,17 +78,18 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
         const llama_cparams   & cparams,
               ggml_type         type_k,
               ggml_type         type_v,
-              uint32_t          n_window,
+              uint32_t          n_observed,
         const layer_filter_cb & filter) try :
     llama_kv_cache(model, model.hparams, type_k, type_v, /*v_trans =*/ false, cparams.offload_kqv,
             /*unified =*/ true, cparams.n_ctx_seq, cparams.n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE,
             /*mem_other =*/ nullptr, /*filter =*/ ledger_filter(filter), nullptr, nullptr),
-    model(model), hparams(model.hparams), cparams(cparams), n_window(n_window) {
-    GGML_ASSERT(n_window > 0);
+    model(model), hparams(model.hparams), cparams(cparams) {
+    GGML_ASSERT(n_observed > 0);
 
     init_layers(type_k, type_v, filter);
-    alloc_ring(n_window);
-    alloc_tables();
+    pools.resize(layers.size());
+    set_observed(n_observed);
+    tables.init(layers, meter);
 } catch (...) {
     ledger_owner = nullptr; // the base class may have thrown before it asked
     throw;
@@ -163,10 +168,9 @@ void llama_kv_cache_ragged::init_layers(ggml_type type_k, ggml_type type_v, cons
         layer.type_v        = type_v;
         layer.dev           = cparams.offload_kqv ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
         layer.buft          = ggml_backend_dev_buffer_type(layer.dev);
-        layer.kept.resize(layer.n_head_kv);
 
         // GPU kernels want lengths in multiples of 256 (see llama_kv_cache::get_n_kv), the CPU reads what it needs
-        layer.n_pad = ggml_backend_dev_type(layer.dev) == GGML_BACKEND_DEVICE_TYPE_CPU ? 32 : 256;
+        layer.n_pad = layer.on_cpu() ? 32 : 256;
 
         if (!attn_supported(layer)) {
             llama_kv_ragged_refuse(format("%s lacks an operation for layer %u (flash attention with head size %" PRId64 " over %s and %s cells, "
@@ -193,105 +197,6 @@ void llama_kv_cache_ragged::init_layers(ggml_type type_k, ggml_type type_v, cons
     }
 }
 
-void llama_kv_cache_ragged::alloc_ring(uint32_t n) {
-    const ggml_init_params params = {
-        /*.mem_size   =*/ layers.size()*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
-
-    ggml_context_ptr ctx { ggml_init(params) };
-
-    std::vector<ggml_tensor *> rings;
-    for (const auto & layer : layers) {
-        rings.push_back(ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, layer.n_embd_head_k, n, layer.n_head));
-        ggml_format_name(rings.back(), "ragged_ring_l%u", layer.il);
-    }
-
-    std::vector<ggml_backend_buffer_ptr> bufs;
-    for (const auto & [buft, _] : bufs_reserve) {
-        size_t size = 0;
-        for (size_t i = 0; i < layers.size(); ++i) {
-            size += layers[i].buft == buft ? GGML_PAD(ggml_backend_buft_get_alloc_size(buft, rings[i]), ggml_backend_buft_get_alignment(buft)) : 0;
-        }
-
-        bufs.emplace_back(ggml_backend_buft_alloc_buffer(buft, size));
-        if (!bufs.back()) {
-            llama_kv_ragged_refuse(format("no memory for an observation ring of %u rows (%zu bytes)", n, size));
-        }
-        ggml_backend_buffer_clear(bufs.back().get(), 0);
-
-        ggml_tallocr alloc = ggml_tallocr_new(bufs.back().get());
-        for (size_t i = 0; i < layers.size(); ++i) {
-            if (layers[i].buft == buft) {
-                ggml_tallocr_alloc(&alloc, rings[i]);
-            }
-        }
-    }
-
-    for (const auto & buf : ring_bufs) {
-        meter.add(-(int64_t) ggml_backend_buffer_get_size(buf.get()));
-    }
-    for (const auto & buf : bufs) {
-        meter.add(ggml_backend_buffer_get_size(buf.get()));
-    }
-    for (size_t i = 0; i < layers.size(); ++i) {
-        layers[i].ring = rings[i];
-    }
-    ring_bufs = std::move(bufs);
-    ring_ctx  = std::move(ctx);
-    n_window  = n;
-    ring_pos.assign(n_window, -1);
-    epoch++;
-}
-
-// tokens of the largest batch whose table a device holds: what decodes, with drafts
-static constexpr int64_t N_TOKENS_TABLE = 8;
-
-void llama_kv_cache_ragged::alloc_tables() {
-    for (const auto & layer : layers) {
-        if (layer.has_ragged && ggml_backend_dev_type(layer.dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
-            tables[layer.dev] = {};
-        }
-    }
-
-    const ggml_init_params params = {
-        /*.mem_size   =*/ tables.size()*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
-    tables_ctx.reset(ggml_init(params));
-
-    for (auto & [dev, table] : tables) {
-        table.tensor = ggml_new_tensor_1d(tables_ctx.get(), GGML_TYPE_I32, (2 + N_TOKENS_TABLE)*layers[0].n_head_kv*layers.size());
-        ggml_format_name(table.tensor, "ragged_table_%s", ggml_backend_dev_name(dev));
-
-        const ggml_backend_buffer_type_t buft = ggml_backend_dev_buffer_type(dev);
-
-        const size_t size = GGML_PAD(ggml_backend_buft_get_alloc_size(buft, table.tensor), ggml_backend_buft_get_alignment(buft));
-        tables_bufs.emplace_back(ggml_backend_buft_alloc_buffer(buft, size));
-        if (!tables_bufs.back()) {
-            llama_kv_ragged_refuse(format("no memory for a table of %zu bytes on %s", size, ggml_backend_dev_name(dev)));
-        }
-        ggml_backend_buffer_clear(tables_bufs.back().get(), 0);
-        meter.add(ggml_backend_buffer_get_size(tables_bufs.back().get()));
-
-        ggml_tallocr alloc = ggml_tallocr_new(tables_bufs.back().get());
-        ggml_tallocr_alloc(&alloc, table.tensor);
-    }
-}
-
-ggml_backend_t llama_kv_ragged_backend(llama_context & lctx, ggml_backend_dev_t dev) {
-    ggml_backend_sched_t sched = lctx.get_sched();
-    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
-        ggml_backend_t cur = ggml_backend_sched_get_backend(sched, i);
-        if (ggml_backend_get_device(cur) == dev) {
-            return cur;
-        }
-    }
-    return nullptr;
-}
-
 void llama_kv_cache_ragged::synchronize() const {
     if (lctx && lctx->get_sched()) {
         ggml_backend_sched_synchronize(lctx->get_sched());
@@ -304,81 +209,65 @@ std::string llama_kv_cache_ragged::ready(bool ragged) const {
             return no_ragged_attention(layer);
         }
         if (!layer.hooked) {
-            return format("kv_policy: the attention of layer %u does not run through the KV cache, use the model without a policy", layer.il);
+            return format("the attention of layer %u does not run through the KV cache, use the model without a policy", layer.il);
         }
     }
     return "";
 }
 
-//
-// cells
-//
-
-int64_t llama_kv_cache_ragged::n_cells(const llama_kv_ragged_layer & layer, int64_t ih) const {
-    return layer.kept[ih].size() + (n_pos - layer.boundary);
+std::string llama_kv_cache_ragged::no_ragged_attention(const llama_kv_ragged_layer & layer) {
+    return format("%s has no attention over heads of different lengths (layer %u, head size %" PRId64 "): choose a policy "
+            "that gives all heads of a layer the same number of cells, or keep the cells in host memory, where the CPU attends to them, "
+            "with offload_kqv=False (slower), or load the model with n_gpu_layers=0",
+            ggml_backend_dev_name(layer.dev), layer.il, layer.n_embd_head_k);
 }
 
-std::vector<int64_t> llama_kv_cache_ragged::n_cells(const llama_kv_ragged_layer & layer) const {
-    std::vector<int64_t> res(layer.n_head_kv);
-    for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
-        res[ih] = n_cells(layer, ih);
-    }
-    return res;
+llama_kv_ragged_source llama_kv_cache_ragged::get_source(size_t i) const {
+    return { hparams, layers[i], pools[i], queries[i].tensor, seq, i };
 }
 
-bool llama_kv_cache_ragged::is_uniform(const llama_kv_ragged_layer & layer) const {
-    for (const auto & kept : layer.kept) {
-        if (kept.size() != layer.kept[0].size()) {
-            return false;
-        }
-    }
-    return true;
-}
+bool llama_kv_cache_ragged::is_stock(size_t i) const {
+    const auto & layer = layers[i];
 
-bool llama_kv_cache_ragged::is_stock(const llama_kv_ragged_layer & layer) const {
-    if (!layer.has_ragged || attention == WKV_ATTENTION_STOCK) {
-        return is_uniform(layer);
+    const bool is_uniform = seq.cells[i].is_uniform();
+    if (!layer.has_ragged || attention == ATTENTION_STOCK) {
+        return is_uniform;
     }
-    if (attention == WKV_ATTENTION_RAGGED || !is_uniform(layer)) {
+    if (attention == ATTENTION_RAGGED || !is_uniform) {
         return false;
     }
 
     // as long as nothing was evicted the logits are those of stock bit for bit; the kernels differ in rounding only, but
     // quantised weights amplify that. Stock's kernel for quantised cells on the CPU is too slow for this to be worth it
-    const bool cpu       = ggml_backend_dev_type(layer.dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
     const bool quantised = ggml_is_quantized(layer.type_k) || ggml_is_quantized(layer.type_v);
-    return !cpu || (boundary == 0 && !quantised);
+    return !layer.on_cpu() || (seq.boundary == 0 && !quantised);
 }
 
-void llama_kv_cache_ragged::set_attention(wkv_attention value) {
+void llama_kv_cache_ragged::set_attention(attention_type value) {
     attention = value;
     epoch++;
 }
 
-std::vector<int32_t> llama_kv_cache_ragged::positions(const llama_kv_ragged_layer & layer, int64_t ih) const {
-    std::vector<int32_t> res = layer.kept[ih];
-    res.reserve(n_cells(layer, ih));
-    for (uint32_t pos = layer.boundary; pos < n_pos; ++pos) {
-        res.push_back(pos);
-    }
-    return res;
+void llama_kv_cache_ragged::set_stock_types(ggml_type type_k, ggml_type type_v) {
+    stats.stock_type_k = type_k;
+    stats.stock_type_v = type_v;
 }
 
-int64_t llama_kv_cache_ragged::n_read(const llama_kv_ragged_layer & layer, int64_t len) const {
+int64_t llama_kv_cache_ragged::n_read(size_t i, int64_t len) const {
     // before the first compaction the stock length, so that the results are those of the stock cache bit for bit
-    return boundary == 0 ? std::max<int64_t>(256, GGML_PAD(len, 256)) : GGML_PAD(len, layer.n_pad);
+    return seq.boundary == 0 ? std::max<int64_t>(256, GGML_PAD(len, 256)) : GGML_PAD(len, layers[i].n_pad);
 }
 
 bool llama_kv_cache_ragged::ensure(int64_t n_tokens, bool exact) {
     bool synced = false;
 
-    for (auto & layer : layers) {
-        const auto len = n_cells(layer);
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const auto len = seq.n_cells(i);
 
         bool    fits = true;
         int64_t sum  = 0;
-        for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
-            fits = fits && len[ih] + n_tokens <= layer.pool.cap(ih);
+        for (size_t ih = 0; ih < len.size(); ++ih) {
+            fits = fits && len[ih] + n_tokens <= pools[i].cap(ih);
             sum += len[ih] + n_tokens;
         }
         if (fits) {
@@ -387,42 +276,97 @@ bool llama_kv_cache_ragged::ensure(int64_t n_tokens, bool exact) {
 
         // a prompt that arrives in pieces doubles its pool in six steps, a compressed cache stays within 2 %; heads of
         // different lengths grow by the same number of cells, because they fill together
-        const int64_t need  = sum/layer.n_head_kv;
-        const int64_t slack = exact ? 0 : boundary == 0 ? need/8 : std::max<int64_t>(is_uniform(layer) ? 0 : 16, need/64);
-        const int64_t room  = n_tokens + std::min<int64_t>(slack, std::max<int64_t>(0, get_size() - n_pos - n_tokens));
+        const int64_t need  = sum/(int64_t) len.size();
+        const int64_t slack = exact ? 0 : seq.boundary == 0 ? need/8 : std::max<int64_t>(seq.cells[i].is_uniform() ? 0 : 16, need/64);
+        const int64_t room  = n_tokens + std::min<int64_t>(slack, std::max<int64_t>(0, get_size() - seq.n_pos - n_tokens));
 
         if (!synced) {
             synchronize();
             synced = true;
         }
-        llama_kv_ragged_pool next = layer.copy_pool(layer.pool, layer.capacity(len, room, boundary > 0), len, &meter);
+        llama_kv_ragged_pool next = layers[i].copy_pool(pools[i], layers[i].capacity(len, room, seq.boundary > 0), len, &meter);
         if (next.empty()) {
-            LLAMA_LOG_ERROR("%s: no memory for %" PRId64 " cells per head in layer %u\n", __func__, need, layer.il);
+            LLAMA_LOG_ERROR("%s: no memory for %" PRId64 " cells per head in layer %u\n", __func__, need, layers[i].il);
             return false;
         }
-        layer.pool = std::move(next);
+        pools[i] = std::move(next);
         epoch++;
     }
 
     return true;
 }
 
-void llama_kv_cache_ragged::append(const llama_ubatch & ubatch) {
-    for (uint32_t i = ubatch.n_tokens - std::min(ubatch.n_tokens, n_window); i < ubatch.n_tokens; ++i) {
-        ring_pos[ubatch.pos[i] % n_window] = ubatch.pos[i];
-    }
-    n_pos += ubatch.n_tokens;
-}
-
 bool llama_kv_cache_ragged::reserve(int64_t n_tokens) {
-    return ensure(std::min<int64_t>(n_tokens, get_size() - n_pos), /*exact =*/ true);
+    return ensure(std::min<int64_t>(n_tokens, get_size() - seq.n_pos), /*exact =*/ true);
 }
 
-void llama_kv_cache_ragged::set_window(uint32_t n) {
-    if (n != n_window) {
-        synchronize();
-        alloc_ring(n);
+void llama_kv_cache_ragged::set_observed(uint32_t n) {
+    if (n == seq.observed.n_observed) {
+        return;
     }
+    synchronize();
+
+    std::vector<llama_kv_ragged_buffer> next;
+    for (const auto & layer : layers) {
+        next.push_back(llama_kv_ragged_buffer::make(layer.buft, GGML_TYPE_F16, { layer.n_embd_head_k, 2*int64_t(n), layer.n_head },
+                    format("ragged_queries_l%u", layer.il).c_str(), &meter));
+        if (next.back().empty()) {
+            llama_kv_ragged_refuse(format("no memory for %u observed queries of layer %u", n, layer.il));
+        }
+    }
+    if (seq.cells.empty()) {
+        seq = llama_kv_ragged_seq(layers, n);
+    }
+    seq.observed = llama_kv_ragged_observed(n);
+    queries      = std::move(next);
+    epoch++;
+}
+
+void llama_kv_cache_ragged::end_prompt() {
+    seq.end_prompt();
+}
+
+void llama_kv_cache_ragged::set_busy(bool value) {
+    if (busy && value) {
+        throw std::invalid_argument("a selection is running, the cache cannot be changed until it has returned");
+    }
+    busy = value;
+}
+
+void llama_kv_cache_ragged::commit(llama_context & lctx, const llama_kv_ragged_plan & plan) {
+    seq.end_prompt();
+    if (plan.n_released() == 0) {
+        return;
+    }
+
+    const int64_t t_start_us   = ggml_time_us();
+    const int64_t bytes_before = meter.live;
+
+    seq.boundary = seq.n_pos;
+    epoch++;
+
+    size_t i_keep = 0;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const int32_t * n_before = plan.before.data() + i*layers[i].n_head_kv;
+        const int32_t * n_after  = plan.after.data()  + i*layers[i].n_head_kv;
+
+        std::vector<std::vector<int32_t>> kept;
+        pools[i] = llama_kv_ragged_gather(lctx, get_source(i), plan.keep.data() + i_keep, n_after, kept, meter);
+
+        seq.cells[i] = { std::move(kept), seq.n_pos };
+        i_keep = std::accumulate(n_before, n_before + layers[i].n_head_kv, i_keep);
+    }
+
+    llama_kv_ragged_trim();
+
+    stats.n_compactions++;
+    stats.bytes_released = bytes_before - meter.live;
+    stats.t_score_ms     = plan.t_score_ms;
+    stats.t_select_ms    = plan.t_select_ms;
+    stats.t_gather_ms    = (ggml_time_us() - t_start_us)/1000.0;
+
+    LLAMA_LOG_DEBUG("%s: %" PRId64 " of %zu cells released at position %u (%.2f MiB), scored in %.1f ms, selected in %.1f ms, moved in %.1f ms\n", __func__,
+            plan.n_released(), plan.keep.size(), seq.n_pos, stats.bytes_released/1024.0/1024.0, stats.t_score_ms, stats.t_select_ms, stats.t_gather_ms);
 }
 
 //
@@ -430,21 +374,50 @@ void llama_kv_cache_ragged::set_window(uint32_t n) {
 //
 
 std::string llama_kv_cache_ragged::check_ubatches(const std::vector<llama_ubatch> & ubatches) const {
+    if (busy) {
+        return "a selection is running, nothing can be evaluated until it has returned";
+    }
     if (!cparams.causal_attn) {
-        return "kv_policy: the context was switched to non-causal attention, switch it back";
+        return "the context was switched to non-causal attention, switch it back";
     }
 
     // new cells have to be the last ones of every head
-    llama_pos pos = n_pos;
+    llama_pos pos = seq.n_pos;
     for (const auto & ubatch : ubatches) {
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i, ++pos) {
             if (ubatch.n_seq_id[i] != 1 || ubatch.seq_id[i][0] != 0 || ubatch.pos[i] != pos) {
-                return format("kv_policy: batch entry at position %d of sequence %d, expected position %d of sequence 0",
+                return format("batch entry at position %d of sequence %d, expected position %d of sequence 0",
                         ubatch.pos[i], ubatch.seq_id[i][0], pos);
             }
         }
     }
     return "";
+}
+
+std::string llama_kv_cache_ragged::prepare_room(const std::vector<llama_ubatch> & ubatches, bool & is_due) {
+    const std::string error = check_ubatches(ubatches);
+    if (!error.empty()) {
+        return error;
+    }
+
+    uint32_t n_tokens = 0;
+    for (const auto & ubatch : ubatches) {
+        n_tokens += ubatch.n_tokens;
+    }
+
+    is_due = on_prompt && seq.in_prompt && n_tokens == 1;
+    if (is_due) {
+        return "";
+    }
+
+    try {
+        if (ensure(n_tokens, /*exact =*/ false)) {
+            return "";
+        }
+    } catch (const std::bad_alloc &) {
+        // as if a device had none
+    }
+    return format("no memory for %u more tokens behind %u", n_tokens, seq.n_pos);
 }
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_batch(
@@ -465,21 +438,22 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(
         ubatches.push_back(std::move(ubatch)); // NOLINT
     }
 
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        return fail("the batch cannot be split into ubatches");
+    }
+
+    // a batch that cannot follow is refused for that and not for want of room
     const std::string error = check_ubatches(ubatches);
     if (!error.empty()) {
         return fail(error);
     }
 
-    if (balloc.get_n_used() < balloc.get_n_tokens()) {
-        return fail("kv_policy: the batch cannot be split into ubatches");
-    }
-
     auto sinfos = prepare(ubatches);
     if (sinfos.empty()) {
-        return fail(format("kv_policy: %u positions of %u are taken, no room for %d more", n_pos, get_size(), (int) balloc.get_n_tokens()));
+        return fail(format("%u positions of %u are taken, no room for %d more", seq.n_pos, get_size(), (int) balloc.get_n_tokens()));
     }
 
-    return std::make_unique<llama_kv_cache_ragged_context>(this, std::move(sinfos), std::move(ubatches));
+    return llama_memory_context_ptr(llama_kv_ragged_context_make(this, std::move(sinfos), std::move(ubatches)));
 }
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_full() {
@@ -489,6 +463,14 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_full() {
 llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx, bool optimize) {
     this->lctx = lctx;
 
+    // a batch waits for this, see prepare_room()
+    if (optimize && on_prompt && seq.in_prompt && !busy) {
+        return std::make_unique<llama_kv_cache_ragged_context>(this, [this] {
+            end_prompt();
+            on_prompt();
+        });
+    }
+
     return llama_kv_cache::init_update(lctx, optimize);
 }
 
@@ -497,23 +479,21 @@ bool llama_kv_cache_ragged::get_can_shift() const {
 }
 
 void llama_kv_cache_ragged::clear(bool data) {
+    if (busy) {
+        LLAMA_LOG_ERROR("%s: a selection is running, the cache is not cleared\n", __func__);
+        return;
+    }
     synchronize();
 
     llama_kv_cache::clear(data);
 
     snapshot_drop();
-    for (auto & layer : layers) {
-        layer.pool     = {};
-        layer.boundary = 0;
-        for (auto & kept : layer.kept) {
-            kept.clear();
-        }
+    for (auto & pool : pools) {
+        pool = {};
     }
-    ring_pos.assign(n_window, -1);
     llama_kv_ragged_trim();
 
-    n_pos    = 0;
-    boundary = 0;
+    seq.clear();
     epoch++;
 }
 
@@ -525,17 +505,22 @@ static bool rm_nothing(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_po
 bool llama_kv_cache_ragged::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
     p0 = std::max(p0, 0);
 
-    if (rm_nothing(seq_id, p0, p1, n_pos)) {
-        return true;
-    }
-
-    if (p1 >= 0 && p1 < (llama_pos) n_pos) {
-        LLAMA_LOG_DEBUG("%s: [%d, %d) is not a tail of the %u positions\n", __func__, p0, p1, n_pos);
+    if (busy) {
+        LLAMA_LOG_ERROR("%s: a selection is running, nothing is removed\n", __func__);
         return false;
     }
 
-    if (p0 > 0 && p0 < (llama_pos) boundary) {
-        LLAMA_LOG_DEBUG("%s: position %d lies in what was compacted (below %u)\n", __func__, p0, boundary);
+    if (rm_nothing(seq_id, p0, p1, seq.n_pos)) {
+        return true;
+    }
+
+    if (p1 >= 0 && p1 < (llama_pos) seq.n_pos) {
+        LLAMA_LOG_DEBUG("%s: [%d, %d) is not a tail of the %u positions\n", __func__, p0, p1, seq.n_pos);
+        return false;
+    }
+
+    if (p0 > 0 && p0 < (llama_pos) seq.boundary) {
+        LLAMA_LOG_DEBUG("%s: position %d lies in what was compacted (below %u)\n", __func__, p0, seq.boundary);
         return false;
     }
     return true;
@@ -561,7 +546,7 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     if (!can_rm(seq_id, p0, p1)) {
         return false;
     }
-    if (rm_nothing(seq_id, p0, p1, n_pos)) {
+    if (rm_nothing(seq_id, p0, p1, seq.n_pos)) {
         return true;
     }
     if (p0 == 0) {
@@ -570,10 +555,7 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
 
     llama_kv_cache::seq_rm(0, p0, -1);
-    n_pos = p0;
-    for (auto & pos : ring_pos) {
-        pos = pos < p0 ? pos : -1;
-    }
+    seq.trim(p0);
     return true;
 }
 
@@ -600,14 +582,9 @@ void llama_kv_cache_ragged::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_breakdown() const {
-    std::map<ggml_backend_buffer_type_t, size_t> res;
-    for (const auto & layer : layers) {
-        res[layer.buft] += layer.pool.bytes();
-    }
-    for (const auto * bufs : { &ring_bufs, &tables_bufs }) {
-        for (const auto & buf : *bufs) {
-            res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
-        }
+    auto res = tables.memory_breakdown();
+    for (size_t i = 0; i < layers.size(); ++i) {
+        res[layers[i].buft] += pools[i].bytes() + queries[i].bytes();
     }
     return res;
 }
@@ -626,30 +603,6 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
     llama_kv_ragged_refuse("loading a state into a cache with a policy is not supported yet");
 }
 
-void llama_kv_cache_ragged::get_stats(wkv_stats & stats) const {
-    stats = {};
-    stats.n_layer        = layers.size();
-    stats.n_head_kv      = layers[0].n_head_kv;
-    stats.n_gqa          = layers[0].n_head/layers[0].n_head_kv;
-    stats.n_past         = n_pos;
-    stats.n_boundary     = boundary;
-    stats.n_compactions  = n_compactions;
-    stats.n_window       = n_window;
-    stats.type_k         = layers[0].type_k;
-    stats.type_v         = layers[0].type_v;
-    stats.bytes_live     = meter.live;
-    stats.bytes_peak     = meter.peak;
-    stats.bytes_released = bytes_released;
-    stats.t_score_ms     = t_score_ms;
-    stats.t_select_ms    = t_select_ms;
-    stats.t_gather_ms    = t_gather_ms;
-    for (const auto & layer : layers) {
-        stats.bytes_pool += layer.pool.bytes();
-        stats.bytes_full += layer.n_head_kv*n_pos*
-            (ggml_row_size(stock_type_k, layer.n_embd_head_k) + ggml_row_size(stock_type_v, layer.n_embd_head_v));
-    }
-}
-
 //
 // llama_kv_cache_ragged_context
 //
@@ -666,6 +619,11 @@ llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
         std::vector<llama_ubatch> ubatches) :
     llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches)), kv(kv) {}
 
+llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
+        llama_kv_cache_ragged * kv,
+        std::function<void()> fn) :
+    llama_kv_cache_context(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), update(std::move(fn)) {}
+
 const llama_kv_cache_ragged_context * llama_kv_cache_ragged_context::cast(const llama_kv_cache_context * mctx) {
     return dynamic_cast<const llama_kv_cache_ragged_context *>(mctx);
 }
@@ -681,27 +639,29 @@ const llama_kv_cache_ragged_context * llama_kv_cache_ragged_context::find(const 
 }
 
 bool llama_kv_cache_ragged_context::apply() {
-    const llama_ubatch & ubatch = get_ubatch();
-
-    if (!kv->ensure(ubatch.n_tokens, /*exact =*/ false) || !llama_kv_cache_context::apply()) {
+    if (update) {
+        update();
+        return true;
+    }
+    if (!llama_kv_cache_context::apply()) {
         return false;
     }
-
-    kv->append(ubatch);
+    observed_rows = kv->seq.append(get_ubatch().n_tokens);
     return true;
 }
 
 llama_kv_cache_ragged_context::layer_view llama_kv_cache_ragged_context::get_view(ggml_context * ctx, int32_t il) const {
-    const auto & layer = kv->layers.at(kv->map_layer.at(il));
+    const size_t i     = get_index(il);
+    const auto & layer = kv->layers[i];
 
     if (!full) {
-        const int64_t n_cells = kv->n_cells(layer, 0);
-        return { layer.pool.k, layer.pool.v, kv->is_stock(layer), layer.pool.cap(0), n_cells, kv->n_read(layer, n_cells) };
+        const int64_t n_cells = kv->seq.n_cells(i, 0);
+        return { kv->pools[i].k, kv->pools[i].v, kv->is_stock(i), kv->pools[i].cap(0), n_cells, kv->n_read(i, n_cells) };
     }
 
     const int64_t n = kv->get_size();
 
-    layer_view res = { nullptr, nullptr, kv->is_stock(layer), n, n, n };
+    layer_view res = { nullptr, nullptr, kv->is_stock(i), n, n, n };
     if (ctx) {
         res.k = ggml_new_tensor_2d(ctx, layer.type_k, layer.n_embd_head_k, n*layer.n_head_kv);
         res.v = ggml_new_tensor_2d(ctx, layer.type_v, layer.n_embd_head_v, n*layer.n_head_kv);
@@ -710,37 +670,38 @@ llama_kv_cache_ragged_context::layer_view llama_kv_cache_ragged_context::get_vie
     return res;
 }
 
-std::pair<ggml_backend_dev_t, ggml_tensor *> llama_kv_cache_ragged_context::get_table(int32_t il, int64_t n_tokens) const {
-    const auto it = kv->tables.find(kv->layers.at(kv->map_layer.at(il)).dev);
-    if (it == kv->tables.end() || n_tokens > N_TOKENS_TABLE) {
-        return { nullptr, nullptr };
+std::vector<llama_kv_cache_ragged_context::layer_view> llama_kv_cache_ragged_context::get_stock_views() const {
+    std::vector<layer_view> res;
+    for (const auto & layer : kv->layers) {
+        res.push_back(get_view(nullptr, layer.il));
+        if (!res.back().stock) {
+            res.pop_back();
+        }
     }
-    return { it->first, it->second.tensor };
+    return res;
+}
+
+std::pair<ggml_backend_dev_t, ggml_tensor *> llama_kv_cache_ragged_context::get_table(int32_t il, int64_t n_tokens) const {
+    const auto dev = kv->layers[get_index(il)].dev;
+
+    ggml_tensor * table = n_tokens > llama_kv_ragged_tables::N_TOKENS_MAX ? nullptr : kv->tables.find(dev);
+    return { table ? dev : nullptr, table };
 }
 
 void llama_kv_cache_ragged_context::set_table(ggml_backend_dev_t dev, ggml_tensor * table, const std::vector<int32_t> & data) const {
-    const size_t size = data.size()*sizeof(data[0]);
-
-    if (!dev) {
-        ggml_backend_tensor_set(table, data.data(), 0, size);
-        return;
+    if (dev) {
+        kv->tables.set(*kv->lctx, dev, data);
+    } else {
+        ggml_backend_tensor_set(table, data.data(), 0, data.size()*sizeof(data[0]));
     }
-    auto & own  = kv->tables.at(dev);
-    auto & held = own.data[own.i_data++ % own.data.size()];
-    held = data;
-
-    // in the order of the device's work: graphs before this one may still read the table
-    ggml_backend_t backend = llama_kv_ragged_backend(*kv->lctx, dev);
-    GGML_ASSERT(backend);
-    ggml_backend_tensor_set_async(backend, table, held.data(), 0, size);
 }
 
 void llama_kv_cache_ragged_context::get_ranges(int32_t il, int32_t * ranges) const {
-    const auto & layer = kv->layers.at(kv->map_layer.at(il));
+    const size_t i = get_index(il);
 
-    for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
-        ranges[2*ih + 0] = layer.pool.first[ih];
-        ranges[2*ih + 1] = kv->n_cells(layer, ih);
+    for (int64_t ih = 0; ih < kv->layers[i].n_head_kv; ++ih) {
+        ranges[2*ih + 0] = kv->pools[i].first[ih];
+        ranges[2*ih + 1] = kv->seq.n_cells(i, ih);
     }
 }
 
@@ -752,14 +713,10 @@ int32_t llama_kv_cache_ragged_context::get_n_layer() const {
     return kv->layers.size();
 }
 
+int64_t llama_kv_cache_ragged_context::get_n_observed(int64_t n_tokens) const {
+    return std::min<int64_t>(n_tokens, kv->seq.observed.n_observed);
+}
+
 uint64_t llama_kv_cache_ragged_context::get_epoch() const {
     return kv->epoch;
-}
-
-uint32_t llama_kv_cache_ragged_context::get_window() const {
-    return kv->n_window;
-}
-
-uint32_t llama_kv_cache_ragged_context::get_n_pos() const {
-    return kv->n_pos;
 }

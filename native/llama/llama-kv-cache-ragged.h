@@ -1,11 +1,13 @@
 #pragma once
 
 #include "llama-kv-cache.h"
+#include "llama-kv-ragged-compact.h"
 #include "llama-kv-ragged-pool.h"
+#include "llama-kv-ragged-seq.h"
+#include "llama-kv-ragged-state.h"
+#include "llama-kv-ragged-stats.h"
+#include "llama-kv-ragged-table.h"
 
-#include "windowkv.h"
-
-#include <array>
 #include <functional>
 #include <memory>
 #include <string>
@@ -17,13 +19,17 @@ struct llm_graph_context;
 // llama_kv_cache_ragged
 //
 
-// A KV cache in which every layer holds its own cells in pools of its own.
+// A KV cache in which every head of every layer holds its own cells, in pools of its own.
 //
-// The base class is the ledger of positions: it is constructed without layers and keeps its slot search, sequence
-// operations and position checks. The pools hold what attention reads; a head's cells are in position order, new
-// cells are always last, so that a length replaces the cell metadata and a triangle replaces the mask search.
+// The base class keeps the cell metadata: it is constructed without layers and keeps its slot search, sequence operations and
+// position checks. The pools hold what attention reads; a head's cells are in position order, new cells are always last, so that
+// a length replaces the cell metadata and a triangle replaces the mask search.
+
 class llama_kv_cache_ragged : public llama_kv_cache {
 public:
+    // which attention a layer runs whose heads hold equally many cells, see wkv_attention
+    enum attention_type { ATTENTION_AUTO, ATTENTION_STOCK, ATTENTION_RAGGED };
+
     // holds the layers that the filter accepts, all without one
     // throws std::runtime_error with the reason if a layer or the backend cannot be served
     llama_kv_cache_ragged(
@@ -31,7 +37,7 @@ public:
             const llama_cparams   & cparams,
                   ggml_type         type_k,
                   ggml_type         type_v,
-                  uint32_t          n_window,
+                  uint32_t          n_observed,
             const layer_filter_cb & filter);
 
     ~llama_kv_cache_ragged() = default;
@@ -74,62 +80,59 @@ public:
     // the same for a window cache of the same sequence: whether the query at p0 would find the cells that it looks at
     bool can_rm_window(const llama_kv_cache & swa, llama_pos p0) const;
 
-    // "" or why these ubatches cannot follow what the cache holds
-    std::string check_ubatches(const std::vector<llama_ubatch> & ubatches) const;
-
-    // "" or why a layer's attention does not run through this cache, or lacks what the policy needs
-    std::string ready(bool ragged) const;
+    // Room for ubatches that follow what the cache holds. Moves cells to larger pools where it has to, changes nothing else.
+    // "" or why they cannot follow; where a compaction has to come first true in is_due, which init_update() then runs.
+    std::string prepare_room(const std::vector<llama_ubatch> & ubatches, bool & is_due);
 
     // room for n_tokens more positions without slack
     bool reserve(int64_t n_tokens);
 
-    // throws std::runtime_error and changes nothing if memory runs out
-    void set_window(uint32_t n_window);
+    // resize the observed queries, which are forgotten; throws std::runtime_error and changes nothing if memory runs out
+    void set_observed(uint32_t n_observed);
 
-    // score, select, gather; returns the number of cells released
-    // throws std::invalid_argument before anything changed, std::runtime_error if a graph fails or memory runs out
-    int64_t compact(llama_context * lctx, const wkv_policy & policy, int64_t n_cells);
+    // the positions so far end a prompt, whose last queries stay until the next one ends
+    void end_prompt();
 
-    // the same with a selection of the caller's, see wkv_compact_custom()
-    int64_t compact(llama_context * lctx, int32_t alpha, int64_t n_cells, wkv_select_fn fn, void * user);
+    // called before a single token is evaluated behind a prompt that nobody has ended; it may compact
+    void set_on_prompt(std::function<void()> fn) { on_prompt = std::move(fn); }
 
-    // keep a copy of the cache, go back to it any number of times, give it up
+    // keep the planned cells, free the others; throws std::runtime_error if memory runs out or a graph fails: the layers before
+    // are compacted then, the others hold all their cells
+    void commit(llama_context & lctx, const llama_kv_ragged_plan & plan);
+
+    // while a selection runs nothing else may change the cache; throws std::invalid_argument if one runs already
+    void set_busy(bool value);
+
+    // keep a copy of the cache, go back to it any number of times, give it up; clearing the cache gives it up as well
     // mem is the memory of the context that holds this cache; what it keeps for other layers is part of the copy
-    // clearing the cache gives it up as well; false if memory runs out or there is none
-    bool snapshot_save(llama_memory_i * mem);
+    // false if memory runs out or there is none
+    bool snapshot_save(llama_memory_i & mem);
     bool snapshot_restore();
     void snapshot_drop();
 
-    void get_stats(wkv_stats & stats) const;
+    void set_attention(attention_type value);
+
+    void set_stock_types(ggml_type type_k, ggml_type type_v);
+
+    // whether stock attention serves a layer; it needs heads that hold equally many cells
+    bool is_stock(size_t i) const;
+
+    // "" or why a layer's attention does not run through this cache, or lacks what the policy needs
+    std::string ready(bool ragged) const;
+
+    static std::string no_ragged_attention(const llama_kv_ragged_layer & layer);
 
     const std::vector<llama_kv_ragged_layer> & get_layers() const { return layers; }
+    const std::vector<llama_kv_ragged_pool>  & get_pools()  const { return pools; }
+    const llama_kv_ragged_seq                & get_seq()    const { return seq; }
+    const llama_kv_ragged_stats              & get_stats()  const { return stats; }
+          llama_kv_ragged_meter              & get_meter()        { return meter; }
 
-    int64_t n_cells(const llama_kv_ragged_layer & layer, int64_t ih) const; // cells of a head now
+    // observed queries of a layer, F16 [n_embd_head_k, n_rows, n_head]
+    ggml_tensor * get_queries(size_t i) const { return queries[i].tensor; }
 
-    std::vector<int64_t> n_cells(const llama_kv_ragged_layer & layer) const; // of every head
-
-    // whether all heads of a layer hold equally many cells; stock attention can serve these
-    bool is_uniform(const llama_kv_ragged_layer & layer) const;
-
-    // whether stock attention does serve a layer
-    bool is_stock(const llama_kv_ragged_layer & layer) const;
-
-    void set_attention(wkv_attention value);
-
-    // types of the cells that stock would hold, for the statistics
-    void set_stock_types(ggml_type type_k, ggml_type type_v) { stock_type_k = type_k; stock_type_v = type_v; }
-
-    std::vector<int32_t> positions(const llama_kv_ragged_layer & layer, int64_t ih) const;
-
-    // positions of the ring rows whose queries are still part of the sequence, -1 elsewhere; [n_window]
-    const std::vector<int32_t> & get_ring_pos() const { return ring_pos; }
-
-    // Mean attention of the last alpha observed queries over the cells of every head in turn; for several alphas one such
-    // plane behind the other. Throws std::runtime_error.
-    std::vector<float> score(llama_context * lctx, const llama_kv_ragged_layer & layer, const std::vector<int32_t> & alphas);
-
-    // attention of the last query of every query head: for each kv head row major [n_gqa, n_cells]
-    std::vector<float> score_heads(llama_context * lctx, const llama_kv_ragged_layer & layer);
+    // what scores and moves the cells of a layer
+    llama_kv_ragged_source get_source(size_t i) const;
 
 private:
     friend class llama_kv_cache_ragged_context;
@@ -144,95 +147,42 @@ private:
     std::vector<llama_kv_ragged_layer> layers;
     std::vector<int32_t>               map_layer; // [n_layer of the model], index into layers or -1
 
-    uint32_t n_window;
-    uint32_t n_pos    = 0; // positions of the sequence
-    uint32_t boundary = 0; // positions below were subject to the last compaction
+    std::vector<llama_kv_ragged_pool>   pools;   // [layers]
+    std::vector<llama_kv_ragged_buffer> queries; // [layers]
+    llama_kv_ragged_tables              tables;
 
-    wkv_attention attention = WKV_ATTENTION_AUTO;
+    llama_kv_ragged_seq seq;
 
-    ggml_type stock_type_k = GGML_TYPE_F16;
-    ggml_type stock_type_v = GGML_TYPE_F16;
-
-    // bumped whenever a pool moves; graphs of an older epoch hold stale pointers
-    uint64_t epoch = 0;
-
-    ggml_context_ptr                     ring_ctx;
-    std::vector<ggml_backend_buffer_ptr> ring_bufs;
-    std::vector<int32_t>                 ring_pos;
-
-    // what graphs of a few tokens look up about heads of different lengths, on every device that is not a CPU: an input of the
-    // graph would be copied, and waited for, once for every layer
-    struct table_t {
-        ggml_tensor * tensor = nullptr;
-
-        // what was written last, which the device may read later: as many as there are graphs in flight
-        std::array<std::vector<int32_t>, 4> data;
-        size_t                              i_data = 0;
-    };
-    std::map<ggml_backend_dev_t, table_t> tables;
-    ggml_context_ptr                      tables_ctx;
-    std::vector<ggml_backend_buffer_ptr>  tables_bufs;
+    std::unique_ptr<llama_kv_ragged_state> snapshot;
 
     // empty buffers that stand for the pools of worst-case graphs, which are measured and never computed
     std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> bufs_reserve;
 
-    struct snapshot_t {
-        std::vector<llama_kv_ragged_pool>              pools; // [layers]
-        std::vector<std::vector<std::vector<int32_t>>> kept;  // [layers][n_head_kv]
-        std::vector<uint32_t>                          bounds; // [layers]
-        std::vector<std::vector<uint8_t>>              rings; // [layers]
-        std::vector<int32_t>                           ring_pos;
+    llama_kv_ragged_stats stats;
 
-        // put back the ledger and the caches of window and recurrent layers
-        std::vector<std::function<void()>> others;
+    attention_type attention = ATTENTION_AUTO;
 
-        uint32_t n_pos    = 0;
-        uint32_t boundary = 0;
-    };
-    std::unique_ptr<snapshot_t> snapshot;
+    // bumped whenever a pool moves; graphs of an older epoch hold stale pointers
+    uint64_t epoch = 0;
+
+    bool busy = false;
+
+    std::function<void()> on_prompt;
 
     // the scheduler of this context may still be computing when a pool has to move
     llama_context * lctx = nullptr;
 
-    int32_t n_compactions  = 0;
-    int64_t bytes_released = 0;
-    double  t_score_ms     = 0.0;
-    double  t_select_ms    = 0.0;
-    double  t_gather_ms    = 0.0;
-
     void init_layers(ggml_type type_k, ggml_type type_v, const layer_filter_cb & filter);
-    void alloc_ring(uint32_t n);
-    void alloc_tables();
+
     void synchronize() const;
 
     // cells that attention reads of a layer with len cells per head
-    int64_t n_read(const llama_kv_ragged_layer & layer, int64_t len) const;
+    int64_t n_read(size_t i, int64_t len) const;
 
-    static std::string no_ragged_attention(const llama_kv_ragged_layer & layer);
+    std::string check_ubatches(const std::vector<llama_ubatch> & ubatches) const;
 
     // room for n_tokens more cells in every head, with slack cells beyond
     bool ensure(int64_t n_tokens, bool exact);
-
-    // account for an ubatch whose cells have room
-    void append(const llama_ubatch & ubatch);
-
-    // throws std::invalid_argument if a policy that observes alpha tokens cannot keep n_cells cells per head
-    void check_compaction(int32_t alpha, int64_t n_cells) const;
-
-    std::vector<int32_t> all_cells() const; // of every (layer, kv head)
-
-    wkv_shapes shapes_of(const std::vector<int32_t> & cells) const; // points into cells
-
-    // sets keep to 1 where a cell stays, see wkv_select(); what it throws leaves the cache as it was
-    using keep_fn = std::function<void(const int32_t * positions, const float * scores, uint8_t * keep)>;
-
-    std::vector<float> score(
-            llama_context * lctx, const llama_kv_ragged_layer & layer, const std::vector<int32_t> & alphas, bool mean);
-
-    // a plane of scores for every alpha; without any they are 0
-    int64_t compact(llama_context * lctx, const std::vector<int32_t> & alphas, const wkv_shapes & shapes, const keep_fn & fn);
-
-    void gather(llama_context * lctx, llama_kv_ragged_layer & layer, const uint8_t * keep, const int32_t * n_keep);
 };
 
 //
@@ -241,15 +191,22 @@ private:
 
 class llama_kv_cache_ragged_context : public llama_kv_cache_context {
 public:
+    // used for errors
     llama_kv_cache_ragged_context(llama_memory_status status);
 
-    // worst case, for measuring graphs
+    // used to create a full-cache context, for measuring graphs
     llama_kv_cache_ragged_context(llama_kv_cache_ragged * kv);
 
+    // used to create a batch processing context from a batch
     llama_kv_cache_ragged_context(
             llama_kv_cache_ragged * kv,
             slot_info_vec_t sinfos,
             std::vector<llama_ubatch> ubatches);
+
+    // used to create an update context, which runs fn
+    llama_kv_cache_ragged_context(
+            llama_kv_cache_ragged * kv,
+            std::function<void()> fn);
 
     // the ragged context behind a KV cache context, nullptr if there is none
     static const llama_kv_cache_ragged_context * cast(const llama_kv_cache_context * mctx);
@@ -258,6 +215,10 @@ public:
     static const llama_kv_cache_ragged_context * find(const llama_memory_context_i * mctx);
 
     bool apply() override;
+
+    //
+    // llama_kv_cache_ragged_context specific API
+    //
 
     // what the graph of the current ubatch sees of a layer
     struct layer_view {
@@ -271,6 +232,8 @@ public:
 
     layer_view get_view(ggml_context * ctx, int32_t il) const;
 
+    std::vector<layer_view> get_stock_views() const; // of the layers that stock attention serves, without tensors
+
     // the device that holds the table of a layer's cells for graphs of n_tokens, and the table; nullptr if it is an input
     std::pair<ggml_backend_dev_t, ggml_tensor *> get_table(int32_t il, int64_t n_tokens) const;
 
@@ -283,9 +246,12 @@ public:
     int32_t get_index  (int32_t il) const; // of a layer of the model among those of the cache
     int32_t get_n_layer() const;
 
-    uint64_t get_epoch()  const;
-    uint32_t get_window() const;
-    uint32_t get_n_pos()  const; // positions, those of the ubatch included
+    // rows of the observed queries for the last tokens of the ubatch, [get_n_observed(n_tokens)]
+    const std::vector<int64_t> & get_observed_rows() const { return observed_rows; }
+
+    int64_t get_n_observed(int64_t n_tokens) const;
+
+    uint64_t get_epoch() const;
 
     // store k_cur and v_cur, observe q_cur and attend
     //   q_cur [n_embd_head_k, n_head, n_tokens], k_cur, v_cur [n_embd_head_k/v, n_head_kv, n_tokens]
@@ -304,6 +270,10 @@ private:
     llama_kv_cache_ragged * kv = nullptr;
 
     bool full = false;
+
+    std::function<void()> update;
+
+    std::vector<int64_t> observed_rows;
 };
 
 // called by every KV cache that is constructed: the ledger has no layers, but quantised cells are rotated as the ledger says
@@ -355,9 +325,6 @@ llama_kv_cache_context * llama_kv_ragged_context_make(
 // n_tokens positions with random cells in an empty cache of any kind, see wkv_fill()
 // throws std::invalid_argument before anything changed, std::runtime_error if memory runs out
 void llama_kv_ragged_fill(llama_context & ctx, int32_t n_tokens);
-
-// backend of a device in a context, nullptr if it has none
-ggml_backend_t llama_kv_ragged_backend(llama_context & lctx, ggml_backend_dev_t dev);
 
 // throws std::runtime_error with the reason why a model, a context or a call is not served
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg);

@@ -9,11 +9,16 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
+#include <set>
 #include <stdexcept>
 #include <vector>
 
 // Inputs of one graph. Layers whose heads hold equally many cells share a class: one mask, one set of indices.
 // Appending adds the same number of cells everywhere, so the classes of a graph stay valid within an epoch.
+//
+// A mask has a triangle at its end, and so have those of all classes: in large batches the classes are views of one mask, or a model
+// whose layers all differ in length would hold a mask of its own for every layer.
 class llm_graph_input_ragged : public llm_graph_input_i {
 public:
     struct cell_class {
@@ -21,7 +26,7 @@ public:
         int64_t n_cells;
         int64_t n_read;
 
-        ggml_tensor * mask; // F16 [n_read, n_tokens]
+        ggml_tensor * mask; // F16 [n_read, n_tokens]; nullptr: columns of the common one
         ggml_tensor * idxs; // I64 [n_tokens]
     };
 
@@ -34,7 +39,10 @@ public:
 
     const cell_class & get_class(ggml_context * ctx, const llama_kv_cache_ragged_context::layer_view & view, int32_t il);
 
-    ggml_tensor * get_ring_idxs(ggml_context * ctx);
+    // F16 [n_read, n_tokens]
+    ggml_tensor * get_mask(ggml_context * ctx, const cell_class & cls, ggml_backend_dev_t dev);
+
+    ggml_tensor * get_observed_idxs(ggml_context * ctx);
 
     // For the layers whose heads differ, I32: where their heads stand, [2, n_head_kv, n_layer], and behind that the rows of the new
     // cells, [n_head_kv*n_tokens, n_layer]. All layers share it and each looks at its own plane.
@@ -57,7 +65,16 @@ private:
 
     std::vector<cell_class> classes;
 
-    ggml_tensor * ring_idxs = nullptr; // I64 [n_observed]
+    // F16 [n_cols, n_tokens]: query t sees the first n_seen + t columns
+    ggml_tensor * common   = nullptr;
+    int64_t       n_common = 0; // cells of the longest class
+
+    // a view of an input is copied to the device by itself, so every device gets a copy of the whole to look at
+    std::map<ggml_backend_dev_t, ggml_tensor *> commons;
+
+    void init_common(ggml_context * ctx);
+
+    ggml_tensor * observed_idxs = nullptr; // I64 [n_observed]
 
     // by device, nullptr: an input of the graph; a device's own is written once, inputs are copied for every layer's view
     std::map<ggml_backend_dev_t, cell_table> tables;
@@ -85,9 +102,14 @@ const llm_graph_input_ragged::cell_class & llm_graph_input_ragged::get_class(
 
     cell_class cls = { il, view.n_cells, view.n_read, nullptr, nullptr };
 
-    cls.mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, view.n_read, n_tokens);
-    ggml_set_input(cls.mask);
-    ggml_format_name(cls.mask, "ragged_mask_%zu", classes.size());
+    if (classes.empty()) {
+        init_common(ctx);
+    }
+    if (!common) {
+        cls.mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, view.n_read, n_tokens);
+        ggml_set_input(cls.mask);
+        ggml_format_name(cls.mask, "ragged_mask_%zu", classes.size());
+    }
 
     cls.idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
     ggml_set_input(cls.idxs);
@@ -97,13 +119,58 @@ const llm_graph_input_ragged::cell_class & llm_graph_input_ragged::get_class(
     return classes.back();
 }
 
-ggml_tensor * llm_graph_input_ragged::get_ring_idxs(ggml_context * ctx) {
-    if (!ring_idxs) {
-        ring_idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, std::min<int64_t>(n_tokens, mctx->get_window()));
-        ggml_set_input(ring_idxs);
-        ggml_set_name(ring_idxs, "ragged_ring_idxs");
+void llm_graph_input_ragged::init_common(ggml_context * ctx) {
+    const auto views = mctx->get_stock_views();
+
+    std::set<std::pair<int64_t, int64_t>> distinct;
+    for (const auto & view : views) {
+        distinct.insert({ view.n_cells, view.n_read });
+        n_common = std::max(n_common, view.n_cells);
     }
-    return ring_idxs;
+    // masks of a few tokens are small, and copying columns of a common one costs a node for every layer
+    if (distinct.size() < 2 || n_tokens <= llama_kv_ragged_tables::N_TOKENS_MAX) {
+        return;
+    }
+
+    int64_t n_cols = 0;
+    for (const auto & [n_cells, n_read] : distinct) {
+        n_cols = std::max(n_cols, n_common - n_cells + n_read);
+    }
+    common = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_cols, n_tokens);
+    ggml_set_input(common);
+    ggml_set_name(common, "ragged_mask");
+}
+
+ggml_tensor * llm_graph_input_ragged::get_mask(ggml_context * ctx, const cell_class & cls, ggml_backend_dev_t dev) {
+    if (cls.mask) {
+        return cls.mask;
+    }
+    ggml_tensor *& held = commons[dev];
+    if (!held) {
+        held = ggml_cont(ctx, common);
+    }
+    // contiguous, as flash attention asks; the scheduler reuses the memory for the next layer
+    return ggml_cont(ctx, ggml_view_2d(ctx, held, cls.n_read, n_tokens, common->nb[1], (n_common - cls.n_cells)*common->nb[0]));
+}
+
+// query t sees the first n_seen + t columns
+static void set_mask(ggml_tensor * dst, int64_t n_seen, std::vector<ggml_fp16_t> & data) {
+    const int64_t n_cols = dst->ne[0];
+
+    data.assign(ggml_nelements(dst), ggml_fp32_to_fp16(-INFINITY));
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        std::fill_n(data.begin() + t*n_cols, n_seen + t, ggml_fp32_to_fp16(0.0f));
+    }
+    ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
+}
+
+ggml_tensor * llm_graph_input_ragged::get_observed_idxs(ggml_context * ctx) {
+    if (!observed_idxs) {
+        observed_idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, mctx->get_n_observed(n_tokens));
+        ggml_set_input(observed_idxs);
+        ggml_set_name(observed_idxs, "ragged_observed_idxs");
+    }
+    return observed_idxs;
 }
 
 const llm_graph_input_ragged::cell_table & llm_graph_input_ragged::get_table(ggml_context * ctx, int64_t n_head_kv, int32_t il) {
@@ -136,25 +203,22 @@ ggml_tensor * llm_graph_input_ragged::get_rows(ggml_context * ctx, const cell_ta
 void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
     GGML_ASSERT(ubatch->n_tokens == n_tokens);
 
-    const ggml_fp16_t zero    = ggml_fp32_to_fp16(0.0f);
-    const ggml_fp16_t neg_inf = ggml_fp32_to_fp16(-INFINITY);
-
     std::vector<ggml_fp16_t> mask;
     std::vector<int64_t>     idxs(n_tokens);
 
     for (const auto & cls : classes) {
-        const int64_t n_cells = mctx->get_view(nullptr, cls.il).n_cells;
-        const int64_t n_old   = n_cells - n_tokens;
-
         // new cells are the last ones: query t sees the cells [0, n_old + t]
-        mask.assign(cls.n_read*n_tokens, neg_inf);
-        for (int64_t t = 0; t < n_tokens; ++t) {
-            std::fill_n(mask.begin() + t*cls.n_read, n_old + t + 1, zero);
-            idxs[t] = n_old + t;
-        }
+        const int64_t n_old = mctx->get_view(nullptr, cls.il).n_cells - n_tokens;
 
-        ggml_backend_tensor_set(cls.mask, mask.data(), 0, ggml_nbytes(cls.mask));
+        std::iota(idxs.begin(), idxs.end(), n_old);
         ggml_backend_tensor_set(cls.idxs, idxs.data(), 0, ggml_nbytes(cls.idxs));
+        if (cls.mask) {
+            set_mask(cls.mask, n_old + 1, mask);
+        }
+    }
+    if (common) {
+        const int64_t n_appended = mctx->get_view(nullptr, classes[0].il).n_cells - classes[0].n_cells;
+        set_mask(common, n_common + n_appended - n_tokens + 1, mask);
     }
 
     if (!tables.empty()) {
@@ -178,14 +242,9 @@ void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
         }
     }
 
-    const int64_t n_observed = ring_idxs->ne[0];
-    const int64_t n_pos      = mctx->get_n_pos();
-
-    idxs.resize(n_observed);
-    for (int64_t i = 0; i < n_observed; ++i) {
-        idxs[i] = (n_pos - n_observed + i) % mctx->get_window();
-    }
-    ggml_backend_tensor_set(ring_idxs, idxs.data(), 0, ggml_nbytes(ring_idxs));
+    const auto & rows = mctx->get_observed_rows();
+    GGML_ASSERT((int64_t) rows.size() == observed_idxs->ne[0]);
+    ggml_backend_tensor_set(observed_idxs, rows.data(), 0, ggml_nbytes(observed_idxs));
 }
 
 bool llm_graph_input_ragged::can_reuse(const llm_graph_params & params) {
@@ -235,9 +294,7 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
                 int   il) const {
     // thrown while the worst-case graph is built, so that the context is not created
     const auto refuse = [&](const char * what) {
-        const std::string msg = format("kv_policy: %s (layer %d) is not supported, use the model without a policy", what, il);
-        llama_kv_ragged_set_error(msg);
-        throw std::runtime_error(msg);
+        llama_kv_ragged_refuse(format("%s (layer %d) is not supported, use the model without a policy", what, il));
     };
     if (kq_b)                  { refuse("an attention bias"); }
     if (!k_cur || !v_cur)      { refuse("a layer that shares the KV cache of another"); }
@@ -246,7 +303,7 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
 
     ggml_context * ctx = g.ctx0;
 
-    auto & layer = kv->layers.at(kv->map_layer.at(il));
+    auto & layer = kv->layers[get_index(il)];
     layer.hooked   = true;
     layer.kq_scale = kq_scale;
     layer.sinks    = sinks;
@@ -262,23 +319,23 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
     const int64_t n_head_kv = layer.n_head_kv;
     const float   softcap   = g.hparams.attn_soft_cap ? g.hparams.f_attn_logit_softcapping : 0.0f;
 
-    // the last queries of the ubatch go to the observation ring
+    // the last queries of the ubatch are observed
     {
-        ggml_tensor * idxs = inp->get_ring_idxs(ctx);
+        ggml_tensor * idxs = inp->get_observed_idxs(ctx);
 
         const int64_t n_observed = idxs->ne[0];
 
         ggml_tensor * q_obs = ggml_view_3d(ctx, q_cur, q_cur->ne[0], q_cur->ne[1], n_observed,
                 q_cur->nb[1], q_cur->nb[2], (q_cur->ne[2] - n_observed)*q_cur->nb[2]);
 
-        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, layer.ring, by_head(ctx, q_obs), idxs));
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, kv->get_queries(get_index(il)), by_head(ctx, q_obs), idxs));
     }
 
     ggml_tensor * q = by_head(ctx, q_cur);
 
     ggml_tensor * cur;
     if (view.stock) {
-        const auto cls = inp->get_class(ctx, view, il);
+        const auto & cls = inp->get_class(ctx, view, il);
 
         ggml_tensor * k_all = view_cells(ctx, view.k, view.cap, view.cap, n_head_kv);
         ggml_tensor * v_all = view_cells(ctx, view.v, view.cap, view.cap, n_head_kv);
@@ -289,7 +346,7 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
         ggml_tensor * k = cast_f32(ctx, view_cells(ctx, view.k, view.cap, view.n_read, n_head_kv));
         ggml_tensor * v = cast_f32(ctx, view_cells(ctx, view.v, view.cap, view.n_read, n_head_kv));
 
-        cur = ggml_flash_attn_ext(ctx, q, k, v, cls.mask, kq_scale, 0.0f, softcap);
+        cur = ggml_flash_attn_ext(ctx, q, k, v, inp->get_mask(ctx, cls, layer.dev), kq_scale, 0.0f, softcap);
         ggml_flash_attn_ext_add_sinks(cur, sinks);
         g.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, il });
         ggml_prec_set_acc(cur, GGML_PREC_F32);

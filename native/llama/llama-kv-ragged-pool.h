@@ -1,9 +1,10 @@
 #pragma once
 
-// Storage of one attention layer of the ragged KV cache: its K and V pools, and which positions they hold.
+// Storage of one attention layer of the ragged KV cache: what its cells look like, and the pools that hold them.
 
 #include "ggml-cpp.h"
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -13,6 +14,47 @@ struct llama_kv_ragged_meter {
     int64_t peak = 0;
 
     void add(int64_t n);
+};
+
+// bytes that count as live as long as it exists
+class llama_kv_ragged_claim {
+public:
+    llama_kv_ragged_claim(llama_kv_ragged_meter & meter, int64_t n = 0) : meter(meter) { add(n); }
+    ~llama_kv_ragged_claim() { meter.add(-size); }
+
+    llama_kv_ragged_claim(const llama_kv_ragged_claim &) = delete;
+    llama_kv_ragged_claim & operator=(const llama_kv_ragged_claim &) = delete;
+
+    void add(int64_t n) {
+        size += n;
+        meter.add(n);
+    }
+
+private:
+    llama_kv_ragged_meter & meter;
+
+    int64_t size = 0;
+};
+
+// a tensor of its own in a buffer of its own, zeroed; counts as live as long as it exists
+struct llama_kv_ragged_buffer {
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buf;
+    ggml_tensor           * tensor = nullptr;
+
+    llama_kv_ragged_meter * meter = nullptr;
+
+    llama_kv_ragged_buffer() = default;
+    llama_kv_ragged_buffer(llama_kv_ragged_buffer && other) noexcept;
+    llama_kv_ragged_buffer & operator=(llama_kv_ragged_buffer && other) noexcept;
+    ~llama_kv_ragged_buffer();
+
+    // empty if memory runs out
+    static llama_kv_ragged_buffer make(
+            ggml_backend_buffer_type_t buft, ggml_type type, const std::array<int64_t, 3> & ne, const char * name, llama_kv_ragged_meter * meter);
+
+    bool    empty() const { return buf == nullptr; }
+    int64_t bytes() const { return buf ? ggml_backend_buffer_get_size(buf.get()) : 0; }
 };
 
 // give the pages of freed host buffers back to the system
@@ -43,6 +85,7 @@ struct llama_kv_ragged_pool {
     int64_t bytes()  const { return buf ? ggml_backend_buffer_get_size(buf.get()) : 0; }
 };
 
+// what the cells of one layer look like, and where they lie
 struct llama_kv_ragged_layer {
     uint32_t il; // layer index in the model
 
@@ -70,15 +113,8 @@ struct llama_kv_ragged_layer {
     // learned attention sinks of the model [n_head], F32, nullptr without
     ggml_tensor * sinks = nullptr;
 
-    llama_kv_ragged_pool pool;
-
-    // observed queries [n_embd_head_k, n_window, n_head], F16, row = position % n_window
-    ggml_tensor * ring = nullptr;
-
-    // positions below the boundary that each head kept, ascending; [n_head_kv]
-    // all positions from the boundary on are held by every head and are not listed
-    std::vector<std::vector<int32_t>> kept;
-    uint32_t boundary = 0;
+    int64_t n_gqa() const { return n_head/n_head_kv; }
+    bool    on_cpu() const;
 
     int64_t cell_bytes() const; // K and V of one head's cell
 

@@ -5,6 +5,7 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-policy.h"
 #include "llama-model.h"
 #include "policy/wkv-policy.h"
 
@@ -50,6 +51,16 @@ static int64_t with_cache(llama_context * ctx, F fn) {
     return guard([&] { return fn(*kv); });
 }
 
+// the same for calls that change it, refused while a selection runs
+template <typename F>
+static int64_t with_idle_cache(llama_context * ctx, F fn) {
+    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        kv.set_busy(true); // throws
+        kv.set_busy(false);
+        return fn(kv);
+    });
+}
+
 static const llama_kv_ragged_layer & get_layer(const llama_kv_cache_ragged & kv, int32_t layer) {
     const auto & layers = kv.get_layers();
     if (layer < 0 || layer >= (int32_t) layers.size()) {
@@ -90,16 +101,20 @@ const char * wkv_last_error(void) {
     return llama_kv_ragged_get_error().c_str();
 }
 
-int wkv_pending_set(int32_t n_window, int32_t type) {
-    if (n_window < 1) {
-        return fail(WKV_ERR_ARGUMENT, format("n_window is %d, expected at least 1", n_window));
+void wkv_clear_error(void) {
+    llama_kv_ragged_set_error("");
+}
+
+int wkv_pending_set(int32_t n_observed, int32_t type) {
+    if (n_observed < 1) {
+        return fail(WKV_ERR_ARGUMENT, format("n_observed is %d, expected at least 1", n_observed));
     }
     if (type >= 0 && type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_Q8_0 &&
         type != GGML_TYPE_Q4_0) {
         return fail(WKV_ERR_ARGUMENT, format("type is %d, expected f32, f16, bf16, q8_0, q4_0, or -1 for those of the context", type));
     }
     llama_kv_ragged_set_error("");
-    llama_kv_ragged_pending_set(n_window, type);
+    llama_kv_ragged_pending_set(n_observed, type);
     return WKV_OK;
 }
 
@@ -110,12 +125,12 @@ void wkv_pending_clear(void) {
 int wkv_ready(struct llama_context * ctx, bool ragged) {
     return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) {
         const std::string error = kv.ready(ragged);
-        return error.empty() ? WKV_OK : fail(WKV_ERR_UNSUPPORTED, error);
+        return error.empty() ? WKV_OK : fail(WKV_ERR_UNSUPPORTED, "kv_policy: " + error);
     });
 }
 
 int wkv_reserve(struct llama_context * ctx, int32_t n_tokens) {
-    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+    return with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
         if (n_tokens < 0) {
             return fail(WKV_ERR_ARGUMENT, format("n_tokens is %d, expected at least 0", n_tokens));
         }
@@ -123,59 +138,118 @@ int wkv_reserve(struct llama_context * ctx, int32_t n_tokens) {
     });
 }
 
-int wkv_set_window(struct llama_context * ctx, int32_t n_window) {
-    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
-        if (n_window < 1) {
-            return fail(WKV_ERR_ARGUMENT, format("n_window is %d, expected at least 1", n_window));
+int wkv_set_observed(struct llama_context * ctx, int32_t n_observed) {
+    return with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        if (n_observed < 1) {
+            return fail(WKV_ERR_ARGUMENT, format("n_observed is %d, expected at least 1", n_observed));
         }
-        kv.set_window(n_window);
+        kv.set_observed(n_observed);
         return int(WKV_OK);
     });
 }
 
 int wkv_set_attention(struct llama_context * ctx, int32_t attention) {
-    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
-        if (attention < WKV_ATTENTION_AUTO || attention > WKV_ATTENTION_RAGGED) {
-            return fail(WKV_ERR_ARGUMENT, format("attention is %d, expected a value of enum wkv_attention", attention));
+    return with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        switch (attention) {
+            case WKV_ATTENTION_AUTO:   kv.set_attention(llama_kv_cache_ragged::ATTENTION_AUTO);   return int(WKV_OK);
+            case WKV_ATTENTION_STOCK:  kv.set_attention(llama_kv_cache_ragged::ATTENTION_STOCK);  return int(WKV_OK);
+            case WKV_ATTENTION_RAGGED: kv.set_attention(llama_kv_cache_ragged::ATTENTION_RAGGED); return int(WKV_OK);
         }
-        kv.set_attention(wkv_attention(attention));
+        return fail(WKV_ERR_ARGUMENT, format("attention is %d, expected a value of enum wkv_attention", attention));
+    });
+}
+
+int wkv_prompt_done(struct llama_context * ctx) {
+    return with_idle_cache(ctx, [](llama_kv_cache_ragged & kv) {
+        kv.end_prompt();
         return int(WKV_OK);
     });
 }
 
-int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells) {
-    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
-        if (!policy) {
-            return fail(WKV_ERR_ARGUMENT, "policy is null");
-        }
-        return kv.compact(ctx, *policy, n_cells);
+int wkv_on_prompt(struct llama_context * ctx, wkv_prompt_fn fn, void * user) {
+    return with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        kv.set_on_prompt(fn ? std::function<void()>([fn, user] { fn(user); }) : nullptr);
+        return int(WKV_OK);
     });
 }
 
-int64_t wkv_compact_custom(struct llama_context * ctx, int32_t alpha, int64_t n_cells, wkv_select_fn fn, void * user) {
-    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
+static int64_t run(llama_context & ctx, llama_kv_cache_ragged & kv, const llama_kv_ragged_request & request) {
+    const auto plan = llama_kv_ragged_make_plan(kv, ctx, request);
+    kv.commit(ctx, plan);
+    return plan.n_released();
+}
+
+int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells) {
+    return with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
+        if (!policy) {
+            return fail(WKV_ERR_ARGUMENT, "policy is null");
+        }
+        llama_kv_ragged_request request;
+        if (!llama_kv_ragged_policy_request(kv, *policy, n_cells, request)) {
+            kv.end_prompt();
+            return 0;
+        }
+        return run(*ctx, kv, request);
+    });
+}
+
+// throws std::invalid_argument if a selection of the caller's keeps too many cells, or no cell of a head
+static void check_choice(const wkv_shapes & shapes, int64_t n_cells, const uint8_t * keep) {
+    const int64_t n_heads = int64_t(shapes.n_layer)*shapes.n_head_kv;
+
+    int64_t n_kept = 0;
+    for (int64_t i = 0; i < n_heads; keep += shapes.cells[i++]) {
+        const int64_t n = shapes.cells[i] - std::count(keep, keep + shapes.cells[i], 0);
+        if (n == 0 && shapes.cells[i] > 0) {
+            throw std::invalid_argument(format("the selection keeps no cell of layer %" PRId64 ", kv head %" PRId64 ", expected at least one",
+                    i/shapes.n_head_kv, i%shapes.n_head_kv));
+        }
+        n_kept += n;
+    }
+    if (n_kept > std::min<int64_t>(n_cells, INT32_MAX)*n_heads) {
+        throw std::invalid_argument(format("the selection keeps %" PRId64 " cells over all heads, expected at most %" PRId64,
+                n_kept, n_cells*n_heads));
+    }
+}
+
+int64_t wkv_compact_custom(struct llama_context * ctx, int32_t window_size, int64_t n_cells, wkv_select_fn fn, void * user) {
+    return with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         if (!fn) {
             return fail(WKV_ERR_ARGUMENT, "fn is null");
         }
-        return kv.compact(ctx, alpha, n_cells, fn, user);
+        llama_kv_ragged_check_request(kv, window_size, n_cells);
+
+        llama_kv_ragged_request request;
+        request.scoring.window_sizes.assign(window_size > 0 ? 1 : 0, window_size);
+        request.select = [&](const llama_kv_ragged_choice & choice) {
+            const auto & layers = kv.get_layers();
+            const wkv_shapes shapes = {
+                (int32_t) layers.size(), (int32_t) layers[0].n_head_kv, (int32_t) kv.get_seq().n_pos, choice.cells.data() };
+
+            if (fn(user, &shapes, n_cells, choice.positions, choice.scores, choice.keep) != 0) {
+                throw std::invalid_argument("the selection was given up, nothing was evicted");
+            }
+            check_choice(shapes, n_cells, choice.keep);
+        };
+        return run(*ctx, kv, request);
     });
 }
 
 int wkv_snapshot_save(struct llama_context * ctx) {
-    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
-        return kv.snapshot_save(ctx->get_memory()) ? WKV_OK : fail(WKV_ERR_COMPUTE, "no memory for a copy of the cache");
+    return with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        return kv.snapshot_save(*ctx->get_memory()) ? WKV_OK : fail(WKV_ERR_COMPUTE, "no memory for a copy of the cache");
     });
 }
 
 int wkv_snapshot_restore(struct llama_context * ctx) {
-    return with_cache(ctx, [](llama_kv_cache_ragged & kv) {
+    return with_idle_cache(ctx, [](llama_kv_cache_ragged & kv) {
         return kv.snapshot_restore() ? WKV_OK : fail(WKV_ERR_COMPUTE,
-            "no snapshot to go back to (none was saved, the cache was cleared or its window resized since), or no memory");
+            "no snapshot to go back to (none was saved, the cache was cleared or its observed queries resized since), or no memory");
     });
 }
 
 int wkv_snapshot_drop(struct llama_context * ctx) {
-    return with_cache(ctx, [](llama_kv_cache_ragged & kv) {
+    return with_idle_cache(ctx, [](llama_kv_cache_ragged & kv) {
         kv.snapshot_drop();
         return WKV_OK;
     });
@@ -242,16 +316,44 @@ static int stock_stats(const llama_context & ctx, struct wkv_stats & stats) {
     return WKV_OK;
 }
 
+static void ragged_stats(const llama_memory_i & mem, llama_kv_cache_ragged & kv, struct wkv_stats & stats) {
+    const auto & layers = kv.get_layers();
+    const auto & seq    = kv.get_seq();
+    const auto & own    = kv.get_stats();
+
+    stats = {};
+    stats.n_layer        = layers.size();
+    stats.n_head_kv      = layers[0].n_head_kv;
+    stats.n_gqa          = layers[0].n_gqa();
+    stats.n_past         = seq.n_pos;
+    stats.n_boundary     = seq.boundary;
+    stats.n_compactions  = own.n_compactions;
+    stats.n_observed     = seq.observed.n_observed;
+    stats.type_k         = layers[0].type_k;
+    stats.type_v         = layers[0].type_v;
+    stats.bytes_live     = kv.get_meter().live;
+    stats.bytes_peak     = kv.get_meter().peak;
+    stats.bytes_released = own.bytes_released;
+    stats.bytes_other    = n_bytes(mem) - n_bytes(kv);
+    stats.t_score_ms     = own.t_score_ms;
+    stats.t_select_ms    = own.t_select_ms;
+    stats.t_gather_ms    = own.t_gather_ms;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        stats.bytes_pool += kv.get_pools()[i].bytes();
+        stats.bytes_full += layers[i].n_head_kv*seq.n_pos*
+            (ggml_row_size(own.stock_type_k, layers[i].n_embd_head_k) + ggml_row_size(own.stock_type_v, layers[i].n_embd_head_v));
+    }
+}
+
 int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats) {
     if (!stats) {
         return fail(WKV_ERR_ARGUMENT, "stats is null");
     }
     if (ctx && ctx->get_memory() && !llama_kv_ragged_find(ctx->get_memory())) {
-        return stock_stats(*ctx, *stats);
+        return guard([&] { return stock_stats(*ctx, *stats); });
     }
-    return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) {
-        kv.get_stats(*stats);
-        stats->bytes_other = n_bytes(*ctx->get_memory()) - n_bytes(kv);
+    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        ragged_stats(*ctx->get_memory(), kv, *stats);
         return WKV_OK;
     });
 }
@@ -270,88 +372,93 @@ int wkv_get_layers(struct llama_context * ctx, int32_t * layers, size_t n) {
 
 int wkv_get_cells(struct llama_context * ctx, int32_t * cells, size_t n) {
     return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) {
-        const auto & layers = kv.get_layers();
-        check_room(n, layers.size()*layers[0].n_head_kv);
-        for (const auto & layer : layers) {
-            const auto own = kv.n_cells(layer);
-            cells = std::copy(own.begin(), own.end(), cells);
-        }
+        const auto res = kv.get_seq().n_cells();
+        check_room(n, res.size());
+        std::copy(res.begin(), res.end(), cells);
         return WKV_OK;
     });
 }
 
 int wkv_get_positions(struct llama_context * ctx, int32_t layer, int32_t head, int32_t * pos, size_t n) {
     return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) -> int64_t {
-        const auto & cur = get_layer(kv, layer);
-        check_head(head, cur.n_head_kv);
+        check_head(head, get_layer(kv, layer).n_head_kv);
 
-        const auto res = kv.positions(cur, head);
+        const auto res = kv.get_seq().positions(layer, head);
         std::copy_n(res.begin(), std::min(n, res.size()), pos);
         return res.size();
     });
 }
 
-int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t alpha, int32_t among, float * scores, size_t n) {
+static int64_t get_scores(llama_context * ctx, int32_t layer, const llama_kv_ragged_scoring & scoring, size_t n_planes, float * scores, size_t n) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
-        ctx->synchronize();
-        auto res = kv.score(ctx, get_layer(kv, layer), among > 0 ? std::vector<int32_t>{ alpha, among } : std::vector<int32_t>{ alpha });
-        if (among > 0) {
-            res.resize(res.size()/2);
+        get_layer(kv, layer);
+        for (const int32_t size : scoring.window_sizes) {
+            if (size < 1) {
+                throw std::invalid_argument(format("window_size is %d, expected at least 1", size));
+            }
         }
-        check_room(n, res.size());
-        std::copy(res.begin(), res.end(), scores);
-        return res.size();
+        ctx->synchronize();
+        const auto   res  = llama_kv_ragged_score(*ctx, kv.get_source(layer), scoring, kv.get_meter());
+        const size_t size = res.size()/n_planes;
+        check_room(n, size);
+        std::copy_n(res.begin(), size, scores);
+        return size;
     });
 }
 
+int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t window_size, int32_t among, float * scores, size_t n) {
+    llama_kv_ragged_scoring scoring;
+    scoring.window_sizes.push_back(window_size);
+    if (among > 0) {
+        scoring.window_sizes.push_back(among);
+    }
+    return get_scores(ctx, layer, scoring, scoring.window_sizes.size(), scores, n);
+}
+
 int64_t wkv_get_attention(struct llama_context * ctx, int32_t layer, float * weights, size_t n) {
-    return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
-        ctx->synchronize();
-        const auto res = kv.score_heads(ctx, get_layer(kv, layer));
-        check_room(n, res.size());
-        std::copy(res.begin(), res.end(), weights);
-        return res.size();
-    });
+    llama_kv_ragged_scoring scoring;
+    scoring.window_sizes.push_back(1);
+    scoring.by_query_head = true;
+    return get_scores(ctx, layer, scoring, 1, weights, n);
 }
 
 int64_t wkv_get_rows(struct llama_context * ctx, int32_t layer, int32_t head, int32_t which, float * rows, size_t n) {
     return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) -> int64_t {
-        const auto & cur = get_layer(kv, layer);
-        check_head(head, cur.n_head_kv);
+        check_head(head, get_layer(kv, layer).n_head_kv);
+        if (which != 0 && which != 1) {
+            throw std::invalid_argument(format("which is %d, expected 0 (K) or 1 (V)", which));
+        }
         ctx->synchronize();
 
-        const ggml_tensor * pool  = which == 0 ? cur.pool.k : cur.pool.v;
-        const int64_t     n_cells = kv.n_cells(cur, head);
+        const auto        & pool    = kv.get_pools()[layer];
+        const ggml_tensor * src     = which == 0 ? pool.k : pool.v;
+        const int64_t       n_cells = kv.get_seq().n_cells(layer, head);
         if (n_cells == 0) {
             return 0;
         }
-        check_room(n, n_cells*pool->ne[0]);
-        read_rows(pool, cur.pool.first[head]*pool->nb[1], n_cells, rows);
-        return n_cells*pool->ne[0];
+        check_room(n, n_cells*src->ne[0]);
+        read_rows(src, pool.first[head]*src->nb[1], n_cells, rows);
+        return n_cells*src->ne[0];
     });
 }
 
-int64_t wkv_get_queries(struct llama_context * ctx, int32_t layer, int32_t head, float * rows, int32_t * pos, size_t n) {
+int64_t wkv_get_queries(
+        struct llama_context * ctx, int32_t layer, int32_t head, float * rows, size_t n_rows, int32_t * pos, size_t n_pos) {
     return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) -> int64_t {
-        const auto & cur = get_layer(kv, layer);
-        check_head(head, cur.n_head);
+        check_head(head, get_layer(kv, layer).n_head);
         ctx->synchronize();
 
-        std::vector<std::pair<int32_t, int64_t>> order; // position, ring row
-        for (size_t i = 0; i < kv.get_ring_pos().size(); ++i) {
-            if (kv.get_ring_pos()[i] >= 0) {
-                order.emplace_back(kv.get_ring_pos()[i], i);
-            }
-        }
-        std::sort(order.begin(), order.end());
+        const ggml_tensor * src  = kv.get_queries(layer);
+        const auto        & seq  = kv.get_seq();
+        const auto          held = seq.observed.find(int32_t(seq.n_pos) - int32_t(seq.observed.n_observed));
 
-        const int64_t n_embd = cur.ring->ne[0];
-        check_room(n, order.size()*n_embd);
-        for (size_t i = 0; i < order.size(); ++i) {
-            pos[i] = order[i].first;
-            read_rows(cur.ring, head*cur.ring->nb[2] + order[i].second*cur.ring->nb[1], 1, rows + i*n_embd);
+        check_room(n_rows, held.size()*src->ne[0]);
+        check_room(n_pos,  held.size());
+        for (size_t i = 0; i < held.size(); ++i) {
+            pos[i] = seq.observed.pos[held[i]];
+            read_rows(src, head*src->nb[2] + held[i]*src->nb[1], 1, rows + i*src->ne[0]);
         }
-        return order.size()*n_embd;
+        return held.size()*src->ne[0];
     });
 }
 

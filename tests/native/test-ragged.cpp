@@ -1,9 +1,12 @@
-// The ragged cache through its public interfaces, run under the sanitizers on a tiny model with random weights.
+// The ragged cache through its public interfaces, and its scores by themselves, run under the sanitizers on a tiny model with random weights.
 //
 //   test-ragged MODEL.gguf [LAYERS_ON_THE_GPU [uniform]]
 //
 // uniform: the GPU has no attention over heads of different lengths.
 // GGML_BACKEND_PATH names a library with one more backend.
+
+#include "llama-context.h"
+#include "llama-kv-cache-ragged.h"
 
 #include "ggml-backend.h"
 #include "llama.h"
@@ -334,13 +337,13 @@ static void test_sequence_rules(llama_model * model) {
 
 static void test_trimmed_queries_are_forgotten(llama_model * model) {
     auto ctx = make(model, 8);
-    CHECK(decode(ctx.get(), prompt(300), 0) == 0); // the ring holds 292 to 299
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0); // 292 to 299 are observed
     CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 295, -1));
     CHECK(decode(ctx.get(), prompt(2, 3), 295) == 0);
 
     std::vector<float> queries(8*256);
     std::vector<int32_t> pos(8, -1);
-    CHECK(wkv_get_queries(ctx.get(), 0, 0, queries.data(), pos.data(), queries.size()) > 0);
+    CHECK(wkv_get_queries(ctx.get(), 0, 0, queries.data(), queries.size(), pos.data(), pos.size()) > 0);
     CHECK((pos == std::vector<int32_t>{ 292, 293, 294, 295, 296, -1, -1, -1 }));
 
     // fewer observed than asked for: the mean is over those that are left
@@ -350,11 +353,211 @@ static void test_trimmed_queries_are_forgotten(llama_model * model) {
     CHECK(std::fabs(std::accumulate(scores.begin(), scores.begin() + 297, 0.0f) - 1.0f) < 1e-3f);
 }
 
+static std::vector<int32_t> observed(llama_context * ctx) {
+    std::vector<float>   rows(1 << 16);
+    std::vector<int32_t> res(stats(ctx).n_observed, -1);
+    CHECK(wkv_get_queries(ctx, 0, 0, rows.data(), rows.size(), res.data(), res.size()) >= 0);
+    return res;
+}
+
+static std::vector<float> scores(llama_context * ctx, int window_size) {
+    std::vector<float> res(1 << 16);
+    const int64_t n = wkv_get_scores(ctx, 0, window_size, 0, res.data(), res.size());
+    CHECK(n > 0);
+    res.resize(n);
+    return res;
+}
+
+// an answer of any length can be taken back, and the prompt's end is observed as before
+static void test_queries_of_the_prompt_stay(llama_model * model) {
+    auto ctx = make(model, 8);
+    llama_memory_t mem = llama_get_memory(ctx.get());
+
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+    CHECK(wkv_prompt_done(ctx.get()) == WKV_OK);
+    const auto want = scores(ctx.get(), 8);
+
+    for (const int n : { 3, 8, 50 }) {
+        for (int i = 0; i < n; ++i) {
+            CHECK(decode(ctx.get(), prompt(1, i), 300 + i) == 0);
+        }
+        CHECK(observed(ctx.get()).back() == 300 + n - 1);
+        CHECK(llama_memory_seq_rm(mem, 0, 300, -1));
+        CHECK(observed(ctx.get()).front() == 292 && observed(ctx.get()).back() == 299);
+        CHECK(scores(ctx.get(), 8) == want);
+    }
+
+    // the last token evaluated again, as llama-cpp-python does with a prompt that it knows
+    CHECK(llama_memory_seq_rm(mem, 0, 299, -1));
+    CHECK(decode(ctx.get(), { prompt(300).back() }, 299) == 0);
+    CHECK(wkv_prompt_done(ctx.get()) == WKV_OK);
+    for (int i = 0; i < 20; ++i) {
+        CHECK(decode(ctx.get(), prompt(1, i), 300 + i) == 0);
+    }
+    CHECK(llama_memory_seq_rm(mem, 0, 300, -1));
+    CHECK(observed(ctx.get()).front() == 292);
+
+    // a compaction declares the end as well, and the next prompt replaces it
+    const auto policy = windowkv();
+    CHECK(wkv_compact(ctx.get(), &policy, 40) > 0);
+    for (int i = 0; i < 20; ++i) {
+        CHECK(decode(ctx.get(), prompt(1, i), 300 + i) == 0);
+    }
+    CHECK(llama_memory_seq_rm(mem, 0, 300, -1));
+    CHECK(observed(ctx.get()).front() == 292);
+    CHECK(wkv_compact(ctx.get(), &policy, 30) > 0);
+    CHECK(decode(ctx.get(), prompt(30, 2), 300) == 0);
+    CHECK(wkv_prompt_done(ctx.get()) == WKV_OK);
+    CHECK(observed(ctx.get()).front() == 322);
+}
+
+struct prompt_log {
+    llama_context * ctx;
+    wkv_policy      policy;
+    int             n_cells = 0; // compact to, 0 = not at all
+    std::vector<int> at;         // positions when called
+};
+
+static void on_prompt(void * user) {
+    auto & log = *static_cast<prompt_log *>(user);
+    log.at.push_back(stats(log.ctx).n_past);
+    if (log.n_cells > 0) {
+        CHECK(wkv_compact(log.ctx, &log.policy, log.n_cells) > 0);
+    }
+}
+
+// whoever decodes: a prompt that nobody compacted is found before the first token behind it
+static void test_prompts_are_found(llama_model * model) {
+    auto ctx = make(model, 8);
+    prompt_log log = { ctx.get(), windowkv(), 40, {} };
+    CHECK(wkv_on_prompt(ctx.get(), on_prompt, &log) == WKV_OK);
+
+    CHECK(decode(ctx.get(), prompt(200), 0) == 0);
+    CHECK(decode(ctx.get(), prompt(100, 2), 200) == 0); // the rest of the prompt
+    CHECK(log.at.empty());
+    CHECK(decode(ctx.get(), prompt(1), 300) == 0);
+    CHECK((log.at == std::vector<int>{ 300 }));
+    CHECK(stats(ctx.get()).n_boundary == 300);
+    CHECK(positions(ctx.get(), 0, 0).size() == 41);
+    const auto want = logits(ctx.get());
+
+    CHECK(decode(ctx.get(), prompt(1), 301) == 0); // an answer is none
+    CHECK(log.at.size() == 1);
+
+    CHECK(decode(ctx.get(), prompt(20), 302) == 0); // declared done before
+    CHECK(wkv_prompt_done(ctx.get()) == WKV_OK);
+    CHECK(decode(ctx.get(), prompt(1), 322) == 0);
+    CHECK(log.at.size() == 1);
+
+    log.n_cells = 0; // and it need not compact
+    CHECK(decode(ctx.get(), prompt(20), 323) == 0);
+    CHECK(decode(ctx.get(), prompt(1), 343) == 0);
+    CHECK((log.at == std::vector<int>{ 300, 343 }));
+    CHECK(stats(ctx.get()).n_boundary == 300);
+
+    CHECK(wkv_on_prompt(ctx.get(), nullptr, nullptr) == WKV_OK);
+    CHECK(decode(ctx.get(), prompt(20), 344) == 0);
+    CHECK(decode(ctx.get(), prompt(1), 364) == 0);
+    CHECK(log.at.size() == 2);
+
+    // the same as a compaction by hand
+    auto hand = make(model, 8);
+    CHECK(decode(hand.get(), prompt(200), 0) == 0);
+    CHECK(decode(hand.get(), prompt(100, 2), 200) == 0);
+    CHECK(wkv_compact(hand.get(), &log.policy, 40) > 0);
+    CHECK(decode(hand.get(), prompt(1), 300) == 0);
+    CHECK(logits(hand.get()) == want);
+}
+
+// everything that changes the cache is refused while a selection looks at it
+static int meddle(void * user, const wkv_shapes *, int64_t, const int32_t *, const float *, uint8_t *) {
+    auto * ctx = static_cast<llama_context *>(user);
+    llama_memory_t mem = llama_get_memory(ctx);
+
+    const auto before = stats(ctx);
+    const auto policy = windowkv();
+    CHECK(wkv_compact(ctx, &policy, 10) == WKV_ERR_ARGUMENT);
+    CHECK(last_error_has("a selection is running"));
+    CHECK(wkv_reserve(ctx, 500) == WKV_ERR_ARGUMENT);
+    CHECK(wkv_set_observed(ctx, 4) == WKV_ERR_ARGUMENT);
+    CHECK(wkv_snapshot_save(ctx) == WKV_ERR_ARGUMENT);
+    CHECK(wkv_prompt_done(ctx) == WKV_ERR_ARGUMENT);
+    CHECK(decode(ctx, prompt(1), before.n_past) == 1);
+    CHECK(last_error_has("a selection is running"));
+    CHECK(!llama_memory_seq_rm(mem, 0, before.n_past - 1, -1));
+    CHECK(!llama_memory_seq_rm(mem, -1, 0, -1));
+    llama_memory_clear(mem, true);
+    CHECK(llama_memory_seq_pos_max(mem, 0) == before.n_past - 1);
+    CHECK(stats(ctx).n_past == before.n_past && stats(ctx).bytes_pool == before.bytes_pool);
+    return 1;
+}
+
+static void test_selections_cannot_meddle(llama_model * model) {
+    auto ctx = make(model, 8);
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+    CHECK(wkv_compact_custom(ctx.get(), 8, 40, meddle, ctx.get()) == WKV_ERR_ARGUMENT);
+    CHECK(last_error_has("given up"));
+    CHECK(positions(ctx.get(), 0, 0).size() == 300);
+    CHECK(decode(ctx.get(), prompt(1), 300) == 0);
+}
+
+// attention weights that are too large for one tensor are computed in parts
+static void test_scores_in_parts(llama_model * model) {
+    auto ctx = make(model, 8);
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+
+    auto & kv = *llama_kv_ragged_find(ctx->get_memory());
+    for (const bool by_query_head : { false, true }) {
+        llama_kv_ragged_scoring scoring;
+        scoring.window_sizes  = by_query_head ? std::vector<int32_t>{ 8 } : std::vector<int32_t>{ 8, 3 };
+        scoring.by_query_head = by_query_head;
+        const auto want = llama_kv_ragged_score(*ctx, kv.get_source(1), scoring, kv.get_meter());
+        for (const int64_t n_columns : { 8, 3, 1 }) {
+            scoring.n_bytes_max = n_columns*300*sizeof(float);
+            const auto got = llama_kv_ragged_score(*ctx, kv.get_source(1), scoring, kv.get_meter());
+            CHECK(got.size() == want.size());
+            for (size_t i = 0; i < want.size(); ++i) {
+                CHECK(std::fabs(got[i] - want[i]) <= 1e-6f);
+            }
+        }
+    }
+}
+
+// layers of distinct lengths that stock attention serves look at columns of one mask in large batches
+static void test_layers_of_distinct_lengths(llama_model * model) {
+    const auto policy = pyramidkv();
+
+    std::vector<float> want;
+    for (const int attention : { WKV_ATTENTION_STOCK, WKV_ATTENTION_RAGGED }) {
+        if (attention == WKV_ATTENTION_RAGGED && no_ragged) {
+            continue;
+        }
+        auto ctx = make(model, 8);
+        CHECK(decode(ctx.get(), prompt(400), 0) == 0);
+        CHECK(wkv_compact(ctx.get(), &policy, 60) > 0);
+        CHECK(positions(ctx.get(), 0, 0).size() > positions(ctx.get(), 1, 0).size());
+        CHECK(wkv_set_attention(ctx.get(), attention) == WKV_OK);
+
+        std::vector<float> got;
+        int p0 = 400;
+        for (const int n : { 3, 100, 100, 1, 260 }) {
+            CHECK(decode(ctx.get(), prompt(n, n), p0) == 0);
+            p0 += n;
+            const auto cur = logits(ctx.get());
+            got.insert(got.end(), cur.begin(), cur.end());
+        }
+        for (size_t i = 0; i < want.size(); ++i) {
+            CHECK(std::fabs(got[i] - want[i]) <= 2e-2f*(1.0f + std::fabs(want[i])));
+        }
+        want = got;
+    }
+}
+
 static void test_queries_older_than_every_cell(llama_model * model) {
     auto ctx = make(model, 16);
     CHECK(decode(ctx.get(), prompt(300), 0) == 0);
     auto policy = windowkv();
-    CHECK(wkv_compact(ctx.get(), &policy, 4) > 0); // the last four stay, the ring still holds sixteen
+    CHECK(wkv_compact(ctx.get(), &policy, 4) > 0); // the last four stay, sixteen are still observed
     CHECK(decode(ctx.get(), prompt(2, 3), 300) == 0);
 
     std::vector<float> scores(64);
@@ -457,7 +660,7 @@ static void test_custom_selection(llama_model * model) {
     }
     int n = 40;
     CHECK(wkv_compact_custom(ctx.get(), 9, 40, keep_last, &n) == WKV_ERR_ARGUMENT);
-    CHECK(last_error_has("the ring holds 8"));
+    CHECK(last_error_has("8 queries are held"));
     CHECK(wkv_compact_custom(ctx.get(), 8, 0, keep_last, &n) == WKV_ERR_ARGUMENT);
     CHECK(wkv_compact_custom(ctx.get(), 8, 40, nullptr, &n) == WKV_ERR_ARGUMENT);
 
@@ -505,7 +708,7 @@ static void test_refusals(llama_model * model) {
     CHECK(wkv_compact(ctx.get(), nullptr, 10) == WKV_ERR_ARGUMENT);
     policy.alpha = policy.suffix = 9;
     CHECK(wkv_compact(ctx.get(), &policy, 10) == WKV_ERR_ARGUMENT);
-    CHECK(last_error_has("the ring holds 8"));
+    CHECK(last_error_has("8 queries are held"));
     policy.omega = 0;
     CHECK(wkv_compact(ctx.get(), &policy, 10) == WKV_ERR_ARGUMENT);
     CHECK(stats(ctx.get()).n_compactions == 0);
@@ -529,17 +732,28 @@ static void test_refusals(llama_model * model) {
     llama_set_causal_attn(ctx.get(), true);
     CHECK(decode(ctx.get(), prompt(1), 100) == 0);
 
-    // the window can be resized; what it saw is forgotten, so a prompt has to come first
-    CHECK(wkv_set_window(ctx.get(), 16) == WKV_OK);
+    // what is observed can be resized; it is forgotten, so a prompt has to come first
+    CHECK(wkv_set_observed(ctx.get(), 16) == WKV_OK);
     policy = windowkv();
     CHECK(wkv_compact(ctx.get(), &policy, 10) == WKV_ERR_COMPUTE);
     CHECK(last_error_has("evaluate a prompt first"));
     CHECK(decode(ctx.get(), prompt(20), 101) == 0);
     CHECK(wkv_compact(ctx.get(), &policy, 10) > 0);
-    CHECK(wkv_set_window(ctx.get(), 0) == WKV_ERR_ARGUMENT);
+    CHECK(wkv_set_observed(ctx.get(), 0) == WKV_ERR_ARGUMENT);
 
-    // a budget beyond all cells evicts nothing, however large
+    // a budget beyond all cells evicts nothing, however large, and whoever selects
     CHECK(wkv_compact(ctx.get(), &policy, INT64_MAX) == 0);
+    policy = adakv();
+    CHECK(no_ragged || wkv_compact(ctx.get(), &policy, INT64_MAX) == 0);
+    const auto all = [](void *, const wkv_shapes * shapes, int64_t, const int32_t *, const float *, uint8_t * keep) {
+        memset(keep, 1, std::accumulate(shapes->cells, shapes->cells + shapes->n_layer*shapes->n_head_kv, 0));
+        return 0;
+    };
+    CHECK(wkv_compact_custom(ctx.get(), 8, INT64_MAX, all, nullptr) == 0);
+
+    CHECK(wkv_get_queries(ctx.get(), 0, 0, rows(ctx.get(), 0, 0, 0).data(), 1, pos, 4) == WKV_ERR_ARGUMENT);
+    std::vector<float> queries(1 << 16);
+    CHECK(wkv_get_queries(ctx.get(), 0, 0, queries.data(), queries.size(), pos, 4) == WKV_ERR_ARGUMENT); // 16 are observed
 }
 
 static void test_fill(llama_model * model) {
@@ -629,6 +843,11 @@ int main(int argc, char ** argv) {
     }
     test_sequence_rules(model);
     test_trimmed_queries_are_forgotten(model);
+    test_queries_of_the_prompt_stay(model);
+    test_prompts_are_found(model);
+    test_selections_cannot_meddle(model);
+    test_scores_in_parts(model);
+    test_layers_of_distinct_lengths(model);
     test_queries_older_than_every_cell(model);
     test_batches_that_do_not_fit(model);
     if (!on_device) {

@@ -76,8 +76,8 @@ def window(policy: str) -> int:
 
 
 def ring_bytes(header: GGUFInfo, policy: str) -> int:
-    """Bytes of the observed queries (f16), which a session holds beside its cells."""
-    return sum(header.n_head[il] for il in header.compressed_layers) * header.head_dim_k * window(policy) * 2
+    """Bytes of the observed queries (f16), which a session holds beside its cells: the last ones and those of the prompt's end."""
+    return 2 * sum(header.n_head[il] for il in header.compressed_layers) * header.head_dim_k * window(policy) * 2
 
 
 def _model_table(header: GGUFInfo, supported: bool, reason: str, is_cost_known: bool) -> Table:

@@ -39,7 +39,7 @@ class Branches:
         self.model, self.n_ctx, self.n_window = model, n_ctx, n_window
         self.session = Session(model, n_ctx, "f16", Full(), True, threads, N_BATCH, own_cells=cells)
         self.kv = self.session.kv
-        self.kv.set_window(n_window)
+        self.kv.set_observed(n_window)
         self.cells = cell_types(self.kv.stats())[0]
         self.prompt: list[int] = []
         self.n_evaluated = 0

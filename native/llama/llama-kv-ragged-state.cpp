@@ -1,4 +1,4 @@
-// Snapshots: a copy of everything that a context's memory holds, to go back to any number of times.
+#include "llama-kv-ragged-state.h"
 
 #include "llama-kv-cache-ragged.h"
 
@@ -61,82 +61,79 @@ private:
     }
 };
 
-bool llama_kv_cache_ragged::snapshot_save(llama_memory_i * mem) {
+std::vector<std::function<void()>> llama_kv_ragged_copy_others(llama_memory_i & mem, llama_kv_cache & kv) {
+    std::vector<std::function<void()>> res = { llama_kv_ragged_copy::of(kv) };
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(&mem)) {
+        res.push_back(llama_kv_ragged_copy::of(*iswa->get_swa()));
+    } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(&mem)) {
+        res.push_back(llama_kv_ragged_copy::of(*hybrid->get_mem_recr()));
+    } else {
+        GGML_ASSERT(&mem == &kv);
+    }
+    return res;
+}
+
+//
+// llama_kv_cache_ragged
+//
+
+bool llama_kv_cache_ragged::snapshot_save(llama_memory_i & mem) {
     synchronize();
 
-    auto res = std::make_unique<snapshot_t>();
-    for (const auto & layer : layers) {
-        const auto len = n_cells(layer);
+    auto res = std::make_unique<llama_kv_ragged_state>();
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const auto len = seq.n_cells(i);
 
         auto cap = len;
         for (auto & n : cap) {
             n = std::max<int64_t>(1, n);
         }
 
-        res->pools.push_back(layer.copy_pool(layer.pool, cap, len, &meter));
+        res->pools.push_back(layers[i].copy_pool(pools[i], cap, len, &meter));
         if (res->pools.back().empty()) {
             return false;
         }
-        res->kept.push_back(layer.kept);
-        res->bounds.push_back(layer.boundary);
-        res->rings.emplace_back(ggml_nbytes(layer.ring));
-        ggml_backend_tensor_get(layer.ring, res->rings.back().data(), 0, res->rings.back().size());
-    }
-    res->ring_pos = ring_pos;
-    res->n_pos    = n_pos;
-    res->boundary = boundary;
 
-    res->others.push_back(llama_kv_ragged_copy::of(static_cast<llama_kv_cache &>(*this))); // the ledger
-    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
-        res->others.push_back(llama_kv_ragged_copy::of(*iswa->get_swa()));
-    } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
-        res->others.push_back(llama_kv_ragged_copy::of(*hybrid->get_mem_recr()));
-    } else {
-        GGML_ASSERT(mem == this);
+        const ggml_tensor * src = queries[i].tensor;
+        res->queries.emplace_back(ggml_nbytes(src));
+        ggml_backend_tensor_get(src, res->queries.back().data(), 0, res->queries.back().size());
     }
+    res->seq    = seq;
+    res->others = llama_kv_ragged_copy_others(mem, *this);
 
     snapshot = std::move(res);
     return true;
 }
 
 bool llama_kv_cache_ragged::snapshot_restore() {
-    if (!snapshot || snapshot->ring_pos.size() != n_window) {
+    if (!snapshot || snapshot->seq.observed.n_observed != seq.observed.n_observed) {
         return false;
     }
+    const auto & state = *snapshot;
+
     synchronize();
 
     // nothing changes until all copies exist
-    std::vector<llama_kv_ragged_pool> pools;
+    std::vector<llama_kv_ragged_pool> next;
     for (size_t i = 0; i < layers.size(); ++i) {
-        std::vector<int64_t> len;
-        for (const auto & kept : snapshot->kept[i]) {
-            len.push_back(kept.size() + (snapshot->n_pos - snapshot->bounds[i]));
-        }
+        const auto len = state.seq.n_cells(i);
+        const auto cap = layers[i].capacity(len, 32, state.seq.boundary > 0);
 
-        const auto cap = layers[i].capacity(len, 32, snapshot->boundary > 0);
-
-        pools.push_back(layers[i].copy_pool(snapshot->pools[i], cap, len, &meter));
-        if (pools.back().empty()) {
+        next.push_back(layers[i].copy_pool(state.pools[i], cap, len, &meter));
+        if (next.back().empty()) {
             return false;
         }
     }
-
-    auto kept = snapshot->kept;
+    auto seq_next = state.seq;
 
     for (size_t i = 0; i < layers.size(); ++i) {
-        auto & layer = layers[i];
-
-        layer.pool     = std::move(pools[i]);
-        layer.kept     = std::move(kept[i]);
-        layer.boundary = snapshot->bounds[i];
-        ggml_backend_tensor_set(layer.ring, snapshot->rings[i].data(), 0, snapshot->rings[i].size());
+        ggml_backend_tensor_set(queries[i].tensor, state.queries[i].data(), 0, state.queries[i].size());
     }
-    for (const auto & restore : snapshot->others) {
-        restore();
+    for (const auto & back : state.others) {
+        back();
     }
-    ring_pos = snapshot->ring_pos;
-    n_pos    = snapshot->n_pos;
-    boundary = snapshot->boundary;
+    pools = std::move(next);
+    seq   = std::move(seq_next);
     epoch++;
     return true;
 }

@@ -1,0 +1,35 @@
+#pragma once
+
+// Graphs beside the scheduler, on one backend of a context: it would have to be reserved again for them and would keep their peak.
+
+#include "llama-kv-ragged-pool.h"
+
+struct llama_context;
+
+// backend of a device in a context, nullptr if it has none
+ggml_backend_t llama_kv_ragged_backend(llama_context & lctx, ggml_backend_dev_t dev);
+
+// its compute buffer counts as live while it exists; everything throws std::runtime_error
+class llama_kv_ragged_compute {
+public:
+    llama_kv_ragged_compute(llama_context & lctx, const llama_kv_ragged_layer & layer, llama_kv_ragged_meter & meter, size_t n_tensors);
+
+    ggml_context * get_ctx() const { return ctx.get(); }
+
+    ggml_tensor * input(ggml_type type, int64_t ne0, int64_t ne1 = 1);
+
+    void expand(ggml_tensor * cur);
+
+    // after this inputs can be set
+    void alloc();
+
+    void compute();
+
+private:
+    llama_kv_ragged_claim claim;
+
+    ggml_backend_t   backend = nullptr;
+    ggml_context_ptr ctx;
+    ggml_gallocr_ptr galloc;
+    ggml_cgraph    * gf = nullptr;
+};

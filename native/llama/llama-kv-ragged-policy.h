@@ -1,0 +1,17 @@
+#pragma once
+
+// What a policy asks of a compaction.
+
+#include "llama-kv-ragged-compact.h"
+#include "policy/wkv-policy.h"
+
+#include <cstdint>
+
+// Whether a policy evicts anything of the cells that kv holds now, and if so how: n_cells stay per (layer, kv head) on average.
+// Both the policy and what it points to have to outlive the request.
+// Throws std::invalid_argument if the policy, or its number of cells, does not fit this cache.
+bool llama_kv_ragged_policy_request(
+        const llama_kv_cache_ragged & kv, const wkv_policy & policy, int64_t n_cells, llama_kv_ragged_request & request);
+
+// Throws std::invalid_argument if a selection that observes window_size tokens cannot keep n_cells cells per head.
+void llama_kv_ragged_check_request(const llama_kv_cache_ragged & kv, int32_t window_size, int64_t n_cells);

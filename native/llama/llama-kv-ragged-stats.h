@@ -1,0 +1,21 @@
+#pragma once
+
+// What the ragged KV cache tells about itself.
+
+#include "ggml.h"
+
+#include <cstdint>
+
+struct llama_kv_ragged_stats {
+    // types of the cells that stock would hold
+    ggml_type stock_type_k = GGML_TYPE_F16;
+    ggml_type stock_type_v = GGML_TYPE_F16;
+
+    int32_t n_compactions = 0;
+
+    // the last one
+    int64_t bytes_released = 0;
+    double  t_score_ms     = 0.0;
+    double  t_select_ms    = 0.0;
+    double  t_gather_ms    = 0.0;
+};
