@@ -306,65 +306,9 @@ private:
     bool full = false;
 };
 
-// called by every KV cache that is constructed: the ledger has no layers, but quantised cells are rotated as the ledger says
-void llama_kv_ragged_ledger(const llama_hparams & hparams, int32_t & n_embd_head_k_all, int32_t & n_embd_head_v_all);
-
-//
-// creation: the next context created on this thread gets a ragged cache
-//
-
-// n_window = 0: none; type: of the cells, see wkv_pending_set()
-void llama_kv_ragged_pending_set(uint32_t n_window, int32_t type = -1);
-
-bool llama_kv_ragged_pending();
-
-// Throws std::runtime_error with the reason if the model cannot be served. Returns nullptr if the model keeps window or
-// recurrent layers beside its attention: upstream then creates its own memory, and the request stays pending until that
-// asks for the cache of the attention layers with llama_kv_ragged_attn(). Consumes the request otherwise.
-llama_memory_i * llama_kv_ragged_create(
-        const llama_model         & model,
-        const llama_memory_params & params,
-        const llama_cparams       & cparams);
-
-// Consumes the pending request. Without a filter the layers that are not recurrent.
-llama_kv_cache * llama_kv_ragged_attn(const llama_model & model, const llama_memory_i::layer_filter_cb & filter);
-
-//
-// a ragged cache inside a memory of upstream's: what that memory asks, answered for stock caches too
-//
-
-// the cache of the layers that attend to all positions; nullptr for kinds that have none or keep something else there
-llama_kv_cache * llama_kv_ragged_attn_cache(llama_memory_i * mem);
-
-// the same if it is a ragged one, else nullptr
-llama_kv_cache_ragged * llama_kv_ragged_find(llama_memory_i * mem);
-
-// Whether all of the caches can remove these positions; swa may be nullptr. A ragged cache holds one sequence, so that
-// "every sequence" becomes that one, which recurrent caches need: they remove nothing from every sequence.
-bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * swa, llama_seq_id & seq_id, llama_pos p0, llama_pos p1);
-
-// true, with a line in the log, if positions must stay as they are
-bool llama_kv_ragged_no_shift(const llama_kv_cache * kv);
-
-// the context of a batch that has slots; that of a ragged cache fails if the batch does not follow what it holds
-llama_kv_cache_context * llama_kv_ragged_context_make(
-        llama_kv_cache * kv,
-        llama_kv_cache::slot_info_vec_t sinfos,
-        std::vector<llama_ubatch> ubatches);
-
 // n_tokens positions with random cells in an empty cache of any kind, see wkv_fill()
 // throws std::invalid_argument before anything changed, std::runtime_error if memory runs out
 void llama_kv_ragged_fill(llama_context & ctx, int32_t n_tokens);
 
 // backend of a device in a context, nullptr if it has none
 ggml_backend_t llama_kv_ragged_backend(llama_context & lctx, ggml_backend_dev_t dev);
-
-// throws std::runtime_error with the reason why a model, a context or a call is not served
-[[noreturn]] void llama_kv_ragged_refuse(const std::string & msg);
-
-// refuses a model for the layers that the cache is going to hold
-void llama_kv_ragged_check_layers(const llama_model & model, const std::vector<uint32_t> & layers);
-
-// message of the last failure on this thread
-void                llama_kv_ragged_set_error(const std::string & msg);
-const std::string & llama_kv_ragged_get_error();

@@ -4,6 +4,7 @@
 // reserved again for them and would keep their peak.
 
 #include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -25,10 +26,10 @@ static double elapsed_ms(int64_t t_start_us) {
 }
 
 std::string llama_kv_cache_ragged::no_ragged_attention(const llama_kv_ragged_layer & layer) {
-    return format("kv_policy: %s has no attention over heads of different lengths (layer %u, head size %" PRId64 "): choose a policy "
+    return format("kv_policy: %s has no attention over heads of different lengths (layer %u, head size %" PRId64 "%s): choose a policy "
             "that gives all heads of a layer the same number of cells, or keep the cells in host memory, where the CPU attends to them, "
             "with offload_kqv=False (slower), or load the model with n_gpu_layers=0",
-            ggml_backend_dev_name(layer.dev), layer.il, layer.n_embd_head_k);
+            ggml_backend_dev_name(layer.dev), layer.il, layer.n_embd_head_k, layer.sinks ? ", learned attention sinks" : "");
 }
 
 // a graph on one backend; its compute buffer counts as live while it exists

@@ -5,6 +5,7 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
 #include "llama-model.h"
 #include "policy/wkv-policy.h"
 
