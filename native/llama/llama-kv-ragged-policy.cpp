@@ -2,6 +2,7 @@
 
 #include "llama-impl.h"
 #include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
 
 #include <algorithm>
 #include <cinttypes>

@@ -5,6 +5,8 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
+#include "llama-kv-ragged-fill.h"
 #include "llama-kv-ragged-policy.h"
 #include "llama-model.h"
 #include "policy/wkv-policy.h"

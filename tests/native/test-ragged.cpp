@@ -7,6 +7,7 @@
 
 #include "llama-context.h"
 #include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
 
 #include "ggml-backend.h"
 #include "llama.h"

@@ -206,6 +206,17 @@ def refusals(model: Path) -> Json:
     return res
 
 
+def refusal(model: Path, policy: str) -> str | None:
+    """Why a session with all layers on the device is refused; None if it loads, compacts and decodes."""
+    try:
+        with session(model, 99, kv_policy=policy, kv_budget=40) as llm:
+            assert np.isfinite(decode(llm, 300, 5)).all()
+            assert llm.kv_stats().n_compactions == 1
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def bench(model: Path, *options: str) -> list[Json]:
     """Rows of ``windowkv-edge bench`` with all layers on the device."""
     from typer.testing import CliRunner
