@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from strictdiff import Patch, Tree
+from strictdiff import Hunk, Patch, Tree
 
-MAX_ADDED = 10  # lines a hunk may add; more is code of ours and belongs in native/
+# Lines a hunk may add and remove, a replaced line counting as both. What it adds beyond that is ours and belongs in
+# native/, what it removes beyond that makes the patch depend on how upstream is written
+MAX_CHANGED = 10
 FROZEN = {"src/llama-graph.h": "156 model files include it"}
 PARAGRAPHS = ("Why", "Why not outside upstream", "When it can go")
 
@@ -25,6 +27,22 @@ def header_problems(patch: Patch) -> list[str]:
     return problems
 
 
+def hunk_problems(hunk: Hunk) -> list[str]:
+    problems = []
+    added, removed = ([line[1:] for line in hunk.lines if line[0] == sign] for sign in "+-")
+    if len(added) + len(removed) > MAX_CHANGED:
+        problems.append(
+            f"adds {len(added)} and removes {len(removed)} lines, expected at most {MAX_CHANGED} in all; "
+            "move the code to native/ and insert a call"
+        )
+    if dangling := next((line for line in added if re.search(r"(^ *|\} *)else *(//.*)?$", line)), None):
+        problems.append(
+            f"adds {dangling.strip()!r}, whose branch is the next line of upstream's whatever that will be; "
+            "write 'else if (...) {' or choose with a call"
+        )
+    return problems
+
+
 def content_problems(patch: Patch, before: Tree, after: Tree) -> list[str]:
     problems = []
     listed = re.findall(r"^Touches-Public-Header: *(\S+)", patch.header, re.MULTILINE)
@@ -33,11 +51,7 @@ def content_problems(patch: Patch, before: Tree, after: Tree) -> list[str]:
         if diff.path in FROZEN:
             problems.append(f"{where}: must stay as it is ({FROZEN[diff.path]}); declare in a header in native/")
         for number, hunk in enumerate(diff.hunks, 1):
-            if (added := sum(line[0] == "+" for line in hunk.lines)) > MAX_ADDED:
-                problems.append(
-                    f"{where}: hunk {number} adds {added} lines, expected at most {MAX_ADDED}; "
-                    "move the code to native/ and insert a call"
-                )
+            problems += [f"{where}: hunk {number} {problem}" for problem in hunk_problems(hunk)]
         if not re.fullmatch(r"(ggml/)?include/[^/]+\.h", diff.path):
             continue
         if diff.path not in listed:

@@ -27,7 +27,7 @@ class Script(KVPolicy):
     name: ClassVar[str] = "script"
 
     @property
-    def window(self) -> int:
+    def n_observed(self) -> int:
         return 8
 
     def select(self, scores: Any, budget: int, ctx: CacheView) -> Any:

@@ -42,9 +42,10 @@ class _Writer:
     def norm(self, name: str) -> None:
         self.const(name, 1.0, self.n_embd)
 
-    def embeddings(self) -> None:
+    def embeddings(self, *, output: bool = True) -> None:
         self.weight("token_embd.weight", N_VOCAB, self.n_embd)
-        self.weight("output.weight", N_VOCAB, self.n_embd)
+        if output:
+            self.weight("output.weight", N_VOCAB, self.n_embd)
 
     def attention(self, il: int, n_head_kv: int) -> None:
         self.weight(f"blk.{il}.attn_q.weight", self.n_embd, self.n_embd)
@@ -58,6 +59,25 @@ class _Writer:
         self.weight(f"blk.{il}.ffn_up.weight", N_FF, self.n_embd)
         self.weight(f"blk.{il}.ffn_down.weight", self.n_embd, N_FF)
 
+    def ssm_keys(self) -> None:
+        self.d_conv, self.d_state, self.n_ssm_head, self.d_inner = 4, 16, 4, 2 * self.n_embd
+        self.gguf.add_ssm_conv_kernel(self.d_conv)
+        self.gguf.add_ssm_inner_size(self.d_inner)
+        self.gguf.add_ssm_state_size(self.d_state)
+        self.gguf.add_ssm_time_step_rank(self.n_ssm_head)
+        self.gguf.add_ssm_group_count(1)
+
+    def ssm(self, il: int) -> None:
+        d_all = self.d_inner + 2 * self.d_state
+        self.weight(f"blk.{il}.ssm_in.weight", self.d_inner + d_all + self.n_ssm_head, self.n_embd)
+        self.weight(f"blk.{il}.ssm_conv1d.weight", d_all, self.d_conv)
+        self.const(f"blk.{il}.ssm_conv1d.bias", 0.0, d_all)
+        self.const(f"blk.{il}.ssm_dt.bias", 0.1, self.n_ssm_head)
+        self.const(f"blk.{il}.ssm_a", -1.0, self.n_ssm_head, 1)
+        self.const(f"blk.{il}.ssm_d", 1.0, self.n_ssm_head, 1)
+        self.const(f"blk.{il}.ssm_norm.weight", 1.0, 1, self.d_inner)
+        self.weight(f"blk.{il}.ssm_out.weight", self.n_embd, self.d_inner)
+
     def close(self) -> Path:
         self.gguf.write_header_to_file()
         self.gguf.write_kv_data_to_file()
@@ -67,20 +87,30 @@ class _Writer:
 
 
 def write_llama(
-    path: Path, *, n_layer: int = 3, n_head: int = 4, n_head_kv: int = 2, head_dim: int = 32, seed: int = 0
+    path: Path,
+    *,
+    arch: str = "llama",
+    n_layer: int = 3,
+    n_head: int = 4,
+    n_head_kv: int = 2,
+    head_dim: int = 32,
+    seed: int = 0,
 ) -> Path:
-    """A llama-architecture model without a tokenizer.
+    """A model with the tensors of the llama architecture, without a tokenizer.
 
     Args:
         path: file to write.
+        arch: an architecture that has the same tensors; "eurobert", which has no output matrix, goes without.
         n_layer: layers.
         n_head: query heads per layer.
         n_head_kv: kv heads per layer.
         head_dim: size of a head, even.
         seed: of the random weights.
     """
-    out = _Writer(path, "llama", n_head, [n_head_kv] * n_layer, head_dim, seed)
-    out.embeddings()
+    out = _Writer(path, arch, n_head, [n_head_kv] * n_layer, head_dim, seed)
+    if arch == "qwen2vl":
+        out.gguf.add_rope_dimension_sections([8, 4, 4, 0])
+    out.embeddings(output=arch != "eurobert")
     out.norm("output_norm.weight")
     for il in range(n_layer):
         out.norm(f"blk.{il}.attn_norm.weight")
@@ -113,14 +143,8 @@ def write_lfm2(path: Path, *, kv_heads: Sequence[int] = (0, 2, 0, 2), window: in
 
 def write_granite_hybrid(path: Path, *, kv_heads: Sequence[int] = (0, 2, 0, 2), seed: int = 0) -> Path:
     """Mamba-2 where a layer has no kv heads, attention elsewhere."""
-    d_conv, d_state, n_ssm_head = 4, 16, 4
     out = _Writer(path, "granitehybrid", 4, kv_heads, 32, seed)
-    d_inner = 2 * out.n_embd
-    out.gguf.add_ssm_conv_kernel(d_conv)
-    out.gguf.add_ssm_inner_size(d_inner)
-    out.gguf.add_ssm_state_size(d_state)
-    out.gguf.add_ssm_time_step_rank(n_ssm_head)
-    out.gguf.add_ssm_group_count(1)
+    out.ssm_keys()
     out.embeddings()
     out.norm("output_norm.weight")
     for il, n_head_kv in enumerate(kv_heads):
@@ -128,15 +152,75 @@ def write_granite_hybrid(path: Path, *, kv_heads: Sequence[int] = (0, 2, 0, 2), 
         if n_head_kv:
             out.attention(il, n_head_kv)
         else:
-            out.weight(f"blk.{il}.ssm_in.weight", 2 * d_inner + 2 * d_state + n_ssm_head, out.n_embd)
-            out.weight(f"blk.{il}.ssm_conv1d.weight", d_inner + 2 * d_state, d_conv)
-            out.const(f"blk.{il}.ssm_conv1d.bias", 0.0, d_inner + 2 * d_state)
-            out.const(f"blk.{il}.ssm_dt.bias", 0.1, n_ssm_head)
-            out.const(f"blk.{il}.ssm_a", -1.0, n_ssm_head, 1)
-            out.const(f"blk.{il}.ssm_d", 1.0, n_ssm_head, 1)
-            out.const(f"blk.{il}.ssm_norm.weight", 1.0, 1, d_inner)
-            out.weight(f"blk.{il}.ssm_out.weight", out.n_embd, d_inner)
+            out.ssm(il)
         out.mlp(il)
+    return out.close()
+
+
+def write_mamba2(path: Path, *, n_layer: int = 2, seed: int = 0) -> Path:
+    """Mamba-2 in all layers: no KV cache."""
+    out = _Writer(path, "mamba2", 4, [0] * n_layer, 32, seed)
+    out.ssm_keys()
+    out.embeddings()
+    out.norm("output_norm.weight")
+    for il in range(n_layer):
+        out.norm(f"blk.{il}.attn_norm.weight")
+        out.ssm(il)
+    return out.close()
+
+
+def write_minimax_m3(path: Path, *, n_layer: int = 2, seed: int = 0) -> Path:
+    """A cache of its own kind, with keys of an indexer beside the cells; two experts but in the first layer."""
+    n_head_kv, n_expert, d_index = 2, 2, 32
+    out = _Writer(path, "minimax-m3", 4, [n_head_kv] * n_layer, 32, seed)
+    n_embd = out.n_embd
+    out.gguf.add_leading_dense_block_count(1)
+    out.gguf.add_expert_count(n_expert)
+    out.gguf.add_expert_used_count(1)
+    out.gguf.add_expert_feed_forward_length(N_FF)
+    out.gguf.add_expert_shared_count(1)
+    out.gguf.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    index = {"head_count": n_head_kv, "key_length": d_index, "top_k": 2, "block_size": 16, "local_blocks": 1}
+    for key, value in index.items():
+        out.gguf.add_uint32(f"minimax-m3.attention.indexer.{key}", value)
+    out.embeddings()
+    out.norm("output_norm.weight")
+    for il in range(n_layer):
+        out.norm(f"blk.{il}.attn_norm.weight")
+        out.attention(il, n_head_kv)
+        out.const(f"blk.{il}.attn_q_norm.weight", 1.0, out.head_dim)
+        out.const(f"blk.{il}.attn_k_norm.weight", 1.0, out.head_dim)
+        if il == 0:
+            out.mlp(il)
+            continue
+        out.norm(f"blk.{il}.ffn_norm.weight")
+        out.weight(f"blk.{il}.ffn_gate_inp.weight", n_expert, n_embd)
+        out.const(f"blk.{il}.exp_probs_b.bias", 0.0, n_expert)
+        for name, rows, cols in (("gate", N_FF, n_embd), ("up", N_FF, n_embd), ("down", n_embd, N_FF)):
+            out.weight(f"blk.{il}.ffn_{name}_exps.weight", n_expert, rows, cols)
+            out.weight(f"blk.{il}.ffn_{name}_shexp.weight", rows, cols)
+        out.weight(f"blk.{il}.indexer.q_proj.weight", n_head_kv * d_index, n_embd)
+        out.weight(f"blk.{il}.indexer.k_proj.weight", d_index, n_embd)
+        out.const(f"blk.{il}.indexer.q_norm.weight", 1.0, d_index)
+        out.const(f"blk.{il}.indexer.k_norm.weight", 1.0, d_index)
+    return out.close()
+
+
+def write_grok(path: Path, *, n_layer: int = 2, seed: int = 0) -> Path:
+    """Plain attention whose logits go through a tanh of its own; two experts."""
+    n_head_kv, n_expert = 2, 2
+    out = _Writer(path, "grok", 4, [n_head_kv] * n_layer, 32, seed)
+    out.gguf.add_expert_count(n_expert)
+    out.gguf.add_expert_used_count(1)
+    out.embeddings()
+    out.norm("output_norm.weight")
+    for il in range(n_layer):
+        for name in ("attn_norm", "attn_output_norm", "ffn_norm", "layer_output_norm"):
+            out.norm(f"blk.{il}.{name}.weight")
+        out.attention(il, n_head_kv)
+        out.weight(f"blk.{il}.ffn_gate_inp.weight", n_expert, out.n_embd)
+        for name, rows, cols in (("gate", N_FF, out.n_embd), ("up", N_FF, out.n_embd), ("down", out.n_embd, N_FF)):
+            out.weight(f"blk.{il}.ffn_{name}_exps.weight", n_expert, rows, cols)
     return out.close()
 
 

@@ -16,7 +16,7 @@ __all__ = ["compact", "n_observed"]
 
 def n_observed(policy: KVPolicy) -> int:
     """Queries at the end of the prompt that the cache keeps for a policy."""
-    return policy.window
+    return policy.n_observed
 
 
 def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "localization") -> int:
@@ -39,7 +39,7 @@ def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "l
             nothing was evicted.
     """
     if not policy.in_python:
-        return kv.compact(_native.policy_struct(policy.native(task)), n_cells)
+        return kv.compact(_native.policy_struct(policy.parts(task)), n_cells)
 
     stats = kv.stats()
     if int(kv.cells().max(initial=0)) <= n_cells:

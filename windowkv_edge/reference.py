@@ -30,6 +30,23 @@ EQUAL, IMPORTANCE, SCORE = range(3)
 LAYER, MODEL = range(2)
 
 
+def _fields(policy: KVPolicy, task: Task) -> dict[str, Any]:
+    """The options of a policy in one table."""
+    s, a, sel = policy.parts(task)
+    kinds = {"full": FULL, "recent": STREAMINGLLM, "tokens": SNAPKV, "windows": WINDOWKV}
+    kind = PYRAMIDKV if a.layers == "pyramid" else kinds[sel.kind]
+    return {
+        "kind": kind, "alpha": s.window_size, "suffix": sel.n_recent, "n_sink": sel.n_sink, "kernel": s.kernel_size,
+        "omega": sel.omega, "top_p": sel.top_p, "gamma": max(1, sel.gamma), "share": int(sel.share == "mean"),
+        "scope": int(sel.scope == "head"), "shape": int(a.layers == "arithmetic"),
+        "accounting": int(a.accounting == "paper"), "protect_first": sel.protect_first, "carry": s.kernel_size - 1,
+        "suffix_share": sel.recent_share, "tokens": sel.token_share, "window_floor": sel.window_floor,
+        "slope": a.lam or a.beta, "heads": ("equal", "importance", "score").index(a.heads),
+        "span": int(a.across == "model"), "pool": 1 / a.beta if a.beta else 0.0, "pool_floor": a.importance_floor,
+        "floor_share": a.alpha_safeguard, "importance": a.importance,
+    }  # fmt: skip
+
+
 #
 # attention
 #
@@ -267,7 +284,7 @@ def budgets(
     Returns:
         int32 [n_layer, n_head_kv]; the mean is n_cells unless the cache holds fewer (or ``accounting="paper"``).
     """
-    p = policy.native(task)
+    p = _fields(policy, task)
     have = np.asarray(cells, dtype=np.int32)
     n_head_kv = have.shape[1]
     if p["kind"] == FULL:
@@ -473,7 +490,7 @@ def select(
     Returns:
         Per layer and kv head bool [cells].
     """
-    p: dict[str, Any] = policy.native(task)
+    p = _fields(policy, task)
     if p["kind"] == FULL:
         return [[np.ones(q.shape, dtype=bool) for q in layer] for layer in positions]
 

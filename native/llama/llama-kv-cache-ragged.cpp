@@ -5,15 +5,14 @@
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
+#include "llama-kv-ragged-create.h"
+#include "llama-kv-ragged-probe.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
-#include "ggml-flash-attn-ragged.h"
-
 #include <algorithm>
 #include <cinttypes>
-#include <cstring>
 #include <numeric>
 #include <stdexcept>
 
@@ -48,41 +47,16 @@ llama_kv_cache_context * llama_kv_ragged_context_make(
 // llama_kv_cache_ragged
 //
 
-// set while a ledger is constructed: the layers of its owner, all if the filter is empty
-static thread_local const llama_memory_i::layer_filter_cb * ledger_owner = nullptr;
-
-// a ledger of positions: no layer passes
-static llama_memory_i::layer_filter_cb ledger_filter(const llama_memory_i::layer_filter_cb & owner) {
-    ledger_owner = &owner;
-    return [](int32_t) { return false; };
-}
-
-void llama_kv_ragged_ledger(const llama_hparams & hparams, int32_t & n_embd_head_k_all, int32_t & n_embd_head_v_all) {
-    if (!ledger_owner) {
-        return;
-    }
-    const auto & owner = *ledger_owner;
-    ledger_owner = nullptr;
-
-    const auto merge = [](int32_t & all, int32_t n) { all = all == 0 || all == n ? n : -1; };
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (!owner || owner(il)) {
-            merge(n_embd_head_k_all, hparams.n_embd_head_k(il));
-            merge(n_embd_head_v_all, hparams.n_embd_head_v(il));
-        }
-    }
-}
-
 llama_kv_cache_ragged::llama_kv_cache_ragged(
         const llama_model     & model,
         const llama_cparams   & cparams,
               ggml_type         type_k,
               ggml_type         type_v,
               uint32_t          n_observed,
-        const layer_filter_cb & filter) try :
+        const layer_filter_cb & filter) :
     llama_kv_cache(model, model.hparams, type_k, type_v, /*v_trans =*/ false, cparams.offload_kqv,
             /*unified =*/ true, cparams.n_ctx_seq, cparams.n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE,
-            /*mem_other =*/ nullptr, /*filter =*/ ledger_filter(filter), nullptr, nullptr),
+            /*mem_other =*/ nullptr, /*filter =*/ [](int32_t) { return false; }, nullptr, nullptr),
     model(model), hparams(model.hparams), cparams(cparams) {
     GGML_ASSERT(n_observed > 0);
 
@@ -90,60 +64,6 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
     pools.resize(layers.size());
     set_observed(n_observed);
     tables.init(layers, meter);
-} catch (...) {
-    ledger_owner = nullptr; // the base class may have thrown before it asked
-    throw;
-}
-
-static bool attn_supported(const llama_kv_ragged_layer & layer) {
-    const ggml_init_params params = {
-        /*.mem_size   =*/ 16*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
-    ggml_context_ptr ctx_ptr { ggml_init(params) };
-    ggml_context * ctx = ctx_ptr.get();
-
-    const auto attended = [](ggml_type type) { return type == GGML_TYPE_F32 ? GGML_TYPE_F16 : type; };
-
-    ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.n_embd_head_k, 1, layer.n_head);
-    ggml_tensor * k    = ggml_new_tensor_3d(ctx, attended(layer.type_k), layer.n_embd_head_k, 256, layer.n_head_kv);
-    ggml_tensor * v    = ggml_new_tensor_3d(ctx, attended(layer.type_v), layer.n_embd_head_v, 256, layer.n_head_kv);
-    ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 256, 1);
-    ggml_tensor * attn = ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, 0.0f, 0.0f);
-
-    ggml_tensor * rows = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, layer.n_embd_head_k/2, 256);
-    ggml_tensor * idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 16);
-    ggml_tensor * get  = ggml_get_rows(ctx, rows, idxs);
-
-    ggml_tensor * cur  = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.n_embd_head_k, 16, layer.n_head_kv);
-    ggml_tensor * at   = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 16);
-    ggml_tensor * set  = ggml_set_rows(ctx, k, cur, at);
-
-    return ggml_backend_dev_supports_op(layer.dev, attn) && ggml_backend_dev_supports_op(layer.dev, get) &&
-        ggml_backend_dev_supports_op(layer.dev, set);
-}
-
-static bool ragged_supported(const llama_kv_ragged_layer & layer) {
-    // RPC devices say yes to every op, their servers need not know ours
-    if (strncmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(layer.dev)), "RPC", 3) == 0) {
-        return false;
-    }
-
-    const ggml_init_params params = {
-        /*.mem_size   =*/ 16*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
-    ggml_context_ptr ctx_ptr { ggml_init(params) };
-    ggml_context * ctx = ctx_ptr.get();
-
-    ggml_tensor * q      = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.n_embd_head_k, 1, layer.n_head);
-    ggml_tensor * k      = ggml_new_tensor_2d(ctx, layer.type_k, layer.n_embd_head_k, 256);
-    ggml_tensor * v      = ggml_new_tensor_2d(ctx, layer.type_v, layer.n_embd_head_v, 256);
-    ggml_tensor * ranges = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, layer.n_head_kv, 1);
-
-    return ggml_backend_dev_supports_op(layer.dev, ggml_flash_attn_ragged(ctx, q, k, v, ranges, nullptr, 0, 1.0f, 0.0f, true));
 }
 
 void llama_kv_cache_ragged::init_layers(ggml_type type_k, ggml_type type_v, const layer_filter_cb & filter) {
@@ -172,13 +92,19 @@ void llama_kv_cache_ragged::init_layers(ggml_type type_k, ggml_type type_v, cons
         // GPU kernels want lengths in multiples of 256 (see llama_kv_cache::get_n_kv), the CPU reads what it needs
         layer.n_pad = layer.on_cpu() ? 32 : 256;
 
-        if (!attn_supported(layer)) {
-            llama_kv_ragged_refuse(format("%s lacks an operation for layer %u (flash attention with head size %" PRId64 " over %s and %s cells, "
-                        "set_rows or get_rows), load the model with n_gpu_layers=0, with f16 cells or without a policy",
-                        ggml_backend_dev_name(layer.dev), il, layer.n_embd_head_k, ggml_type_name(layer.type_k), ggml_type_name(layer.type_v)));
+        layer.sinks = model.layers[il].attn_sinks;
+
+        const llama_kv_ragged_probe probe = { layer.dev, layer.n_head, layer.n_head_kv, layer.n_embd_head_k, layer.n_embd_head_v,
+            layer.type_k, layer.type_v, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, layer.sinks != nullptr };
+
+        if (const char * missing = llama_kv_ragged_missing_stock(probe)) {
+            llama_kv_ragged_refuse(format("%s lacks %s for layer %u (head size %" PRId64 ", %s and %s cells%s), load the model with "
+                        "n_gpu_layers=0, with f16 cells or without a policy", ggml_backend_dev_name(layer.dev), missing, il,
+                        layer.n_embd_head_k, ggml_type_name(layer.type_k), ggml_type_name(layer.type_v),
+                        layer.sinks ? ", learned attention sinks" : ""));
         }
 
-        layer.has_ragged = ragged_supported(layer);
+        layer.has_ragged = llama_kv_ragged_has_ragged(probe);
 
         if (!bufs_reserve.count(layer.buft)) {
             bufs_reserve[layer.buft].reset(ggml_backend_buft_alloc_buffer(layer.buft, 0));
@@ -216,10 +142,10 @@ std::string llama_kv_cache_ragged::ready(bool ragged) const {
 }
 
 std::string llama_kv_cache_ragged::no_ragged_attention(const llama_kv_ragged_layer & layer) {
-    return format("%s has no attention over heads of different lengths (layer %u, head size %" PRId64 "): choose a policy "
+    return format("%s has no attention over heads of different lengths (layer %u, head size %" PRId64 "%s): choose a policy "
             "that gives all heads of a layer the same number of cells, or keep the cells in host memory, where the CPU attends to them, "
             "with offload_kqv=False (slower), or load the model with n_gpu_layers=0",
-            ggml_backend_dev_name(layer.dev), layer.il, layer.n_embd_head_k);
+            ggml_backend_dev_name(layer.dev), layer.il, layer.n_embd_head_k, layer.sinks ? ", learned attention sinks" : "");
 }
 
 llama_kv_ragged_source llama_kv_cache_ragged::get_source(size_t i) const {

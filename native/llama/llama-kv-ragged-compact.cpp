@@ -3,6 +3,7 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
 #include "llama-kv-ragged-compute.h"
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
 
 ggml_backend_t llama_kv_ragged_backend(llama_context & lctx, ggml_backend_dev_t dev) {
     ggml_backend_sched_t sched = lctx.get_sched();

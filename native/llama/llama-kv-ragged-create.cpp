@@ -1,40 +1,71 @@
 // Which models and contexts get a ragged cache, and where it stands inside the memories of upstream's.
 
-#include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
 
 #include "llama-arch.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache-ragged.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
+#include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
 #include <algorithm>
 #include <cinttypes>
+#include <memory>
 #include <stdexcept>
 
-struct pending_request {
-    uint32_t n_window = 0;
-    int32_t  type     = -1; // of the cells, if they fit
+//
+// the request
+//
 
-    // what the context asked for, known while its memory is created
+struct ragged_request {
+    uint32_t n_observed = 0;
+    int32_t  type       = -1; // of the cells, if they fit
+
+    // what the context asked for
     const llama_cparams * cparams = nullptr;
-    ggml_type type_k = GGML_TYPE_F16;
-    ggml_type type_v = GGML_TYPE_F16;
+    ggml_type             type_k  = GGML_TYPE_F16;
+    ggml_type             type_v  = GGML_TYPE_F16;
+
+    bool offered = false; // the memory that is being created may ask
+    bool taken   = false; // it did
+
+    // of the cache that is being constructed
+    const llama_memory_i::layer_filter_cb * filter = nullptr;
 };
 
-static thread_local pending_request pending;
-static thread_local std::string     last_error;
+static thread_local ragged_request   pending;           // of the next context
+static thread_local ragged_request * current = nullptr; // while the memory of that context is created
 
-void llama_kv_ragged_pending_set(uint32_t n_window, int32_t type) {
+static thread_local std::string last_error;
+
+// sets a variable until the end of a block
+template <typename T>
+struct scoped_set {
+    scoped_set(T & var, T value) : var(var) { var = value; }
+    ~scoped_set() { var = nullptr; }
+
+    T & var;
+};
+
+void llama_kv_ragged_pending_set(uint32_t n_observed, int32_t type) {
     pending = {};
-    pending.n_window = n_window;
-    pending.type     = type;
+    pending.n_observed = n_observed;
+    pending.type       = type;
 }
 
-bool llama_kv_ragged_pending() {
-    return pending.n_window > 0;
+bool llama_kv_ragged_offer() {
+    if (current) {
+        current->offered = true;
+    }
+    return llama_kv_ragged_wanted();
+}
+
+bool llama_kv_ragged_wanted() {
+    return current && current->offered && !current->taken;
 }
 
 void llama_kv_ragged_set_error(const std::string & msg) {
@@ -50,39 +81,9 @@ const std::string & llama_kv_ragged_get_error() {
     throw std::runtime_error(last_error);
 }
 
-// architectures that llama_model::create_memory() gives a cache of their own, or whose cache is part of another context
-static bool has_own_cache(llm_arch arch) {
-    switch (arch) {
-        case LLM_ARCH_BERT:
-        case LLM_ARCH_JINA_BERT_V2:
-        case LLM_ARCH_JINA_BERT_V3:
-        case LLM_ARCH_NOMIC_BERT:
-        case LLM_ARCH_NOMIC_BERT_MOE:
-        case LLM_ARCH_NEO_BERT:
-        case LLM_ARCH_EUROBERT:
-        case LLM_ARCH_WAVTOKENIZER_DEC:
-        case LLM_ARCH_MODERN_BERT:
-        case LLM_ARCH_GEMMA_EMBEDDING:
-        case LLM_ARCH_DREAM:
-        case LLM_ARCH_LLADA:
-        case LLM_ARCH_LLADA_MOE:
-        case LLM_ARCH_RND1:
-        case LLM_ARCH_MINIMAX_M3:
-        case LLM_ARCH_GLM_DSA:
-        case LLM_ARCH_DEEPSEEK32:
-        case LLM_ARCH_GLM5_NEXT:
-        case LLM_ARCH_HY_V4:
-        case LLM_ARCH_DOTS3NOTE:
-        case LLM_ARCH_DEEPSEEK4:
-        case LLM_ARCH_DFLASH:
-        case LLM_ARCH_GEMMA4_ASSISTANT:
-        case LLM_ARCH_QWEN4EXP:
-        case LLM_ARCH_BAILINGMOE3:
-            return true;
-        default:
-            return false;
-    }
-}
+//
+// what is not served
+//
 
 [[noreturn]] static void refuse_model(const llama_model & model, const std::string & what) {
     llama_kv_ragged_refuse("a " + std::string(llm_arch_name(model.arch)) + " model with " + what + " is not supported yet, use it without a policy");
@@ -93,24 +94,32 @@ static void check_model(const llama_model & model) {
 
     const auto no = [&](const std::string & what) { refuse_model(model, what); };
 
-    const bool windows = hparams.swa_type != LLAMA_SWA_TYPE_NONE;
-
-    if (llm_arch_is_recurrent(model.arch))           { no("recurrent layers alone"); }
-    if (has_own_cache(model.arch))                   { no("a cache or attention of its own kind"); }
-    if (llama_model_has_encoder(&model))             { no("an encoder"); }
-    if (llm_arch_is_hybrid(model.arch) && windows)   { no("recurrent layers beside sliding-window attention"); }
-    if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) { no("windows that look ahead"); }
-    if (hparams.is_mla())                            { no("multi-head latent attention"); }
-    if (hparams.f_max_alibi_bias > 0.0f)             { no("ALiBi positions"); }
-    if (hparams.n_pos_per_embd() > 1)                { no("M-RoPE positions"); }
-    if (!hparams.causal_attn)                        { no("non-causal attention"); }
+    if (llama_model_has_encoder(&model))               { no("an encoder"); }
+    if (hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC)  { no("windows that look ahead"); }
+    if (hparams.is_mla())                              { no("multi-head latent attention"); }
+    if (hparams.f_max_alibi_bias > 0.0f)               { no("ALiBi positions"); }
+    if (hparams.n_pos_per_embd() > 1)                  { no("M-RoPE positions"); }
+    if (!hparams.causal_attn)                          { no("non-causal attention"); }
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) { no("tensors split over devices"); }
-    if (hparams.router_layer >= 0)                   { no("a router layer"); }
-    if (model.arch == LLM_ARCH_GROK)                 { no("a tanh of its own on the attention logits"); }
+    if (hparams.router_layer >= 0)                     { no("a router layer"); }
+
+    // the one that no hyperparameter tells: build_attn_mha() asks for the architecture as well
+    if (model.arch == LLM_ARCH_GROK)                   { no("a tanh of its own on the attention logits"); }
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         if (!hparams.has_kv(il)) { no("layers that share a KV cache"); }
     }
+}
+
+// a memory that did not ask for a ragged cache
+static void check_kind(const llama_model & model, const llama_memory_i * mem) {
+    const auto no = [&](const std::string & what) { refuse_model(model, what); };
+
+    if (!mem)                                                  { no("no KV cache"); }
+    if (dynamic_cast<const llama_memory_recurrent   *>(mem)) { no("recurrent layers alone"); }
+    if (dynamic_cast<const llama_memory_hybrid_iswa *>(mem)) { no("recurrent layers beside sliding-window attention"); }
+
+    no("a cache of its own kind (expected a plain one, or one beside sliding windows or recurrent layers)");
 }
 
 void llama_kv_ragged_check_layers(const llama_model & model, const std::vector<uint32_t> & layers) {
@@ -155,11 +164,78 @@ static void check_params(const llama_memory_params & params, const llama_cparams
     }
 }
 
-static llama_kv_cache_ragged * make_cache(
-        const llama_model & model, const pending_request & request, const llama_memory_i::layer_filter_cb & filter) {
+//
+// creation
+//
+
+static bool accepts(const llama_model & model, const llama_memory_i::layer_filter_cb & filter, int32_t il) {
+    return filter ? filter(il) : !model.hparams.is_recr(il);
+}
+
+// the lines that upstream's caches write about themselves
+static void log_cache(const llama_kv_cache_ragged & kv, uint32_t n_observed) {
+    const char * name = "llama_kv_cache_ragged";
+
+    for (const auto & [buft, size] : kv.memory_breakdown()) {
+        LLAMA_LOG_INFO("%s: %10s observed queries buffer size = %8.2f MiB (%u queries)\n", name, ggml_backend_buft_name(buft),
+                size/1024.0/1024.0, n_observed);
+    }
+
+    const auto & layers = kv.get_layers();
+
+    const uint32_t n_pos = kv.get_size();
+
+    size_t size_k = 0;
+    size_t size_v = 0;
+    for (const auto & layer : layers) {
+        size_k += n_pos*layer.n_head_kv*ggml_row_size(layer.type_k, layer.n_embd_head_k);
+        size_v += n_pos*layer.n_head_kv*ggml_row_size(layer.type_v, layer.n_embd_head_v);
+    }
+
+    LLAMA_LOG_INFO("%s: size = up to %7.2f MiB (%6u cells, %3d layers, %2d kv heads), K (%s): %7.2f MiB, V (%s): %7.2f MiB\n", name,
+            (size_k + size_v)/1024.0/1024.0, n_pos, (int) layers.size(), (int) layers[0].n_head_kv,
+            ggml_type_name(layers[0].type_k), size_k/1024.0/1024.0,
+            ggml_type_name(layers[0].type_v), size_v/1024.0/1024.0);
+}
+
+llama_memory_i * llama_kv_ragged_create_memory(
+        const llama_model         & model,
+        const llama_memory_params & params,
+        const llama_cparams       & cparams) {
+    if (pending.n_observed == 0) {
+        return model.create_memory(params, cparams);
+    }
+
+    ragged_request request = pending;
+    pending = {};
+
+    check_model(model);
+    check_params(params, cparams);
+
+    request.cparams = &cparams;
+    request.type_k  = params.type_k;
+    request.type_v  = params.type_v;
+
+    const scoped_set<ragged_request *> creating(current, &request);
+
+    std::unique_ptr<llama_memory_i> res(model.create_memory(params, cparams));
+    if (!request.taken) {
+        check_kind(model, res.get());
+    }
+    return res.release();
+}
+
+std::unique_ptr<llama_kv_cache> llama_kv_ragged_create_cache(const llama_model & model, const llama_memory_i::layer_filter_cb & filter) {
+    GGML_ASSERT(llama_kv_ragged_wanted());
+    auto & request = *current;
+
+    request.taken = true;
+
+    const llama_memory_i::layer_filter_cb own = [&](int32_t il) { return accepts(model, filter, il); };
+
     bool fits = request.type >= 0;
     for (uint32_t il = 0; fits && il < model.hparams.n_layer(); ++il) {
-        if (!filter || filter(il)) {
+        if (own(il)) {
             const int64_t n_block = ggml_blck_size(ggml_type(request.type));
             fits = model.hparams.n_embd_head_k(il) % n_block == 0 && model.hparams.n_embd_head_v(il) % n_block == 0;
         }
@@ -167,40 +243,26 @@ static llama_kv_cache_ragged * make_cache(
     const ggml_type type_k = fits ? ggml_type(request.type) : request.type_k;
     const ggml_type type_v = fits ? ggml_type(request.type) : request.type_v;
 
-    auto * res = new llama_kv_cache_ragged(model, *request.cparams, type_k, type_v, request.n_window, filter);
+    const scoped_set<const llama_memory_i::layer_filter_cb *> constructing(request.filter, &own);
+
+    auto res = std::make_unique<llama_kv_cache_ragged>(model, *request.cparams, type_k, type_v, request.n_observed, own);
     res->set_stock_types(request.type_k, request.type_v);
+    log_cache(*res, request.n_observed);
     return res;
 }
 
-llama_memory_i * llama_kv_ragged_create(
-        const llama_model         & model,
-        const llama_memory_params & params,
-        const llama_cparams       & cparams) {
-    const pending_request request = pending;
-    pending = {};
-
-    check_model(model);
-    check_params(params, cparams);
-
-    if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE || llm_arch_is_hybrid(model.arch)) {
-        pending = { request.n_window, request.type, &cparams, params.type_k, params.type_v };
-        return nullptr;
+void llama_kv_ragged_set_rotation(const llama_hparams & hparams, int32_t & n_embd_head_k_all, int32_t & n_embd_head_v_all) {
+    if (!current || !current->filter) {
+        return;
     }
 
-    return make_cache(model, { request.n_window, request.type, &cparams, params.type_k, params.type_v }, nullptr);
-}
-
-llama_kv_cache * llama_kv_ragged_attn(const llama_model & model, const llama_memory_i::layer_filter_cb & filter) {
-    const pending_request request = pending;
-    pending = {};
-
-    if (!request.cparams) {
-        llama_kv_ragged_refuse("this model creates a memory that no policy serves, use it without a policy");
+    const auto merge = [](int32_t & all, int32_t n) { all = all == 0 || all == n ? n : -1; };
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if ((*current->filter)(il)) {
+            merge(n_embd_head_k_all, hparams.n_embd_head_k(il));
+            merge(n_embd_head_v_all, hparams.n_embd_head_v(il));
+        }
     }
-
-    const auto attends = [&](int32_t il) { return !model.hparams.is_recr(il); };
-
-    return make_cache(model, request, filter ? filter : llama_memory_i::layer_filter_cb(attends));
 }
 
 //
@@ -224,19 +286,26 @@ llama_kv_cache_ragged * llama_kv_ragged_find(llama_memory_i * mem) {
     return dynamic_cast<llama_kv_cache_ragged *>(llama_kv_ragged_attn_cache(mem));
 }
 
-bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * swa, llama_seq_id & seq_id, llama_pos p0, llama_pos p1) {
-    const auto * ragged = dynamic_cast<const llama_kv_cache_ragged *>(kv);
+static const llama_kv_cache_ragged * as_ragged(const llama_kv_cache * kv) {
+    return dynamic_cast<const llama_kv_cache_ragged *>(kv);
+}
+
+llama_seq_id llama_kv_ragged_seq_id(const llama_kv_cache * kv, llama_seq_id seq_id) {
+    return as_ragged(kv) ? std::max(seq_id, 0) : seq_id;
+}
+
+bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * swa, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    const auto * ragged = as_ragged(kv);
     if (!ragged) {
         return true;
     }
-    seq_id = std::max(seq_id, 0);
 
     const bool nothing = seq_id > 0 || (p1 >= 0 && p1 <= p0);
     return ragged->can_rm(seq_id, p0, p1) && (nothing || !swa || ragged->can_rm_window(*swa, p0));
 }
 
 bool llama_kv_ragged_no_shift(const llama_kv_cache * kv) {
-    const bool res = dynamic_cast<const llama_kv_cache_ragged *>(kv) != nullptr;
+    const bool res = as_ragged(kv) != nullptr;
     if (res) {
         LLAMA_LOG_ERROR("%s: positions of a cache with a policy are final, shifting and dividing them is refused\n", __func__);
     }

@@ -1,6 +1,9 @@
 // Positions that were never evaluated, see wkv_fill() in windowkv.h.
 
+#include "llama-kv-ragged-fill.h"
+
 #include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"

@@ -4,6 +4,7 @@
 
 #include "llama-graph.h"
 #include "llama-impl.h"
+#include "llama-kv-ragged-create.h"
 
 #include "ggml-flash-attn-ragged.h"
 
@@ -300,13 +301,14 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
     if (!k_cur || !v_cur)      { refuse("a layer that shares the KV cache of another"); }
     if (!g.cparams.flash_attn) { refuse("attention without flash attention"); }
     if (g.cparams.training)    { refuse("training"); }
+    // the device was asked for the operation with the layer's own
+    if (sinks != kv->layers[get_index(il)].sinks) { refuse("a learned attention sink of another layer"); }
 
     ggml_context * ctx = g.ctx0;
 
     auto & layer = kv->layers[get_index(il)];
     layer.hooked   = true;
     layer.kq_scale = kq_scale;
-    layer.sinks    = sinks;
 
     auto * inp = llm_graph_input_ragged::find(g.res);
     if (!inp) {
@@ -361,9 +363,6 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
         cur = ggml_flash_attn_ragged(ctx, q, view.k, view.v, table.ranges, sinks, get_index(il),
                 kq_scale, softcap, /*causal =*/ true);
     }
-
-    // the probes at creation know no sinks; a pool must not move to another device at every token
-    if (sinks && !ggml_backend_dev_supports_op(layer.dev, cur)) { refuse("a learned attention sink on this device"); }
 
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(g.gf, cur);

@@ -2,7 +2,7 @@
 
 #include "llama-hparams.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
 #include "llama-kv-ragged-compute.h"
 #include "llama-kv-ragged-seq.h"
 

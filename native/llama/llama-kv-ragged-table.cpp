@@ -1,7 +1,7 @@
 #include "llama-kv-ragged-table.h"
 
 #include "llama-impl.h"
-#include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
 #include "llama-kv-ragged-compute.h"
 
 void llama_kv_ragged_tables::init(const std::vector<llama_kv_ragged_layer> & layers, llama_kv_ragged_meter & meter) {

@@ -1,54 +1,38 @@
 // The C interface of windowkv.h over the ragged cache and the policies.
 
-#include "windowkv.h"
+#include "windowkv-capi.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
+#include "llama-kv-ragged-fill.h"
 #include "llama-kv-ragged-policy.h"
 #include "llama-model.h"
-#include "policy/wkv-policy.h"
 
 #include "ggml.h"
 
 #include <algorithm>
 #include <cinttypes>
 #include <cstring>
-#include <exception>
+#include <functional>
 #include <stdexcept>
 
 #ifndef WKV_BUILD_STAMP
 #    error "WKV_BUILD_STAMP has to be defined by the build"
 #endif
 
-static int fail(int status, const std::string & msg) {
-    llama_kv_ragged_set_error(msg);
-    return status;
-}
-
-// no exception leaves the C interface
-template <typename F>
-static int64_t guard(F fn) {
-    try {
-        return fn();
-    } catch (const std::invalid_argument & err) {
-        return fail(WKV_ERR_ARGUMENT, err.what());
-    } catch (const std::exception & err) {
-        return fail(WKV_ERR_COMPUTE, err.what());
-    }
-}
-
 // runs fn on the ragged cache of ctx
 template <typename F>
 static int64_t with_cache(llama_context * ctx, F fn) {
     if (!ctx) {
-        return fail(WKV_ERR_ARGUMENT, "ctx is null");
+        return wkv_fail(WKV_ERR_ARGUMENT, "ctx is null");
     }
     auto * kv = llama_kv_ragged_find(ctx->get_memory());
     if (!kv) {
-        return fail(WKV_ERR_NO_POLICY, "this context was created without a KV policy: call wkv_pending_set before creating it");
+        return wkv_fail(WKV_ERR_NO_POLICY, "this context was created without a KV policy: call wkv_pending_set before creating it");
     }
-    return guard([&] { return fn(*kv); });
+    return wkv_guard([&] { return fn(*kv); });
 }
 
 // the same for calls that change it, refused while a selection runs
@@ -107,11 +91,11 @@ void wkv_clear_error(void) {
 
 int wkv_pending_set(int32_t n_observed, int32_t type) {
     if (n_observed < 1) {
-        return fail(WKV_ERR_ARGUMENT, format("n_observed is %d, expected at least 1", n_observed));
+        return wkv_fail(WKV_ERR_ARGUMENT, format("n_observed is %d, expected at least 1", n_observed));
     }
     if (type >= 0 && type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_Q8_0 &&
         type != GGML_TYPE_Q4_0) {
-        return fail(WKV_ERR_ARGUMENT, format("type is %d, expected f32, f16, bf16, q8_0, q4_0, or -1 for those of the context", type));
+        return wkv_fail(WKV_ERR_ARGUMENT, format("type is %d, expected f32, f16, bf16, q8_0, q4_0, or -1 for those of the context", type));
     }
     llama_kv_ragged_set_error("");
     llama_kv_ragged_pending_set(n_observed, type);
@@ -125,23 +109,23 @@ void wkv_pending_clear(void) {
 int wkv_ready(struct llama_context * ctx, bool ragged) {
     return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) {
         const std::string error = kv.ready(ragged);
-        return error.empty() ? WKV_OK : fail(WKV_ERR_UNSUPPORTED, "kv_policy: " + error);
+        return error.empty() ? WKV_OK : wkv_fail(WKV_ERR_UNSUPPORTED, "kv_policy: " + error);
     });
 }
 
 int wkv_reserve(struct llama_context * ctx, int32_t n_tokens) {
     return with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
         if (n_tokens < 0) {
-            return fail(WKV_ERR_ARGUMENT, format("n_tokens is %d, expected at least 0", n_tokens));
+            return wkv_fail(WKV_ERR_ARGUMENT, format("n_tokens is %d, expected at least 0", n_tokens));
         }
-        return kv.reserve(n_tokens) ? WKV_OK : fail(WKV_ERR_COMPUTE, format("no memory for %d more tokens", n_tokens));
+        return kv.reserve(n_tokens) ? WKV_OK : wkv_fail(WKV_ERR_COMPUTE, format("no memory for %d more tokens", n_tokens));
     });
 }
 
 int wkv_set_observed(struct llama_context * ctx, int32_t n_observed) {
     return with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
         if (n_observed < 1) {
-            return fail(WKV_ERR_ARGUMENT, format("n_observed is %d, expected at least 1", n_observed));
+            return wkv_fail(WKV_ERR_ARGUMENT, format("n_observed is %d, expected at least 1", n_observed));
         }
         kv.set_observed(n_observed);
         return int(WKV_OK);
@@ -155,7 +139,7 @@ int wkv_set_attention(struct llama_context * ctx, int32_t attention) {
             case WKV_ATTENTION_STOCK:  kv.set_attention(llama_kv_cache_ragged::ATTENTION_STOCK);  return int(WKV_OK);
             case WKV_ATTENTION_RAGGED: kv.set_attention(llama_kv_cache_ragged::ATTENTION_RAGGED); return int(WKV_OK);
         }
-        return fail(WKV_ERR_ARGUMENT, format("attention is %d, expected a value of enum wkv_attention", attention));
+        return wkv_fail(WKV_ERR_ARGUMENT, format("attention is %d, expected a value of enum wkv_attention", attention));
     });
 }
 
@@ -182,10 +166,12 @@ static int64_t run(llama_context & ctx, llama_kv_cache_ragged & kv, const llama_
 int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells) {
     return with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         if (!policy) {
-            return fail(WKV_ERR_ARGUMENT, "policy is null");
+            return wkv_fail(WKV_ERR_ARGUMENT, "policy is null");
         }
+        const wkv::policy converted = wkv_convert(*policy);
+
         llama_kv_ragged_request request;
-        if (!llama_kv_ragged_policy_request(kv, *policy, n_cells, request)) {
+        if (!llama_kv_ragged_policy_request(kv, converted, n_cells, request)) {
             kv.end_prompt();
             return 0;
         }
@@ -193,43 +179,26 @@ int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy
     });
 }
 
-// throws std::invalid_argument if a selection of the caller's keeps too many cells, or no cell of a head
-static void check_choice(const wkv_shapes & shapes, int64_t n_cells, const uint8_t * keep) {
-    const int64_t n_heads = int64_t(shapes.n_layer)*shapes.n_head_kv;
-
-    int64_t n_kept = 0;
-    for (int64_t i = 0; i < n_heads; keep += shapes.cells[i++]) {
-        const int64_t n = shapes.cells[i] - std::count(keep, keep + shapes.cells[i], 0);
-        if (n == 0 && shapes.cells[i] > 0) {
-            throw std::invalid_argument(format("the selection keeps no cell of layer %" PRId64 ", kv head %" PRId64 ", expected at least one",
-                    i/shapes.n_head_kv, i%shapes.n_head_kv));
-        }
-        n_kept += n;
-    }
-    if (n_kept > std::min<int64_t>(n_cells, INT32_MAX)*n_heads) {
-        throw std::invalid_argument(format("the selection keeps %" PRId64 " cells over all heads, expected at most %" PRId64,
-                n_kept, n_cells*n_heads));
-    }
-}
-
 int64_t wkv_compact_custom(struct llama_context * ctx, int32_t window_size, int64_t n_cells, wkv_select_fn fn, void * user) {
     return with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         if (!fn) {
-            return fail(WKV_ERR_ARGUMENT, "fn is null");
+            return wkv_fail(WKV_ERR_ARGUMENT, "fn is null");
         }
         llama_kv_ragged_check_request(kv, window_size, n_cells);
 
         llama_kv_ragged_request request;
         request.scoring.window_sizes.assign(window_size > 0 ? 1 : 0, window_size);
         request.select = [&](const llama_kv_ragged_choice & choice) {
-            const auto & layers = kv.get_layers();
-            const wkv_shapes shapes = {
-                (int32_t) layers.size(), (int32_t) layers[0].n_head_kv, (int32_t) kv.get_seq().n_pos, choice.cells.data() };
+            const wkv::shapes shapes = llama_kv_ragged_shapes(kv, choice.cells);
+            const wkv_shapes  given  = { shapes.n_layer, shapes.n_head_kv, shapes.n_gqa, shapes.n_past, shapes.cells };
 
-            if (fn(user, &shapes, n_cells, choice.positions, choice.scores, choice.keep) != 0) {
+            if (fn(user, &given, n_cells, choice.positions, choice.scores, choice.keep) != 0) {
                 throw std::invalid_argument("the selection was given up, nothing was evicted");
             }
-            check_choice(shapes, n_cells, choice.keep);
+            const std::string error = wkv::selection_error(shapes, n_cells, choice.keep);
+            if (!error.empty()) {
+                throw std::invalid_argument(error);
+            }
         };
         return run(*ctx, kv, request);
     });
@@ -237,13 +206,13 @@ int64_t wkv_compact_custom(struct llama_context * ctx, int32_t window_size, int6
 
 int wkv_snapshot_save(struct llama_context * ctx) {
     return with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
-        return kv.snapshot_save(*ctx->get_memory()) ? WKV_OK : fail(WKV_ERR_COMPUTE, "no memory for a copy of the cache");
+        return kv.snapshot_save(*ctx->get_memory()) ? WKV_OK : wkv_fail(WKV_ERR_COMPUTE, "no memory for a copy of the cache");
     });
 }
 
 int wkv_snapshot_restore(struct llama_context * ctx) {
     return with_idle_cache(ctx, [](llama_kv_cache_ragged & kv) {
-        return kv.snapshot_restore() ? WKV_OK : fail(WKV_ERR_COMPUTE,
+        return kv.snapshot_restore() ? WKV_OK : wkv_fail(WKV_ERR_COMPUTE,
             "no snapshot to go back to (none was saved, the cache was cleared or its observed queries resized since), or no memory");
     });
 }
@@ -265,9 +234,9 @@ static int64_t n_bytes(const llama_memory_i & mem) {
 
 int wkv_fill(struct llama_context * ctx, int32_t n_tokens) {
     if (!ctx || !ctx->get_memory()) {
-        return fail(WKV_ERR_ARGUMENT, "the context is null or has no memory");
+        return wkv_fail(WKV_ERR_ARGUMENT, "the context is null or has no memory");
     }
-    return guard([&] {
+    return wkv_guard([&] {
         llama_kv_ragged_fill(*ctx, n_tokens);
         return int(WKV_OK);
     });
@@ -347,10 +316,10 @@ static void ragged_stats(const llama_memory_i & mem, llama_kv_cache_ragged & kv,
 
 int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats) {
     if (!stats) {
-        return fail(WKV_ERR_ARGUMENT, "stats is null");
+        return wkv_fail(WKV_ERR_ARGUMENT, "stats is null");
     }
     if (ctx && ctx->get_memory() && !llama_kv_ragged_find(ctx->get_memory())) {
-        return guard([&] { return stock_stats(*ctx, *stats); });
+        return wkv_guard([&] { return stock_stats(*ctx, *stats); });
     }
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
         ragged_stats(*ctx->get_memory(), kv, *stats);
@@ -360,9 +329,9 @@ int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats) {
 
 int wkv_get_layers(struct llama_context * ctx, int32_t * layers, size_t n) {
     if (!ctx || !ctx->get_memory()) {
-        return fail(WKV_ERR_ARGUMENT, "the context is null or has no memory");
+        return wkv_fail(WKV_ERR_ARGUMENT, "the context is null or has no memory");
     }
-    return guard([&] {
+    return wkv_guard([&] {
         const auto res = attn_layers(*ctx);
         check_room(n, res.size());
         std::copy(res.begin(), res.end(), layers);
@@ -459,61 +428,5 @@ int64_t wkv_get_queries(
             read_rows(src, head*src->nb[2] + held[i]*src->nb[1], 1, rows + i*src->ne[0]);
         }
         return held.size()*src->ne[0];
-    });
-}
-
-//
-// pure functions
-//
-
-static int check_selection(const struct wkv_policy * policy, const struct wkv_shapes * shapes) {
-    if (!policy || !shapes) {
-        return fail(WKV_ERR_ARGUMENT, "policy or shapes is null");
-    }
-    std::string error = wkv::policy_error(*policy);
-    if (error.empty()) {
-        error = wkv::shapes_error(*policy, *shapes);
-    }
-    return error.empty() ? WKV_OK : fail(WKV_ERR_ARGUMENT, error);
-}
-
-int wkv_budgets(const struct wkv_policy * policy, const struct wkv_shapes * shapes, int64_t n_cells,
-                const int32_t * positions, const float * scores, int32_t * budgets) {
-    const int status = check_selection(policy, shapes);
-    if (status != WKV_OK) {
-        return status;
-    }
-    if (n_cells < 1) {
-        return fail(WKV_ERR_ARGUMENT, format("n_cells is %" PRId64 ", expected at least 1", n_cells));
-    }
-    if (policy->kind != WKV_KIND_FULL && policy->heads == WKV_HEADS_SCORE && (!positions || !scores)) {
-        return fail(WKV_ERR_ARGUMENT, "positions or scores is null, heads that compete need both");
-    }
-
-    return guard([&] {
-        std::vector<int32_t> res;
-        const std::string refused = wkv::budgets(wkv::cache_view(*policy, *shapes, positions, scores), n_cells, res);
-        if (!refused.empty()) {
-            return fail(WKV_ERR_UNSUPPORTED, refused);
-        }
-        std::copy(res.begin(), res.end(), budgets);
-        return int(WKV_OK);
-    });
-}
-
-int wkv_select(const struct wkv_policy * policy, const struct wkv_shapes * shapes, const int32_t * budgets,
-               const int32_t * positions, const float * scores, uint8_t * keep) {
-    const int status = check_selection(policy, shapes);
-    if (status != WKV_OK) {
-        return status;
-    }
-
-    if (!budgets || !positions || !scores || !keep) {
-        return fail(WKV_ERR_ARGUMENT, "budgets, positions, scores or keep is null");
-    }
-
-    return guard([&] {
-        const std::string refused = wkv::select(wkv::cache_view(*policy, *shapes, positions, scores), budgets, keep);
-        return refused.empty() ? WKV_OK : fail(WKV_ERR_UNSUPPORTED, refused);
     });
 }

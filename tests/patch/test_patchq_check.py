@@ -77,12 +77,52 @@ def test_broken(queue: Workshop, case: str, capsys: pytest.CaptureFixture[str]) 
     assert "Traceback" not in said.err
 
 
-def test_ten_lines_but_not_eleven(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
-    shop.add("ten", shop.insert("src/llama-graph.cpp", "line 10", "\n".join(["hook();"] * 10)))
+def lines(*numbers: int) -> str:
+    return "".join(f"line {n}\n" for n in numbers)
+
+
+@pytest.mark.parametrize(("n_add", "n_remove"), [(10, 0), (0, 10), (5, 5), (9, 1)])
+def test_ten_lines_but_not_eleven(
+    n_add: int, n_remove: int, shop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Added and removed together; a replaced line is both."""
+    old, path = shop.text("src/llama-graph.cpp"), "src/llama-graph.cpp"
+    removed = lines(*range(10, 10 + n_remove))
+    assert removed in old
+    edited = old.replace("line 9\n" + removed, "line 9\n" + "hook();\n" * n_add, 1)
+    shop.add("ten", {path: edited})
     assert problems(shop, capsys) == []
-    shop.add("eleven", shop.insert("src/llama-graph.cpp", "line 40", "\n".join(["more();"] * 11)))
+
+    # one more line added or removed, in a hunk of its own
+    removed = lines(*range(40, 40 + n_remove))
+    shop.add("eleven", {path: edited.replace("line 39\n" + removed, "line 39\n" + "more();\n" * (n_add + 1), 1)})
     (told,) = problems(shop, capsys)
-    assert "eleven.patch: src/llama-graph.cpp: hunk 1 adds 11 lines, expected at most 10" in told and "native/" in told
+    want = f"eleven.patch: {path}: hunk 1 adds {n_add + 1} and removes {n_remove} lines, expected at most 10 in all"
+    assert want in told and "native/" in told
+
+
+def test_hunks_are_counted_one_by_one(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shop.text("src/llama-graph.cpp").replace(lines(*range(10, 15)), "hook();\n" * 5)
+    shop.add("two", {"src/llama-graph.cpp": text.replace(lines(*range(40, 45)), "hook();\n" * 5)})
+    assert problems(shop, capsys) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "fine"),
+    [
+        ("    } else", False),
+        ("    else", False),
+        ("    else // stock", False),
+        ("    } else if (hook()) {", True),
+        ("    } else {", True),
+        ("    // or else", True),
+    ],
+)
+def test_no_else_dangles(line: str, fine: bool, shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    """An added `else` must not take what upstream's next line happens to be for its branch."""
+    shop.add("branch", shop.insert("src/llama-graph.cpp", "line 10", line))
+    told = problems(shop, capsys)
+    assert told == [] if fine else "hunk 1 adds" in told[0] and "else" in told[0] and "'else if (...) {'" in told[0]
 
 
 def test_llama_graph_h_stays(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:

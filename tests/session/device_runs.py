@@ -197,13 +197,24 @@ def refusals(model: Path) -> Json:
             res["ragged"] = "no error"
     except Exception as error:
         res["ragged"] = f"{type(error).__name__}: {error}"
-    with session(model, 99, kv_policy=WindowKV(alpha=8), kv_budget=40) as llm:
+    with session(model, 99, kv_policy=WindowKV(window_size=8), kv_budget=40) as llm:
         res["uniform"] = bool(np.isfinite(decode(llm, 300, 5)).all())
         res["cells"] = int(llm.kv_stats().cells.max())
     with session(model, 99, kv_policy="adakv", kv_budget=40, offload_kqv=False) as llm:
         res["host"] = bool(np.isfinite(decode(llm, 300, 5)).all())
         res["host_cells"] = llm.kv_stats().cells.tolist()
     return res
+
+
+def refusal(model: Path, policy: str) -> str | None:
+    """Why a session with all layers on the device is refused; None if it loads, compacts and decodes."""
+    try:
+        with session(model, 99, kv_policy=policy, kv_budget=40) as llm:
+            assert np.isfinite(decode(llm, 300, 5)).all()
+            assert llm.kv_stats().n_compactions == 1
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def bench(model: Path, *options: str) -> list[Json]:

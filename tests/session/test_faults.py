@@ -37,12 +37,12 @@ def test_a_copy_resolves_what_was_left_out(tiny: Path, opened: Callable[..., Lla
 
 def test_a_copy_has_what_was_said_and_changed(tiny: Path, opened: Callable[..., Llama]) -> None:
     llm = opened(tiny, kv_policy="auto", type_k=1, type_v=1, kv_budget=100, n_ctx=512)
-    llm.kv_policy, llm.kv_budget = SnapKV(alpha=16), 60
+    llm.kv_policy, llm.kv_budget = SnapKV(window_size=16), 60
     llm.set_seed(11)
     llm.chat_format = "chatml"
     copy = pickle.loads(pickle.dumps(llm))
     assert copy.kv_stats().cell_types == ("f16", "f16")
-    assert (copy.kv_policy, copy.kv_budget, copy._seed, copy.chat_format) == (SnapKV(alpha=16), 60, 11, "chatml")
+    assert (copy.kv_policy, copy.kv_budget, copy._seed, copy.chat_format) == (SnapKV(window_size=16), 60, 11, "chatml")
     copy.close()
 
 
@@ -257,7 +257,7 @@ def test_native_codes_are_kinds_of_errors(tiny: Path, opened: Callable[..., Llam
     scores = [[np.ones(10, dtype=np.float32)] * 2]
     for unsupported in (NativeError, UnsupportedModelError):
         with pytest.raises(unsupported, match="scope = layer needs heads"):
-            _native.select(WindowKV(scope="layer").native(), [[2, 2]], layers, scores)
+            _native.select(WindowKV(scope="layer").parts(), [[2, 2]], layers, scores)
 
 
 #

@@ -33,7 +33,7 @@ class Slow(Script):
     """Observes the whole prompt, so that scoring takes a while in native code."""
 
     @property
-    def window(self) -> int:
+    def n_observed(self) -> int:
         return 300
 
 
@@ -121,7 +121,7 @@ def test_signals_while_setting_a_policy(tiny: Path, opened: Callable[..., Llama]
         except KeyboardInterrupt:
             pass
         assert llm.kv_policy in (new, old) and llm.kv_policy is not None and llm._kv is not None
-        assert llm._kv.stats().n_observed == llm.kv_policy.window
+        assert llm._kv.stats().n_observed == llm.kv_policy.n_observed
         assert llm.n_tokens == llm.kv_stats().n_past
         llm.reset()
         llm.eval(TOKENS[:100])

@@ -437,7 +437,16 @@ static ggml_backend_buffer_type_t dev_get_buffer_type(ggml_backend_dev_t dev) {
     return &res;
 }
 
+// an operation that the device computes without sinks only
+static bool lacks_sinks(const ggml_tensor * op) {
+    const char * name = getenv("TEST_DEVICE_NO_SINKS");
+    return name && strcmp(name, ggml_op_name(op->op)) == 0 && op->src[4];
+}
+
 static bool dev_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
+    if (lacks_sinks(op)) {
+        return false;
+    }
     if (op->op == GGML_OP_FLASH_ATTN_RAGGED && (kernel == "none" || (emulated && !emulated->supports(op)))) {
         return false;
     }

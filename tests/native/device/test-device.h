@@ -2,8 +2,9 @@
 
 // A device for tests of the runtime where there is no GPU; ggml_backend_load() loads it.
 //
-// TEST_DEVICE_COUNT in the environment is the number of devices, 1 or 2, the default is 1; TEST_DEVICE_KERNEL says what computes GGML_OP_FLASH_ATTN_RAGGED: "cpu", the default; "cuda" or "metal", the
-// GPU's kernel in the emulator; "none", the op is not supported.
+// TEST_DEVICE_COUNT in the environment is the number of devices, 1 or 2, the default is 1; TEST_DEVICE_KERNEL says what computes
+// GGML_OP_FLASH_ATTN_RAGGED: "cpu", the default; "cuda" or "metal", the GPU's kernel in the emulator; "none", the op is not supported.
+// TEST_DEVICE_NO_SINKS names an attention operation that is supported without sinks only, such as FLASH_ATTN_RAGGED.
 
 #include <stdint.h>
 

@@ -1,0 +1,86 @@
+#pragma once
+
+// How a context gets a ragged KV cache, and what the memories of upstream's ask about a cache that may be one: all that the patches
+// call outside the graph.
+
+#include "llama-kv-cache.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+struct llama_cparams;
+struct llama_hparams;
+struct llama_model;
+
+class llama_kv_cache_ragged;
+
+//
+// the request: the next context created on this thread gets a ragged cache
+//
+
+// n_observed: queries per layer that the cache observes, 0 takes the request back; type: of the cells, see wkv_pending_set()
+void llama_kv_ragged_pending_set(uint32_t n_observed, int32_t type = -1);
+
+// The memory of a context: what llama_model::create_memory() makes, which asks below for a ragged cache if there is a request.
+// Consumes the request. Throws std::runtime_error with the reason if a property of the model or of the context rules a ragged cache out,
+// or if the memory is of a kind that asked for none.
+llama_memory_i * llama_kv_ragged_create_memory(
+        const llama_model         & model,
+        const llama_memory_params & params,
+        const llama_cparams       & cparams);
+
+// Called where the model is about to create a memory of a kind that can hold a ragged cache: from here on that memory may ask for it.
+// Returns llama_kv_ragged_wanted().
+bool llama_kv_ragged_offer();
+
+// whether the cache that attends to all positions has to be a ragged one
+bool llama_kv_ragged_wanted();
+
+// that cache; call it once, if it is wanted. It holds the layers that the filter accepts; without one those that are not recurrent
+// throws std::runtime_error with the reason if a layer or its device cannot be served
+std::unique_ptr<llama_kv_cache> llama_kv_ragged_create_cache(const llama_model & model, const llama_memory_i::layer_filter_cb & filter);
+
+// Called by every KV cache that is constructed. The cell metadata of a ragged cache is one without layers; whether its cells are rotated
+// before they are quantised follows from the head sizes of the layers that the ragged cache holds.
+void llama_kv_ragged_set_rotation(const llama_hparams & hparams, int32_t & n_embd_head_k_all, int32_t & n_embd_head_v_all);
+
+//
+// a ragged cache inside a memory of upstream's: what that memory asks, answered for stock caches too
+//
+
+// the cache of the layers that attend to all positions; nullptr for kinds that have none or keep something else there
+llama_kv_cache * llama_kv_ragged_attn_cache(llama_memory_i * mem);
+
+// the same if it is a ragged one, else nullptr
+llama_kv_cache_ragged * llama_kv_ragged_find(llama_memory_i * mem);
+
+// the sequence that is meant: a ragged cache holds one, so that "every sequence" (-1) is that one. Recurrent caches need to be told,
+// they remove nothing from every sequence
+llama_seq_id llama_kv_ragged_seq_id(const llama_kv_cache * kv, llama_seq_id seq_id);
+
+// whether kv and the cache of the sliding windows beside it, which may be nullptr, can remove these positions
+bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * swa, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+// true, with a line in the log, if positions must stay as they are
+bool llama_kv_ragged_no_shift(const llama_kv_cache * kv);
+
+// the context of a batch that has slots; that of a ragged cache fails if the batch does not follow what it holds
+llama_kv_cache_context * llama_kv_ragged_context_make(
+        llama_kv_cache * kv,
+        llama_kv_cache::slot_info_vec_t sinfos,
+        std::vector<llama_ubatch> ubatches);
+
+//
+// why something is not served
+//
+
+// throws std::runtime_error with the reason why a model, a context or a call is not served
+[[noreturn]] void llama_kv_ragged_refuse(const std::string & msg);
+
+// refuses a model for the layers that the cache is going to hold
+void llama_kv_ragged_check_layers(const llama_model & model, const std::vector<uint32_t> & layers);
+
+// message of the last failure on this thread
+void                llama_kv_ragged_set_error(const std::string & msg);
+const std::string & llama_kv_ragged_get_error();
