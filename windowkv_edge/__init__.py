@@ -17,6 +17,7 @@ from . import _native  # noqa: E402
 _native.check_stamp()
 
 from .errors import (  # noqa: E402
+    HeadScoresError,
     LibraryMismatchError,
     MissingProfileError,
     ModelFetchError,
@@ -60,6 +61,7 @@ __all__ = [
     "HeadKV",
     "HeadKVR2",
     "HeadScores",
+    "HeadScoresError",
     "KVPolicy",
     "KVStats",
     "LibraryMismatchError",

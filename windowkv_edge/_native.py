@@ -6,7 +6,7 @@ import ctypes
 import runpy
 import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,21 @@ import numpy.typing as npt
 
 from ._libs import BUILT, llama_library
 from .budget import TYPES
-from .errors import LibraryMismatchError, NativeError, UnsupportedModelError
+from .errors import (
+    LibraryMismatchError,
+    NativeArgumentError,
+    NativeCallError,
+    NativeError,
+    NativeModelError,
+    UnsupportedCallError,
+    UnsupportedModelError,
+    WindowKVError,
+)
 
 if TYPE_CHECKING:
     from .policies.parts import Allocation, Parts, Scoring, Selection
 
-__all__ = ["Context", "budgets", "build_stamp", "ffi", "lib", "pending", "select"]
+__all__ = ["Context", "budgets", "build_stamp", "decode_error", "ffi", "lib", "pending", "select"]
 
 HEADER = BUILT / "include" / "windowkv.h"
 
@@ -62,11 +71,50 @@ def last_error() -> str:
     return str(ffi.string(lib.wkv_last_error()).decode("utf-8", "replace"))
 
 
+def clear_error() -> None:
+    """Forget :func:`last_error`, so that what it says afterwards is about what was called in between."""
+    lib.wkv_clear_error()
+
+
+ERRORS: Mapping[int, type[NativeError]] = {
+    lib.WKV_ERR_ARGUMENT: NativeArgumentError,
+    lib.WKV_ERR_NO_POLICY: NativeCallError,
+    lib.WKV_ERR_UNSUPPORTED: NativeModelError,
+}
+"""By ``enum wkv_status``; the other codes are a plain NativeError."""
+
+
 def check(status: int) -> int:
-    """Return a non-negative status, raise NativeError for a negative one."""
+    """Return a non-negative status.
+
+    Raises:
+        NativeError: the status is negative; a subclass where the code says that it is the caller's argument
+            (ValueError), the model (UnsupportedModelError) or the call (UnsupportedCallError).
+    """
     if status < 0:
-        raise NativeError(last_error())
+        raise ERRORS.get(int(status), NativeError)(last_error())
     return int(status)
+
+
+_DECODE = {
+    1: "no room in the cache",
+    2: "it was aborted",
+    -1: "the batch is invalid",
+    -2: "memory ran out",
+    -3: "the computation failed",
+}
+
+
+def decode_error(status: int, n_tokens: int) -> WindowKVError:
+    """What to raise where ``llama_decode`` returned a status other than 0, with the cache's reason if there is one.
+
+    Args:
+        status: what it returned.
+        n_tokens: tokens that were to be evaluated.
+    """
+    reason = last_error() or _DECODE.get(status, "see llama.cpp's log")
+    kind = UnsupportedCallError if status in (1, -1) else NativeError
+    return kind(f"llama_decode of {n_tokens} tokens returned {status}: {reason}")
 
 
 class pending:
@@ -126,7 +174,11 @@ def _split(pointer: Any, dtype: type, cells: npt.NDArray[np.int32], writeable: b
 
 
 class Context:
-    """The ragged cache of one llama_context (a ctypes pointer owned by llama-cpp-python)."""
+    """The ragged cache of one llama_context (a ctypes pointer owned by llama-cpp-python).
+
+    Raises:
+        NativeError: by every method, see :func:`check`; :class:`NativeCallError` where the context has no policy.
+    """
 
     def __init__(self, ctx: Any) -> None:
         self._ctx = ffi.cast("struct llama_context *", ctypes.cast(ctx, ctypes.c_void_p).value or 0)
@@ -151,6 +203,27 @@ class Context:
         """The positions so far end a prompt: its last queries stay available until the next one ends."""
         check(lib.wkv_prompt_done(self._ctx))
 
+    def on_prompt(self, fn: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
+        """Have a function called inside ``llama_decode``, before a single token is evaluated behind a prompt that was
+        neither compacted nor declared done; :meth:`watch` turns that on and off. It may compact, declare the prompt
+        done and read the cache, nothing else.
+
+        Args:
+            fn: the function. Kept as long as this object, which has to outlive the context's last decode.
+            failed: gets what it raises, and Ctrl-C, which C cannot pass on.
+        """
+
+        @ffi.callback("wkv_prompt_fn", onerror=lambda kind, error, trace: failed(error))  # type: ignore[untyped-decorator]
+        def call(user: Any) -> None:
+            fn()
+
+        self._on_prompt = call
+        self.watch(True)
+
+    def watch(self, on: bool) -> None:
+        """Whether the function of :meth:`on_prompt` is called."""
+        check(lib.wkv_on_prompt(self._ctx, self._on_prompt if on else ffi.NULL, ffi.NULL))
+
     def set_attention(self, name: str) -> None:
         """Attention of layers whose heads hold equally many cells: "auto", "stock" or "ragged"."""
         check(lib.wkv_set_attention(self._ctx, getattr(lib, f"WKV_ATTENTION_{name}".upper())))
@@ -159,18 +232,27 @@ class Context:
         """Cells released over all layers and heads."""
         return check(lib.wkv_compact(self._ctx, policy, n_cells))
 
-    def compact_custom(self, alpha: int, n_cells: int, choose: Choose) -> int:
+    def compact_custom(self, window_size: int, n_cells: int, choose: Choose) -> int:
         """Cells released over all layers and heads; an exception of ``choose`` leaves the cache as it is.
 
         Args:
-            alpha: tokens at the end whose attention the scores are.
+            window_size: tokens at the end whose attention the scores are.
             n_cells: cells per (layer, kv head) that stay on average.
             choose: sets ``keep`` to 1 for the cells that stay. All arrays are views of native memory, valid during the
                 call.
+
+        Raises:
+            NativeError: the selection cannot be used, a graph failed or memory ran out.
+            KeyboardInterrupt: Ctrl-C while the selection ran.
+            BaseException: what ``choose`` raised.
         """
         failed: list[BaseException] = []
 
-        @ffi.callback("wkv_select_fn", error=1)  # type: ignore[untyped-decorator]
+        def give_up(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            failed.append(error)
+
+        # a signal that is pending when the function starts raises before its first line: onerror gets that
+        @ffi.callback("wkv_select_fn", error=1, onerror=give_up)  # type: ignore[untyped-decorator]
         def select(user: Any, shapes: Any, n_cells: int, positions: Any, scores: Any, keep: Any) -> int:
             try:
                 n = shapes.n_layer, shapes.n_head_kv
@@ -182,7 +264,7 @@ class Context:
                 failed.append(error)
                 return 1
 
-        status = lib.wkv_compact_custom(self._ctx, alpha, n_cells, select, ffi.NULL)
+        status = lib.wkv_compact_custom(self._ctx, window_size, n_cells, select, ffi.NULL)
         if failed:
             traceback.clear_frames(failed[0].__traceback__)  # their arrays point to memory that is gone
             raise failed[0]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import gguf
 
 __all__ = ["TYPES", "bits", "check_budget", "n_cells"]
+
+FEW_CELLS = 16
+"""A whole number below this is more likely to be meant as a share: observation windows alone are larger."""
 
 TYPES = {name: int(gguf.GGMLQuantizationType[name.upper()]) for name in ("f32", "f16", "bf16", "q8_0", "q4_0")}
 """Cells of K and V by the names of llama.cpp."""
@@ -19,18 +23,28 @@ def bits(*cells: str) -> float:
 
 
 def check_budget(budget: float | int) -> float | int:
-    """Return a valid budget, raise TypeError or ValueError otherwise.
+    """Return a valid budget: a float in (0, 1] is a fraction of the positions seen, an int >= 1 counts cells.
 
-    A float in (0, 1] is a fraction of the positions seen, an int >= 1 counts cells.
+    Warns of fewer than 16 cells.
+
+    Raises:
+        TypeError: neither an int nor a float.
+        ValueError: out of range.
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise TypeError(
             f"kv_budget is {budget!r}, expected a fraction of the prompt (0.12) or a number of cells per head (512)"
         )
-    if isinstance(budget, int) and budget < 1:
-        raise ValueError(f"kv_budget is {budget} cells, expected at least 1")
+    if isinstance(budget, int) and not 1 <= budget < 2**31:
+        raise ValueError(f"kv_budget is {budget} cells, expected at least 1 and less than 2^31")
     if isinstance(budget, float) and not 0.0 < budget <= 1.0:
         raise ValueError(f"kv_budget is {budget}, expected a fraction over 0 and up to 1.0, or an int for cells")
+    if isinstance(budget, int) and budget < FEW_CELLS:
+        warnings.warn(
+            f"kv_budget={budget} keeps {budget} cell{'s' * (budget > 1)} per head, whatever the prompt; an int counts "
+            "cells, a float is a fraction: 1.0 keeps all of them, 0.12 keeps 12 %",
+            stacklevel=3,
+        )
     return budget
 
 

@@ -11,7 +11,12 @@ from . import _native
 from .policies import CacheView, KVPolicy, Task
 from .stats import cell_types
 
-__all__ = ["compact"]
+__all__ = ["compact", "n_observed"]
+
+
+def n_observed(policy: KVPolicy) -> int:
+    """Queries at the end of the prompt that the cache keeps for a policy."""
+    return policy.n_observed
 
 
 def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "localization") -> int:
@@ -28,7 +33,8 @@ def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "l
 
     Raises:
         NativeError: the policy does not fit the cache, a graph failed or memory ran out; nothing was evicted unless it
-            says so.
+            says so. :class:`NativeArgumentError` is a ValueError too.
+        KeyboardInterrupt: Ctrl-C, also while the policy's ``select`` runs; nothing was evicted then.
         Exception: whatever the policy's ``select`` raised, and ValueError or TypeError if its answer cannot be used;
             nothing was evicted.
     """
@@ -40,10 +46,11 @@ def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "l
         return 0
 
     def choose(positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> None:
-        view = CacheView(kv, positions, int(stats.n_past), int(stats.n_gqa), cell_types(stats), task, policy.n_observed)
+        n_past, n_gqa = int(stats.n_past), int(stats.n_gqa)
+        view = CacheView(kv, positions, n_past, n_gqa, cell_types(stats), task, n_observed(policy))
         _mark(policy, policy.select(scores, n_cells, view), positions, keep)
 
-    return kv.compact_custom(policy.n_observed, n_cells, choose)
+    return kv.compact_custom(n_observed(policy), n_cells, choose)
 
 
 def _mark(

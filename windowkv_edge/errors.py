@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 __all__ = [
+    "HeadScoresError",
     "LibraryMismatchError",
     "MissingProfileError",
     "ModelFetchError",
+    "NativeArgumentError",
+    "NativeCallError",
     "NativeError",
+    "NativeModelError",
     "UnsupportedCallError",
     "UnsupportedModelError",
     "WindowKVError",
@@ -33,8 +37,24 @@ class MissingProfileError(WindowKVError, LookupError):
     """The policy needs head scores and the model has none."""
 
 
+class HeadScoresError(WindowKVError, ValueError):
+    """A text that should hold head scores holds none that can be used."""
+
+
 class NativeError(WindowKVError, RuntimeError):
-    """The native library reported a failure."""
+    """The native library reported a failure: a computation failed or memory ran out, unless a subclass says more."""
+
+
+class NativeArgumentError(NativeError, ValueError):
+    """The native library refused an argument."""
+
+
+class NativeModelError(NativeError, UnsupportedModelError):
+    """The native library cannot serve the model, the backend or these parameters."""
+
+
+class NativeCallError(NativeError, UnsupportedCallError):
+    """The native library cannot serve the call: the context has no policy."""
 
 
 class ModelFetchError(WindowKVError, RuntimeError):

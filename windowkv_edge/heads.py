@@ -1,4 +1,4 @@
-"""Head scores: how much the answers of a model hang on each of its attention heads (HeadKV, arXiv 2410.19258).
+"""Head scores: how much each attention head of a model contributes to its answers (HeadKV, arXiv 2410.19258).
 
 ``windowkv-edge profile MODEL`` measures them. They live in a JSON file, or in the model's GGUF metadata as the string
 ``windowkv.head_scores``; the score files of HeadKV's authors load as well.
@@ -19,16 +19,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .errors import MissingProfileError
+from . import head_files
+from .errors import HeadScoresError, MissingProfileError
+from .head_files import FORMAT, KINDS, MAX_SCORE, VERSION
 
 __all__ = ["METADATA_KEY", "HeadScores", "Kind", "ModelHeads", "profile_beside"]
 
 Kind = Literal["r", "r2"]
-KINDS = ("r", "r2")
-
 METADATA_KEY = "windowkv.head_scores"
-FORMAT = "windowkv-edge head scores"
-VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +38,9 @@ class HeadScores:
             scale. A file that does not say its kind serves as both.
         source: where they come from, for messages.
         about: what is known of their measurement (model, command, date, counts).
+
+    Raises:
+        HeadScoresError: other kinds or shapes, or scores that are negative, not numbers or above 1e100.
     """
 
     scores: Mapping[str, npt.NDArray[np.float64]]
@@ -50,13 +51,19 @@ class HeadScores:
         rows_of = {kind: np.asarray(rows, dtype=np.float64) for kind, rows in self.scores.items()}
         object.__setattr__(self, "scores", rows_of)
         if not self.scores or not set(self.scores) <= set(KINDS):
-            raise ValueError(f"{self.source}: kinds of scores are {sorted(self.scores)}, expected 'r', 'r2' or both")
+            raise HeadScoresError(
+                f"{self.source}: kinds of scores are {sorted(self.scores)}, expected 'r', 'r2' or both"
+            )
         shapes = {np.shape(rows) for rows in self.scores.values()}
         if len(shapes) != 1 or len(next(iter(shapes))) != 2:
-            raise ValueError(f"{self.source}: scores have the shapes {sorted(shapes)}, expected one [n_layer, n_head]")
+            raise HeadScoresError(
+                f"{self.source}: scores have the shapes {sorted(shapes)}, expected one [n_layer, n_head]"
+            )
         for kind, rows in self.scores.items():
-            if not (np.isfinite(rows).all() and (np.asarray(rows) >= 0).all()):
-                raise ValueError(f"{self.source}: scores of kind {kind} are negative or not numbers")
+            if not ((rows >= 0) & (rows <= MAX_SCORE)).all():
+                raise HeadScoresError(
+                    f"{self.source}: scores of kind {kind} are negative or not numbers, or above {MAX_SCORE:g}"
+                )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,9 +71,7 @@ class HeadScores:
         n_layer, n_head = next(iter(self.scores.values())).shape
         return int(n_layer), int(n_head)
 
-    def kv_heads(
-        self, kind: Kind, n_head_kv: int, reduce: Literal["mean", "max"] = "mean"
-    ) -> npt.NDArray[np.float64]:
+    def kv_heads(self, kind: Kind, n_head_kv: int, reduce: Literal["mean", "max"] = "mean") -> npt.NDArray[np.float64]:
         """Scores of the kv heads, each from the query heads that share it; they sum to 1.
 
         Args:
@@ -99,44 +104,20 @@ class HeadScores:
         """Read our JSON, or the authors' one line ``{"layer-head": [scores], ...}``.
 
         Raises:
-            ValueError: the text is neither.
+            HeadScoresError: the text is neither. It is a ValueError.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source}: not a file of head scores: {error}") from error
-        if not isinstance(data, dict):
-            raise ValueError(f"{source}: not a file of head scores: expected a JSON object, got {type(data).__name__}")
-        if data.get("format") == FORMAT:
-            if data.get("version") != VERSION:
-                raise ValueError(f"{source}: version {data.get('version')!r} of the format, expected {VERSION}")
-            scores = {kind: np.array(rows, dtype=np.float64) for kind, rows in data.get("scores", {}).items()}
-            return cls(scores, source, data.get("about", {}))
-        rows = cls._parse_authors(data, source)
-        return cls(dict.fromkeys(KINDS, rows), source, {"format": "HeadKV authors"})
-
-    @staticmethod
-    def _parse_authors(data: dict[str, Any], source: str) -> npt.NDArray[np.float64]:
-        try:
-            values = {tuple(map(int, key.split("-"))): float(np.mean(value)) for key, value in data.items()}
-            n_layer, n_head = (1 + max(index) for index in zip(*values, strict=True))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{source}: not a file of head scores: expected keys such as '0-0' (layer-head) with lists of scores, "
-                f'or "format": "{FORMAT}"'
-            ) from error
-        missing = [(il, ih) for il in range(n_layer) for ih in range(n_head) if (il, ih) not in values]
-        if missing or len(values) != n_layer * n_head:
-            raise ValueError(f"{source}: {n_layer} layers x {n_head} heads, but head {missing[:1]} has no scores")
-        res = np.zeros((n_layer, n_head))
-        for (il, ih), value in values.items():
-            res[il, ih] = value
-        return res
+        scores, about = head_files.parse(text, source)
+        return cls(scores, source, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadScores:
-        """Read a file. Raises OSError if it cannot be read, ValueError if it holds no head scores."""
-        return cls.parse(Path(path).read_text(encoding="utf-8"), str(path))
+        """Read a file.
+
+        Raises:
+            OSError: it cannot be read.
+            HeadScoresError: it holds no head scores. It is a ValueError.
+        """
+        return cls.parse(head_files.read(path), str(path))
 
     def dumps(self) -> str:
         """The JSON text of a file, also the value of the GGUF metadata key."""
@@ -145,7 +126,11 @@ class HeadScores:
         return json.dumps({"format": FORMAT, "version": VERSION, "about": dict(self.about), "scores": scores})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file; an interrupted write leaves what was there."""
+        """Write a file; an interrupted write leaves what was there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         target = Path(path)
         part = target.with_name(target.name + ".part")
         part.write_text(self.dumps() + "\n", encoding="utf-8")
@@ -203,7 +188,7 @@ class ModelHeads:
         if METADATA_KEY in self.metadata:
             return HeadScores.parse(self.metadata[METADATA_KEY], f"{self.path}, metadata {METADATA_KEY}")
         beside = profile_beside(self.path)
-        if beside.exists():
+        if beside.is_file():
             return HeadScores.load(beside)
         name = self.metadata.get("general.name", "")
         if name in _shipped():

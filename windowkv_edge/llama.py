@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+import warnings
+from contextlib import ExitStack
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from . import _native
-from .budget import check_budget, n_cells
-from .compaction import compact
-from .errors import UnsupportedCallError, UnsupportedModelError
-from .heads import ModelHeads
-from .policies import Full, KVPolicy, Task, get_policy
-from .stats import KVStats, cell_types
-from .task import prompt_task
+from .budget import check_budget
+from .errors import UnsupportedCallError
+from .evaluation import PolicyEvaluation
+from .guard import Closed, Guard
+from .policies import Full, KVPolicy, get_policy
+from .session import AfterPrompt, PolicyCache, ragged_cache
+from .stats import KVStats
 
 __all__ = ["Llama"]
 
 DEFAULT_BUDGET = 0.12
 DEFAULT_MIN_PROMPT = 256
 
+REFUSED = (
+    ("embedding", "use a second session without a policy for embeddings"),
+    ("vocab_only", "leave kv_policy out, there is no cache without weights"),
+    ("swa_full", "leave it out, window layers keep their window and nothing else"),
+)
+"""Arguments that cannot be True with a policy, and what to do instead."""
 
-def bind_policy(
-    kv: _native.Context, policy: KVPolicy, path: str, metadata: Mapping[str, str], model: Any
-) -> KVPolicy:
-    """The policy for a model (a ctypes pointer), if model and backend serve it.
-
-    Raises:
-        UnsupportedModelError: they do not; says why.
-        MissingProfileError, OSError, ValueError: see :meth:`ModelHeads.importance`.
-    """
-    try:
-        kv.ready(policy.ragged)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{path}: {error}") from None
-    stats = kv.stats()
-    n_layer, n_head_kv = int(llama_cpp.llama_model_n_layer(model)), int(stats.n_head_kv)
-    n_head = n_head_kv * int(stats.n_gqa)
-    return policy.bind(ModelHeads(path, metadata, n_layer, n_head_kv, kv.layers(), n_head=n_head))
+CHANGEABLE = ("seed", "chat_format", "chat_handler", "draft_model", "verbose")
+"""Arguments of ``llama_cpp.Llama`` that its attributes or methods change later."""
 
 
-class Llama(llama_cpp.Llama):
+class Llama(PolicyEvaluation):
     """``llama_cpp.Llama`` whose KV cache keeps only the cells that matter.
 
     Policies compress the layers that attend to all positions. Window layers (Gemma 3, gpt-oss) keep their window and
@@ -65,10 +55,16 @@ class Llama(llama_cpp.Llama):
 
     A prompt is evaluated with the full cache and compacted afterwards, so the first generated token comes from full
     attention. A prompt is what ``generate`` (and everything built on it) evaluates first, or one call of ``eval`` with
-    more than one token.
+    more than one token. What libraries decode on ``ctx`` themselves is compacted before the first single token behind
+    a prompt.
+
+    With a policy flash attention is on, whatever ``flash_attn`` says. A session serves one thread at a time, in the
+    process that created it.
 
     Raises:
         UnsupportedModelError: the model, backend or parameters cannot be served with a policy; says why.
+        MissingProfileError: the policy needs head scores and the model has none.
+        OSError: files that the policy needs cannot be read.
         ValueError, TypeError: bad arguments.
     """
 
@@ -84,7 +80,8 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         # close() and __del__ need these even if the arguments are refused
         self._stack = ExitStack()
-        self._kv: _native.Context | None = None
+        self._kv_guard = Guard()
+        self._kv_cache: PolicyCache | None = None
 
         if kv_policy is None and kv_budget is not None:
             raise ValueError(
@@ -92,48 +89,53 @@ class Llama(llama_cpp.Llama):
             )
         if isinstance(kv_min_prompt, bool) or not isinstance(kv_min_prompt, int) or kv_min_prompt < 0:
             raise ValueError(f"kv_min_prompt is {kv_min_prompt!r}, expected an int of at least 0 tokens")
+        policy = None if kv_policy is None else get_policy(kv_policy)
+        self._kv_when = AfterPrompt(DEFAULT_BUDGET if kv_budget is None else check_budget(kv_budget), kv_min_prompt)
 
-        self._kv_policy = None if kv_policy is None else get_policy(kv_policy)
-        self._kv_budget = check_budget(DEFAULT_BUDGET if kv_budget is None else kv_budget)
-        self._kv_min_prompt = kv_min_prompt
-        self._kv_exact = bool(kv_exact)
-        self._kv_bound = self._kv_policy or Full()
-        self._kv_generating = 0
-        self._kv_prompt_next = False
+        # what is absent stays absent in a copy: it may be resolved otherwise there
+        self._kv_given = {**kwargs, "kv_min_prompt": kv_min_prompt, "kv_exact": bool(kv_exact)}
+        if kv_budget is not None:
+            self._kv_given["kv_budget"] = kv_budget
 
-        if self._kv_policy is None:
+        self._start_evaluation()
+        if policy is None:
             super().__init__(model_path, **kwargs)
             return
+        self._kv_create(model_path, policy, bool(kv_exact), kwargs)
 
-        for name, value, fix in (
-            ("flash_attn", False, "leave it out, a policy turns it on"),
-            ("embedding", True, "use a second session without a policy for embeddings"),
-            ("vocab_only", True, "leave kv_policy out, there is no cache without weights"),
-            ("swa_full", True, "leave it out, window layers keep their window and nothing else"),
-        ):
-            if kwargs.get(name) is value:
-                raise ValueError(f"{name}={value} cannot be combined with kv_policy={self._kv_policy.name!r}; {fix}")
-        kwargs.update(flash_attn=True, swa_full=False)
+    def _kv_create(self, model_path: str, policy: KVPolicy, exact: bool, kwargs: dict[str, Any]) -> None:
+        for name, instead in REFUSED:
+            if kwargs.get(name):
+                raise ValueError(f"{name}=True cannot be combined with kv_policy={policy.name!r}; {instead}")
+        if not kwargs.get("flash_attn", True):
+            warnings.warn(
+                f"flash_attn=False is stock's default and kv_policy={policy.name!r} needs flash attention: it is on",
+                stacklevel=3,
+            )
+        kwargs = {**kwargs, "flash_attn": True, "swa_full": False}
 
         # what the caller says about cells goes before what the policy prefers
         said = kwargs.get("type_k") is not None or kwargs.get("type_v") is not None
         try:
-            with _native.pending(self._kv_policy.n_observed, None if said else self._kv_policy.cells):
-                try:
-                    super().__init__(model_path, **kwargs)
-                except ValueError as error:
-                    reason = _native.last_error()
-                    if reason:
-                        raise UnsupportedModelError(f"{model_path}: {reason}") from error
-                    raise
-            kv = _native.Context(self._ctx.ctx)
-            self._kv_bound = self._bind(kv, self._kv_policy)
-            kv.set_attention("auto" if kv_exact else "ragged")
+            with ragged_cache(policy, model_path, None if said else policy.cells):
+                super().__init__(model_path, **kwargs)
+            self._check_text(policy)
+            cache = PolicyCache(
+                self._ctx.ctx,
+                policy,
+                path=self.model_path,
+                metadata=self.metadata,
+                model=self._model.model,
+                exact=exact,
+                guard=self._kv_guard,
+            )
+            self._watch_context(cache)
+            self._kv_initial = super().__getstate__()  # type: ignore[no-untyped-call]
         except BaseException:
             # the weights may be loaded, and whoever holds the error holds this session
             self.close()
             raise
-        self._kv = kv
+        self._kv_cache = cache
 
     #
     # policy and budget
@@ -145,67 +147,76 @@ class Llama(llama_cpp.Llama):
 
         Setting it clears the session (another policy's cells are not its own); the next prompt is evaluated anew.
         A session that was created without a policy stays without one.
+
+        Raises:
+            UnsupportedCallError: when set, the session has no policy or cannot be used now (see the class).
+            UnsupportedModelError, MissingProfileError, OSError, ValueError, TypeError: when set, as when creating a
+                session; the old policy stays.
         """
-        return self._kv_policy
+        return None if self._kv_cache is None else self._kv_cache.policy
 
     @kv_policy.setter
     def kv_policy(self, policy: str | KVPolicy) -> None:
-        kv = self._need_kv("setting kv_policy")
-        new = get_policy(policy)
-        bound = self._bind(kv, new)
-        self._clear()
-        kv.set_observed(new.n_observed)
-        self._kv_policy, self._kv_bound = new, bound
+        with self._use("setting kv_policy"):
+            cache = self._need_cache("setting kv_policy")
+            new = get_policy(policy)
+            self._check_text(new)
+            bound = cache.bind(new)
+            with self._aligned():
+                self._clear()
+                cache.set_policy(new, bound)
 
     @property
     def kv_budget(self) -> float | int:
-        """The budget; setting it takes effect at the next compaction."""
-        return self._kv_budget
+        """The budget; setting it takes effect at the next compaction. A prompt that was compacted before is evaluated
+        anew when it is asked again.
+
+        Raises:
+            TypeError, ValueError: when set, see the class.
+        """
+        return self._kv_when.budget
 
     @kv_budget.setter
     def kv_budget(self, budget: float | int) -> None:
-        self._kv_budget = check_budget(budget)
+        with self._use("setting kv_budget"):
+            before, self._kv_when.budget = self._kv_when.budget, check_budget(budget)
+            self._kv_given["kv_budget"] = budget
+            cache = self._kv_cache
+            if cache is not None and budget != before and cache.kv.stats().n_boundary > 0:
+                self._requires_eval = True
 
     def kv_compact(self, kv_budget: float | int | None = None) -> KVStats:
         """Compact now, whatever ``kv_min_prompt`` says.
+
+        What was decoded on ``ctx`` by somebody else is compacted too.
 
         Args:
             kv_budget: for this compaction only; None = the session's.
 
         Raises:
-            UnsupportedCallError: the session has no policy.
+            UnsupportedCallError: the session has no policy or cannot be used now (see the class), or ``n_tokens`` and
+                the cache disagree about what is there.
+            NativeError: a computation failed or memory ran out.
+            TypeError, ValueError: bad budget.
+            Exception: what the ``select`` of a policy in Python raised; nothing was evicted.
         """
-        kv = self._need_kv("kv_compact()")
-        budget = self._kv_budget if kv_budget is None else check_budget(kv_budget)
-        self._sync_positions()
-        compact(kv, self._kv_bound, self._n_cells(budget), self._task())
-        return self.kv_stats()
+        with self._use("kv_compact()"):
+            cache = self._need_cache("kv_compact()")
+            budget = self.kv_budget if kv_budget is None else check_budget(kv_budget)
+            self._agree(cache)
+            cache.compact(cache.n_cells(budget), self._task(cache))
+            return self.kv_stats()
 
     def kv_stats(self) -> KVStats:
-        """Cells, bytes and times of the cache now."""
-        if self._ctx.ctx is None:
-            raise UnsupportedCallError("kv_stats() needs an open session, this one was closed")
-        ctx = _native.Context(self._ctx.ctx)
-        stats = ctx.stats()
-        if self._kv is not None:
-            cells = self._kv.cells()
-        else:
-            cells = np.full((stats.n_layer, stats.n_head_kv), stats.n_past, dtype=np.int32)
-        return KVStats(
-            policy="stock" if self._kv_policy is None else self._kv_policy.name,
-            n_past=stats.n_past,
-            layers=ctx.layers(),
-            cells=cells,
-            cell_types=cell_types(stats),
-            bytes_live=stats.bytes_live,
-            bytes_full=stats.bytes_full,
-            bytes_other=stats.bytes_other,
-            bytes_peak=stats.bytes_peak,
-            bytes_released=stats.bytes_released,
-            n_compactions=stats.n_compactions,
-            t_score_ms=stats.t_score_ms,
-            t_compact_ms=stats.t_select_ms + stats.t_gather_ms,
-        )
+        """Cells, bytes and times of the cache now.
+
+        Raises:
+            UnsupportedCallError: the session was closed or cannot be used now (see the class).
+        """
+        with self._kv_guard.use("kv_stats()", reads=True):
+            if self._kv_cache is None:
+                return KVStats.read(_native.Context(self._ctx.ctx), None)
+            return KVStats.read(self._kv_cache.kv, self._kv_cache.policy.name)
 
     def kv_positions(self, layer: int, head: int) -> npt.NDArray[np.int32]:
         """Positions that one kv head holds, ascending.
@@ -216,134 +227,126 @@ class Llama(llama_cpp.Llama):
 
         Returns:
             int32 [cells].
+
+        Raises:
+            UnsupportedCallError: the session has no policy, was closed or cannot be used now (see the class).
+            ValueError: there is no such layer or head.
         """
-        return self._need_kv("kv_positions()").positions(layer, head)
+        with self._kv_guard.use("kv_positions()", reads=True):
+            return self._need_cache("kv_positions()").kv.positions(layer, head)
 
     #
     # llama_cpp.Llama
     #
 
-    def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens; a prompt is compacted afterwards (see the class)."""
-        if self._kv is None:
-            super().eval(tokens)
-            return
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``llama_cpp.Llama.embed``; needs a session without a policy.
 
-        is_prompt = self._kv_prompt_next or (self._kv_generating == 0 and len(tokens) > 1)
-        self._kv_prompt_next = False
+        Raises:
+            RuntimeError: the session was not created with ``embedding=True``, or cannot be used now (see the class).
+        """
+        with self._use("embed()"):
+            return super().embed(*args, **kwargs)
 
-        self._sync_positions()
-        if len(tokens) > 1:
-            self._kv.reserve(len(tokens))
-        super().eval(tokens)
+    @property
+    def cache(self) -> Any:
+        """What ``set_cache`` set; None with a policy.
 
-        if is_prompt and len(tokens) > 0 and self._is_due():
-            self.kv_compact()
+        Raises:
+            UnsupportedCallError: when set, see :meth:`set_cache`.
+        """
+        return self._kv_states
 
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """See ``llama_cpp.Llama.generate``; what it evaluates first is the prompt."""
-        with self._generating() if self._kv is not None else nullcontext():
-            yield from super().generate(tokens, *args, **kwargs)
+    @cache.setter
+    def cache(self, cache: Any) -> None:
+        self._set_states("llm.cache", cache)
 
     def set_cache(self, cache: Any) -> None:
-        """Refused with a policy: saved states of compacted caches are not supported yet."""
+        """Refused with a policy: saved states of compacted caches are not supported yet.
+
+        Raises:
+            UnsupportedCallError: the session has a policy, and the cache is not None.
+        """
+        self._set_states("set_cache()", cache)
+
+    def _set_states(self, what: str, cache: Any) -> None:
         if cache is not None:
-            self._refuse("set_cache()", "the prefix of the last prompt is reused without it")
-        super().set_cache(cache)
+            self._refuse(what, "without it a prompt that continues the last one (a chat's next turn) reuses the cache")
+        self._kv_states = cache
 
     def save_state(self) -> Any:
-        """Refused with a policy: saved states of compacted caches are not supported yet."""
+        """Refused with a policy: saved states of compacted caches are not supported yet.
+
+        Raises:
+            UnsupportedCallError: the session has a policy.
+        """
         self._refuse("save_state()", "keep the session open, or evaluate the prompt again")
         return super().save_state()
 
     def load_state(self, state: Any) -> None:
-        """Refused with a policy: saved states of compacted caches are not supported yet."""
+        """Refused with a policy: saved states of compacted caches are not supported yet.
+
+        Raises:
+            UnsupportedCallError: the session has a policy.
+        """
         self._refuse("load_state()", "evaluate the prompt instead")
         super().load_state(state)
 
     def reset(self) -> None:
-        """Forget the sequence; with a policy its memory is released at once."""
-        super().reset()  # type: ignore[no-untyped-call]
-        if self._kv is not None:
-            self._clear()
+        """Forget the sequence; with a policy its memory is released at once.
+
+        Raises:
+            UnsupportedCallError: the session cannot be used now (see the class); a closed one has nothing to forget.
+        """
+        if self._kv_guard.closed:
+            self.n_tokens = 0
+            return
+        with self._use("reset()"):
+            if self._kv_cache is not None:
+                with self._aligned():
+                    self._clear()
+            super().reset()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        """Free the model and its cache; calling it again does nothing."""
-        self._kv = None
-        super().close()
+        """Free the model and its cache; calling it again does nothing.
+
+        Raises:
+            UnsupportedCallError: another thread is inside a call, or a policy selects.
+        """
+        if self._kv_guard.closed:
+            return
+        if self._kv_guard.forked:  # whichever call the parent was inside
+            self._kv_guard.closed = True
+            super().close()
+            return
+        with self._kv_guard.use("close()"):
+            self._kv_guard.closed = True
+            super().close()
+            # their memory is gone, and stock's methods would read it
+            gone: Any = Closed()
+            self._ctx = self._model = self._batch = self.tokenizer_ = gone
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        if self._kv_policy is not None:
-            state.update(
-                kv_policy=self._kv_policy,
-                kv_budget=self._kv_budget,
-                kv_min_prompt=self._kv_min_prompt,
-                kv_exact=self._kv_exact,
-            )
-        return state
+        if self._kv_cache is None:
+            return state
+        changed = {name: state[name] for name in CHANGEABLE if state[name] != self._kv_initial[name]}
+        return {"model_path": self.model_path, **self._kv_given, **changed, "kv_policy": self._kv_cache.policy}
 
     #
     # internals
     #
 
-    def _need_kv(self, what: str) -> _native.Context:
-        if self._kv is None:
-            raise UnsupportedCallError(
-                f"{what} needs a session with a policy; create it with Llama(..., kv_policy='auto')"
-            )
-        return self._kv
+    @property
+    def _kv(self) -> _native.Context | None:
+        return None if self._kv_cache is None or self._kv_guard.closed else self._kv_cache.kv
 
-    def _bind(self, kv: _native.Context, policy: KVPolicy) -> KVPolicy:
-        return bind_policy(kv, policy, self.model_path, self.metadata, self._model.model)
+    @property
+    def _kv_bound(self) -> KVPolicy:
+        return Full() if self._kv_cache is None else self._kv_cache.bound
 
     def _refuse(self, what: str, instead: str) -> None:
-        if self._kv_policy is not None:
+        if self._kv_cache is not None:
             raise UnsupportedCallError(
-                f"{what} is not supported with kv_policy={self._kv_policy.name!r} yet; {instead}"
+                f"{what} is not supported with kv_policy={self._kv_cache.policy.name!r} yet; {instead}"
             )
-
-    def _clear(self) -> None:
-        self._ctx.kv_cache_seq_rm(-1, 0, -1)
-        self.n_tokens = 0
-        self._requires_eval = True
-
-    def _sync_positions(self) -> None:
-        """Bring the native cache to ``n_tokens`` positions, as ``eval`` does before every decode."""
-        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
-            stats = _native.Context(self._ctx.ctx).stats()
-            if self.n_tokens < stats.n_boundary:
-                reason = f"positions below {stats.n_boundary} were compacted and cannot be removed one by one"
-            else:
-                reason = f"the window or recurrent layers moved on to {stats.n_past} and cannot go back that far"
-            raise UnsupportedCallError(
-                f"n_tokens was set to {self.n_tokens}, but {reason}; call reset() and evaluate the prompt again"
-            )
-
-    def _is_due(self) -> bool:
-        if isinstance(self._kv_budget, int):
-            return self.n_tokens > self._kv_budget
-        return self.n_tokens >= self._kv_min_prompt and self._kv_budget < 1.0
-
-    def _n_cells(self, budget: float | int) -> int:
-        """Cells per (layer, kv head) that a budget stands for now."""
-        assert self._kv is not None and self._kv_policy is not None
-        types = () if self._kv_policy.cells is None else cell_types(self._kv.stats())
-        return n_cells(budget, self.n_tokens, *types)
-
-    def _task(self) -> Task:
-        assert self._kv_policy is not None
-        if not self._kv_policy.needs_task:
-            return "localization"
-        ids = self.input_ids[: self.n_tokens].tolist()
-        return prompt_task(ids, lambda part: str(self.detokenize(part).decode("utf-8", "ignore")))
-
-    @contextmanager
-    def _generating(self) -> Iterator[None]:
-        self._kv_generating += 1
-        self._kv_prompt_next = True
-        try:
-            yield
-        finally:
-            self._kv_generating -= 1
-            self._kv_prompt_next = False

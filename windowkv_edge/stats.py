@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .budget import TYPES
+
+if TYPE_CHECKING:
+    from ._native import Context
 
 __all__ = ["KVStats", "cell_types"]
 
@@ -32,8 +35,8 @@ class KVStats:
         layers: indices of these layers in the model.
         cells: int32 [len(layers), n_head_kv], cells held now.
         cell_types: of K and V, such as ("f16", "f16").
-        bytes_live: bytes of the live buffers: K and V pools, and with a policy the observation ring and
-            what GPUs look up about their heads.
+        bytes_live: bytes of the live buffers: K and V pools, and with a policy the observed queries and what
+            GPUs look up about their heads.
         bytes_full: bytes that stock llama.cpp holds for ``n_past`` positions, in the cells that the session asked for.
         bytes_other: bytes of the window and recurrent layers' caches, which no policy touches; 0 where there are none.
         bytes_peak: largest ``bytes_live`` so far, transients of growth and compaction included.
@@ -56,6 +59,34 @@ class KVStats:
     n_compactions: int
     t_score_ms: float
     t_compact_ms: float
+
+    @classmethod
+    def read(cls, ctx: Context, policy: str | None) -> KVStats:
+        """Of a context now; policy is None for a context that was created without one.
+
+        Raises:
+            NativeError: the context has no memory.
+        """
+        stats = ctx.stats()
+        if policy is None:
+            cells = np.full((stats.n_layer, stats.n_head_kv), stats.n_past, dtype=np.int32)
+        else:
+            cells = ctx.cells()
+        return cls(
+            policy=policy or "stock",
+            n_past=stats.n_past,
+            layers=ctx.layers(),
+            cells=cells,
+            cell_types=cell_types(stats),
+            bytes_live=stats.bytes_live,
+            bytes_full=stats.bytes_full,
+            bytes_other=stats.bytes_other,
+            bytes_peak=stats.bytes_peak,
+            bytes_released=stats.bytes_released,
+            n_compactions=stats.n_compactions,
+            t_score_ms=stats.t_score_ms,
+            t_compact_ms=stats.t_select_ms + stats.t_gather_ms,
+        )
 
     def __str__(self) -> str:
         low, high = self.cells.min(initial=self.n_past), self.cells.max(initial=0)

@@ -280,7 +280,6 @@ def test_embeddings_are_refused(llm: Llama, session: Callable[..., Llama]) -> No
         ({"kv_policy": "windowkv", "kv_budget": "12%"}, TypeError, "fraction of the prompt"),
         ({"kv_budget": 0.1}, ValueError, "without kv_policy has no effect"),
         ({"kv_policy": "windowkv", "kv_min_prompt": -1}, ValueError, "kv_min_prompt"),
-        ({"kv_policy": "windowkv", "flash_attn": False}, ValueError, "flash_attn=False cannot be combined"),
         ({"kv_policy": "windowkv", "swa_full": True}, ValueError, "swa_full=True cannot be combined"),
         ({"kv_policy": "windowkv", "vocab_only": True}, ValueError, "vocab_only=True cannot be combined"),
         ({"kv_policy": "windowkv", "type_k": 6}, UnsupportedModelError, "cells of type q5_0 are not supported, expected f32"),

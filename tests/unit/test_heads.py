@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from windowkv_edge import HeadScores, MissingProfileError
+from windowkv_edge.errors import HeadScoresError
 from windowkv_edge.heads import METADATA_KEY, ModelHeads, profile_beside
 from windowkv_edge.profile import EXAMPLES, Example, Outcome, Plan, ProfileError, word_f1, write_gguf
 
@@ -78,6 +81,108 @@ def test_other_files_are_refused(text: str, message: str, tmp_path: Path) -> Non
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         HeadScores.load(path)
+
+
+OURS = '{"format": "windowkv-edge head scores", "version": 1, "scores": %s}'
+HUGE = "9" * 400
+
+# what strangers may write into a model's metadata: sizes to allocate, depths to recurse, types to trip over
+HOSTILE = {
+    "layer": '{"99999999-0": [1]}',
+    "layers-and-heads": '{"3000000-3000000": [1]}',
+    "more-digits": '{"1000000000-0": [1]}',
+    "a-number-of-digits": '{"%s-0": [1]}' % ("9" * 5000),
+    "negative-layer": '{"-1-0": [1]}',
+    "unicode-digits": '{"\u0661-0": [1]}',
+    "spaces": '{" 1-0": [1]}',
+    "twice": '{"0-0": [1], "00-0": [1]}',
+    "no-list": '{"0-0": "1"}',
+    "an-object": '{"0-0": {"a": 1}}',
+    "nested": '{"0-0": [[1]]}',
+    "empty": '{"0-0": []}',
+    "null": '{"0-0": null}',
+    "true": '{"0-0": true}',
+    "text": '{"0-0": ["1"]}',
+    "nan": '{"0-0": [NaN]}',
+    "infinite": '{"0-0": [Infinity]}',
+    "overflow": '{"0-0": [1e400]}',
+    "a-huge-float": '{"0-0": [1e308, 1e308]}',
+    "a-huge-int": '{"0-0": [%s]}' % HUGE,
+    "an-endless-int": '{"0-0": [%s]}' % (HUGE * 20),
+    "deep-list": "[" * 100_000,
+    "deep-object": '{"a":' * 100_000,
+    "deep-score": '{"0-0": %s%s}' % ("[" * 100_000, "]" * 100_000),
+    "deep-version": '{"format": "windowkv-edge head scores", "version": %s1%s}' % ("[" * 900, "]" * 900),
+    "version-true": '{"format": "windowkv-edge head scores", "version": true, "scores": {"r": [[1]]}}',
+    "version-huge": '{"format": "windowkv-edge head scores", "version": %s, "scores": {"r": [[1]]}}' % HUGE,
+    "no-scores": '{"format": "windowkv-edge head scores", "version": 1}',
+    "about": '{"format": "windowkv-edge head scores", "version": 1, "scores": {"r": [[1]]}, "about": [1]}',
+    "scores-list": OURS % "[[1]]",
+    "scores-null": OURS % "null",
+    "scores-none": OURS % "{}",
+    "rows-object": OURS % '{"r": {"0": [1]}}',
+    "rows-number": OURS % '{"r": 1}',
+    "rows-text": OURS % '{"r": "ab"}',
+    "rows-empty": OURS % '{"r": []}',
+    "row-empty": OURS % '{"r": [[]]}',
+    "row-text": OURS % '{"r": [["1"]]}',
+    "row-null": OURS % '{"r": [[null]]}',
+    "row-nan": OURS % '{"r": [[NaN]]}',
+    "row-huge": OURS % ('{"r": [[%s]]}' % HUGE),
+    "row-deeper": OURS % '{"r": [[[1]]]}',
+    "row-deep": OURS % ('{"r": [[%s1%s]]}' % ("[" * 500, "]" * 500)),
+    "rows-of-lengths": OURS % '{"r": [[1, 2], [1]]}',
+    "rows-of-shapes": OURS % '{"r": [[1, 2]], "r2": [[1]]}',
+    "many-layers": OURS % ('{"r": [%s[1]]}' % ("[1]," * 600)),
+    "many-heads": OURS % ('{"r": [[%s1]]}' % ("1," * 2000)),
+    "many-kinds": OURS % ("{%s}" % ",".join(f'"{i}": [[1]]' for i in range(5000))),
+    "cut": '{"0-0": [1',
+    "a-number": "7",
+    "nothing": "",
+    "zeros": "\0\0\0",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_scores_end_in_one_kind_of_error(name: str, tmp_path: Path) -> None:
+    """A short message with the source, at once and without memory for what the text promises."""
+    path = tmp_path / "a.json"
+    path.write_text(HOSTILE[name])
+    tracemalloc.start()
+    try:
+        for read in (lambda: model(metadata={METADATA_KEY: HOSTILE[name]}).find(None), lambda: HeadScores.load(path)):
+            with pytest.raises(HeadScoresError) as caught:
+                read()
+            assert len(str(caught.value)) < 600 + len(str(path))
+            assert str(path) in str(caught.value) or METADATA_KEY in str(caught.value)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'{"0-0": [\xff\xfe]}')
+    with pytest.raises(HeadScoresError, match="a.json: not a file of head scores: .*utf-8"):
+        HeadScores.load(path)
+    path.write_text('{"0-0": [1]}', encoding="utf-8-sig")
+    assert HeadScores.load(path).shape == (1, 1)
+    path.write_bytes(b" " * (65 << 20))
+    with pytest.raises(HeadScoresError, match="a.json: 68,157,440 bytes, expected head scores of at most 67,108,864"):
+        HeadScores.load(path)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(HeadScoresError, match="pipe: not a file"):
+        HeadScores.load(pipe)
+    with pytest.raises(FileNotFoundError):
+        HeadScores.load(tmp_path / "missing")
+
+
+def test_scores_whose_sum_would_overflow_are_refused() -> None:
+    with pytest.raises(HeadScoresError, match="above 1e.100"):
+        HeadScores({"r": np.full((2, 4), 1e308)})
+    shares = HeadScores({"r": np.full((2, 4), 1e100)}).kv_heads("r", 2)
+    np.testing.assert_allclose(shares, 0.25)
 
 
 def test_the_nearest_scores_win(tmp_path: Path) -> None:

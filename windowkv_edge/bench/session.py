@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import llama_cpp
@@ -14,13 +15,11 @@ import numpy.typing as npt
 from llama_cpp._logger import llama_log_callback
 
 from .. import _native
-from ..budget import TYPES, n_cells
-from ..compaction import compact
-from ..errors import UnsupportedModelError, WindowKVError
+from ..budget import TYPES
+from ..errors import UnsupportedCallError, WindowKVError
 from ..heads import METADATA_KEY
-from ..llama import bind_policy
 from ..policies import KVPolicy
-from ..stats import cell_types
+from ..session import PolicyCache, ragged_cache
 
 __all__ = ["TYPES", "Model", "Session"]
 
@@ -41,8 +40,23 @@ def _reason(fallback: str) -> str:
     return _errors.pop() if _errors else fallback
 
 
+@contextmanager
+def _one_kind() -> Iterator[None]:
+    """What a policy says about its arguments and files is one kind of error for the command line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, WindowKVError):
+            raise
+        raise WindowKVError(str(error)) from error
+
+
 class Model:
-    """Weights and vocabulary. Until :meth:`close` llama.cpp logs nothing in this process."""
+    """Weights and vocabulary. Until :meth:`close` llama.cpp logs nothing in this process.
+
+    Raises:
+        WindowKVError: the model cannot be loaded.
+    """
 
     def __init__(self, path: Path, n_gpu_layers: int = 0) -> None:
         llama_cpp.llama_log_set(_keep_error, None)
@@ -55,6 +69,8 @@ class Model:
             raise WindowKVError(f"cannot load {path}: {_reason('the file may be damaged, or the memory too small')}")
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
+        # without a tokenizer llama.cpp aborts where it is asked for text
+        self.has_text = llama_cpp.llama_vocab_type(self.vocab) != llama_cpp.LLAMA_VOCAB_TYPE_NONE
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Tokens of a text; [] if the model has no tokenizer.
@@ -65,13 +81,15 @@ class Model:
         """
         data = text.encode()
         tokens = (llama_cpp.llama_token * (len(data) + 8))()
-        if llama_cpp.llama_vocab_type(self.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+        if not self.has_text:
             return []
         n = llama_cpp.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), False, special)
         return list(tokens[: max(0, n)])
 
     def detokenize(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, without special ones; what is not UTF-8 is replaced."""
+        """Text of tokens, without special ones; what is not UTF-8 is replaced. "" if the model has no tokenizer."""
+        if not self.has_text:
+            return ""
         ids = (llama_cpp.llama_token * len(tokens))(*tokens)
         data = ctypes.create_string_buffer(16 * len(tokens) + 16)
         n = llama_cpp.llama_detokenize(self.vocab, ids, len(ids), data, len(data), False, False)
@@ -81,14 +99,16 @@ class Model:
         return data.raw[:n].decode("utf-8", "replace")
 
     def piece(self, token: int) -> str:
-        """Text of one token, special ones by their names."""
+        """Text of one token, special ones by their names. "" if the model has no tokenizer."""
+        if not self.has_text:
+            return ""
         data = ctypes.create_string_buffer(256)
         n = llama_cpp.llama_token_to_piece(self.vocab, token, data, len(data), 0, True)
         return data.raw[: max(0, n)].decode("utf-8", "replace")
 
     def is_end(self, token: int) -> bool:
         """Whether a token ends a generation."""
-        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+        return self.has_text and bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     def metadata(self, key: str) -> dict[str, str]:
         """The value of one string key, if it is there."""
@@ -125,6 +145,10 @@ class Session:
         threads: CPU threads.
         n_batch: tokens evaluated at once.
         own_cells: of the layers that the policy compresses, where they fit, instead of ``cells``.
+
+    Raises:
+        UnsupportedModelError: the model, backend or parameters cannot be served with the policy.
+        WindowKVError: there is no memory, or what the policy needs cannot be read or does not fit.
     """
 
     def __init__(
@@ -147,77 +171,99 @@ class Session:
         params.swa_full = False
         params.no_perf = True
 
-        self.model, self.policy, self.n_past = model, policy, 0
+        self.model, self.policy, self.n_batch = model, policy, n_batch
+        self.cache: PolicyCache | None = None
         _errors.clear()  # of other sessions
-        if policy is None:
+        with ragged_cache(policy, str(model.path), own_cells):
             self.ctx = llama_cpp.llama_init_from_model(model.model, params)
-        else:
-            with _native.pending(policy.n_observed, own_cells):
-                self.ctx = llama_cpp.llama_init_from_model(model.model, params)
-        if not self.ctx:
-            reason = _native.last_error() if policy is not None else ""
-            if reason:
-                raise UnsupportedModelError(f"{model.path}: {reason}")
-            raise WindowKVError(
-                f"no context of {n_ctx:,} positions, {cells} cells: {_reason('is there enough memory?')}"
-            )
+            if not self.ctx:
+                raise WindowKVError(
+                    f"no context of {n_ctx:,} positions, {cells} cells: {_reason('is there enough memory?')}"
+                )
         self.kv = _native.Context(self.ctx)
         if policy is not None:
             try:
-                self.bound = self.bind(policy)
-                self.kv.set_attention("auto" if exact else "ragged")
+                with _one_kind():
+                    self.cache = PolicyCache(
+                        self.ctx,
+                        policy,
+                        path=str(model.path),
+                        metadata=model.about(),
+                        model=model.model,
+                        exact=exact,
+                    )
             except BaseException:
                 self.close()
                 raise
 
+    @property
+    def n_past(self) -> int:
+        """Positions that the sequence has seen."""
+        return int(self.kv.stats().n_past)
+
     def bind(self, policy: KVPolicy) -> KVPolicy:
-        """The policy for this model; see :func:`windowkv_edge.llama.bind_policy`.
+        """The policy for this model; see :meth:`windowkv_edge.session.PolicyCache.bind`.
 
         Raises:
             WindowKVError: the policy cannot serve the model, or what it needs cannot be read or does not fit.
         """
-        try:
-            return bind_policy(self.kv, policy, str(self.model.path), self.model.about(), self.model.model)
-        except (OSError, ValueError) as error:
-            if isinstance(error, WindowKVError):
-                raise
-            raise WindowKVError(str(error)) from error
+        with _one_kind():
+            return self._ragged("bind()").bind(policy)
 
     def decode(self, tokens: Sequence[int]) -> float:
-        """Evaluate tokens; seconds."""
+        """Evaluate up to ``n_batch`` tokens; seconds.
+
+        Raises:
+            ValueError: no tokens or too many, for which llama.cpp would abort.
+            WindowKVError: there is no room, a computation failed or memory ran out.
+        """
+        self._check_batch(len(tokens))
         ids = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points to it
         batch = llama_cpp.llama_batch_get_one(ids, len(ids))
+        _native.clear_error()
         start = time.perf_counter()
         status = llama_cpp.llama_decode(self.ctx, batch)
         llama_cpp.llama_synchronize(self.ctx)
         res = time.perf_counter() - start
         if status != 0:
-            raise WindowKVError(f"llama_decode of {len(tokens)} tokens at {self.n_past} ended with status {status}")
-        self.n_past += len(tokens)
+            raise _native.decode_error(status, len(tokens))
         return res
 
     def decode_all(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Evaluate up to ``n_batch`` tokens at once; the logits of each: float32 [len(tokens), n_vocab]."""
-        n = len(tokens)
+        """Evaluate up to ``n_batch`` tokens at once; the logits of each: float32 [len(tokens), n_vocab].
+
+        Raises:
+            ValueError, WindowKVError: see :meth:`decode`.
+        """
+        self._check_batch(len(tokens))
+        n, n_past = len(tokens), self.n_past
         batch = llama_cpp.llama_batch_init(n, 0, 1)
         try:
             batch.n_tokens = n
             for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, self.n_past + i, 1
+                batch.token[i], batch.pos[i], batch.logits[i] = token, n_past + i, 1
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            _native.clear_error()
             status = llama_cpp.llama_decode(self.ctx, batch)
         finally:
             llama_cpp.llama_batch_free(batch)
         if status != 0:
-            raise WindowKVError(f"llama_decode of {n} tokens at {self.n_past} ended with status {status}")
-        self.n_past += n
+            raise _native.decode_error(status, n)
         rows = llama_cpp.llama_get_logits(self.ctx)
         return np.ctypeslib.as_array(rows, shape=(n, self.model.n_vocab)).copy()
 
+    def _check_batch(self, n_tokens: int) -> None:
+        if not 1 <= n_tokens <= self.n_batch:
+            raise ValueError(f"a batch of {n_tokens} tokens, expected 1 to {self.n_batch} (n_batch)")
+
     def fill(self, n_tokens: int) -> None:
-        """Random cells for this many positions."""
+        """Random cells for this many positions.
+
+        Raises:
+            ValueError: the cache is not empty, or does not hold as many.
+            NativeError: memory ran out.
+        """
         self.kv.fill(n_tokens)
-        self.n_past += n_tokens
 
     def logits(self) -> npt.NDArray[np.float32]:
         """Of the last token: float32 [n_vocab]."""
@@ -225,9 +271,18 @@ class Session:
         return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
 
     def compact(self, budget: float | int) -> None:
-        """Select and gather, as a prompt of ``n_past`` tokens is compacted."""
-        types = () if self.bound.cells is None else cell_types(self.kv.stats())
-        compact(self.kv, self.bound, n_cells(budget, self.n_past, *types))
+        """Select and gather, as a prompt of ``n_past`` tokens is compacted.
+
+        Raises:
+            NativeError: a computation failed or memory ran out.
+        """
+        cache = self._ragged("compact()")
+        cache.compact(cache.n_cells(budget))
+
+    def _ragged(self, what: str) -> PolicyCache:
+        if self.cache is None:
+            raise UnsupportedCallError(f"{what} needs a session with a policy, this one has stock's cache")
+        return self.cache
 
     def close(self) -> None:
         if self.ctx:

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bench.session import Model, Session
-from ..compaction import compact
 from ..policies import Full, KVPolicy
 from ..stats import cell_types
 from ..task import prompt_task
@@ -29,17 +28,22 @@ class Branches:
     Args:
         model: the weights.
         n_ctx: positions, those decoded after the prompt included.
-        n_window: tokens whose queries are observed, the largest ``window`` of the policies.
+        n_observed: queries that are observed, the largest number that a policy asks for.
         cells: of K and V in the layers that policies compress, a name of :data:`windowkv_edge.budget.TYPES`; the cache
             of window layers stays f16. f16 where the heads' rows are no whole blocks of it: ``cells`` then says so.
         threads: CPU threads.
+
+    Raises:
+        WindowKVError: see :class:`windowkv_edge.bench.session.Session`.
     """
 
-    def __init__(self, model: Model, n_ctx: int, n_window: int, cells: str = "f16", threads: int = 2) -> None:
-        self.model, self.n_ctx, self.n_window = model, n_ctx, n_window
+    def __init__(self, model: Model, n_ctx: int, n_observed: int, cells: str = "f16", threads: int = 2) -> None:
+        self.model, self.n_ctx, self.n_observed = model, n_ctx, n_observed
         self.session = Session(model, n_ctx, "f16", Full(), True, threads, N_BATCH, own_cells=cells)
+        assert self.session.cache is not None
+        self.cache = self.session.cache
         self.kv = self.session.kv
-        self.kv.set_observed(n_window)
+        self.kv.set_observed(n_observed)
         self.cells = cell_types(self.kv.stats())[0]
         self.prompt: list[int] = []
         self.n_evaluated = 0
@@ -49,13 +53,21 @@ class Branches:
         self._bound: dict[int, tuple[KVPolicy, KVPolicy]] = {}
 
     def bind(self, policy: KVPolicy) -> KVPolicy:
-        """The policy for this model; see :meth:`Session.bind`."""
+        """The policy for this model.
+
+        Raises:
+            WindowKVError: see :meth:`Session.bind`.
+        """
         if id(policy) not in self._bound:
             self._bound[id(policy)] = policy, self.session.bind(policy)
         return self._bound[id(policy)][1]
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """Evaluate a prompt with the full cache and keep it; what it shares with the last one is reused."""
+        """Evaluate a prompt with the full cache and keep it; what it shares with the last one is reused.
+
+        Raises:
+            WindowKVError: there is no room, a computation failed or memory ran out.
+        """
         tokens = list(tokens)
         if tokens == self.prompt:
             self.restore()
@@ -63,7 +75,7 @@ class Branches:
         start = self._shared(tokens)
         if start == 0 or not self._go_back(start):
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.session.ctx), True)
-            self.session.n_past = start = 0
+            start = 0
         self.prompt = []
         self.kv.reserve(len(tokens) - start)
         self.first = self.extend(tokens[start:])
@@ -73,30 +85,38 @@ class Branches:
         self.prompt = tokens
 
     def _shared(self, tokens: list[int]) -> int:
-        """Whole batches that the last prompt shares with these tokens; the ring has to observe its window anew."""
+        """Whole batches that the last prompt shares with these tokens; the end's queries have to be observed anew."""
         n = min(len(tokens), len(self.prompt))
         same = np.array(tokens[:n], dtype=np.int64) == np.array(self.prompt[:n], dtype=np.int64)
         shared = n if same.all() else int(same.argmin())
-        return max(0, min(shared, len(tokens) - max(1, self.n_window))) // N_BATCH * N_BATCH
+        return max(0, min(shared, len(tokens) - max(1, self.n_observed))) // N_BATCH * N_BATCH
 
     def _go_back(self, start: int) -> bool:
         self.restore()
         if not llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.session.ctx), -1, start, -1):
             return False  # window and recurrent layers have moved on
-        self.session.n_past = start
         return True
 
     def restore(self) -> None:
-        """Back to the full cache of the prompt."""
+        """Back to the full cache of the prompt.
+
+        Raises:
+            NativeError: there is no prompt, or memory ran out.
+        """
         self.kv.snapshot_restore()
-        self.session.n_past = len(self.prompt)
 
     def compact(self, policy: KVPolicy, n_cells: int) -> None:
-        """Restore and compact to n_cells cells per (layer, kv head) on average."""
+        """Restore and compact to n_cells cells per (layer, kv head) on average.
+
+        Raises:
+            WindowKVError: there is no prompt, the policy cannot serve the model, a computation failed or memory ran
+                out.
+            Exception: what the ``select`` of a policy in Python raised.
+        """
         self.restore()
         if not isinstance(policy, Full):
             task = prompt_task(self.prompt, self.model.detokenize) if policy.needs_task else "localization"
-            compact(self.kv, self.bind(policy), n_cells, task)  # what a policy in Python raises passes through
+            self.cache.compact(n_cells, task, self.bind(policy))
 
     def greedy(
         self,
@@ -110,6 +130,9 @@ class Branches:
             n: tokens.
             first: logits of the first one, float32 [n_vocab]; by default those of the prompt with the full cache.
             enough: says whether no more tokens are needed.
+
+        Raises:
+            WindowKVError: there is no room, a computation failed or memory ran out.
         """
         logits = self.first if first is None else first
         res: list[int] = []
@@ -127,13 +150,21 @@ class Branches:
             logits = self.session.logits()
 
     def extend(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Evaluate tokens behind what is there, without a compaction; the logits of the last: float32 [n_vocab]."""
+        """Evaluate tokens behind what is there, without a compaction; the logits of the last: float32 [n_vocab].
+
+        Raises:
+            WindowKVError: there is no room, a computation failed or memory ran out.
+        """
         for i in range(0, len(tokens), N_BATCH):
             self.session.decode(tokens[i : i + N_BATCH])
         return self.session.logits()
 
     def log_probs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Log probabilities after each of the tokens, teacher-forced: float32 [len(tokens), n_vocab]."""
+        """Log probabilities after each of the tokens, teacher-forced: float32 [len(tokens), n_vocab].
+
+        Raises:
+            ValueError, WindowKVError: see :meth:`Session.decode`.
+        """
         rows = self.session.decode_all(tokens)
         rows -= rows.max(axis=1, keepdims=True)
         rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))

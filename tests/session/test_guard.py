@@ -1,0 +1,128 @@
+"""Who may use a session: not its policy while that selects, not two threads at once, no forked child, and nobody once
+it is closed."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import pytest
+from scripted import TOKENS, Script
+
+from windowkv_edge import Llama, SnapKV, UnsupportedCallError
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda llm: llm.reset(), r"reset\(\)"),
+        (lambda llm: llm.eval([1]), r"eval\(\)"),
+        (lambda llm: next(llm.generate([1, 2])), r"generate\(\)"),
+        (lambda llm: setattr(llm, "kv_policy", "snapkv"), "setting kv_policy"),
+        (lambda llm: setattr(llm, "kv_budget", 5), "setting kv_budget"),
+        (lambda llm: llm.kv_compact(10), r"kv_compact\(\)"),
+        (lambda llm: llm.close(), r"close\(\)"),
+    ],
+    ids=["reset", "eval", "generate", "policy", "budget", "compact", "close"],
+)
+def test_a_policy_leaves_its_session_alone(
+    tiny: Path, opened: Callable[..., Llama], call: Callable[[Llama], object], name: str
+) -> None:
+    sessions: list[Llama] = []
+    llm = opened(tiny, kv_policy=Script(action=lambda: call(sessions[0])), kv_budget=60)
+    sessions.append(llm)
+    with pytest.raises(UnsupportedCallError, match=f"{name} was called while kv_policy='script' selects"):
+        llm.eval(TOKENS)
+    assert (llm.kv_stats().cells == 400).all() and llm.kv_stats().n_compactions == 0
+    assert llm.kv_budget == 60 and llm.kv_policy is not None and llm.kv_policy.name == "script"
+    llm.eval([1])
+    assert (llm.kv_stats().cells == 401).all()
+
+
+def test_a_policy_may_look(tiny: Path, opened: Callable[..., Llama]) -> None:
+    sessions: list[Llama] = []
+    llm = opened(tiny, kv_policy=Script(action=lambda: (sessions[0].kv_stats(), sessions[0].kv_positions(0, 0))), kv_budget=60)
+    sessions.append(llm)
+    llm.eval(TOKENS)
+    assert (llm.kv_stats().cells == 60).all()
+
+
+@pytest.mark.parametrize("policy", [True, False])
+def test_two_threads_at_once(tiny: Path, opened: Callable[..., Llama], policy: bool) -> None:
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(*args: Any) -> Any:
+        inside.set()
+        assert done.wait(60)
+        return args[1] if args else None
+
+    llm = opened(tiny, kv_policy=Script(action=wait), kv_budget=60) if policy else opened(tiny)
+
+    def work() -> None:
+        if policy:
+            llm.eval(TOKENS)
+        else:
+            next(llm.generate(TOKENS, temp=0.0, logits_processor=llama_cpp.LogitsProcessorList([wait])))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert inside.wait(60)
+    try:
+        for call in (lambda: llm.eval([1]), llm.kv_stats, llm.reset, llm.close, lambda: next(llm.generate([1, 2]))):
+            with pytest.raises(UnsupportedCallError, match=r"another thread is inside (eval|generate)\(\) of this session"):
+                call()
+    finally:
+        done.set()
+        thread.join()
+    # one after the other is fine
+    llm.eval([1])
+    assert llm.n_tokens == 401
+
+
+def test_a_forked_child_is_told(tiny: Path, opened: Callable[..., Llama]) -> None:
+    llm = opened(tiny, kv_policy=SnapKV(), kv_budget=60)
+    llm.eval(TOKENS)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = b"nothing"
+        try:
+            llm.eval([1])
+        except UnsupportedCallError as error:
+            said = str(error).encode()
+        finally:
+            os.write(write, said)
+            llm.close()
+            os.write(write, b" closed")
+            os._exit(0)
+    os.close(write)
+    said = b""
+    while part := os.read(read, 4096):
+        said += part
+    os.waitpid(child, 0)
+    os.close(read)
+    assert b"created in process" in said and b"create a session in the child" in said and said.endswith(b"closed")
+    llm.eval([1])
+
+
+@pytest.mark.parametrize("policy", ["snapkv", None])
+def test_a_closed_session(tiny: Path, opened: Callable[..., Llama], policy: str | None) -> None:
+    llm = opened(tiny, kv_policy=policy)
+    llm.close()
+    calls: list[Callable[[], object]] = [
+        lambda: llm.eval([1]), lambda: next(llm.generate([1, 2])), lambda: llm.create_completion("a"), llm.kv_stats,
+        lambda: llm.kv_positions(0, 0), lambda: llm.kv_compact(10), lambda: setattr(llm, "kv_policy", "snapkv"),
+        lambda: llm.tokenize(b"a"), lambda: llm.detokenize([1]), lambda: llm.embed("a"), llm.token_eos, llm.n_ctx,
+        lambda: llm.sample(), lambda: setattr(llm, "kv_budget", 0.5), lambda: llm.ctx,
+    ]  # fmt: skip
+    llm.n_tokens = 1
+    for call in calls:
+        with pytest.raises(UnsupportedCallError, match="this session was closed, create a new one"):
+            call()
+    llm.reset()
+    llm.close()
+    assert llm.n_tokens == 0

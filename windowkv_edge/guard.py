@@ -1,0 +1,146 @@
+"""Who may use a session: one call at a time, in the process that created it, and no policy while it selects."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident, main_thread
+from typing import Any
+
+from .errors import UnsupportedCallError
+
+__all__ = ["Closed", "Guard", "Interrupts"]
+
+CLOSED = "this session was closed, create a new one"
+
+
+class Closed:
+    """Stands for the model and the context of a closed session, whose memory is gone."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnsupportedCallError(CLOSED)
+
+    def close(self) -> None:
+        """Nothing is left to free."""
+
+
+class Interrupts:
+    """Ctrl-C that meets a callback of llama.cpp, such as the one for its log lines: ctypes prints and forgets it there.
+    Leaving this context manager raises it instead."""
+
+    def __enter__(self) -> Interrupts:
+        self._caught = False
+        self._before: Any = None
+        if get_ident() == main_thread().ident:  # signals are raised nowhere else
+            self._before, sys.unraisablehook = sys.unraisablehook, self._catch
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._before is not None:
+            sys.unraisablehook = self._before
+        self.check()
+
+    def _catch(self, unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self._caught = True
+        else:
+            self._before(unraisable)
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if there was one."""
+        if self._caught:
+            self._caught = False
+            raise KeyboardInterrupt
+
+
+class Guard:
+    """Refuses calls that would crash or hang: in another thread, after a fork, after close(), from inside select().
+
+    A call inside another one of the same thread is fine, and so is a thread that comes after another one.
+    """
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._pid = os.getpid()
+        self._selecting: str | None = None
+        # the one entry is the thread that is inside: setdefault() tests and sets at once, and what it set says who did
+        self._inside: dict[int, int] = {}
+        self._call = ""
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that created the session."""
+        return os.getpid() != self._pid
+
+    def use(self, call: str, *, reads: bool = False) -> _Use:
+        """Context manager around one call.
+
+        Args:
+            call: its name, for messages.
+            reads: it changes nothing, so that a policy may call it while it selects.
+
+        Raises:
+            UnsupportedCallError: on entering, if the session cannot be used now; says why.
+        """
+        return _Use(self, call, reads)
+
+    @contextmanager
+    def selecting(self, policy: str) -> Iterator[None]:
+        """While a policy selects, calls that change its session are refused."""
+        before, self._selecting = self._selecting, policy
+        try:
+            yield
+        finally:
+            self._selecting = before
+
+    def check(self, call: str, reads: bool) -> None:
+        """Raise UnsupportedCallError for what does not depend on other threads."""
+        if self.forked:
+            raise UnsupportedCallError(
+                f"{call}: this session was created in process {self._pid} and this is its child {os.getpid()}, where "
+                "its threads do not exist; create a session in the child, or start it with multiprocessing's 'spawn'"
+            )
+        if self.closed:
+            raise UnsupportedCallError(f"{call}: {CLOSED}")
+        if self._selecting is not None and not reads and self._inside.get(0) == get_ident():
+            raise UnsupportedCallError(
+                f"{call} was called while kv_policy={self._selecting!r} selects; a policy chooses cells and leaves its "
+                "session alone"
+            )
+
+
+class _Use:
+    __slots__ = ("before", "call", "guard", "nested", "reads")
+
+    def __init__(self, guard: Guard, call: str, reads: bool) -> None:
+        self.guard, self.call, self.reads = guard, call, reads
+        self.nested = guard._inside.get(0) == get_ident()
+        self.before = guard._call
+
+    def __enter__(self) -> None:
+        guard = self.guard
+        try:
+            guard.check(self.call, self.reads)
+            if guard._inside.setdefault(0, get_ident()) != get_ident():
+                raise UnsupportedCallError(
+                    f"{self.call}: another thread is inside {guard._call} of this session; let one call end before the "
+                    "next begins (threading.Lock), or give every thread a session of its own"
+                )
+            guard._call = self.call
+        except BaseException:  # Ctrl-C too
+            self._leave()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        guard = self.guard
+        if guard._inside.get(0) == get_ident():
+            guard._call = self.before
+            if not self.nested:
+                guard._inside.pop(0, None)

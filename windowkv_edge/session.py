@@ -1,0 +1,165 @@
+"""What every session shares: a context whose cache serves a policy, bound to the model, and its compactions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp
+
+from . import _native
+from .budget import n_cells
+from .compaction import compact, n_observed
+from .errors import UnsupportedModelError, WindowKVError
+from .guard import Guard, Interrupts
+from .heads import ModelHeads
+from .policies import KVPolicy, Task
+from .stats import cell_types
+
+__all__ = ["AfterPrompt", "PolicyCache", "ragged_cache"]
+
+
+@contextmanager
+def ragged_cache(policy: KVPolicy | None, path: str, cells: str | None) -> Iterator[None]:
+    """The llama_context that is created inside gets a cache for the policy; without a policy stock's.
+
+    Args:
+        policy: the policy.
+        path: the model file, for messages.
+        cells: type of the cells where the heads' rows are whole blocks of it; None = the context's types.
+
+    Raises:
+        UnsupportedModelError: the cache refused the model, the backend or the parameters, so that what was called
+            inside raised ValueError or WindowKVError.
+    """
+    if policy is None:
+        yield
+        return
+    with _native.pending(n_observed(policy), cells):
+        try:
+            yield
+        except (ValueError, WindowKVError) as error:
+            reason = _native.last_error()
+            if reason:
+                raise UnsupportedModelError(f"{path}: {reason}") from error
+            raise
+
+
+@dataclass
+class AfterPrompt:
+    """When a session compacts: behind every prompt that its budget does not hold.
+
+    Args:
+        budget: see :func:`windowkv_edge.budget.check_budget`.
+        min_prompt: with a fraction, sequences of fewer positions are left whole.
+    """
+
+    budget: float | int
+    min_prompt: int
+
+    def is_due(self, n_past: int, n_boundary: int) -> bool:
+        """Whether the end of a prompt is to be compacted.
+
+        Args:
+            n_past: positions in the cache.
+            n_boundary: positions that were there at the last compaction, 0 if there was none.
+        """
+        if n_past <= n_boundary:
+            return False
+        if isinstance(self.budget, int):
+            return n_past > self.budget
+        return n_past >= self.min_prompt and self.budget < 1.0
+
+
+class PolicyCache:
+    """The cache of a llama_context that was created inside :func:`ragged_cache`, and the policy that compacts it.
+
+    Args:
+        ctx: the context, a ctypes pointer that outlives this object.
+        policy: the policy.
+        path: the model file.
+        metadata: the model's string metadata.
+        model: the model, a ctypes pointer.
+        exact: attend as stock does until something is evicted.
+        guard: of the session, if it has one.
+
+    Raises:
+        UnsupportedModelError: model and backend do not serve the policy; says why.
+        MissingProfileError, OSError, ValueError: see :meth:`ModelHeads.importance`.
+    """
+
+    def __init__(
+        self,
+        ctx: Any,
+        policy: KVPolicy,
+        *,
+        path: str,
+        metadata: Mapping[str, str],
+        model: Any,
+        exact: bool,
+        guard: Guard | None = None,
+    ) -> None:
+        self.kv = _native.Context(ctx)
+        self._path, self._metadata, self._model = path, metadata, model
+        self._guard = guard or Guard()
+        self.policy, self.bound = policy, self.bind(policy)
+        self.kv.set_attention("auto" if exact else "ragged")
+
+    def bind(self, policy: KVPolicy) -> KVPolicy:
+        """The policy for this model.
+
+        Raises:
+            UnsupportedModelError, MissingProfileError, OSError, ValueError: see the class.
+        """
+        try:
+            self.kv.ready(policy.ragged)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{self._path}: {error}") from None
+        stats = self.kv.stats()
+        n_layer, n_head_kv = int(llama_cpp.llama_model_n_layer(self._model)), int(stats.n_head_kv)
+        n_head = n_head_kv * int(stats.n_gqa)
+        return policy.bind(ModelHeads(self._path, self._metadata, n_layer, n_head_kv, self.kv.layers(), n_head=n_head))
+
+    def set_policy(self, policy: KVPolicy, bound: KVPolicy) -> None:
+        """Another policy, for an empty cache. If this is interrupted or fails, the old one stays.
+
+        Args:
+            policy: the policy.
+            bound: what :meth:`bind` made of it.
+
+        Raises:
+            NativeError: no memory for the queries that it observes.
+        """
+        try:
+            self.kv.set_observed(n_observed(policy))
+            self.policy, self.bound = policy, bound
+        except BaseException:
+            if self.policy is not policy:
+                self.kv.set_observed(n_observed(self.policy))
+            raise
+
+    def n_cells(self, budget: float | int) -> int:
+        """Cells per (layer, kv head) that a budget stands for now."""
+        stats = self.kv.stats()
+        types = () if self.policy.cells is None else cell_types(stats)
+        return n_cells(budget, int(stats.n_past), *types)
+
+    def compact(self, n_cells: int, task: Task = "localization", policy: KVPolicy | None = None) -> int:
+        """Evict all but the cells that a policy chooses.
+
+        Args:
+            n_cells: cells per (layer, kv head) that stay on average.
+            task: the prompt's task.
+            policy: one that :meth:`bind` returned; None = the session's.
+
+        Returns:
+            Cells released over all layers and heads.
+
+        Raises:
+            NativeError, Exception: see :func:`windowkv_edge.compaction.compact`.
+        """
+        chosen = policy or self.bound
+        with Interrupts(), self._guard.selecting(chosen.name):
+            return compact(self.kv, chosen, n_cells, task)
