@@ -29,10 +29,10 @@ def compete(own: list[int], alpha_safeguard: float, ranked: list[Ranking]) -> li
     return sure
 
 
-def even(cells: list[list[int]], n_cells: int, least: int) -> list[int]:
+def even(cells: list[list[int]], n_cells: int) -> list[int]:
     """Own budgets of all heads of the model: n_cells, what small heads cannot take goes to the others."""
     have = [n for layer in cells for n in layer]
-    return budgets.apportion([n_cells] * len(have), [min(least, n_cells, n) for n in have], have, n_cells * len(have))
+    return budgets.apportion([n_cells] * len(have), [0] * len(have), have, n_cells * len(have))
 
 
 def adakv(
@@ -48,7 +48,7 @@ def adakv(
     ranked = rankings(scores, window_size=window_size, kernel_size=kernel_size)
     n_head = len(scores[0])
     if across == "model":
-        own = even(sizes(scores), n_cells, window_size)
+        own = even(sizes(scores), n_cells)
         won = compete(own, alpha_safeguard, [r for layer in ranked for r in layer])
         return keep(ranked, split(won, n_head))
     layers = budgets.layers([n_cells] * len(scores), budgets.shared(sizes(scores)), n_cells)

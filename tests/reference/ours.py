@@ -156,7 +156,7 @@ def window_adakv(
     """
     n_head = len(positions[0])
     if across == "model":
-        per_head = split(own or even(sizes(positions), n_cells, windows["window_size"]), n_head)
+        per_head = split(own or even(sizes(positions), n_cells), n_head)
     else:
         shape = {"budget": budget, "lam": lam, "gamma": windows["gamma"]}
         size = {"window_size": windows["window_size"], "omega": windows["omega"]}

@@ -1,4 +1,4 @@
-"""Native budgets and selection equal windowkv_edge/reference.py, cell by cell."""
+"""Native budgets and selection equal the definitions in tests/reference, cell by cell, for every row of policy_table.py."""
 
 from __future__ import annotations
 
@@ -8,113 +8,40 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_table import NATIVE, ROWS, kept, total, with_scores
+from reference.common import Cache, sizes
+from reference.windowkv import published_budgets
 
 from windowkv_edge import (
+    POLICIES,
     AdaKV,
-    Auto,
-    Full,
     HeadKV,
     HeadScores,
     KVPolicy,
     NativeError,
-    PyramidKV,
-    SnapKV,
-    StreamingLLM,
     WindowAdaKV,
-    WindowHeadKV,
     WindowKV,
     _native,
-    reference,
+    get_policy,
 )
 from windowkv_edge.heads import ModelHeads
-from windowkv_edge.policies.headkv import ByImportance
+from windowkv_edge.policies import Task
 
-Cache = list[list[np.ndarray]]
-
-# what windows chosen inside each head take
-head_windows = {
-    "omega": st.integers(1, 40),
-    "alpha": st.integers(1, 40),
-    "suffix": st.sampled_from([1.0, 0.25]),
-    "carry": st.integers(0, 6),
-    "gamma": st.integers(1, 3),
-    "share": st.sampled_from(["first", "mean"]),
-    "protect_first": st.booleans(),
-}
-
-# and single tokens beside them
-token_windows = {**head_windows, "gamma": st.just(1), "tokens": st.sampled_from([0.3, 0.5, 1.0]), "window_floor": st.sampled_from([0, 5, 64])}
-
-windowkv = st.builds(
-    WindowKV,
-    omega=st.integers(1, 40),
-    alpha=st.integers(1, 40),
-    suffix=st.sampled_from([1.0, 0.5, 0.25, 0.1]),
-    carry=st.integers(0, 12),
-    localization=st.sampled_from(["average", "max"]),
-    gamma=st.integers(1, 9),
-    share=st.sampled_from(["first", "mean"]),
-    scope=st.sampled_from(["layer", "head"]),
-    budget=st.sampled_from(["arithmetic", "flat"]),
-    lam=st.floats(0.5, 30),
-    accounting=st.sampled_from(["native", "paper"]),
-    protect_first=st.booleans(),
-)
-policies = st.one_of(
-    st.just(Full()),
-    st.builds(StreamingLLM, n_sink=st.integers(0, 8)),
-    st.builds(SnapKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 3, 7, 21])),
-    st.builds(PyramidKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 7]), beta=st.floats(1, 40)),
-    st.builds(
-        AdaKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 7]), floor=st.sampled_from([0.0, 0.2, 0.5, 1.0])
-    ),
-    st.builds(WindowAdaKV, **head_windows, floor=st.sampled_from([0.0, 0.2, 1.0])),
-    st.builds(
-        HeadKV, alpha=st.integers(1, 40), kernel=st.sampled_from([1, 7]), beta=st.sampled_from([1.0, 1.005, 1.2, 2.0, 10.0])
-    ),
-    st.builds(WindowHeadKV, **head_windows, beta=st.sampled_from([1.0, 1.2, 5.0])),
-    st.builds(WindowKV, **token_windows),
-    st.builds(WindowAdaKV, **token_windows, floor=st.sampled_from([0.0, 0.2, 1.0])),
-    st.builds(WindowHeadKV, **token_windows, beta=st.sampled_from([1.0, 1.2, 5.0])),
-    st.builds(AdaKV, alpha=st.integers(1, 40), floor=st.sampled_from([0.0, 0.2, 1.0]), across=st.just("model")),
-    st.builds(WindowAdaKV, **head_windows, floor=st.sampled_from([0.0, 0.5, 1.0]), across=st.just("model")),
-    st.builds(WindowAdaKV, **token_windows, floor=st.sampled_from([0.0, 0.5, 1.0]), across=st.just("model")),
-    st.builds(
-        Auto,
-        **token_windows,
-        floor=st.sampled_from([0.0, 0.5, 1.0]),
-        beta=st.sampled_from([1.0, 2.0, 5.0]),
-        pool_floor=st.sampled_from([0, 3, 64]),
-        across=st.sampled_from(["layer", "model", "model"]),
-    ),
-    windowkv,
-    windowkv,
-)
-
-
-def bound(policy: KVPolicy, n_layer: int, n_head: int, seed: int) -> KVPolicy:
-    """The policy with head scores: some heads matter most, many not at all."""
-    if not isinstance(policy, ByImportance):
-        return policy
-    if isinstance(policy, Auto) and (seed % 3 == 0 or policy.across == "layer"):
-        return policy  # auto does without scores, too
-    rng = np.random.default_rng(seed)
-    scores = rng.random((n_layer, n_head)) ** 4 * (rng.random((n_layer, n_head)) < 0.7)
-    model = ModelHeads("model", {}, n_layer, n_head, tuple(range(n_layer)))
-    return dataclasses.replace(policy, importance=HeadScores({"r": scores, "r2": scores})).bind(model)
+policies = NATIVE
+tasks = st.sampled_from(["localization", "aggregation"])
 
 
 @st.composite
-def caches(draw: st.DrawFn, heads: str) -> tuple[Cache, Cache]:
-    """Positions and scores of a small cache; few distinct scores, so that ties are common.
+def caches(draw: st.DrawFn, heads: str) -> tuple[Cache, Cache, int]:
+    """Positions and scores of a small cache, and a budget; often few distinct scores, so that ties are common.
 
     heads: "alike" = all heads of all layers hold the same positions, "equal" = those of a layer hold equally many,
     "ragged" = every head holds its own number.
     """
     n_layer, n_head = draw(st.integers(1, 12)), draw(st.integers(1, 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    n_past = draw(st.sampled_from([1, 2, 7, 31, 32, 33, 100, 257]))
-    n_levels = draw(st.sampled_from([1, 3, 1000]))
+    n_past = draw(st.sampled_from([1, 2, 7, 31, 32, 33, 100, 100, 257, 257, 257, 400]))
+    n_levels = draw(st.sampled_from([1, 3, 1000, 1000, 1000]))
     evicted = draw(st.booleans())
     shared = rng.integers(1, n_past + 1)
     alike = np.sort(rng.choice(n_past, size=shared, replace=False))
@@ -133,68 +60,135 @@ def caches(draw: st.DrawFn, heads: str) -> tuple[Cache, Cache]:
                 pos = np.sort(rng.choice(n_past, size=size, replace=False))
             positions[-1].append(pos.astype(np.int32))
         scores.append([(rng.integers(0, n_levels, size=p.size) / n_levels).astype(np.float32) for p in positions[-1]])
-    return positions, scores
+    mean = np.mean(sizes(positions))
+    n_cells = draw(st.one_of(st.integers(1, 300), st.sampled_from([0.1, 0.3, 0.5, 0.9]).map(lambda x: int(x * mean) + 1)))
+    return positions, scores, n_cells
 
 
-def check(policy: KVPolicy, positions: Cache, scores: Cache, n_cells: int) -> None:
-    cells = np.array([[len(p) for p in layer] for layer in positions])
-    policy = bound(policy, *cells.shape, seed=n_cells)
-    fields = policy.native()
-    tokens = [[own[::-1].copy() for own in layer] for layer in scores] if fields.get("tokens") else None
-    want = reference.budgets(policy, cells, n_cells, positions, scores, token_scores=tokens)
-    got = _native.budgets(fields, cells, n_cells, positions, scores, tokens)
-    assert got.tolist() == want.tolist(), policy
+def token_plane(policy: KVPolicy, scores: Cache) -> Cache | None:
+    """Scores of single tokens, other ones than those of windows, for policies that look at them."""
+    if getattr(policy, "token_share", 0) == 0:
+        return None
+    return [[own[::-1].copy() for own in layer] for layer in scores]
 
-    keep_want = reference.select(policy, want, positions, scores, token_scores=tokens)
-    keep_got = _native.select(fields, want, positions, scores, tokens)
-    for il, (a, b) in enumerate(zip(keep_got, keep_want, strict=True)):
+
+def check(policy: KVPolicy, positions: Cache, scores: Cache, n_cells: int, task: Task) -> None:
+    cells = np.array(sizes(positions))
+    policy = with_scores(policy, *cells.shape, seed=n_cells)
+    fields = policy.native(task)
+    tokens = token_plane(policy, scores)
+    want = kept(policy, positions, scores, n_cells, task, tokens)
+    budget = [[int(own.sum()) for own in layer] for layer in want]
+    assert _native.budgets(fields, cells, n_cells, positions, scores, tokens).tolist() == budget, policy
+
+    got = _native.select(fields, budget, positions, scores, tokens)
+    for il, (a, b) in enumerate(zip(got, want, strict=True)):
         for head, (x, y) in enumerate(zip(a, b, strict=True)):
             assert np.array_equal(x, y), f"layer {il}, head {head}: {policy}"
-            assert y.sum() == min(want[il, head], cells[il, head])
+
+
+def same_in_heads(policy: KVPolicy, positions: Cache, scores: Cache, n_cells: int) -> tuple[Cache, Cache, int]:
+    """Policies that choose once for all heads of a layer need heads that hold the same positions."""
+    if not isinstance(policy, WindowKV) or policy.scope != "layer":
+        return positions, scores, n_cells
+    return (
+        [[layer[0]] * len(layer) for layer in positions],
+        [[layer[0] * (head + 1) for head in range(len(layer))] for layer in scores],
+        n_cells,
+    )
 
 
 @settings(max_examples=400, deadline=None)
-@given(policy=policies, cache=caches(heads="alike"), n_cells=st.integers(1, 300))
-def test_native_equals_reference(policy: KVPolicy, cache: tuple[Cache, Cache], n_cells: int) -> None:
-    check(policy, *cache, n_cells)
+@given(policy=policies, cache=caches(heads="alike"), task=tasks)
+def test_native_equals_reference(policy: KVPolicy, cache: tuple[Cache, Cache, int], task: Task) -> None:
+    check(policy, *cache, task)
 
 
 @settings(max_examples=400, deadline=None)
-@given(policy=policies, cache=st.one_of(caches(heads="equal"), caches(heads="ragged")), n_cells=st.integers(1, 300))
+@given(
+    policy=policies,
+    cache=st.one_of(caches(heads="equal"), caches(heads="ragged")),
+    task=tasks,
+)
 def test_native_equals_reference_on_cells_that_differ(
-    policy: KVPolicy, cache: tuple[Cache, Cache], n_cells: int
+    policy: KVPolicy, cache: tuple[Cache, Cache, int], task: Task
 ) -> None:
-    positions, scores = cache
-    if isinstance(policy, WindowKV) and policy.scope == "layer":
-        positions = [[layer[0]] * len(layer) for layer in positions]
-        scores = [[layer[0] * (head + 1) for head in range(len(layer))] for layer in scores]
-    check(policy, positions, scores, n_cells)
+    check(policy, *same_in_heads(policy, *cache), task)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_has_a_row(name: str) -> None:
+    """And the row's options are of that policy. It is compared once more by itself: above every row has few of the cases."""
+    cls = POLICIES[name]
+    assert cls in ROWS, f"{name} has no row in tests/policy_table.py"
+    row = ROWS[cls]
+    assert (row.kept is None) == get_policy(name).in_python
+
+    @settings(max_examples=200, deadline=None)
+    @given(policy=row.options, cache=st.one_of(caches(heads="alike"), caches(heads="ragged")), task=tasks)
+    def run(policy: KVPolicy, cache: tuple[Cache, Cache, int], task: Task) -> None:
+        assert type(policy) is cls
+        if row.kept:
+            check(policy, *same_in_heads(policy, *cache), task)
+        else:
+            check_in_python(policy, *cache)
+
+    run()
+
+
+def test_every_row_is_a_policy_of_the_package() -> None:
+    assert set(ROWS) == set(POLICIES.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A CacheView without a session: random keys, values and queries of two query heads per kv head."""
+
+    positions: Cache
+    n_past: int
+    n_gqa: int = 2
+    cell_types: tuple[str, str] = ("f16", "f16")
+
+    @property
+    def n_layer(self) -> int:
+        return len(self.positions)
+
+    @property
+    def n_head_kv(self) -> int:
+        return len(self.positions[0])
+
+    def keys(self, layer: int, head: int) -> np.ndarray:
+        return np.random.default_rng([layer, head]).normal(size=(len(self.positions[layer][head]), 8)).astype(np.float32)
+
+    values = keys
+
+    def queries(self, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+        n = min(self.n_past, 20)
+        rows = np.random.default_rng([7, layer, head]).normal(size=(max(n, 2), 8))
+        return np.arange(self.n_past - len(rows), self.n_past, dtype=np.int32), rows.astype(np.float32)
+
+
+def check_in_python(policy: KVPolicy, positions: Cache, scores: Cache, n_cells: int) -> None:
+    """A policy that selects in NumPy is its own definition; what every one promises: the budget, order, the newest cell."""
+    n_past = 1 + max(int(pos[-1]) for layer in positions for pos in layer)
+    found = policy.select(scores, n_cells, View(positions, n_past))  # type: ignore[arg-type]
+    for layer, own in zip(found, positions, strict=True):
+        for pos, have in zip(layer, own, strict=True):
+            got = np.asarray(pos)
+            assert len(got) == min(n_cells, len(have))
+            assert (np.diff(got) > 0).all() and np.isin(got, have).all()
+            assert got[-1] == have[-1]
 
 
 @settings(max_examples=300, deadline=None)
-@given(policy=policies, cache=caches(heads="ragged"), n_cells=st.integers(1, 600))
-def test_budgets_spend_exactly_what_is_there(policy: KVPolicy, cache: tuple[Cache, Cache], n_cells: int) -> None:
-    positions, scores = cache
-    cells = np.array([[len(p) for p in layer] for layer in positions])
-    policy = bound(policy, *cells.shape, seed=n_cells)
+@given(policy=policies, cache=caches(heads="ragged"))
+def test_budgets_spend_exactly_what_is_there(policy: KVPolicy, cache: tuple[Cache, Cache, int]) -> None:
+    positions, scores, n_cells = cache
+    cells = np.array(sizes(positions))
+    policy = with_scores(policy, *cells.shape, seed=n_cells)
     got = _native.budgets(policy.native(), cells, n_cells, positions, scores, scores)
     assert (0 <= got).all() and (got <= cells).all()
-    if isinstance(policy, Full):
-        assert (got == cells).all()
-    elif isinstance(policy, HeadKV | WindowHeadKV) or policy.native().get("span"):
-        assert got.sum() == min(n_cells * cells.size, cells.sum())
-    elif isinstance(policy, AdaKV | WindowAdaKV):
-        # a layer's heads share what an equal budget per layer gives them
-        assert got.sum() == cells.shape[1] * np.array(
-            reference.apportion(
-                [n_cells] * len(cells),
-                [min(1, n_cells, c) for c in (cells.sum(axis=1) // cells.shape[1]).tolist()],
-                (cells.sum(axis=1) // cells.shape[1]).tolist(),
-                n_cells * len(cells),
-            )
-        ).sum()
-    elif not (isinstance(policy, WindowKV) and policy.accounting == "paper"):
-        assert got.sum() == min(n_cells * cells.size, int(cells.min(axis=1).sum()) * cells.shape[1])
+    assert got.sum() == total(policy, positions, n_cells)
 
 
 def test_headkv_budgets_are_the_papers() -> None:
@@ -205,7 +199,7 @@ def test_headkv_budgets_are_the_papers() -> None:
     assert got.tolist() == [[250, 150, 100, 100], [50, 50, 50, 50]]
 
 
-def test_what_exceeds_the_prompt_is_poured_back_by_importance() -> None:
+def test_what_exceeds_the_prompt_goes_to_the_others_by_importance() -> None:
     scores = np.array([[8.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     policy = HeadKV(beta=2.0, importance=HeadScores({"r": scores})).bind(ModelHeads("m", {}, 2, 4, (0, 1)))
     got = _native.budgets(policy.native(), np.full((2, 4), 200), 100)
@@ -219,7 +213,7 @@ def test_what_exceeds_the_prompt_is_poured_back_by_importance() -> None:
 def test_adakv_gives_the_best_cells_to_whoever_holds_them() -> None:
     pos = [[np.arange(12, dtype=np.int32)] * 2]
     score = [[np.full(12, 0.1, dtype=np.float32), np.linspace(0.5, 0.9, 12).astype(np.float32)]]
-    policy = AdaKV(alpha=2, kernel=1, floor=0.25)
+    policy = AdaKV(window_size=2, kernel_size=1, alpha_safeguard=0.25)
     budget = _native.budgets(policy.native(), [[12, 12]], 6, pos, score)
     # each head is sure of its 2 newest cells and a quarter of the other 4; the 6 that are left go to the second head
     assert budget.tolist() == [[3, 9]]
@@ -234,7 +228,7 @@ def test_windows_compete_across_heads() -> None:
     score = [[np.zeros(34, dtype=np.float32), np.zeros(34, dtype=np.float32)]]
     score[0][0][20:24] = 0.1
     score[0][1][4:8] = score[0][1][12:16] = 0.9
-    policy = WindowAdaKV(alpha=2, omega=4, carry=0, suffix=1.0, floor=0.0)
+    policy = WindowAdaKV(window_size=2, omega=4, carry=0, recent_share=1.0, alpha_safeguard=0.0)
     budget = _native.budgets(policy.native(), [[34, 34]], 6, pos, score)
     assert budget.tolist() == [[2, 10]]
     keep = _native.select(policy.native(), budget, pos, score)[0]
@@ -255,8 +249,8 @@ def test_windows_compete_across_heads() -> None:
     ],
 )
 def test_paper_accounting(n_layer: int, n_cells: int, gamma: int, lam: float, want: list[int]) -> None:
-    assert reference.paper_window_budgets(n_cells, n_layer, gamma, lam) == want
-    policy = WindowKV(accounting="paper", budget="arithmetic", gamma=gamma, lam=lam, alpha=32)
+    assert published_budgets(n_layer, n_cells, gamma=gamma, lam=lam) == [want[il // gamma] for il in range(n_layer)]
+    policy = WindowKV(accounting="paper", budget="arithmetic", gamma=gamma, lam=lam, window_size=32)
     got = _native.budgets(policy.native(), np.full((n_layer, 8), 100_000), n_cells)
     # the observation window comes on top
     assert got.tolist() == [[want[il // gamma] + 32] * 8 for il in range(n_layer)]
@@ -321,7 +315,7 @@ def test_windows_stay_whole() -> None:
     score = np.zeros(100, dtype=np.float32)
     score[43] = 1.0
     pos = np.arange(100, dtype=np.int32)
-    keep = _native.select(WindowKV(omega=8, alpha=4, carry=0, suffix=1.0).native(), [[12]], [[pos]], [[score]])[0][0]
+    keep = _native.select(WindowKV(omega=8, window_size=4, carry=0, recent_share=1.0).native(), [[12]], [[pos]], [[score]])[0][0]
     assert np.flatnonzero(keep).tolist() == [*range(40, 48), 96, 97, 98, 99]
 
 
@@ -331,5 +325,5 @@ def test_scores_carry_over_to_what_follows() -> None:
     score[46] = 1.0
     score[80] = 0.1
     pos = np.arange(100, dtype=np.int32)
-    keep = _native.select(WindowKV(omega=8, alpha=4, carry=5, suffix=0.25).native(), [[20]], [[pos]], [[score]])[0][0]
+    keep = _native.select(WindowKV(omega=8, window_size=4, carry=5, recent_share=0.25).native(), [[20]], [[pos]], [[score]])[0][0]
     assert np.flatnonzero(keep).tolist() == [*range(40, 56), 96, 97, 98, 99]
