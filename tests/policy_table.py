@@ -91,6 +91,12 @@ token_windows: dict[str, Options] = {
     "token_share": st.sampled_from([0.3, 0.5, 1.0]),
     "window_floor": st.sampled_from([0, 5, 64]),
 }
+# windows that are scored in every query head
+each_query_head: dict[str, Options] = {
+    "carry": st.just(0),
+    "share": st.just("first"),
+    "query_heads": st.just("each"),
+}
 layer_windows: dict[str, Options] = {
     "omega": sizes_of_windows,
     "window_size": sizes_of_windows,
@@ -105,7 +111,9 @@ layer_windows: dict[str, Options] = {
     "scope": st.sampled_from(["layer", "head"]),
     "budget": st.sampled_from(["arithmetic", "flat"]),
     "lam": st.floats(0.5, 30),
+    "accounting": st.sampled_from(["native", "paper"]),
     "protect_first": st.booleans(),
+    "whole_windows": st.booleans(),
 }
 heads_by_score: dict[str, Options] = {"alpha_safeguard": safeguards, "across": st.sampled_from(["layer", "model"])}
 betas = st.sampled_from([1.0, 1.005, 1.2, 2.0, 5.0, 10.0])
@@ -134,7 +142,7 @@ def of_windows(p: WindowKV, task: Task) -> dict[str, Any]:
     if (task if p.task == "auto" else p.task) == "aggregation":
         strategy = p.aggregation
         omega, window_size = p.omega_aggregation or omega, p.window_size_aggregation or window_size
-    same = ("gamma", "share", "scope", "recent_share", "carry", "protect_first")
+    same = ("gamma", "share", "scope", "query_heads", "recent_share", "carry", "protect_first")
     return {
         "omega": omega,
         "window_size": window_size,
@@ -150,9 +158,9 @@ def of_tokens(p: WindowKV, v: View) -> dict[str, Any]:
 
 
 def by_windows(p: WindowKV, v: View) -> Kept:
-    options = {"budget": p.budget, "lam": p.lam, **of_windows(p, v.task)}
+    options = {"budget": p.budget, "lam": p.lam, "accounting": p.accounting, **of_windows(p, v.task)}
     if p.token_share == 0:
-        return windowkv.windowkv(v.positions, v.scores, v.n_cells, **options)
+        return windowkv.windowkv(v.positions, v.scores, v.n_cells, whole=p.whole_windows, **options)
     return ours.windowkv_tokens(v.positions, v.scores, n_cells=v.n_cells, **of_tokens(p, v), **options)
 
 
@@ -174,29 +182,37 @@ def by_all(p: Auto, v: View) -> Kept:
 
 
 def by_scores(p: SnapKV, v: View) -> Kept:
-    return snapkv.snapkv(v.scores, v.n_cells, window_size=p.window_size, kernel_size=p.kernel_size)
+    own = snapkv.published if p.accounting == "paper" else snapkv.snapkv
+    return own(v.scores, v.n_cells, window_size=p.window_size, kernel_size=p.kernel_size)
 
 
 def by_pyramid(p: PyramidKV, v: View) -> Kept:
-    options = {"window_size": p.window_size, "kernel_size": p.kernel_size, "beta": p.beta}
-    return pyramidkv.pyramidkv(v.scores, v.n_cells, **options)
+    own = pyramidkv.published if p.accounting == "paper" else pyramidkv.pyramidkv
+    return own(v.scores, v.n_cells, window_size=p.window_size, kernel_size=p.kernel_size, beta=p.beta)
 
 
 def by_competition(p: AdaKV, v: View) -> Kept:
-    options = {"window_size": p.window_size, "kernel_size": p.kernel_size, "across": p.across}
-    return adakv.adakv(v.scores, v.n_cells, alpha_safeguard=p.alpha_safeguard, **options)
+    options = {"window_size": p.window_size, "kernel_size": p.kernel_size, "alpha_safeguard": p.alpha_safeguard}
+    if p.accounting == "paper":
+        return adakv.published(v.scores, v.n_cells, **options)
+    return adakv.adakv(v.scores, v.n_cells, across=p.across, **options)
 
 
 def by_importance(p: HeadKV, v: View) -> Kept:
+    own = headkv.published if p.accounting == "paper" else headkv.headkv
     options = {"window_size": p.window_size, "kernel_size": p.kernel_size, "beta": p.beta, "importance": p.shares}
-    return headkv.headkv(v.scores, v.n_cells, **options)
+    return own(v.scores, v.n_cells, **options)
 
 
 #
 # the table
 #
 
-pooled: dict[str, Options] = {"window_size": sizes_of_windows, "kernel_size": kernels}
+pooled: dict[str, Options] = {
+    "window_size": sizes_of_windows,
+    "kernel_size": kernels,
+    "accounting": st.sampled_from(["native", "native", "paper"]),
+}
 
 ROWS: dict[type[KVPolicy], Row] = {
     Full: Row(st.just(Full()), lambda p, v: [[np.ones(len(s), dtype=bool) for s in layer] for layer in v.positions], "all"),
@@ -207,14 +223,30 @@ ROWS: dict[type[KVPolicy], Row] = {
     ),
     SnapKV: Row(st.builds(SnapKV, **pooled), by_scores, "equal"),
     PyramidKV: Row(st.builds(PyramidKV, **pooled, beta=st.floats(1, 40)), by_pyramid, "equal"),
-    AdaKV: Row(st.builds(AdaKV, **pooled, **heads_by_score), by_competition, "layer"),
+    AdaKV: Row(
+        st.one_of(
+            st.builds(AdaKV, **pooled, alpha_safeguard=safeguards),
+            st.builds(AdaKV, **{**pooled, "accounting": st.just("native")}, **heads_by_score),
+        ),
+        by_competition,
+        "layer",
+    ),
     HeadKV: Row(st.builds(HeadKV, **pooled, beta=betas), by_importance, "model"),
     HeadKVR2: Row(st.builds(HeadKVR2, **pooled, beta=betas), by_importance, "model"),
-    WindowKV: Row(st.one_of(st.builds(WindowKV, **layer_windows), st.builds(WindowKV, **token_windows)), by_windows, "equal"),
+    WindowKV: Row(
+        st.one_of(
+            st.builds(WindowKV, **layer_windows),
+            st.builds(WindowKV, **{**layer_windows, **each_query_head}),
+            st.builds(WindowKV, **token_windows, accounting=st.sampled_from(["native", "paper"])),
+        ),
+        by_windows,
+        "equal",
+    ),
     WindowKVPaper: Row(st.builds(WindowKVPaper, gamma=st.integers(1, 9)), by_windows, "equal"),
     WindowAdaKV: Row(
         st.one_of(
             st.builds(WindowAdaKV, **head_windows, **heads_by_score),
+            st.builds(WindowAdaKV, **{**head_windows, **each_query_head}, **heads_by_score),
             st.builds(WindowAdaKV, **token_windows, **heads_by_score),
         ),
         by_windows_and_score,
@@ -222,7 +254,9 @@ ROWS: dict[type[KVPolicy], Row] = {
     ),
     WindowHeadKV: Row(
         st.one_of(
-            st.builds(WindowHeadKV, **head_windows, beta=betas), st.builds(WindowHeadKV, **token_windows, beta=betas)
+            st.builds(WindowHeadKV, **head_windows, beta=betas),
+            st.builds(WindowHeadKV, **{**head_windows, **each_query_head}, beta=betas),
+            st.builds(WindowHeadKV, **token_windows, beta=betas),
         ),
         by_windows_and_importance,
         "model",
@@ -276,9 +310,20 @@ def kept(
     return own(policy, View(positions, scores, token_scores, n_cells, task))
 
 
-def total(policy: KVPolicy, positions: Cache, n_cells: int) -> int:
-    """Cells that the policy's budgets sum to."""
+def budgets_of(policy: KVPolicy, positions: Cache, n_cells: int, task: Task, stays: Kept) -> list[list[int]]:
+    """Budgets, given the cells that stay: their number, unless windows stay or go as a whole."""
+    if not isinstance(policy, WindowKV) or not policy.whole_windows:
+        return [[int(own.sum()) for own in layer] for layer in stays]
+    options = {"budget": policy.budget, "lam": policy.lam, "accounting": policy.accounting}
+    size = {name: of_windows(policy, task)[name] for name in ("omega", "window_size", "gamma")}
+    return windowkv.head_budgets(positions, n_cells, **options, **size)
+
+
+def total(policy: KVPolicy, positions: Cache, n_cells: int) -> int | None:
+    """Cells that the policy's budgets sum to; None where the authors' rounding decides."""
     cells = np.array(sizes(positions))
+    if getattr(policy, "accounting", "native") == "paper":
+        return None
     what = row_of(policy).total
     if what == "layer" and getattr(policy, "across", "layer") == "model":
         what = "model"

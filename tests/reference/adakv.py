@@ -56,20 +56,20 @@ def adakv(
 
 
 def published(scores: Cache, n_cells: int, *, window_size: int, kernel_size: int, alpha_safeguard: float) -> Kept:
-    """A head's budget is the mean of what it wins in full competition and of an equal budget, rounded.
+    """A head's budget is the mean of what it wins if all cells compete, and of an equal budget.
 
-    alpha_safeguard weighs the equal budget. Beside the observation window, so that a layer's total can be off by the
-    rounding, which is that of float32, halves to even.
+    Both beside the observation window; alpha_safeguard weighs the equal budget. The mean is rounded as float32, halves to
+    even, so that a layer's total can be off. Where the observation window takes the budget, every head holds n_cells.
     """
     base = n_cells - window_size
-    sure = int(base * alpha_safeguard)
+    sure, weight = np.float32(int(base * alpha_safeguard)), np.float32(1 - alpha_safeguard)
+    ranked = rankings(scores, window_size=window_size, kernel_size=kernel_size)
     res = []
-    for layer, ranked in zip(scores, rankings(scores, window_size=window_size, kernel_size=kernel_size), strict=True):
-        if base > len(layer[0]) - window_size:
-            res.append([len(s) for s in layer])
-            continue
-        n_window = window_size
-        won = compete([n_window + base] * len(layer), 0.0, ranked)
-        weight = np.float32(1 - alpha_safeguard)
-        res.append([n_window + int(np.rint(np.float32(n - n_window) * weight + np.float32(sure))) for n in won])
-    return keep(rankings(scores, window_size=window_size, kernel_size=kernel_size), res)
+    for layer in ranked:
+        review = [Ranking(order[window_size:], key[window_size:]) for order, key in layer]
+        if base <= 0 or base > max(len(order) for order, _ in review):
+            res.append([n_cells] * len(layer))
+        else:
+            won = compete([base] * len(layer), 0.0, review)
+            res.append([window_size + int(np.rint(np.float32(n) * weight + sure)) for n in won])
+    return keep(ranked, res)

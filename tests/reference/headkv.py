@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import budgets
-from .common import Budgets, Cache, Kept, keep, sizes, split
+from .common import Budgets, Cache, Kept, keep, sizes, split, total
 from .snapkv import rankings
 
 
@@ -61,11 +61,16 @@ def published(
     beta: float,
     importance: npt.NDArray[np.float64],
 ) -> Kept:
-    """The equation's budgets beside the observation window, rounded (halves to even); what exceeds a head is lost."""
+    """The equation's budgets beside the observation window, rounded (halves to even); what exceeds a head is lost.
+
+    Where the observation window takes the budget, or nothing has importance, every head holds n_cells.
+    """
     base = n_cells - window_size
-    share = importance / importance.sum()
-    pool = base // beta
-    own = window_size + np.rint(share * (pool * share.size) + (base - pool)).astype(int)
-    if base > len(scores[0][0]) - window_size:
-        own[:] = len(scores[0][0])
-    return keep(rankings(scores, window_size=window_size, kernel_size=kernel_size), own.tolist())
+    have = [n for layer in sizes(scores) for n in layer]
+    own = [n_cells] * len(have)
+    if base > 0 and importance.sum() > 0 and any(n >= n_cells for n in have):
+        share = importance.ravel() / total(importance.ravel())
+        divided = base // beta
+        own = [window_size + round(s * (divided * len(have)) + (base - divided)) for s in share.tolist()]
+    ranked = rankings(scores, window_size=window_size, kernel_size=kernel_size)
+    return keep(ranked, split(own, len(scores[0])))

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from . import windowkv
 from .adakv import compete, even
-from .budgets import alike, shared
+from .budgets import shared
 from .common import Budgets, Cache, Kept, Ranking, best, heads, keep, sizes, split
 from .headkv import by_importance
 
@@ -105,13 +105,12 @@ def windowkv_tokens(
     window_floor: int,
     budget: str = "flat",
     lam: float = 14.0,
+    accounting: str = "native",
     **windows: Any,
 ) -> Kept:
     """WindowKV with single tokens beside the windows, the same number of cells for the heads of a layer."""
-    shape = {"budget": budget, "lam": lam, "gamma": windows["gamma"]}
-    size = {"window_size": windows["window_size"], "omega": windows["omega"]}
-    layers = windowkv.layer_budgets(alike(sizes(positions)), n_cells, **shape, **size)
-    own = [[b] * len(layer) for b, layer in zip(layers, positions, strict=True)]
+    size = {name: windows[name] for name in ("omega", "window_size", "gamma")}
+    own = windowkv.head_budgets(positions, n_cells, budget=budget, lam=lam, accounting=accounting, **size)
     return keep(rankings(positions, scores, own, token_scores, token_share, window_floor, {}, **windows), own)
 
 
@@ -158,9 +157,8 @@ def window_adakv(
     if across == "model":
         per_head = split(own or even(sizes(positions), n_cells), n_head)
     else:
-        shape = {"budget": budget, "lam": lam, "gamma": windows["gamma"]}
-        size = {"window_size": windows["window_size"], "omega": windows["omega"]}
-        layers = windowkv.layer_budgets(shared(sizes(positions)), n_cells, **shape, **size)
+        size = {name: windows[name] for name in ("omega", "window_size", "gamma")}
+        layers = windowkv.layer_budgets(shared(sizes(positions)), n_cells, budget=budget, lam=lam, **size)
         per_head = [[b] * n_head for b in layers]
     competition = {"alpha_safeguard": alpha_safeguard, "across": across}
     ranked = rankings(

@@ -31,15 +31,19 @@ def pyramidkv(scores: Cache, n_cells: int, *, window_size: int, kernel_size: int
 def published(scores: Cache, n_cells: int, *, window_size: int, kernel_size: int, beta: float) -> Kept:
     """The first layer's budget is cut to the prompt, the last layers get what is cut; steps are whole cells.
 
-    All layers hold the same prompt. Of a single layer, whose budget the authors' code does not define, n_cells stay.
+    The authors' code defines this for more than one layer and a budget over the observation window; otherwise every head
+    holds n_cells.
     """
-    n_layer, n_review = len(scores), max(0, len(scores[0][0]) - window_size)
-    base = n_cells - window_size
-    last = int(base // beta)
-    first = 2 * base - last
-    if first >= n_review:
-        first, last = n_review, 2 * base - n_review
-    step = (first - last) // (n_layer - 1) if n_layer > 1 else 0
-    own = [window_size + (first - il * step if n_layer > 1 else base) for il in range(n_layer)]
-    ranked = rankings(scores, window_size=window_size, kernel_size=kernel_size)
-    return keep(ranked, [[b] * len(layer) for b, layer in zip(own, scores, strict=True)])
+    n_layer, base = len(scores), n_cells - window_size
+    room = budgets.alike(sizes(scores))
+    own = [n_cells] * n_layer
+    if base > 0 and n_layer > 1:
+        n_review = max(room) - window_size
+        last = int(base // beta)
+        first = 2 * base - last
+        if first >= n_review:
+            first, last = n_review, 2 * base - n_review
+        step = max(0, (first - last) // (n_layer - 1))  # they rise where everything stays
+        own = [window_size + first - il * step for il in range(n_layer)]
+    per_head = [[min(b, have)] * len(layer) for b, have, layer in zip(own, room, scores, strict=True)]
+    return keep(rankings(scores, window_size=window_size, kernel_size=kernel_size), per_head)

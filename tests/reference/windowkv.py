@@ -14,13 +14,22 @@ import numpy.typing as npt
 from . import budgets
 from .common import Budgets, Cache, Kept, Ranking, best, keep, newest, sizes, total
 
-Cells = tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]
-"""Positions, ascending, and a score for each, [cells] both."""
+Rows = list[npt.NDArray[np.float64]]
+Cells = tuple[npt.NDArray[np.int32], Rows]
+"""Positions, ascending, [cells], and one or more rows of scores for them: a window scores the mean over the rows."""
 
 
 #
 # one set of cells
 #
+
+
+def mean(rows: Rows) -> npt.NDArray[np.float64]:
+    """Mean over rows, summed in their order."""
+    res = np.zeros(len(rows[0]))
+    for row in rows:
+        res += row
+    return res / len(rows)
 
 
 def window_score(score: npt.NDArray[np.float64], omega: int, strategy: str) -> float:
@@ -59,29 +68,47 @@ def rank(
     recent_share: float = 1.0,
     carry: int = 0,
     protect_first: bool = False,
-) -> Ranking:
+) -> tuple[Ranking, int]:
     """The recent cells, then windows from the best to the worst, then the rest of the observation window.
 
     Inside a window the best tokens come first: they stay when the budget ends there. protect_first (ours): the first
     window comes before the others, for attention sinks in it.
+
+    Returns:
+        The ranking, and how many of its cells stay if windows stay or go as a whole.
     """
-    pos, every = cells
-    n = len(pos)
+    n = len(cells[0])
     n_review = max(0, n - window_size)
     stays = n_recent(n, budget, window_size, recent_share)
-    score = carried(every[:n_review], carry)
+    rows = [carried(row[:n_review], carry) for row in cells[1]]
 
-    windows = grid(pos[:n_review], omega)
-    value = [window_score(score[w], omega, strategy) for w in windows]
+    windows = grid(cells[0][:n_review], omega)
+    value = [total(window_score(row[w], omega, strategy) for row in rows) / len(rows) for w in windows]
     if protect_first and windows:
         value[0] = math.inf
+    chosen = [windows[i] for i in best(np.array(value))]
 
+    token = mean(rows)
     order, key = newest(n - stays, n), [math.inf] * stays
     for i in best(np.array(value)):
-        order += [windows[i][j] for j in best(score[windows[i]])]
+        order += [windows[i][j] for j in best(token[windows[i]])]
         key += [value[i]] * len(windows[i])
     rest = newest(n_review, n - stays)
-    return Ranking(order + rest, key + [-math.inf] * len(rest))
+    whole = stays + sum(len(w) for w in whole_windows(chosen, n_review, budget - stays, omega))
+    return Ranking(order + rest, key + [-math.inf] * len(rest)), whole
+
+
+def whole_windows(windows: list[list[int]], n_review: int, budget: int, omega: int) -> list[list[int]]:
+    """Of windows, best first, those that stay when the worst are dropped until budget cells are left, or fewer.
+
+    As in the authors' code the last window before the observation window counts omega cells, though it may be shorter.
+    """
+    too_many = n_review - budget
+    stays = list(windows)
+    while too_many > 0 and stays:
+        last = stays.pop()
+        too_many -= omega if n_review - 1 in last else len(last)
+    return stays
 
 
 #
@@ -89,22 +116,14 @@ def rank(
 #
 
 
-def over_heads(positions: list[Any], scores: list[Any]) -> Cells:
-    """The cells of a layer whose heads hold the same positions, scored by the mean over the heads."""
-    total = np.zeros(len(positions[0]))
-    for score in scores:
-        total += score
-    return positions[0], total / len(scores)
-
-
 def over_layers(sets: list[Cells]) -> Cells:
     """Ours: the cells that any layer holds, scored by the mean over the layers that hold them."""
     found: dict[int, list[float]] = {}
-    for pos, score in sets:
+    for pos, (score,) in sets:
         for at, s in zip(pos.tolist(), score.tolist(), strict=True):
             found.setdefault(at, []).append(s)
     pos = sorted(found)
-    return np.array(pos, dtype=np.int32), np.array([total(found[at]) / len(found[at]) for at in pos])
+    return np.array(pos, dtype=np.int32), [np.array([total(found[at]) / len(found[at]) for at in pos])]
 
 
 def translate(ranking: Ranking, shared: npt.NDArray[np.int32], own: npt.NDArray[np.int32]) -> Ranking:
@@ -116,7 +135,7 @@ def translate(ranking: Ranking, shared: npt.NDArray[np.int32], own: npt.NDArray[
     return Ranking([i for i, _ in found] + rest, [key for _, key in found] + [-math.inf] * len(rest))
 
 
-def rankings(
+def shared_rankings(
     positions: Cache,
     scores: Cache,
     own: Budgets,
@@ -124,34 +143,46 @@ def rankings(
     gamma: int = 1,
     share: str = "first",
     scope: str = "head",
+    query_heads: str = "mean",
     **windows: Any,
-) -> list[list[Ranking]]:
-    """Rankings of all heads; gamma consecutive layers share one (section 3.3).
+) -> list[list[tuple[Ranking, int, npt.NDArray[np.int32]]]]:
+    """Of all heads the results of :func:`rank` and the positions these are about; gamma layers share them (section 3.3).
 
     Args:
-        positions, scores: the cache.
+        positions, scores: the cache; scores are [n_gqa, cells] for query_heads = "each".
         own: budgets of all heads; the first layer's count.
         gamma: layers per group, the last may be shorter.
         share: the scores of the group's "first" layer count, or (ours) their "mean".
         scope: one ranking for the heads of a "layer", as in the paper, or (ours) one for each "head".
+        query_heads: windows score the mean over "each" query head, as in the authors' code, or their cells' scores are
+            the "mean" over the query heads before.
         windows: see :func:`rank`.
     """
 
     def cells(il: int, head: int) -> Cells:
-        if scope == "layer":
-            return over_heads(positions[il], scores[il])
-        return positions[il][head], scores[il][head].astype(np.float64)
+        of = scores[il] if scope == "layer" else [scores[il][head]]
+        rows = [row.astype(np.float64) for score in of for row in np.atleast_2d(score)]
+        return positions[il][head], rows if query_heads == "each" else [mean(rows)]
 
     n_layer, n_head = len(positions), len(positions[0])
-    res: list[list[Ranking]] = [[] for _ in range(n_layer)]
+    res: list[list[tuple[Ranking, int, npt.NDArray[np.int32]]]] = [[] for _ in range(n_layer)]
     for first in range(0, n_layer, gamma):
         group = range(first, min(n_layer, first + gamma))
         for head in range(n_head):
             chosen = cells(first, head) if share == "first" else over_layers([cells(il, head) for il in group])
             ranking = rank(chosen, own[first][head], **windows)
             for il in group:
-                res[il].append(translate(ranking, chosen[0], positions[il][head]))
+                res[il].append((*ranking, chosen[0]))
     return res
+
+
+def rankings(positions: Cache, scores: Cache, own: Budgets, **windows: Any) -> list[list[Ranking]]:
+    """Rankings of all heads over their own cells; windows: see :func:`shared_rankings`."""
+    found = shared_rankings(positions, scores, own, **windows)
+    return [
+        [translate(ranking, shared, pos) for (ranking, _, shared), pos in zip(*layer, strict=True)]
+        for layer in zip(found, positions, strict=True)
+    ]
 
 
 #
@@ -182,14 +213,25 @@ def layer_budgets(
     lam: float,
     window_size: int,
     omega: int,
+    accounting: str = "native",
 ) -> list[int]:
     """Per layer, with the mean n_cells: "arithmetic" as in the paper, or (ours) "flat".
 
-    No layer gets less than the observation window and one semantic window, as far as room and n_cells reach.
+    No layer gets less than the observation window and one semantic window, as far as room and n_cells reach. With
+    accounting = "paper" budgets are those of the authors' code, and the observation window comes on top.
     """
     n_layer = len(room)
+    if accounting == "paper":
+        own = published_budgets(n_layer, n_cells, gamma=gamma, lam=lam) if budget == "arithmetic" else [n_cells] * n_layer
+        return [min(b + window_size, have) for b, have in zip(own, room, strict=True)]
     want = group_budgets(n_layer, n_cells, gamma, lam) if budget == "arithmetic" else [n_cells] * n_layer
     return budgets.layers(want, room, n_cells, least=window_size + omega)
+
+
+def head_budgets(positions: Cache, n_cells: int, **options: Any) -> Budgets:
+    """Of all heads, the same in a layer; options: see :func:`layer_budgets`."""
+    own = layer_budgets(budgets.alike(sizes(positions)), n_cells, **options)
+    return [[b] * len(layer) for b, layer in zip(own, positions, strict=True)]
 
 
 def windowkv(
@@ -202,21 +244,23 @@ def windowkv(
     budget: str = "arithmetic",
     gamma: int = 1,
     lam: float = 14.0,
+    accounting: str = "native",
+    whole: bool = False,
     **windows: Any,
 ) -> Kept:
-    """WindowKV with every cell counted; windows: see :func:`rank` and :func:`rankings`."""
-    own = layer_budgets(
-        budgets.alike(sizes(positions)),
-        n_cells,
-        budget=budget,
-        gamma=gamma,
-        lam=lam,
-        window_size=window_size,
-        omega=omega,
-    )
-    per_head = [[b] * len(layer) for b, layer in zip(own, positions, strict=True)]
-    ranked = rankings(positions, scores, per_head, gamma=gamma, omega=omega, window_size=window_size, **windows)
-    return keep(ranked, per_head)
+    """WindowKV; windows: see :func:`rank` and :func:`shared_rankings`.
+
+    whole: windows stay or go as a whole, so that a head holds more cells than its budget, or fewer.
+    """
+    size = {"omega": omega, "window_size": window_size, "gamma": gamma}
+    own = head_budgets(positions, n_cells, budget=budget, lam=lam, accounting=accounting, **size)
+    if not whole:
+        return keep(rankings(positions, scores, own, **size, **windows), own)
+    found = shared_rankings(positions, scores, own, **size, **windows)
+    return [
+        [np.isin(pos, shared[ranking.order[:n]]) for (ranking, n, shared), pos in zip(*layer, strict=True)]
+        for layer in zip(found, positions, strict=True)
+    ]
 
 
 #
@@ -247,15 +291,18 @@ def published(
 
     The observation window comes on top. A window scores the mean over the heads of what each finds in it. Of the group's
     layers the first chooses; where not even one window fits, only the observation window stays in all of them.
+
+    Args:
+        scores: of a whole prompt, per layer and kv head [cells], or [n_gqa, cells] for its query heads.
     """
-    n_layer, n = len(scores), len(scores[0][0])
+    n_layer, n = len(scores), scores[0][0].shape[-1]
     n_review = max(0, n - window_size)
     windows = [range(i, min(i + omega, n_review)) for i in range(0, n_review, omega)]
     res: Kept = []
     for il, budget in enumerate(published_budgets(n_layer, n_cells, gamma=gamma, lam=lam)):
         if il % gamma == 0:
-            found = [[window_score(s[w].astype(np.float64), omega, strategy) for w in windows] for s in scores[il]]
-            order = best(np.array([total(own) / len(own) for own in zip(*found, strict=True)]))
+            rows = [row.astype(np.float64) for s in scores[il] for row in np.atleast_2d(s)]
+            order = best(np.array([total(window_score(r[w], omega, strategy) for r in rows) / len(rows) for w in windows]))
             n_drop = max(0, math.ceil((n_review - budget) / omega))
             stays = np.ones(n, dtype=bool)
             stays[:n_review] = n_drop == 0
