@@ -182,8 +182,8 @@ def by_all(p: Auto, v: View) -> Kept:
 
 
 def by_scores(p: SnapKV, v: View) -> Kept:
-    own = snapkv.published if p.accounting == "paper" else snapkv.snapkv
-    return own(v.scores, v.n_cells, window_size=p.window_size, kernel_size=p.kernel_size)
+    # the authors' accounting is the same where all heads hold equally many cells, as those of a prompt do
+    return snapkv.snapkv(v.scores, v.n_cells, window_size=p.window_size, kernel_size=p.kernel_size)
 
 
 def by_pyramid(p: PyramidKV, v: View) -> Kept:
@@ -273,7 +273,7 @@ ROWS: dict[type[KVPolicy], Row] = {
         by_all,
         "layer",
     ),
-    H2O: Row(st.builds(H2O, recent=st.sampled_from([0.0, 0.5, 1.0])), None, "equal"),
+    H2O: Row(st.builds(H2O, recent_share=st.sampled_from([0.0, 0.5, 1.0])), None, "equal"),
     ExpectedAttention: Row(
         st.builds(ExpectedAttention, neox=st.booleans(), freq_base=st.just(1e4), n_sink=st.integers(0, 6)), None, "equal"
     ),

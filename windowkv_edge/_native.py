@@ -6,8 +6,9 @@ import ctypes
 import runpy
 import traceback
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import cffi
 import numpy as np
@@ -16,6 +17,9 @@ import numpy.typing as npt
 from ._libs import BUILT, llama_library
 from .budget import TYPES
 from .errors import LibraryMismatchError, NativeError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from .policies.parts import Allocation, Parts, Scoring, Selection
 
 __all__ = ["Context", "budgets", "build_stamp", "ffi", "lib", "pending", "select"]
 
@@ -81,20 +85,25 @@ class pending:
         lib.wkv_pending_clear()
 
 
-Fields = Mapping[str, Any]
-"""Fields of ``struct wkv_policy``; numbers, and ``importance`` as an array [n_layer, n_head_kv]."""
-
 # arrays that a struct points to live as long as it
 _arrays: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def policy_struct(fields: Fields) -> Any:
-    """A ``struct wkv_policy *`` with the given fields; the others are 0."""
-    numbers = {name: value for name, value in fields.items() if name != "importance"}
-    res = ffi.new("struct wkv_policy *", numbers)
-    if fields.get("importance") is not None:
-        scores = np.ascontiguousarray(fields["importance"], dtype=np.float64)
-        res.importance, res.n_importance = ffi.cast("double *", ffi.from_buffer(scores)), scores.size
+def _fields(part: Scoring | Allocation | Selection) -> dict[str, Any]:
+    """Fields of a struct of the same names; a choice such as layers="pyramid" is the enum's WKV_LAYERS_PYRAMID."""
+    own = ((field.name, getattr(part, field.name)) for field in fields(part) if field.name != "importance")
+    return {
+        name: getattr(lib, f"WKV_{name}_{value}".upper()) if isinstance(value, str) else value for name, value in own
+    }
+
+
+def policy_struct(parts: Parts) -> Any:
+    """A ``struct wkv_policy *``."""
+    res = ffi.new("struct wkv_policy *", {name: _fields(part) for name, part in parts._asdict().items()})
+    if parts.allocation.importance is not None:
+        scores = np.ascontiguousarray(parts.allocation.importance, dtype=np.float64)
+        res.allocation.importance = ffi.cast("double *", ffi.from_buffer(scores))
+        res.allocation.n_importance = scores.size
         _arrays[res] = scores
     return res
 
@@ -139,7 +148,7 @@ class Context:
 
     def set_attention(self, name: str) -> None:
         """Attention of layers whose heads hold equally many cells: "auto", "stock" or "ragged"."""
-        check(lib.wkv_set_attention(self._ctx, ("auto", "stock", "ragged").index(name)))
+        check(lib.wkv_set_attention(self._ctx, getattr(lib, f"WKV_ATTENTION_{name}".upper())))
 
     def compact(self, policy: Any, n_cells: int) -> int:
         """Cells released over all layers and heads."""
@@ -248,20 +257,32 @@ class Context:
         return stats_pos, res[:size].reshape(len(stats_pos), -1)
 
 
-def _shapes(cells: npt.NDArray[np.int32], n_past: int) -> Any:
+def _shapes(cells: npt.NDArray[np.int32], n_past: int, n_gqa: int = 1) -> Any:
     res = ffi.new("struct wkv_shapes *")
-    (res.n_layer, res.n_head_kv), res.n_past = cells.shape, n_past
+    (res.n_layer, res.n_head_kv), res.n_gqa, res.n_past = cells.shape, n_gqa, n_past
     res.cells = ffi.cast("int32_t *", ffi.from_buffer(cells))
     _arrays[res] = cells
     return res
 
 
 def _flat(cache: Cache, dtype: type) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(np.concatenate([own for layer in cache for own in layer]), dtype=dtype)
+    return np.ascontiguousarray(np.concatenate([np.ravel(own) for layer in cache for own in layer]), dtype=dtype)
+
+
+def _planes(parts: Parts, scores: Cache, token_scores: Cache | None) -> npt.NDArray[np.float32]:
+    if parts.scoring.token_window_size and token_scores is None:
+        raise ValueError(f"token_window_size is {parts.scoring.token_window_size}, expected token_scores as well")
+    flat = _flat(scores, np.float32)
+    return flat if token_scores is None else np.concatenate([flat, _flat(token_scores, np.float32)])
+
+
+def _n_gqa(parts: Parts, scores: Cache | None) -> int:
+    """Rows of the scores of every kv head."""
+    return 1 if parts.scoring.query_heads == "mean" or scores is None else len(np.atleast_2d(scores[0][0]))
 
 
 def budgets(
-    fields: Fields,
+    parts: Parts,
     cells: npt.ArrayLike,
     n_cells: int,
     positions: Cache | None = None,
@@ -271,57 +292,47 @@ def budgets(
     """Native budgets: int32 [n_layer, n_head_kv].
 
     Args:
-        fields: see :data:`Fields`.
+        parts: the policy, :meth:`windowkv_edge.KVPolicy.parts`.
         cells: [n_layer, n_head_kv], cells that each head holds now.
         n_cells: average cells per (layer, kv head).
         positions: per layer and kv head int32 [cells], ascending; needed where heads compete.
-        scores: per layer and kv head float32 [cells]; likewise.
-        token_scores: the same by the last ``token_alpha`` tokens, for policies with ``tokens``.
+        scores: per layer and kv head float32 [cells], or [n_gqa, cells] for query_heads="each"; likewise.
+        token_scores: the same by the last ``token_window_size`` tokens, for policies with ``token_share``.
     """
     have = np.ascontiguousarray(cells, dtype=np.int32)
     res = np.zeros_like(have)
     pos = ffi.NULL if positions is None else ffi.from_buffer("int32_t[]", _flat(positions, np.int32))
-    score = ffi.NULL if scores is None else ffi.from_buffer("float[]", _planes(fields, scores, token_scores))
-    shapes = _shapes(have, int(have.max(initial=0)))
-    check(lib.wkv_budgets(policy_struct(fields), shapes, n_cells, pos, score, ffi.from_buffer("int32_t[]", res)))
+    score = ffi.NULL if scores is None else ffi.from_buffer("float[]", _planes(parts, scores, token_scores))
+    shapes = _shapes(have, int(have.max(initial=0)), _n_gqa(parts, scores))
+    check(lib.wkv_budgets(policy_struct(parts), shapes, n_cells, pos, score, ffi.from_buffer("int32_t[]", res)))
     return res
 
 
-def _planes(fields: Fields, scores: Cache, token_scores: Cache | None) -> npt.NDArray[np.float32]:
-    if fields.get("tokens") and token_scores is None:
-        raise ValueError(f"tokens is {fields['tokens']}, expected token_scores as well")
-    flat = _flat(scores, np.float32)
-    return flat if token_scores is None else np.concatenate([flat, _flat(token_scores, np.float32)])
-
-
 def select(
-    fields: Fields, budget: npt.ArrayLike, positions: Cache, scores: Cache, token_scores: Cache | None = None
+    parts: Parts, budget: npt.ArrayLike, positions: Cache, scores: Cache, token_scores: Cache | None = None
 ) -> list[list[npt.NDArray[np.bool_]]]:
     """Native selection over arrays.
 
     Args:
-        fields: see :data:`Fields`.
+        parts, positions, scores, token_scores: as for :func:`budgets`.
         budget: [n_layer, n_head_kv], cells that stay.
-        positions: per layer and kv head int32 [cells], ascending.
-        scores: per layer and kv head float32 [cells].
-        token_scores: the same by the last ``token_alpha`` tokens, for policies with ``tokens``.
 
     Returns:
         Per layer and kv head bool [cells], True where the cell stays.
     """
     cells = np.array([[len(own) for own in layer] for layer in positions], dtype=np.int32)
-    pos, score = _flat(positions, np.int32), _planes(fields, scores, token_scores)
+    pos, score = _flat(positions, np.int32), _planes(parts, scores, token_scores)
     keep = np.zeros(pos.size, dtype=np.uint8)
     own = np.ascontiguousarray(budget, dtype=np.int32)
     check(
         lib.wkv_select(
-            policy_struct(fields),
-            _shapes(cells, int(pos.max(initial=-1)) + 1),
+            policy_struct(parts),
+            _shapes(cells, int(pos.max(initial=-1)) + 1, _n_gqa(parts, scores)),
             ffi.from_buffer("int32_t[]", own),
             ffi.from_buffer("int32_t[]", pos),
             ffi.from_buffer("float[]", score),
             ffi.from_buffer("uint8_t[]", keep),
         )
     )
-    parts = iter(np.split(keep.astype(bool), np.cumsum(cells.ravel())[:-1]))
-    return [[next(parts) for _ in layer] for layer in positions]
+    parts_of = iter(np.split(keep.astype(bool), np.cumsum(cells.ravel())[:-1]))
+    return [[next(parts_of) for _ in layer] for layer in positions]

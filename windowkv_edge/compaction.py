@@ -33,17 +33,17 @@ def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "l
             nothing was evicted.
     """
     if not policy.in_python:
-        return kv.compact(_native.policy_struct(policy.native(task)), n_cells)
+        return kv.compact(_native.policy_struct(policy.parts(task)), n_cells)
 
     stats = kv.stats()
     if int(kv.cells().max(initial=0)) <= n_cells:
         return 0
 
     def choose(positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> None:
-        view = CacheView(kv, positions, int(stats.n_past), int(stats.n_gqa), cell_types(stats), task, policy.window)
+        view = CacheView(kv, positions, int(stats.n_past), int(stats.n_gqa), cell_types(stats), task, policy.n_observed)
         _mark(policy, policy.select(scores, n_cells, view), positions, keep)
 
-    return kv.compact_custom(policy.window, n_cells, choose)
+    return kv.compact_custom(policy.n_observed, n_cells, choose)
 
 
 def _mark(

@@ -118,7 +118,7 @@ class Llama(llama_cpp.Llama):
         # what the caller says about cells goes before what the policy prefers
         said = kwargs.get("type_k") is not None or kwargs.get("type_v") is not None
         try:
-            with _native.pending(self._kv_policy.window, None if said else self._kv_policy.cells):
+            with _native.pending(self._kv_policy.n_observed, None if said else self._kv_policy.cells):
                 try:
                     super().__init__(model_path, **kwargs)
                 except ValueError as error:
@@ -154,7 +154,7 @@ class Llama(llama_cpp.Llama):
         new = get_policy(policy)
         bound = self._bind(kv, new)
         self._clear()
-        kv.set_window(new.window)
+        kv.set_window(new.n_observed)
         self._kv_policy, self._kv_bound = new, bound
 
     @property

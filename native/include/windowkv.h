@@ -34,32 +34,6 @@ enum wkv_status {
     WKV_ERR_COMPUTE     = -4, // a graph failed or memory ran out
 };
 
-enum wkv_kind {
-    WKV_KIND_FULL         = 0, // keeps every cell
-    WKV_KIND_STREAMINGLLM = 1, // arXiv 2309.17453
-    WKV_KIND_SNAPKV       = 2, // arXiv 2404.14469
-    WKV_KIND_PYRAMIDKV    = 3, // arXiv 2406.02069
-    WKV_KIND_WINDOWKV     = 4, // arXiv 2503.17922
-};
-
-enum wkv_scope      { WKV_SCOPE_LAYER = 0, WKV_SCOPE_HEAD = 1 };
-enum wkv_shape      { WKV_SHAPE_FLAT = 0, WKV_SHAPE_ARITHMETIC = 1 };
-enum wkv_share      { WKV_SHARE_FIRST = 0, WKV_SHARE_MEAN = 1 };
-enum wkv_accounting { WKV_ACCOUNTING_NATIVE = 0, WKV_ACCOUNTING_PAPER = 1 };
-
-// how the kv heads divide what there is
-enum wkv_heads {
-    WKV_HEADS_EQUAL      = 0, // every head of a layer holds the same number of cells
-    WKV_HEADS_IMPORTANCE = 1, // HeadKV, arXiv 2410.19258: by a score that the model's heads were given beforehand
-    WKV_HEADS_SCORE      = 2, // AdaKV, arXiv 2407.11550: heads compete with the scores of their cells
-};
-
-// whom a head competes with
-enum wkv_span {
-    WKV_SPAN_LAYER = 0, // the heads of its layer, as published
-    WKV_SPAN_MODEL = 1, // all heads
-};
-
 // which attention a layer runs whose heads hold equally many cells; layers whose heads differ always run the ragged op
 enum wkv_attention {
     WKV_ATTENTION_AUTO   = 0, // stock until something is evicted, then the faster one: ragged on the CPU, stock elsewhere;
@@ -68,41 +42,115 @@ enum wkv_attention {
     WKV_ATTENTION_RAGGED = 2, // ggml_flash_attn_ragged, where the device has it
 };
 
-// One policy. Fields that a kind does not use are ignored.
-struct wkv_policy {
+//
+// a policy: scoring, allocation, selection. What a choice does not use has to be 0.
+//
+
+// max-pooling of the scores of the tokens before the observation window
+enum wkv_pooling {
+    WKV_POOLING_MAX   = 0, // centred: a token takes the best score of kernel_size tokens around it (SnapKV, arXiv 2404.14469)
+    WKV_POOLING_CARRY = 1, // causal: of itself and the kernel_size - 1 tokens before it; what follows an attended token is kept
+};
+
+// what is scored where several query heads share a kv head
+enum wkv_query_heads {
+    WKV_QUERY_HEADS_MEAN = 0, // one score per cell, the mean over these query heads
+    WKV_QUERY_HEADS_EACH = 1, // one per cell and query head; a window is scored in each and averaged (WindowKV's code)
+};
+
+// Scoring: who observes, and how scores are pooled. A score is the mean attention that a cell gets from the observing tokens.
+struct wkv_scoring {
+    int32_t window_size;       // observation window: the last window_size tokens observe the others; 0: positions alone decide
+    int32_t token_window_size; // with token_share: a second plane of scores by the last token_window_size tokens, for single tokens
+    int32_t pooling;           // enum wkv_pooling
+    int32_t kernel_size;       // tokens that pooling spans, 1 = none; odd if centred
+    int32_t query_heads;       // enum wkv_query_heads; each: windows with kernel_size = 1, share = first and token_share = 0
+};
+
+// the mean budget C of the layers
+enum wkv_layers {
+    WKV_LAYERS_FLAT       = 0, // C for every layer
+    WKV_LAYERS_PYRAMID    = 1, // falls linearly to C/beta at the last layer (PyramidKV, arXiv 2406.02069, eq. 5)
+    WKV_LAYERS_ARITHMETIC = 2, // falls linearly over groups of gamma layers to C*gamma/lam (WindowKV, arXiv 2503.17922, section 3.4)
+};
+
+// how the kv heads divide what there is
+enum wkv_heads {
+    WKV_HEADS_EQUAL      = 0, // every head of a layer holds the same number of cells
+    WKV_HEADS_IMPORTANCE = 1, // by scores that the model's heads were given beforehand (HeadKV, arXiv 2410.19258)
+    WKV_HEADS_SCORE      = 2, // heads compete with the scores of their cells (AdaKV, arXiv 2407.11550)
+};
+
+// whom a head competes with
+enum wkv_across {
+    WKV_ACROSS_LAYER = 0, // the heads of its layer, as published
+    WKV_ACROSS_MODEL = 1, // all heads
+};
+
+enum wkv_accounting {
+    WKV_ACCOUNTING_NATIVE = 0, // every cell counts, and the mean is n_cells exactly unless there are fewer
+    WKV_ACCOUNTING_PAPER  = 1, // rounded and cut as by the authors' code, so that totals miss n_cells by some; with windows the
+                               // observation window comes on top of n_cells
+};
+
+// Allocation: how layers and heads divide the cells.
+struct wkv_allocation {
+    int32_t layers;           // enum wkv_layers
+    int32_t heads;            // enum wkv_heads
+    int32_t across;           // heads = score: enum wkv_across; across = model needs layers = flat
+    int32_t accounting;       // enum wkv_accounting
+    double  lam;              // layers = arithmetic: WindowKV's lambda, > 0
+    double  beta;             // layers = pyramid: PyramidKV's beta, >= 1
+                              // heads = importance: HeadKV's beta, >= 1: 1/beta of all cells is divided by importance
+                              // heads = score, across = model: the same before heads compete, 0 = nothing is
+    double  alpha_safeguard;  // heads = score: of what it would hold otherwise, the share that every head is sure of, 0..1
+    int32_t importance_floor; // cells of each head that are not divided by importance, >= 0 (HeadKV: 0)
+    const double * importance; // [n_layer, n_head_kv], not negative, any scale; where beta divides by it
+    int64_t n_importance;     // elements of importance
+};
+
+enum wkv_kind {
+    WKV_KIND_FULL    = 0, // every cell
+    WKV_KIND_RECENT  = 1, // the first n_sink tokens and the newest ones (StreamingLLM, arXiv 2309.17453)
+    WKV_KIND_TOKENS  = 2, // the newest n_recent tokens and those with the best scores (SnapKV, arXiv 2404.14469)
+    WKV_KIND_WINDOWS = 3, // windows of omega consecutive tokens, each as a whole (WindowKV, arXiv 2503.17922)
+};
+
+// the heads that hold the same windows
+enum wkv_scope { WKV_SCOPE_LAYER = 0, WKV_SCOPE_HEAD = 1 };
+
+// whose scores choose for a group of gamma layers: its first layer's, as published, or the mean over its layers
+enum wkv_share { WKV_SHARE_FIRST = 0, WKV_SHARE_MEAN = 1 };
+
+// Selection: what stays of a head, given its budget.
+struct wkv_selection {
     int32_t kind;          // enum wkv_kind
-    int32_t alpha;         // observation window: the last alpha tokens score the others, > 0
-    int32_t suffix;        // of the observation window, the tokens that always stay, 0..alpha
-    int32_t n_sink;        // streamingllm: first tokens that always stay
-    int32_t kernel;        // snapkv, pyramidkv: width of the max-pool over token scores, odd
-    int32_t omega;         // windowkv: tokens per window
-    int32_t top_p;         // windowkv: a window scores the mean of its top_p best tokens, 1..omega
-    int32_t gamma;         // windowkv: consecutive layers that share one set of indices
-    int32_t share;         // windowkv: enum wkv_share, whose scores choose for the group
-    int32_t scope;         // windowkv: enum wkv_scope
-    int32_t shape;         // windowkv: enum wkv_shape of the budgets over the groups
-    int32_t accounting;    // windowkv: enum wkv_accounting
-    int32_t protect_first; // windowkv: 1 = the first window always stays (it holds the attention sink)
-    int32_t carry;         // windowkv: a token's score carries over to this many tokens behind it, >= 0
-    double  suffix_share;  // windowkv: of a budget the suffix takes at most this share, over 0 and up to 1
-    double  tokens;        // windowkv: of the rest single tokens take this share, 0 to 1 (needs scope = head and gamma = 1)
-    int32_t window_floor;  // windowkv: cells that windows get before single tokens get any, >= 0
-    int32_t token_alpha;   // windowkv: the last token_alpha tokens score single tokens, > 0 if tokens > 0
-    double  slope;         // lambda of windowkv, beta of pyramidkv: the last budget is C*gamma/lambda or C/beta
-    int32_t heads;         // enum wkv_heads
-    int32_t span;          // heads = score: enum wkv_span; budgets of span = model are flat
-    double  pool;          // heads = importance, or score over the model: the share of all cells that is divided by importance
-                           // before heads compete, 0..1 (HeadKV's 1/beta)
-    int32_t pool_floor;    // of each head's equal budget, the cells that are not divided, >= 0 (HeadKV: 0)
-    double  floor_share;   // heads = score: the share of what it would hold otherwise that every head is sure of, 0..1
-    const double * importance; // [n_layer, n_head_kv], not negative, any scale; needed where pool > 0, and by heads = importance
-    int64_t n_importance;      // elements of importance
+    int32_t n_sink;        // recent: first tokens that always stay
+    int32_t n_recent;      // tokens, windows: of the observation window the newest tokens that always stay, 0..window_size
+    int32_t omega;         // windows: tokens per window, on a fixed grid of positions; this and all below
+    int32_t top_p;         // a window scores the mean of its top_p best tokens, 1..omega
+    int32_t gamma;         // consecutive layers that share one set of indices, 1 = none do
+    int32_t share;         // enum wkv_share
+    int32_t scope;         // enum wkv_scope
+    int32_t protect_first; // 1: the first window always stays (it holds the attention sink)
+    int32_t whole_windows; // 1: the worst windows are dropped whole until the budget is met or passed by less than one, as by the
+                           // authors' code; 0: the last one that fits in part keeps its best tokens. Needs heads = equal
+    double  recent_share;  // n_recent takes at most this share of a budget, over 0 and up to 1
+    double  token_share;   // of the rest single tokens take this share, 0..1; needs scope = head and gamma = 1
+    int32_t window_floor;  // with token_share: cells that windows get before single tokens get any, >= 0
+};
+
+struct wkv_policy {
+    struct wkv_scoring    scoring;
+    struct wkv_allocation allocation;
+    struct wkv_selection  selection;
 };
 
 // Shapes of one selection.
 struct wkv_shapes {
     int32_t n_layer;
     int32_t n_head_kv;
+    int32_t n_gqa;              // query heads per kv head; query_heads = each has as many rows of scores
     int32_t n_past;             // positions the sequence has seen, evicted ones included
     const int32_t * cells;      // cells that each (layer, kv head) holds now, row major [n_layer, n_head_kv]
 };
@@ -218,8 +266,10 @@ WKV_API int64_t wkv_get_queries(struct llama_context * ctx, int32_t layer, int32
 // --- pure functions: the same code the runtime calls, no context needed
 
 // positions: for every (layer, kv head) in turn its ascending positions
-// scores:    same layout, F32; with tokens > 0 a second plane follows, the scores by the last token_alpha tokens
-//            only heads = score looks at positions and scores, they may be NULL otherwise
+// scores:    F32, in the same layout; query_heads = each: for every (layer, kv head) in turn row major [n_gqa, cells]
+//            with token_share a second plane follows, the scores by the last token_window_size tokens
+//            wkv_budgets() looks at positions and scores for heads = score alone, they may be NULL otherwise; wkv_select() at
+//            scores where window_size > 0. Scores that are not finite are refused
 // budgets:   cells that stay, row major [n_layer, n_head_kv]; n_cells = average cells per (layer, kv head)
 WKV_API int wkv_budgets(const struct wkv_policy * policy, const struct wkv_shapes * shapes, int64_t n_cells,
                         const int32_t * positions, const float * scores, int32_t * budgets);

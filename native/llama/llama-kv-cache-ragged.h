@@ -3,6 +3,7 @@
 #include "llama-kv-cache.h"
 #include "llama-kv-ragged-pool.h"
 
+#include "policy/wkv-policy.h"
 #include "windowkv.h"
 
 #include <array>
@@ -88,7 +89,7 @@ public:
 
     // score, select, gather; returns the number of cells released
     // throws std::invalid_argument before anything changed, std::runtime_error if a graph fails or memory runs out
-    int64_t compact(llama_context * lctx, const wkv_policy & policy, int64_t n_cells);
+    int64_t compact(llama_context * lctx, const wkv::policy & policy, int64_t n_cells);
 
     // the same with a selection of the caller's, see wkv_compact_custom()
     int64_t compact(llama_context * lctx, int32_t alpha, int64_t n_cells, wkv_select_fn fn, void * user);
@@ -221,7 +222,7 @@ private:
 
     std::vector<int32_t> all_cells() const; // of every (layer, kv head)
 
-    wkv_shapes shapes_of(const std::vector<int32_t> & cells) const; // points into cells
+    wkv::shapes shapes_of(const std::vector<int32_t> & cells) const; // points into cells
 
     // sets keep to 1 where a cell stays, see wkv_select(); what it throws leaves the cache as it was
     using keep_fn = std::function<void(const int32_t * positions, const float * scores, uint8_t * keep)>;
@@ -229,8 +230,8 @@ private:
     std::vector<float> score(
             llama_context * lctx, const llama_kv_ragged_layer & layer, const std::vector<int32_t> & alphas, bool mean);
 
-    // a plane of scores for every alpha; without any they are 0
-    int64_t compact(llama_context * lctx, const std::vector<int32_t> & alphas, const wkv_shapes & shapes, const keep_fn & fn);
+    // a plane of scores for every alpha; without any they are 0; each: one plane, with a row for every query head
+    int64_t compact(llama_context * lctx, const std::vector<int32_t> & alphas, const wkv::shapes & shapes, bool each, const keep_fn & fn);
 
     void gather(llama_context * lctx, llama_kv_ragged_layer & layer, const uint8_t * keep, const int32_t * n_keep);
 };

@@ -364,40 +364,32 @@ std::vector<int32_t> llama_kv_cache_ragged::all_cells() const {
     return res;
 }
 
-wkv_shapes llama_kv_cache_ragged::shapes_of(const std::vector<int32_t> & cells) const {
-    return { (int32_t) layers.size(), (int32_t) layers[0].n_head_kv, (int32_t) n_pos, cells.data() };
+wkv::shapes llama_kv_cache_ragged::shapes_of(const std::vector<int32_t> & cells) const {
+    const auto & layer = layers[0];
+    return { (int32_t) layers.size(), (int32_t) layer.n_head_kv, (int32_t) (layer.n_head/layer.n_head_kv), (int32_t) n_pos, cells.data() };
 }
 
-int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & policy, int64_t n_cells_mean) {
+int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv::policy & policy, int64_t n_cells_mean) {
     const std::string error = wkv::policy_error(policy);
     if (!error.empty()) {
         throw std::invalid_argument("policy: " + error);
     }
-    const bool    has_tokens = policy.kind == WKV_KIND_WINDOWKV && policy.tokens > 0.0;
-    const int32_t alpha_max  = std::max(policy.alpha, has_tokens ? policy.token_alpha : 0);
+    const auto sizes = wkv::window_sizes(policy);
 
-    check_compaction(policy.kind == WKV_KIND_FULL ? 0 : alpha_max, n_cells_mean);
+    check_compaction(sizes.empty() ? 0 : *std::max_element(sizes.begin(), sizes.end()), n_cells_mean);
 
-    const auto       cells     = all_cells();
-    const wkv_shapes shapes    = shapes_of(cells);
-    const int32_t    n_head_kv = shapes.n_head_kv;
+    const auto        cells  = all_cells();
+    const wkv::shapes shapes = shapes_of(cells);
 
     const std::string misfit = wkv::shapes_error(policy, shapes);
     if (!misfit.empty()) {
         throw std::invalid_argument("policy: " + misfit);
     }
-    if (policy.kind == WKV_KIND_FULL) {
-        return 0;
-    }
 
     // heads that compete need scores, unless everything fits; for the others the budgets tell before anything is computed
     std::vector<int32_t> budgets;
-    if (policy.heads == WKV_HEADS_SCORE) {
-        bool fits = true;
-        for (auto it = cells.begin(); it != cells.end(); it += n_head_kv) {
-            fits = fits && std::accumulate(it, it + n_head_kv, int64_t(0)) <= n_cells_mean*n_head_kv;
-        }
-        if (fits) {
+    if (wkv::needs_scores_for_budgets(policy)) {
+        if (wkv::fits(shapes, n_cells_mean)) {
             return 0;
         }
     } else {
@@ -407,16 +399,9 @@ int64_t llama_kv_cache_ragged::compact(llama_context * lctx, const wkv_policy & 
         }
     }
 
-    // StreamingLLM looks at positions only
-    std::vector<int32_t> alphas;
-    if (policy.kind != WKV_KIND_STREAMINGLLM) {
-        alphas.push_back(policy.alpha);
-    }
-    if (has_tokens) {
-        alphas.push_back(policy.token_alpha);
-    }
+    const bool each = policy.scoring.query_heads == wkv::query_heads::each;
 
-    return compact(lctx, alphas, shapes, [&](const int32_t * pos, const float * scores, uint8_t * keep) {
+    return compact(lctx, sizes, shapes, each, [&](const int32_t * pos, const float * scores, uint8_t * keep) {
         const wkv::cache_view view(policy, shapes, pos, scores);
 
         std::string refused = wkv::budgets(view, n_cells_mean, budgets);
@@ -433,34 +418,26 @@ int64_t llama_kv_cache_ragged::compact(
         llama_context * lctx, int32_t alpha, int64_t n_cells_mean, wkv_select_fn fn, void * user) {
     check_compaction(alpha, n_cells_mean);
 
-    const auto       cells  = all_cells();
-    const wkv_shapes shapes = shapes_of(cells);
+    const auto        cells  = all_cells();
+    const wkv::shapes shapes = shapes_of(cells);
+    const wkv_shapes  given  = { shapes.n_layer, shapes.n_head_kv, shapes.n_gqa, shapes.n_past, shapes.cells };
 
     const std::vector<int32_t> alphas(alpha > 0 ? 1 : 0, alpha);
 
-    return compact(lctx, alphas, shapes, [&](const int32_t * pos, const float * scores, uint8_t * keep) {
-        const size_t n = std::accumulate(cells.begin(), cells.end(), size_t(0));
-
-        if (fn(user, &shapes, n_cells_mean, pos, scores, keep) != 0) {
+    return compact(lctx, alphas, shapes, false, [&](const int32_t * pos, const float * scores, uint8_t * keep) {
+        if (fn(user, &given, n_cells_mean, pos, scores, keep) != 0) {
             throw std::invalid_argument("the selection was given up, nothing was evicted");
         }
 
-        const int64_t n_kept = n - std::count(keep, keep + n, 0);
-        const int64_t n_max  = std::min<int64_t>(n, n_cells_mean*cells.size());
-        if (n_kept > n_max) {
-            throw std::invalid_argument(format("the selection keeps %" PRId64 " cells over all heads, expected at most %" PRId64, n_kept, n_max));
-        }
-        for (size_t i = 0; i < cells.size(); keep += cells[i++]) {
-            if (cells[i] > 0 && std::count(keep, keep + cells[i], 0) == cells[i]) {
-                throw std::invalid_argument(format("the selection keeps no cell of layer %zu, kv head %zu, expected at least one",
-                        i/shapes.n_head_kv, i%shapes.n_head_kv));
-            }
+        const std::string error = wkv::selection_error(shapes, n_cells_mean, keep);
+        if (!error.empty()) {
+            throw std::invalid_argument(error);
         }
     });
 }
 
 int64_t llama_kv_cache_ragged::compact(
-        llama_context * lctx, const std::vector<int32_t> & alphas, const wkv_shapes & shapes, const keep_fn & fn) {
+        llama_context * lctx, const std::vector<int32_t> & alphas, const wkv::shapes & shapes, bool each, const keep_fn & fn) {
     const int32_t n_head_kv = shapes.n_head_kv;
 
     lctx->synchronize();
@@ -478,8 +455,8 @@ int64_t llama_kv_cache_ragged::compact(
             pos.insert(pos.end(), cur.begin(), cur.end());
         }
 
-        const auto   cur = alphas.empty() ? std::vector<float>(pos.size() - i0, 0.0f) : score(lctx, layer, alphas);
-        const size_t n   = pos.size() - i0;
+        const auto   cur = alphas.empty() ? std::vector<float>(pos.size() - i0, 0.0f) : score(lctx, layer, alphas, !each);
+        const size_t n   = cur.size()/planes.size();
         for (size_t i = 0; i < planes.size(); ++i) {
             planes[i].insert(planes[i].end(), cur.begin() + i*n, cur.begin() + (i + 1)*n);
         }

@@ -1,53 +1,33 @@
 // The C interface of windowkv.h over the ragged cache and the policies.
 
-#include "windowkv.h"
+#include "windowkv-capi.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-ragged.h"
 #include "llama-model.h"
-#include "policy/wkv-policy.h"
 
 #include "ggml.h"
 
 #include <algorithm>
 #include <cinttypes>
 #include <cstring>
-#include <exception>
 #include <stdexcept>
 
 #ifndef WKV_BUILD_STAMP
 #    error "WKV_BUILD_STAMP has to be defined by the build"
 #endif
 
-static int fail(int status, const std::string & msg) {
-    llama_kv_ragged_set_error(msg);
-    return status;
-}
-
-// no exception leaves the C interface
-template <typename F>
-static int64_t guard(F fn) {
-    try {
-        return fn();
-    } catch (const std::invalid_argument & err) {
-        return fail(WKV_ERR_ARGUMENT, err.what());
-    } catch (const std::exception & err) {
-        return fail(WKV_ERR_COMPUTE, err.what());
-    }
-}
-
 // runs fn on the ragged cache of ctx
 template <typename F>
 static int64_t with_cache(llama_context * ctx, F fn) {
     if (!ctx) {
-        return fail(WKV_ERR_ARGUMENT, "ctx is null");
+        return wkv_fail(WKV_ERR_ARGUMENT, "ctx is null");
     }
     auto * kv = llama_kv_ragged_find(ctx->get_memory());
     if (!kv) {
-        return fail(WKV_ERR_NO_POLICY, "this context was created without a KV policy: call wkv_pending_set before creating it");
+        return wkv_fail(WKV_ERR_NO_POLICY, "this context was created without a KV policy: call wkv_pending_set before creating it");
     }
-    return guard([&] { return fn(*kv); });
+    return wkv_guard([&] { return fn(*kv); });
 }
 
 static const llama_kv_ragged_layer & get_layer(const llama_kv_cache_ragged & kv, int32_t layer) {
@@ -92,11 +72,11 @@ const char * wkv_last_error(void) {
 
 int wkv_pending_set(int32_t n_window, int32_t type) {
     if (n_window < 1) {
-        return fail(WKV_ERR_ARGUMENT, format("n_window is %d, expected at least 1", n_window));
+        return wkv_fail(WKV_ERR_ARGUMENT, format("n_window is %d, expected at least 1", n_window));
     }
     if (type >= 0 && type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_Q8_0 &&
         type != GGML_TYPE_Q4_0) {
-        return fail(WKV_ERR_ARGUMENT, format("type is %d, expected f32, f16, bf16, q8_0, q4_0, or -1 for those of the context", type));
+        return wkv_fail(WKV_ERR_ARGUMENT, format("type is %d, expected f32, f16, bf16, q8_0, q4_0, or -1 for those of the context", type));
     }
     llama_kv_ragged_set_error("");
     llama_kv_ragged_pending_set(n_window, type);
@@ -110,23 +90,23 @@ void wkv_pending_clear(void) {
 int wkv_ready(struct llama_context * ctx, bool ragged) {
     return with_cache(ctx, [&](const llama_kv_cache_ragged & kv) {
         const std::string error = kv.ready(ragged);
-        return error.empty() ? WKV_OK : fail(WKV_ERR_UNSUPPORTED, error);
+        return error.empty() ? WKV_OK : wkv_fail(WKV_ERR_UNSUPPORTED, error);
     });
 }
 
 int wkv_reserve(struct llama_context * ctx, int32_t n_tokens) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
         if (n_tokens < 0) {
-            return fail(WKV_ERR_ARGUMENT, format("n_tokens is %d, expected at least 0", n_tokens));
+            return wkv_fail(WKV_ERR_ARGUMENT, format("n_tokens is %d, expected at least 0", n_tokens));
         }
-        return kv.reserve(n_tokens) ? WKV_OK : fail(WKV_ERR_COMPUTE, format("no memory for %d more tokens", n_tokens));
+        return kv.reserve(n_tokens) ? WKV_OK : wkv_fail(WKV_ERR_COMPUTE, format("no memory for %d more tokens", n_tokens));
     });
 }
 
 int wkv_set_window(struct llama_context * ctx, int32_t n_window) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
         if (n_window < 1) {
-            return fail(WKV_ERR_ARGUMENT, format("n_window is %d, expected at least 1", n_window));
+            return wkv_fail(WKV_ERR_ARGUMENT, format("n_window is %d, expected at least 1", n_window));
         }
         kv.set_window(n_window);
         return int(WKV_OK);
@@ -136,7 +116,7 @@ int wkv_set_window(struct llama_context * ctx, int32_t n_window) {
 int wkv_set_attention(struct llama_context * ctx, int32_t attention) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
         if (attention < WKV_ATTENTION_AUTO || attention > WKV_ATTENTION_RAGGED) {
-            return fail(WKV_ERR_ARGUMENT, format("attention is %d, expected a value of enum wkv_attention", attention));
+            return wkv_fail(WKV_ERR_ARGUMENT, format("attention is %d, expected a value of enum wkv_attention", attention));
         }
         kv.set_attention(wkv_attention(attention));
         return int(WKV_OK);
@@ -146,16 +126,16 @@ int wkv_set_attention(struct llama_context * ctx, int32_t attention) {
 int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         if (!policy) {
-            return fail(WKV_ERR_ARGUMENT, "policy is null");
+            return wkv_fail(WKV_ERR_ARGUMENT, "policy is null");
         }
-        return kv.compact(ctx, *policy, n_cells);
+        return kv.compact(ctx, wkv_convert(*policy), n_cells);
     });
 }
 
 int64_t wkv_compact_custom(struct llama_context * ctx, int32_t alpha, int64_t n_cells, wkv_select_fn fn, void * user) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         if (!fn) {
-            return fail(WKV_ERR_ARGUMENT, "fn is null");
+            return wkv_fail(WKV_ERR_ARGUMENT, "fn is null");
         }
         return kv.compact(ctx, alpha, n_cells, fn, user);
     });
@@ -163,13 +143,13 @@ int64_t wkv_compact_custom(struct llama_context * ctx, int32_t alpha, int64_t n_
 
 int wkv_snapshot_save(struct llama_context * ctx) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
-        return kv.snapshot_save(ctx->get_memory()) ? WKV_OK : fail(WKV_ERR_COMPUTE, "no memory for a copy of the cache");
+        return kv.snapshot_save(ctx->get_memory()) ? WKV_OK : wkv_fail(WKV_ERR_COMPUTE, "no memory for a copy of the cache");
     });
 }
 
 int wkv_snapshot_restore(struct llama_context * ctx) {
     return with_cache(ctx, [](llama_kv_cache_ragged & kv) {
-        return kv.snapshot_restore() ? WKV_OK : fail(WKV_ERR_COMPUTE,
+        return kv.snapshot_restore() ? WKV_OK : wkv_fail(WKV_ERR_COMPUTE,
             "no snapshot to go back to (none was saved, the cache was cleared or its window resized since), or no memory");
     });
 }
@@ -191,9 +171,9 @@ static int64_t n_bytes(const llama_memory_i & mem) {
 
 int wkv_fill(struct llama_context * ctx, int32_t n_tokens) {
     if (!ctx || !ctx->get_memory()) {
-        return fail(WKV_ERR_ARGUMENT, "the context is null or has no memory");
+        return wkv_fail(WKV_ERR_ARGUMENT, "the context is null or has no memory");
     }
-    return guard([&] {
+    return wkv_guard([&] {
         llama_kv_ragged_fill(*ctx, n_tokens);
         return int(WKV_OK);
     });
@@ -244,7 +224,7 @@ static int stock_stats(const llama_context & ctx, struct wkv_stats & stats) {
 
 int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats) {
     if (!stats) {
-        return fail(WKV_ERR_ARGUMENT, "stats is null");
+        return wkv_fail(WKV_ERR_ARGUMENT, "stats is null");
     }
     if (ctx && ctx->get_memory() && !llama_kv_ragged_find(ctx->get_memory())) {
         return stock_stats(*ctx, *stats);
@@ -258,9 +238,9 @@ int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats) {
 
 int wkv_get_layers(struct llama_context * ctx, int32_t * layers, size_t n) {
     if (!ctx || !ctx->get_memory()) {
-        return fail(WKV_ERR_ARGUMENT, "the context is null or has no memory");
+        return wkv_fail(WKV_ERR_ARGUMENT, "the context is null or has no memory");
     }
-    return guard([&] {
+    return wkv_guard([&] {
         const auto res = attn_layers(*ctx);
         check_room(n, res.size());
         std::copy(res.begin(), res.end(), layers);
@@ -352,61 +332,5 @@ int64_t wkv_get_queries(struct llama_context * ctx, int32_t layer, int32_t head,
             read_rows(cur.ring, head*cur.ring->nb[2] + order[i].second*cur.ring->nb[1], 1, rows + i*n_embd);
         }
         return order.size()*n_embd;
-    });
-}
-
-//
-// pure functions
-//
-
-static int check_selection(const struct wkv_policy * policy, const struct wkv_shapes * shapes) {
-    if (!policy || !shapes) {
-        return fail(WKV_ERR_ARGUMENT, "policy or shapes is null");
-    }
-    std::string error = wkv::policy_error(*policy);
-    if (error.empty()) {
-        error = wkv::shapes_error(*policy, *shapes);
-    }
-    return error.empty() ? WKV_OK : fail(WKV_ERR_ARGUMENT, error);
-}
-
-int wkv_budgets(const struct wkv_policy * policy, const struct wkv_shapes * shapes, int64_t n_cells,
-                const int32_t * positions, const float * scores, int32_t * budgets) {
-    const int status = check_selection(policy, shapes);
-    if (status != WKV_OK) {
-        return status;
-    }
-    if (n_cells < 1) {
-        return fail(WKV_ERR_ARGUMENT, format("n_cells is %" PRId64 ", expected at least 1", n_cells));
-    }
-    if (policy->kind != WKV_KIND_FULL && policy->heads == WKV_HEADS_SCORE && (!positions || !scores)) {
-        return fail(WKV_ERR_ARGUMENT, "positions or scores is null, heads that compete need both");
-    }
-
-    return guard([&] {
-        std::vector<int32_t> res;
-        const std::string refused = wkv::budgets(wkv::cache_view(*policy, *shapes, positions, scores), n_cells, res);
-        if (!refused.empty()) {
-            return fail(WKV_ERR_UNSUPPORTED, refused);
-        }
-        std::copy(res.begin(), res.end(), budgets);
-        return int(WKV_OK);
-    });
-}
-
-int wkv_select(const struct wkv_policy * policy, const struct wkv_shapes * shapes, const int32_t * budgets,
-               const int32_t * positions, const float * scores, uint8_t * keep) {
-    const int status = check_selection(policy, shapes);
-    if (status != WKV_OK) {
-        return status;
-    }
-
-    if (!budgets || !positions || !scores || !keep) {
-        return fail(WKV_ERR_ARGUMENT, "budgets, positions, scores or keep is null");
-    }
-
-    return guard([&] {
-        const std::string refused = wkv::select(wkv::cache_view(*policy, *shapes, positions, scores), budgets, keep);
-        return refused.empty() ? WKV_OK : fail(WKV_ERR_UNSUPPORTED, refused);
     });
 }

@@ -108,43 +108,48 @@ static std::vector<float> rows(llama_context * ctx, int layer, int head, int whi
 
 static wkv_policy windowkv() {
     wkv_policy res = {};
-    res.kind   = WKV_KIND_WINDOWKV;
-    res.alpha  = 8;
-    res.suffix = 8;
-    res.omega  = 4;
-    res.top_p  = 4;
-    res.gamma  = 1;
-    res.scope  = WKV_SCOPE_HEAD;
-    res.slope  = 14.0;
-    res.suffix_share = 1.0;
+    res.scoring.window_size    = 8;
+    res.scoring.kernel_size    = 1;
+    res.selection.kind         = WKV_KIND_WINDOWS;
+    res.selection.n_recent     = 8;
+    res.selection.omega        = 4;
+    res.selection.top_p        = 4;
+    res.selection.gamma        = 1;
+    res.selection.scope        = WKV_SCOPE_HEAD;
+    res.selection.recent_share = 1.0;
+    return res;
+}
+
+static wkv_policy snapkv() {
+    wkv_policy res = {};
+    res.scoring.window_size = 8;
+    res.scoring.kernel_size = 7;
+    res.selection.kind      = WKV_KIND_TOKENS;
+    res.selection.n_recent  = 8;
     return res;
 }
 
 static wkv_policy pyramidkv() {
-    wkv_policy res = {};
-    res.kind   = WKV_KIND_PYRAMIDKV;
-    res.alpha  = 8;
-    res.suffix = 8;
-    res.kernel = 7;
-    res.slope  = 5.0;
+    wkv_policy res = snapkv();
+    res.allocation.layers = WKV_LAYERS_PYRAMID;
+    res.allocation.beta   = 5.0;
     return res;
 }
 
 static wkv_policy adakv() {
-    wkv_policy res = pyramidkv();
-    res.kind        = WKV_KIND_SNAPKV;
-    res.heads       = WKV_HEADS_SCORE;
-    res.floor_share = 0.1;
+    wkv_policy res = snapkv();
+    res.allocation.heads           = WKV_HEADS_SCORE;
+    res.allocation.alpha_safeguard = 0.1;
     return res;
 }
 
 // windows inside budgets that fall from head to head
 static wkv_policy windowkv_headkv(const std::vector<double> & importance) {
     wkv_policy res = windowkv();
-    res.heads        = WKV_HEADS_IMPORTANCE;
-    res.pool         = 0.9;
-    res.importance   = importance.data();
-    res.n_importance = importance.size();
+    res.allocation.heads        = WKV_HEADS_IMPORTANCE;
+    res.allocation.beta         = 1.0/0.9;
+    res.allocation.importance   = importance.data();
+    res.allocation.n_importance = importance.size();
     return res;
 }
 
@@ -503,10 +508,10 @@ static void test_refusals(llama_model * model) {
     CHECK(wkv_compact(ctx.get(), &policy, 0) == WKV_ERR_ARGUMENT);
     CHECK(last_error_has("expected at least 1"));
     CHECK(wkv_compact(ctx.get(), nullptr, 10) == WKV_ERR_ARGUMENT);
-    policy.alpha = policy.suffix = 9;
+    policy.scoring.window_size = policy.selection.n_recent = 9;
     CHECK(wkv_compact(ctx.get(), &policy, 10) == WKV_ERR_ARGUMENT);
     CHECK(last_error_has("the ring holds 8"));
-    policy.omega = 0;
+    policy.selection.omega = 0;
     CHECK(wkv_compact(ctx.get(), &policy, 10) == WKV_ERR_ARGUMENT);
     CHECK(stats(ctx.get()).n_compactions == 0);
 

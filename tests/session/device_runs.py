@@ -197,7 +197,7 @@ def refusals(model: Path) -> Json:
             res["ragged"] = "no error"
     except Exception as error:
         res["ragged"] = f"{type(error).__name__}: {error}"
-    with session(model, 99, kv_policy=WindowKV(alpha=8), kv_budget=40) as llm:
+    with session(model, 99, kv_policy=WindowKV(window_size=8), kv_budget=40) as llm:
         res["uniform"] = bool(np.isfinite(decode(llm, 300, 5)).all())
         res["cells"] = int(llm.kv_stats().cells.max())
     with session(model, 99, kv_policy="adakv", kv_budget=40, offload_kqv=False) as llm:

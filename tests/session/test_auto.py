@@ -87,19 +87,19 @@ def test_heads_that_q8_0_does_not_fit(tmp_path: Path, opened: Open) -> None:
 
 def test_head_scores_are_used_where_there_are_some(session: Open, tmp_path: Path) -> None:
     llm = session(kv_policy="auto", kv_budget=0.12)
-    fields = llm._kv_bound.native()
-    assert fields["pool"] == 0.5 and fields["importance"].shape == (30, 3)  # those of the package
+    allocation = llm._kv_bound.allocation()
+    assert allocation.beta == 2 and allocation.importance.shape == (30, 3)  # those of the package
     model = ModelHeads(str(tmp_path / "unknown.gguf"), {}, 2, 2, (0, 1), n_head=2)
-    assert Auto().bind(model).native()["pool"] == 0.0
+    assert Auto().bind(model).allocation().beta == 0.0
     scores = HeadScores({"r2": np.array([[1.0, 0.0], [3.0, 0.0]])})
-    assert Auto(importance=scores).bind(model).native()["importance"].tolist() == [[0.25, 0.0], [0.75, 0.0]]
+    assert Auto(importance=scores).bind(model).allocation().importance.tolist() == [[0.25, 0.0], [0.75, 0.0]]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"across": "head"}, "across is 'head', expected one of layer, model"),
-        ({"pool_floor": -1}, "pool_floor is -1, expected an int of at least 0"),
+        ({"importance_floor": -1}, "importance_floor is -1, expected an int of at least 0"),
         ({"importance": "scores.json", "across": "layer"}, "auto divides by importance with across='model' only"),
         ({"budget": "arithmetic"}, "auto with across='model' needs budget='flat'"),
     ],

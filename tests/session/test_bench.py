@@ -100,7 +100,7 @@ def test_a_filled_cache(model: Model, policy: WindowKV | None, cells: str) -> No
     if own is not None:
         assert (session.kv.cells() == 700).all()
         assert session.kv.positions(1, 1).tolist() == list(range(700))
-        assert len(session.kv.queries(0, 0)[0]) == own.window
+        assert len(session.kv.queries(0, 0)[0]) == own.n_observed
         for which in "kv":
             rows = session.kv.rows(2, 1, which)
             assert rows.shape == (700, 32)
@@ -168,7 +168,7 @@ def test_rows(model: Model) -> None:
         n = 200 if "200" in name else 72
         assert row.n_cells == n
         assert row.compaction_ms is not None and row.compaction_ms > 0
-        ring = 3 * 8 * 32 * policies[row.policy].window * 2
+        ring = 3 * 8 * 32 * policies[row.policy].n_observed * 2
         block, n_bytes = SIZES[row.cell_type]
         exact = 3 * 2 * (n + 5) * 2 * 32 * n_bytes / block  # five tokens were decoded
         assert exact <= row.kv_bytes - ring <= 1.03 * exact + 3 * 2 * 32 * CELL

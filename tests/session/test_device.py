@@ -20,8 +20,8 @@ from windowkv_edge.bench.shapes import write_shape
 
 N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM = 3, 4, 2, 64
 
-ADAKV = AdaKV(alpha=8, floor=0.1)
-WINDOWKV = WindowKV(alpha=8)
+ADAKV = AdaKV(window_size=8, alpha_safeguard=0.1)
+WINDOWKV = WindowKV(window_size=8)
 
 Run = Callable[..., Any]
 
@@ -111,16 +111,16 @@ def test_decoding_keeps_its_graph_and_waits_no_more_than_stock(device: Run, mode
 
 @pytest.mark.parametrize("n_prompt", [500, 1900])
 def test_compaction_moves_scores_and_indices_only(device: Run, model: Path, n_prompt: int) -> None:
-    alpha = ADAKV.alpha
+    window_size = ADAKV.window_size
     found = device("cuda", device_runs.compaction, model, ADAKV, n_prompt)
     assert found["cells"] == n_prompt * N_LAYER * N_HEAD_KV
     assert found["cells_after"] == n_prompt // 8 * N_LAYER * N_HEAD_KV
 
     assert found["bytes_get"] == 4 * found["cells"]  # a score for every cell
-    # per layer: a weight, a row of the ring, at most alpha masked columns for every observed query; an index for every row
-    n_queries = alpha * N_HEAD // N_HEAD_KV
+    # per layer: a weight, a row of the ring, at most window_size masked columns for every observed query; an index for every row
+    n_queries = window_size * N_HEAD // N_HEAD_KV
     slack = 16 * N_LAYER * N_HEAD_KV
-    assert found["bytes_set"] <= 4 * (found["cells_after"] + slack + N_LAYER * n_queries * (2 + alpha))
+    assert found["bytes_set"] <= 4 * (found["cells_after"] + slack + N_LAYER * n_queries * (2 + window_size))
     assert found["n_graphs"] == 2 * N_LAYER
 
 

@@ -84,7 +84,7 @@ def test_branches_are_fresh_runs(
     whose other layers keep a window, in f16 whatever cells the policy prefers."""
     path = request.getfixturevalue(which)
     model = Model(path)
-    policies: list[KVPolicy] = [WindowKV(), AdaKV(alpha=16)] if cells == "f16" else [Auto(), Auto(token_alpha=20)]
+    policies: list[KVPolicy] = [WindowKV(), AdaKV(window_size=16)] if cells == "f16" else [Auto(), Auto(token_window_size=20)]
     own = Branches(model, 900, 48, cells)
     assert own.cells == cells
     tokens = model.tokenize(document)
@@ -122,14 +122,14 @@ def test_branches_of_hybrid_models(tmp_path: Path, kind: str, opened: Callable[.
         own.prefill(tokens[:300])
         found = []
         for _ in range(3):
-            own.compact(SnapKV(alpha=8), 40)
+            own.compact(SnapKV(window_size=8), 40)
             rows = []
             for token in tokens[300:]:
                 own.session.decode([token])
                 rows.append(own.session.logits())
             found.append(np.array(rows))
         assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
-        llm = opened(path, kv_policy=SnapKV(alpha=8), n_ctx=400)
+        llm = opened(path, kv_policy=SnapKV(window_size=8), n_ctx=400)
         assert np.array_equal(fresh(llm, tokens[:300], tokens[300:], 40)[1:], found[0])
     finally:
         own.close()
@@ -457,7 +457,7 @@ def test_chats_and_files(smollm2: Path, tmp_path: Path) -> None:
     ("args", "message"),
     [
         (("needle", "--policies", "nonsense"), "the policy is 'nonsense', expected one of auto, full"),
-        (("needle", "--policies", "snapkv(alpha=0)"), "alpha is 0, expected an int of at least 1"),
+        (("needle", "--policies", "snapkv(window_size=0)"), "window_size is 0, expected an int of at least 1"),
         (("needle", "--kinds", "pins"), "--kinds has 'pins', expected some of number, word"),
         (("needle", "--depths", "2"), "--depths has '2', expected shares"),
         (("needle", "--types", "q3"), "--types has 'q3', expected some of own, f32"),

@@ -35,15 +35,15 @@ N_LAYER, N_HEAD, N_HEAD_KV, N_CTX = 3, 4, 2, 512
 RNG = np.random.default_rng(0)
 SCORES = HeadScores({kind: RNG.random((N_LAYER, N_HEAD)) ** 3 for kind in ("r", "r2")})
 POLICIES: tuple[KVPolicy, ...] = (
-    WindowKV(alpha=6, omega=4),
-    WindowKV(alpha=6, omega=4, gamma=2, scope="layer", budget="arithmetic", suffix=1.0, carry=0),
-    SnapKV(alpha=5, kernel=3),
-    PyramidKV(alpha=5, kernel=3, beta=4.0),
+    WindowKV(window_size=6, omega=4),
+    WindowKV(window_size=6, omega=4, gamma=2, scope="layer", budget="arithmetic", recent_share=1.0, carry=0),
+    SnapKV(window_size=5, kernel_size=3),
+    PyramidKV(window_size=5, kernel_size=3, beta=4.0),
     StreamingLLM(n_sink=2),
-    AdaKV(alpha=5, kernel=3, floor=0.1),
-    WindowAdaKV(alpha=6, omega=4, floor=0.1),
-    HeadKV(alpha=5, kernel=3, beta=1.1, importance=SCORES),
-    WindowHeadKV(alpha=6, omega=4, beta=1.1, importance=SCORES),
+    AdaKV(window_size=5, kernel_size=3, alpha_safeguard=0.1),
+    WindowAdaKV(window_size=6, omega=4, alpha_safeguard=0.1),
+    HeadKV(window_size=5, kernel_size=3, beta=1.1, importance=SCORES),
+    WindowHeadKV(window_size=6, omega=4, beta=1.1, importance=SCORES),
 )
 
 
@@ -110,7 +110,7 @@ def run(path: Path, n_steps: int, seed: int) -> dict[str, int]:
             n_cells = int(rng.integers(1, 80))
             bound = llm._kv_bound
             try:
-                scores = [kv.scores(il, bound.window) for il in range(N_LAYER)]
+                scores = [kv.scores(il, bound.n_observed) for il in range(N_LAYER)]
             except NativeError as error:
                 # every observed query was trimmed away
                 assert "nothing to score" in str(error)

@@ -27,27 +27,27 @@ TOKENS = np.random.default_rng(3).integers(0, tiny_model.N_VOCAB, 400).tolist()
 class SnapKVTwin(KVPolicy):
     """SnapKV once more, in NumPy."""
 
-    alpha: int = 32
-    kernel: int = 7
+    window_size: int = 32
+    kernel_size: int = 7
 
     name: ClassVar[str] = "snapkv-twin"
 
     @property
-    def window(self) -> int:
-        return self.alpha
+    def n_observed(self) -> int:
+        return self.window_size
 
     def select(self, scores: Any, budget: int, ctx: CacheView) -> Any:
         return [[self.best(s, p, budget) for s, p in zip(*layer)] for layer in zip(scores, ctx.positions)]
 
     def best(self, score: np.ndarray, positions: np.ndarray, budget: int) -> np.ndarray:
-        suffix = min(self.alpha, budget)
-        review = score[: len(score) - self.alpha]
-        half = self.kernel // 2
+        recent = min(self.window_size, budget)
+        review = score[: len(score) - self.window_size]
+        half = self.kernel_size // 2
         padded = np.pad(review, half, constant_values=-np.inf)
-        pooled = np.lib.stride_tricks.sliding_window_view(padded, self.kernel).max(axis=1)
-        rest = budget - suffix
+        pooled = np.lib.stride_tricks.sliding_window_view(padded, self.kernel_size).max(axis=1)
+        rest = budget - recent
         top = np.argsort(-pooled, kind="stable")[:rest] if rest else []
-        return np.concatenate([positions[np.sort(top).astype(int)], positions[len(score) - suffix :]])
+        return np.concatenate([positions[np.sort(top).astype(int)], positions[len(score) - recent :]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Script(KVPolicy):
     name: ClassVar[str] = "script"
 
     @property
-    def window(self) -> int:
+    def n_observed(self) -> int:
         return 8
 
     def select(self, scores: Any, budget: int, ctx: CacheView) -> Any:
@@ -188,11 +188,11 @@ def test_nothing_to_evict_asks_nobody(tiny: Path, opened: Callable[..., Llama]) 
 def test_one_of_the_two_ways() -> None:
     """A policy that selects in Python has no native fields; one with neither is refused before anything is loaded."""
     with pytest.raises(NotImplementedError, match="Script selects in Python"):
-        Script(answer=last).native()
+        Script(answer=last).parts()
 
     class Nothing(KVPolicy):
         name = "nothing"
-        window = 4
+        n_observed = 4
 
     with pytest.raises(TypeError, match="Nothing defines neither select"):
         get_policy(Nothing())
@@ -213,16 +213,16 @@ def test_the_example_of_the_readme(smollm2: Path, document: str, opened: Callabl
 def test_expected_attention(smollm2: Path, gemma3: Path, document: str) -> None:
     """Sinks and the last token stay, and rotations are refused."""
     model = Model(smollm2)
-    policy = ExpectedAttention(n_queries=128)
+    policy = ExpectedAttention(n_observed=128)
     for cells in ("f16", "q8_0"):
-        own = Branches(model, 700, policy.window, cells)
+        own = Branches(model, 700, policy.n_observed, cells)
         own.prefill(model.tokenize(document)[:600])
         if cells == "q8_0":
             with pytest.raises(ValueError, match="needs cells that are not rotated"):
                 own.compact(policy, 60)
         else:
             own.compact(policy, 60)
-            assert own.bind(policy) == ExpectedAttention(n_queries=128, freq_base=100000.0, neox=False)
+            assert own.bind(policy) == ExpectedAttention(n_observed=128, freq_base=100000.0, neox=False)
             assert (own.kv.cells() == 60).all()
             kept = own.kv.positions(7, 2).tolist()
             assert kept[:4] == [0, 1, 2, 3] and kept[-1] == 599
@@ -230,7 +230,7 @@ def test_expected_attention(smollm2: Path, gemma3: Path, document: str) -> None:
     model.close()
     other = Model(gemma3)
     with pytest.raises(WindowKVError, match="not for 'gemma3'; give neox=True"):
-        Branches(other, 600, policy.window).bind(policy)
+        Branches(other, 600, policy.n_observed).bind(policy)
     other.close()
 
 
@@ -257,7 +257,7 @@ def test_the_weights_of_expected_attention() -> None:
 
 def test_h2o_accumulates_over_the_whole_prompt(opened: Callable[..., Llama], tiny: Path) -> None:
     """Scores by definition: every query of the prompt over the cells up to its own."""
-    llm = opened(tiny, n_ctx=512, kv_policy=H2O(n_queries=256), kv_budget=1.0)
+    llm = opened(tiny, n_ctx=512, kv_policy=H2O(n_observed=256), kv_budget=1.0)
     llm.eval(TOKENS[:150])
     kv = llm._kv
     assert kv is not None
@@ -293,20 +293,20 @@ def test_rotations_of_expected_attention(neox: bool) -> None:
 
 def test_the_paper_by_name() -> None:
     for task in ("localization", "aggregation"):
-        assert get_policy("windowkv-paper").native(task) == WindowKV.published("llama3-8b").native(task)
+        assert get_policy("windowkv-paper").parts(task) == WindowKV.published("llama3-8b", accounting="native").parts(task)
 
 
 def test_names_with_parameters() -> None:
-    assert get_policy("snapkv(alpha=16, kernel=5)") == SnapKV(alpha=16, kernel=5)
+    assert get_policy("snapkv(window_size=16, kernel_size=5)") == SnapKV(window_size=16, kernel_size=5)
     assert get_policy("snapkv()") == SnapKV()
     for text, message in (
-        ("snapkv(alpha=16", "expected parameters such as"),
+        ("snapkv(window_size=16", "expected parameters such as"),
         ("snapkv(16)", "expected parameters such as"),
-        ("snapkv(alpha=open('x'))", "expected parameters such as"),
-        ("snapkv(kernel=5)(alpha=4)", "expected parameters such as"),
-        ("windowkv(suffix='a')", "suffix"),
-        ("snapkv(beta=2)", "snapkv takes the parameters alpha, kernel"),
-        ("snapkv(kernel=2)", "kernel is 2, expected an odd number"),
+        ("snapkv(window_size=open('x'))", "expected parameters such as"),
+        ("snapkv(kernel_size=5)(window_size=4)", "expected parameters such as"),
+        ("windowkv(recent_share='a')", "recent_share"),
+        ("snapkv(beta=2)", "snapkv takes the parameters window_size, kernel_size"),
+        ("snapkv(kernel_size=2)", "kernel_size is 2, expected an odd number"),
         ("snap", "expected one of auto, full"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -328,10 +328,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "from windowkv_edge import KVPolicy\n"
         "@dataclass(frozen=True, kw_only=True)\n"
         "class Last(KVPolicy):\n"
-        "    alpha: int = 4\n"
+        "    window_size: int = 4\n"
         "    name = 'last'\n"
         "    @property\n"
-        "    def window(self): return self.alpha\n"
+        "    def n_observed(self): return self.window_size\n"
         "    def select(self, scores, budget, ctx):\n"
         "        return [[own[-budget:] for own in layer] for layer in ctx.positions]\n"
     )
@@ -342,8 +342,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_packages_bring_policies(package: Path, tiny: Path, opened: Callable[..., Llama]) -> None:
     assert policy_names() == [*POLICIES, "broken", "last", "odd"]
-    llm = opened(tiny, kv_policy="last(alpha=6)", kv_budget=50)
-    assert llm.kv_policy is not None and llm.kv_policy.window == 6
+    llm = opened(tiny, kv_policy="last(window_size=6)", kv_budget=50)
+    assert llm.kv_policy is not None and llm.kv_policy.n_observed == 6
     llm.eval(TOKENS)
     assert llm.kv_positions(0, 0).tolist() == list(range(350, 400))
     with pytest.raises(ValueError, match="'broken' .* cannot be loaded: .*; repair or remove"):

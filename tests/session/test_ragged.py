@@ -63,12 +63,12 @@ def cells(llm: Llama) -> list[list[tuple[np.ndarray, np.ndarray]]]:
 TOKENS = np.random.default_rng(1).integers(0, tiny_model.N_VOCAB, 900).tolist()
 
 POLICIES = {
-    "windowkv": WindowKV(alpha=8, omega=4),
-    "pyramidkv": PyramidKV(alpha=8, beta=5.0),
-    "adakv": AdaKV(alpha=8, floor=0.1),
+    "windowkv": WindowKV(window_size=8, omega=4),
+    "pyramidkv": PyramidKV(window_size=8, beta=5.0),
+    "adakv": AdaKV(window_size=8, alpha_safeguard=0.1),
     "headkv": HeadKV(beta=1.2, importance=scores(3, 4)),
-    "windowkv+adakv": WindowAdaKV(alpha=8, omega=4, floor=0.1),
-    "windowkv+headkv": WindowHeadKV(alpha=8, omega=4, beta=1.1, importance=scores(3, 4)),
+    "windowkv+adakv": WindowAdaKV(window_size=8, omega=4, alpha_safeguard=0.1),
+    "windowkv+headkv": WindowHeadKV(window_size=8, omega=4, beta=1.1, importance=scores(3, 4)),
 }
 
 
@@ -114,8 +114,8 @@ def test_answers_are_computed_from_the_cells(name: str, tiny: Path, tiny_session
 def test_selection_equals_the_reference(name: str, session: Callable[..., Llama], document: str) -> None:
     policy: KVPolicy = {
         "auto": Auto(window_floor=20),
-        "tokens": WindowHeadKV(importance=scores(30, 9), tokens=0.4, window_floor=0, token_alpha=24),
-        "adakv": AdaKV(alpha=16),
+        "tokens": WindowHeadKV(importance=scores(30, 9), token_share=0.4, window_floor=0, token_window_size=24),
+        "adakv": AdaKV(window_size=16),
         "headkv": HeadKV(importance=scores(30, 9)),
         "windowkv+adakv": WindowAdaKV(),
         "windowkv+headkv": WindowHeadKV(importance=scores(30, 9)),
@@ -126,9 +126,9 @@ def test_selection_equals_the_reference(name: str, session: Callable[..., Llama]
     assert kv is not None
     bound = llm._kv_bound
     positions = [[llm.kv_positions(il, ih) for ih in range(3)] for il in range(30)]
-    fields = bound.native()
-    found = [kv.scores(il, fields["alpha"], among=bound.window) for il in range(30)]
-    tokens = [kv.scores(il, fields["token_alpha"], among=bound.window) for il in range(30)] if fields.get("tokens") else None
+    parts = bound.parts()
+    found = [kv.scores(il, parts.scoring.window_size, among=bound.n_observed) for il in range(30)]
+    tokens = [kv.scores(il, parts.scoring.token_window_size, among=bound.n_observed) for il in range(30)] if parts.scoring.token_window_size else None
     keep = kept(bound, positions, found, 60, token_scores=tokens)
     stats = llm.kv_compact(60)
     assert stats.cells.tolist() == [[int(own.sum()) for own in layer] for layer in keep]
@@ -140,7 +140,7 @@ def test_selection_equals_the_reference(name: str, session: Callable[..., Llama]
 
 def test_memory_is_what_the_heads_hold(session: Callable[..., Llama], document: str) -> None:
     """No padding to the longest head: packed cells, 16 free ones a head, and the ring."""
-    llm = session(n_ctx=4096, kv_policy=AdaKV(alpha=16), kv_budget=0.12)
+    llm = session(n_ctx=4096, kv_policy=AdaKV(window_size=16), kv_budget=0.12)
     llm.eval((llm.tokenize(document.encode()) * 2)[:2000])
     stats = llm.kv_stats()
     cell = (64 + 64) * 2
@@ -152,7 +152,7 @@ def test_memory_is_what_the_heads_hold(session: Callable[..., Llama], document: 
 
 
 def test_sequence_rules_hold_for_ragged_heads(tiny_session: Callable[..., Llama]) -> None:
-    llm = tiny_session(kv_policy=AdaKV(alpha=8, floor=0.1), kv_budget=30)
+    llm = tiny_session(kv_policy=AdaKV(window_size=8, alpha_safeguard=0.1), kv_budget=30)
     llm.eval(TOKENS[:200])
     before = [[llm.kv_positions(il, ih).tolist() for ih in range(2)] for il in range(3)]
     for token in TOKENS[200:240]:
@@ -169,7 +169,7 @@ def test_sequence_rules_hold_for_ragged_heads(tiny_session: Callable[..., Llama]
 
 
 def test_snapshot_of_ragged_heads(tiny_session: Callable[..., Llama]) -> None:
-    llm = tiny_session(kv_policy=AdaKV(alpha=8, floor=0.1), kv_budget=30)
+    llm = tiny_session(kv_policy=AdaKV(window_size=8, alpha_safeguard=0.1), kv_budget=30)
     llm.eval(TOKENS[:200])
     llm._kv.snapshot_save()  # type: ignore[union-attr]
     want = []
@@ -213,7 +213,7 @@ def test_cell_types(name: str, type_k: str, type_v: str, session: Callable[..., 
     free = 16 if name == "adakv" else 32
     stats = llm.kv_compact(100)
     packed = 30 * 3 * (100 + free) * (row[type_k] + row[type_v])
-    ring = 30 * 9 * 64 * 2 * llm.kv_policy.window  # type: ignore[union-attr]
+    ring = 30 * 9 * 64 * 2 * llm.kv_policy.n_observed  # type: ignore[union-attr]
     assert stats.bytes_live <= packed + ring + 30 * 4096
     llm.eval([tokens[7]])
     stock.eval([tokens[7]])
@@ -225,7 +225,7 @@ def test_attention_kernels_agree(tiny: Path, tiny_session: Callable[..., Llama])
     """Stock attention and the ragged op over the same cells, before and after a compaction."""
     found = []
     for kernel in ("stock", "ragged", "auto"):
-        llm = tiny_session(kv_policy=WindowKV(alpha=8, omega=4), kv_budget=500)
+        llm = tiny_session(kv_policy=WindowKV(window_size=8, omega=4), kv_budget=500)
         llm._kv.set_attention(kernel)  # type: ignore[union-attr]
         llm.eval(TOKENS[:200])
         rows = [logits(llm)]
@@ -255,7 +255,7 @@ def test_rows_that_do_not_end_on_four_bytes(
 ) -> None:
     """The gather copies cells byte by byte, whatever their size."""
     path = tiny_model.write_llama(tmp_path / "tiny.gguf", head_dim=head_dim)
-    llm = opened(path, kv_policy=AdaKV(alpha=8), kv_budget=500, type_k=TYPES[type_name], type_v=TYPES[type_name])
+    llm = opened(path, kv_policy=AdaKV(window_size=8), kv_budget=500, type_k=TYPES[type_name], type_v=TYPES[type_name])
     llm.eval(TOKENS[:200])
     before = cells(llm)
     llm.kv_compact(40)

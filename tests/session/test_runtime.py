@@ -70,13 +70,13 @@ def test_every_policy_keeps_its_budget(name: str, session: Callable[..., Llama],
             assert (np.diff(pos) > 0).all() and pos[-1] == 599 and pos[0] >= 0
 
     slack = stats.bytes_live - int(stats.cells.sum()) * CELL_BYTES * share
-    ring = N_LAYER * 9 * 64 * 2 * llm.kv_policy.window  # type: ignore[union-attr]
+    ring = N_LAYER * 9 * 64 * 2 * llm.kv_policy.n_observed  # type: ignore[union-attr]
     assert 0 <= slack - ring <= N_LAYER * N_HEAD_KV * CELL_BYTES * 40  # under 40 free cells a head
 
 
 def test_scores_and_selection_equal_the_reference(session: Callable[..., Llama], document: str) -> None:
     """From the model's own K and Q: native scores to float accuracy, native selection cell by cell."""
-    policy = WindowKV(alpha=16, carry=3, suffix=0.5)
+    policy = WindowKV(window_size=16, carry=3, recent_share=0.5)
     llm = session(kv_policy=policy, kv_budget=1.0)
     llm.eval(prompt(llm, document, 500))
     kv = llm._kv
@@ -85,7 +85,7 @@ def test_scores_and_selection_equal_the_reference(session: Callable[..., Llama],
     positions, scores = [], []
     for layer in range(N_LAYER):
         pos = [llm.kv_positions(layer, head) for head in range(N_HEAD_KV)]
-        got = kv.scores(layer, policy.alpha)
+        got = kv.scores(layer, policy.window_size)
         positions.append(pos)
         scores.append(got)
         if layer in (0, 11, 29):
@@ -236,7 +236,7 @@ def test_policy_and_budget_can_change(session: Callable[..., Llama], document: s
     llm = session(kv_policy="streamingllm", kv_budget=50)
     tokens = prompt(llm, document, 300)
     llm.eval(tokens)
-    llm.kv_policy = SnapKV(alpha=24)
+    llm.kv_policy = SnapKV(window_size=24)
     assert llm.n_tokens == 0 and llm.kv_stats().bytes_live < 2 << 20
     llm.kv_budget = 0.5
     llm.eval(tokens)

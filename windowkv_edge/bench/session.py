@@ -152,7 +152,7 @@ class Session:
         if policy is None:
             self.ctx = llama_cpp.llama_init_from_model(model.model, params)
         else:
-            with _native.pending(policy.window, own_cells):
+            with _native.pending(policy.n_observed, own_cells):
                 self.ctx = llama_cpp.llama_init_from_model(model.model, params)
         if not self.ctx:
             reason = _native.last_error() if policy is not None else ""

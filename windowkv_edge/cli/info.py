@@ -72,7 +72,7 @@ def parse_budgets(text: str) -> list[float]:
 
 def window(policy: str) -> int:
     """Tokens at the end of a prompt that a policy observes, with its defaults."""
-    return POLICIES[policy]().window
+    return POLICIES[policy]().n_observed
 
 
 def ring_bytes(header: GGUFInfo, policy: str) -> int:

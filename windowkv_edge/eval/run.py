@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def window(self) -> int:
-        return max(policy.window for policy in self.policies.values())
+        return max(policy.n_observed for policy in self.policies.values())
 
 
 @dataclass(frozen=True)

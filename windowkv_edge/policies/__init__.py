@@ -99,16 +99,23 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
     """The policy of this name, or the policy itself.
 
     Args:
-        policy: an object, or a name with parameters if wanted: ``"windowkv"``, ``"windowkv(omega=8, suffix=0.5)"``.
-            Policies of other packages are found by their entry points (:data:`ENTRY_POINTS`).
+        policy: an object, or a name with parameters if wanted: ``"windowkv"``,
+            ``"windowkv(omega=8, recent_share=0.5)"``. Policies of other packages are found by their
+            entry points (:data:`ENTRY_POINTS`).
 
     Raises:
         ValueError: unknown name, parameters that cannot be read or that the policy refuses.
         TypeError: neither a name nor a policy.
     """
     if isinstance(policy, KVPolicy):
-        if not policy.in_python and type(policy).native is KVPolicy.native:
-            raise TypeError(f"{type(policy).__name__} defines neither select() nor native(), expected one of them")
+        if not policy.in_python and type(policy).selection is KVPolicy.selection:
+            raise TypeError(f"{type(policy).__name__} defines neither select() nor selection(), expected one of them")
+        try:
+            n_observed = policy.n_observed
+        except NotImplementedError as error:
+            raise TypeError(str(error)) from None
+        if not isinstance(n_observed, int) or n_observed < 1:
+            raise TypeError(f"{type(policy).__name__}.n_observed is {n_observed!r}, expected an int of at least 1")
         return policy
     if not isinstance(policy, str):
         raise TypeError(
@@ -116,7 +123,7 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
         )
     name, bracket, rest = policy.partition("(")
     cls = _policy_class(name.strip(), policy)
-    expected = "expected parameters such as 'windowkv(omega=8, suffix=0.5)'"
+    expected = "expected parameters such as 'windowkv(omega=8, recent_share=0.5)'"
     try:
         call = ast.parse(f"f({rest}" if bracket else "f()", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from .base import KVPolicy, Task, one_of
+from .base import KVPolicy, one_of, share_of
+from .parts import Across, Allocation
 from .snapkv import SnapKV
 
 __all__ = ["AdaKV", "ByScore"]
@@ -16,29 +17,29 @@ class ByScore(KVPolicy):
     """Heads that share their layer's budget by score (algorithm 1), for the selection of the class that comes next in
     the bases.
 
-    Every head keeps its best cells up to ``floor`` of an equal budget; the rest of the layer's budget goes to the cells
-    with the best scores among all of its heads. (The authors add both parts without counting out the cells that are in
-    both; here the budget is spent exactly.)
+    Every head keeps its best cells up to ``alpha_safeguard`` of an equal budget; the rest of the layer's budget goes to
+    the cells with the best scores among all of its heads. (The authors add both parts without counting out the cells
+    that are in both; here the budget is spent exactly.)
 
     Args:
-        floor: share of an equal budget that every head is sure of.
+        alpha_safeguard: share of an equal budget that every head is sure of.
         across: the heads that compete: those of a "layer", as published, or all of the "model".
     """
 
-    floor: float = 0.2
-    across: Literal["layer", "model"] = "layer"
+    alpha_safeguard: float = 0.2
+    across: Across = "layer"
 
     ragged = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.floor, bool) or not isinstance(self.floor, (int, float)) or not 0 <= self.floor <= 1:
-            raise ValueError(f"floor is {self.floor!r}, expected a share of 0 to 1")
+        share_of("alpha_safeguard", self.alpha_safeguard)
         one_of("across", self.across, ("layer", "model"))
 
-    def native(self, task: Task = "localization") -> dict[str, Any]:
-        span = ("layer", "model").index(self.across)
-        return {**super().native(task), "heads": 2, "floor_share": self.floor, "span": span}
+    def allocation(self) -> Allocation:
+        return replace(
+            super().allocation(), heads="score", alpha_safeguard=self.alpha_safeguard, across=self.across
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +48,9 @@ class AdaKV(ByScore, SnapKV):
 
     name: ClassVar[str] = "adakv"
     paper: ClassVar[str] = "arXiv 2407.11550"
+    keeps: ClassVar[str] = "as SnapKV, and heads whose tokens score higher keep more of them"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accounting == "paper" and self.across != "layer":
+            raise ValueError(f"{self.name} with accounting='paper' needs across='layer', as published")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ..errors import MissingProfileError
 from ..heads import Kind, ModelHeads
-from .base import KVPolicy, Task, at_least
+from .base import KVPolicy, at_least
 from .headkv import ByImportance
+from .parts import Across, Allocation
 from .windowkv_adakv import WindowAdaKV
 
 __all__ = ["Auto"]
@@ -28,23 +29,24 @@ class Auto(ByImportance, WindowAdaKV):
     Takes the arguments of all three, and:
 
     Args:
-        pool_floor: cells of each head that are not divided by importance: small budgets have none to give away.
+        importance_floor: cells of each head that are not divided by importance: small budgets have none to give away.
     """
 
     omega: int = 2
-    tokens: float = 0.5
-    floor: float = 0.5
-    across: Literal["layer", "model"] = "model"
+    token_share: float = 0.5
+    alpha_safeguard: float = 0.5
+    across: Across = "model"
     kind: Kind = "r2"
-    pool_floor: int = 64
+    importance_floor: int = 64
 
     name: ClassVar[str] = "auto"
     paper: ClassVar[str] = "arXiv 2503.17922, 2407.11550 and 2410.19258"
+    keeps: ClassVar[str] = "passages and single tokens, all heads of the model compete for both; q8_0 cells"
     cells: ClassVar[str | None] = "q8_0"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("pool_floor", self.pool_floor, 0)
+        at_least("importance_floor", self.importance_floor, 0)
         if self.importance is not None and self.across != "model":
             raise ValueError("auto divides by importance with across='model' only; leave importance or across out")
 
@@ -55,7 +57,7 @@ class Auto(ByImportance, WindowAdaKV):
         except MissingProfileError:
             return self
 
-    def native(self, task: Task = "localization") -> dict[str, Any]:
-        fields = {**super().native(task), "heads": 2, "pool_floor": self.pool_floor}
+    def allocation(self) -> Allocation:
+        own = replace(super().allocation(), heads="score", importance_floor=self.importance_floor)
         divides = self.shares is not None and self.across == "model"
-        return fields if divides else {**fields, "pool": 0.0}
+        return own if divides else replace(own, beta=0.0, importance_floor=0, importance=None)

@@ -1,22 +1,35 @@
-"""What a policy is: a frozen dataclass that fills ``struct wkv_policy``, or that selects in Python."""
+"""What a policy is: a frozen dataclass that composes a native one, or that selects in Python."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+from .parts import Allocation, Parts, Scoring, Selection
 
 if TYPE_CHECKING:
     from .. import _native
     from ..heads import ModelHeads
 
-__all__ = ["CacheView", "KVPolicy", "Positions", "Scores", "Task", "at_least", "one_of"]
+__all__ = [
+    "TASKS",
+    "CacheView",
+    "KVPolicy",
+    "Positions",
+    "Scores",
+    "Task",
+    "at_least",
+    "number_of",
+    "one_of",
+    "share_of",
+]
 
 Task = Literal["localization", "aggregation"]
+TASKS: tuple[Task, ...] = get_args(Task)
 
 Scores = Sequence[Sequence[npt.NDArray[np.float32]]]
 """Per layer and kv head float32 [cells]."""
@@ -29,6 +42,19 @@ def at_least(name: str, value: object, low: int) -> None:
     """Raise ValueError unless value is an int >= low."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} is {value!r}, expected an int of at least {low}")
+
+
+def share_of(name: str, value: object, *, over_zero: bool = False) -> None:
+    """Raise ValueError unless value is a number of 0 to 1; ``over_zero``: 0 is refused, too."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1 or (over_zero and value == 0):  # type: ignore[operator]
+        raise ValueError(f"{name} is {value!r}, expected a share {'over 0 and up to' if over_zero else 'of 0 to'} 1")
+
+
+def number_of(name: str, value: object, low: float) -> None:
+    """Raise ValueError unless value is a finite number >= low."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
+        raise ValueError(f"{name} is {value!r}, expected a number of at least {low:g}")
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -50,7 +76,7 @@ class CacheView:
         cell_types: of K and V, such as ("f16", "f16"). Keys, values and queries of quantised cells are rotated by a
             Hadamard matrix, as llama.cpp does it: their products are what they were, the pairs that RoPE turns are not.
         task: the prompt's task, "localization" unless the policy's ``needs_task`` is True.
-        window: the policy's.
+        n_observed: the policy's.
     """
 
     _kv: _native.Context
@@ -59,7 +85,7 @@ class CacheView:
     n_gqa: int
     cell_types: tuple[str, str]
     task: Task
-    window: int
+    n_observed: int
 
     @property
     def n_layer(self) -> int:
@@ -79,21 +105,25 @@ class CacheView:
 
     def queries(self, layer: int, head: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """The last queries of one *query* head, RoPE included: positions int32 [observed], a copy float32 [observed,
-        head_dim]; as many as the policy's ``window``, or as the sequence has."""
+        head_dim]; as many as the policy's ``n_observed``, or as the sequence has."""
         at, rows = self._kv.queries(layer, head)
-        seen = at >= self.n_past - self.window
+        seen = at >= self.n_past - self.n_observed
         return at[seen], rows[seen]
 
 
-class KVPolicy(ABC):
+class KVPolicy:
     """Decides which cells of a KV cache stay. Subclasses are frozen dataclasses, one file each.
 
-    A subclass either fills ``struct wkv_policy`` (:meth:`native`), as those of this package do, or chooses the cells in
-    Python (:meth:`select`).
+    A subclass either composes what the native code knows (:meth:`scoring`, :meth:`allocation`, :meth:`selection`), as
+    most of this package do, or chooses the cells in Python (:meth:`select`) and says how many queries it wants to see
+    (:attr:`n_observed`).
     """
 
     name: ClassVar[str]
     paper: ClassVar[str] = "-"
+
+    #: what stays, in one line
+    keeps: ClassVar[str] = ""
 
     #: cells of K and V that it prefers, a name of llama.cpp; fractions of a budget then are of the bytes of f16 cells
     cells: ClassVar[str | None] = None
@@ -104,22 +134,43 @@ class KVPolicy(ABC):
     #: whether the heads of a layer may hold different numbers of cells
     ragged: bool = False
 
-    def __post_init__(self) -> None:  # noqa: B027 (nothing to check here)
+    def __post_init__(self) -> None:
         """Check the fields, then those of the next class: ``super().__post_init__()``."""
 
     @property
-    @abstractmethod
-    def window(self) -> int:
-        """Tokens at the end of the prompt whose queries are observed, >= 1."""
+    def n_observed(self) -> int:
+        """Tokens at the end of the prompt whose queries are observed, >= 1.
+
+        Policies in Python give it a value (``n_observed: int = 32``), or override it or :meth:`scoring`.
+        """
+        return max(1, *(self.scoring(task).n_observed for task in TASKS))
 
     @property
     def in_python(self) -> bool:
         """Whether :meth:`select` chooses, and not the native code."""
         return type(self).select is not KVPolicy.select
 
-    def native(self, task: Task = "localization") -> dict[str, Any]:
-        """Fields of ``struct wkv_policy`` for a prompt with this task."""
-        raise NotImplementedError(f"{type(self).__name__} selects in Python, it has no native fields")
+    def scoring(self, task: Task = "localization") -> Scoring:
+        """Who observes a prompt with this task, and how scores are pooled."""
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} does not say what it observes, expected n_observed or scoring()")
+
+    def allocation(self) -> Allocation:
+        """How layers and heads divide the cells; equally, unless a policy says otherwise."""
+        return Allocation()
+
+    def selection(self, task: Task = "localization") -> Selection:
+        """What stays of a head of a prompt with this task."""
+        raise NotImplementedError(f"{type(self).__name__} selects in Python, it has no native selection")
+
+    def parts(self, task: Task = "localization") -> Parts:
+        """The native policy for a prompt with this task.
+
+        Raises:
+            NotImplementedError: the policy selects in Python.
+        """
+        selection = self.selection(task)
+        return Parts(self.scoring(task), self.allocation(), selection)
 
     def select(self, scores: Scores, budget: int, ctx: CacheView) -> Positions:
         """Choose the cells that stay; called once per compaction, and only if some head holds more than the budget.
@@ -127,9 +178,9 @@ class KVPolicy(ABC):
         What it raises surfaces at the call that compacted; nothing is evicted then and the session stays usable.
 
         Args:
-            scores: per layer and kv head float32 [cells]: attention of the last ``window`` tokens, mean over these and
-                over the query heads of the kv head (SnapKV, arXiv 2404.14469, section 3). Views of native memory, valid
-                during the call; not to be written to.
+            scores: per layer and kv head float32 [cells]: attention of the last ``n_observed`` tokens, mean over
+                these and over the query heads of the kv head (SnapKV, arXiv 2404.14469, section 3). Views of native
+                memory, valid during the call; not to be written to.
             budget: cells per (layer, kv head) that may stay on average; every head keeps one at least.
             ctx: positions, and on demand keys, values and queries.
 

@@ -34,29 +34,26 @@ class ExpectedAttention(KVPolicy):
         freq_base: of the model's RoPE; None = ``rope.freq_base`` of its metadata, or 10,000.
         neox: RoPE pairs the halves of a head (Qwen, Gemma, Phi), not neighbours (Llama); None = neighbours, for models
             of the architecture "llama" only.
-        n_queries: queries that are observed.
+        n_observed: queries of the prompt's end that are observed.
         n_future: positions ahead over which the rotation is averaged.
         n_sink: first cells that always stay.
     """
 
     freq_base: float | None = None
     neox: bool | None = None
-    n_queries: int = 512
+    n_observed: int = 512
     n_future: int = 512
     n_sink: int = 4
 
     name: ClassVar[str] = "expected-attention"
     paper: ClassVar[str] = "arXiv 2510.00636"
+    keeps: ClassVar[str] = "per head the tokens that later queries are expected to attend to"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("n_queries", self.n_queries, 2)
+        at_least("n_observed", self.n_observed, 2)
         at_least("n_future", self.n_future, 1)
         at_least("n_sink", self.n_sink, 0)
-
-    @property
-    def window(self) -> int:
-        return self.n_queries
 
     def bind(self, model: ModelHeads) -> KVPolicy:
         """With the RoPE of the model's metadata, where the arguments leave it open.

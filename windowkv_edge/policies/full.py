@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .base import KVPolicy, Task
+from .parts import Scoring, Selection
 
 __all__ = ["Full"]
 
@@ -15,11 +16,10 @@ class Full(KVPolicy):
     """Evicts nothing; the budget is ignored."""
 
     name: ClassVar[str] = "full"
-    paper: ClassVar[str] = "-"
+    keeps: ClassVar[str] = "every cell"
 
-    @property
-    def window(self) -> int:
-        return 1
+    def scoring(self, task: Task = "localization") -> Scoring:
+        return Scoring()
 
-    def native(self, task: Task = "localization") -> dict[str, Any]:
-        return {"kind": 0}
+    def selection(self, task: Task = "localization") -> Selection:
+        return Selection(kind="full")

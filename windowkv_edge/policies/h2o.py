@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .base import CacheView, KVPolicy, Positions, Scores, at_least
+from .base import CacheView, KVPolicy, Positions, Scores, at_least, share_of
 
 __all__ = ["H2O"]
 
@@ -22,25 +22,21 @@ class H2O(KVPolicy):
     it is evaluated with the full cache, as for every policy.
 
     Args:
-        recent: share of the budget that the last tokens take.
-        n_queries: queries that are kept; of longer prompts the last ones count.
+        recent_share: share of the budget that the last tokens take.
+        n_observed: queries that are kept; of longer prompts the last ones count.
     """
 
-    recent: float = 0.5
-    n_queries: int = 4096
+    recent_share: float = 0.5
+    n_observed: int = 4096
 
     name: ClassVar[str] = "h2o"
     paper: ClassVar[str] = "arXiv 2306.14048"
+    keeps: ClassVar[str] = "per head the newest tokens and those that the whole prompt attends to"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.recent, bool) or not isinstance(self.recent, (int, float)) or not 0 <= self.recent <= 1:
-            raise ValueError(f"recent is {self.recent!r}, expected a share of 0 to 1")
-        at_least("n_queries", self.n_queries, 1)
-
-    @property
-    def window(self) -> int:
-        return self.n_queries
+        share_of("recent_share", self.recent_share)
+        at_least("n_observed", self.n_observed, 1)
 
     def select(self, scores: Scores, budget: int, ctx: CacheView) -> Positions:
         return [
@@ -52,5 +48,5 @@ class H2O(KVPolicy):
         self, score: npt.NDArray[np.float32], positions: npt.NDArray[np.int32], budget: int
     ) -> npt.NDArray[np.int32]:
         value = score.astype(np.float64)  # a mean over the queries: in the order of their sum
-        value[len(value) - max(1, int(budget * self.recent)) :] = np.inf
+        value[len(value) - max(1, int(budget * self.recent_share)) :] = np.inf
         return np.sort(positions[np.argsort(-value, kind="stable")[:budget]])

@@ -1,16 +1,17 @@
-"""HeadKV and HeadKV-R2 (arXiv 2410.19258): heads that the model's answers hang on hold more cells."""
+"""HeadKV and HeadKV-R2 (arXiv 2410.19258): heads that retrieve answers from the text hold more cells."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ..heads import HeadScores, Kind, ModelHeads
-from .base import KVPolicy, Task, one_of
+from .base import KVPolicy, number_of, one_of
+from .parts import Allocation
 from .snapkv import SnapKV
 
 __all__ = ["ByImportance", "HeadKV", "HeadKVR2"]
@@ -21,8 +22,8 @@ class ByImportance(KVPolicy):
     """Budgets by the heads' importance, for the selection of the class that comes next in the bases.
 
     A (layer, kv head) gets ``b - b/beta + share * (b/beta) * heads``, where b is the mean budget, share its importance
-    and heads their number in the model (section 3.2); what exceeds the prompt is poured back by importance, so that the
-    mean stays b.
+    and heads their number in the model (section 3.2). What exceeds the prompt is given to the other heads by their
+    importance, so that the mean stays b.
 
     Args:
         beta: 1/beta of all cells is divided by importance, the rest equally.
@@ -42,8 +43,7 @@ class ByImportance(KVPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not self.beta >= 1:
-            raise ValueError(f"beta is {self.beta!r}, expected a number of at least 1")
+        number_of("beta", self.beta, 1)
         one_of("kind", self.kind, ("r", "r2"))
         one_of("reduce", self.reduce, ("mean", "max"))
 
@@ -52,19 +52,19 @@ class ByImportance(KVPolicy):
         object.__setattr__(res, "shares", model.importance(self.importance, self.kind, self.reduce))
         return res
 
-    def native(self, task: Task = "localization") -> dict[str, Any]:
-        fields = {**super().native(task), "heads": 1, "pool": 1 / self.beta}
-        return fields if self.shares is None else {**fields, "importance": self.shares}
+    def allocation(self) -> Allocation:
+        return replace(super().allocation(), heads="importance", beta=self.beta, importance=self.shares)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadKV(ByImportance, SnapKV):
     """SnapKV (:class:`SnapKV`) inside every head, with budgets by retrieval scores (:class:`ByImportance`)."""
 
-    alpha: int = 8
+    window_size: int = 8
 
     name: ClassVar[str] = "headkv"
     paper: ClassVar[str] = "arXiv 2410.19258"
+    keeps: ClassVar[str] = "as SnapKV, and heads that retrieve answers keep more (needs head scores of the model)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +74,4 @@ class HeadKVR2(HeadKV):
     kind: Kind = field(default="r2", init=False)
 
     name: ClassVar[str] = "headkv-r2"
+    keeps: ClassVar[str] = "as HeadKV, with head scores of retrieval and reasoning"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from .base import Task
+from .base import number_of
+from .parts import Allocation
 from .snapkv import SnapKV
 
 __all__ = ["PyramidKV"]
@@ -13,11 +14,11 @@ __all__ = ["PyramidKV"]
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidKV(SnapKV):
-    """SnapKV under an arithmetic sequence of layer budgets with the same mean.
+    """SnapKV (:class:`SnapKV`) under an arithmetic sequence of layer budgets with the same mean.
+
+    Takes SnapKV's arguments, and:
 
     Args:
-        alpha: observation window in tokens; it always stays.
-        kernel: width of the max-pool in tokens, odd.
         beta: the last layer gets 1/beta of the mean (the paper's beta, eq. 5).
     """
 
@@ -25,11 +26,11 @@ class PyramidKV(SnapKV):
 
     name: ClassVar[str] = "pyramidkv"
     paper: ClassVar[str] = "arXiv 2406.02069"
+    keeps: ClassVar[str] = "as SnapKV, more in the first layers and fewer in the last"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.beta >= 1:
-            raise ValueError(f"beta is {self.beta!r}, expected a number of at least 1")
+        number_of("beta", self.beta, 1)
 
-    def native(self, task: Task = "localization") -> dict[str, Any]:
-        return {**super().native(task), "kind": 3, "slope": self.beta}
+    def allocation(self) -> Allocation:
+        return replace(super().allocation(), layers="pyramid", beta=self.beta)

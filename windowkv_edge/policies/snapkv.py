@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from .base import KVPolicy, Task, at_least
+from .base import KVPolicy, Task, at_least, one_of
+from .parts import Accounting, Allocation, Scoring, Selection
 
 __all__ = ["SnapKV"]
 
@@ -15,26 +16,37 @@ class SnapKV(KVPolicy):
     """Best tokens by max-pooled attention of the observation window.
 
     Args:
-        alpha: observation window in tokens; it always stays.
-        kernel: width of the max-pool in tokens, odd.
+        window_size: observation window in tokens; it always stays.
+        kernel_size: width of the max-pool in tokens, odd.
+        accounting: "native" spends the budget exactly; "paper" rounds and cuts as the authors' code does.
     """
 
-    alpha: int = 32
-    kernel: int = 7
+    window_size: int = 32
+    kernel_size: int = 7
+    accounting: Accounting = "native"
 
     name: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "arXiv 2404.14469"
+    keeps: ClassVar[str] = "per head the tokens that the prompt's end attends to, and their neighbours"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("alpha", self.alpha, 1)
-        at_least("kernel", self.kernel, 1)
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel is {self.kernel}, expected an odd number")
+        at_least("window_size", self.window_size, 1)
+        at_least("kernel_size", self.kernel_size, 1)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size}, expected an odd number")
+        one_of("accounting", self.accounting, ("native", "paper"))
 
-    @property
-    def window(self) -> int:
-        return self.alpha
+    @classmethod
+    def published(cls, **options: Any) -> SnapKV:
+        """The policy that keeps the cells of its authors' code, totals included; the options are the policy's own."""
+        return cls(accounting="paper", **options)
 
-    def native(self, task: Task = "localization") -> dict[str, Any]:
-        return {"kind": 2, "alpha": self.alpha, "suffix": self.alpha, "kernel": self.kernel}
+    def scoring(self, task: Task = "localization") -> Scoring:
+        return Scoring(window_size=self.window_size, kernel_size=self.kernel_size)
+
+    def allocation(self) -> Allocation:
+        return replace(super().allocation(), accounting=self.accounting)
+
+    def selection(self, task: Task = "localization") -> Selection:
+        return Selection(kind="tokens", n_recent=self.window_size)

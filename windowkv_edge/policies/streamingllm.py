@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .base import KVPolicy, Task, at_least
+from .parts import Scoring, Selection
 
 __all__ = ["StreamingLLM"]
 
@@ -22,13 +23,14 @@ class StreamingLLM(KVPolicy):
 
     name: ClassVar[str] = "streamingllm"
     paper: ClassVar[str] = "arXiv 2309.17453"
+    keeps: ClassVar[str] = "the first tokens and the newest ones"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("n_sink", self.n_sink, 0)
 
-    @property
-    def window(self) -> int:
-        return 1
+    def scoring(self, task: Task = "localization") -> Scoring:
+        return Scoring()
 
-    def native(self, task: Task = "localization") -> dict[str, Any]:
-        return {"kind": 1, "alpha": 1, "n_sink": self.n_sink}
+    def selection(self, task: Task = "localization") -> Selection:
+        return Selection(kind="recent", n_sink=self.n_sink)

@@ -1,0 +1,198 @@
+// Windows of all heads: groups of layers that share them, heads that compete, single tokens beside them.
+//
+// Everything is phrased as an order of cells of which a budget takes a prefix, so that layers of one group share an order and still
+// hold exactly their own budgets. Orders live for one head, or one group of layers, at a time.
+
+#include "wkv-windows.h"
+
+#include <algorithm>
+#include <functional>
+
+namespace wkv {
+
+// the ranking of the shared set for the cells that this head holds; what the set lacks comes last, newest first
+static ranking translate(const cache_view & view, int32_t il, int32_t ih, const std::vector<int32_t> & set, const ranking & shared) {
+    const int32_t   n   = view.n_cells(il, ih);
+    const int32_t * pos = view.pos(il, ih);
+
+    ranking res;
+    std::vector<uint8_t> seen(n, 0);
+    std::vector<int32_t> n_held = { 0 }; // of the first places of the shared order, those that this head holds
+    res.order.reserve(n);
+    for (const int32_t i : shared.order) {
+        const auto * it = std::lower_bound(pos, pos + n, set[i]);
+        if (it != pos + n && *it == set[i]) {
+            seen[it - pos] = 1;
+            res.order.push_back(it - pos);
+        }
+        n_held.push_back(res.order.size());
+    }
+    for (int32_t i = n - 1; i >= 0; --i) {
+        if (!seen[i]) {
+            res.order.push_back(i);
+        }
+    }
+
+    res.n_whole      = n_held[shared.n_whole];
+    res.keys.n_cells = n;
+    res.keys.n_stays = n_held[shared.keys.n_stays];
+    for (size_t i = 0; i < shared.keys.run.size(); ++i) {
+        res.keys.run.push_back(shared.keys.run[i]);
+        res.keys.end.push_back(n_held[shared.keys.end[i]]);
+    }
+    return res;
+}
+
+std::string windows_misfit(const cache_view & view) {
+    for (int32_t il = 0; view.policy.selection.scope == scope::layer && il < view.shapes.n_layer; ++il) {
+        const int32_t n = view.n_cells(il, 0);
+        for (int32_t ih = 1; ih < view.shapes.n_head_kv; ++ih) {
+            if (view.n_cells(il, ih) != n || !std::equal(view.pos(il, 0), view.pos(il, 0) + n, view.pos(il, ih))) {
+                return "scope = layer needs heads that hold the same positions, but those of layer " + std::to_string(il) +
+                    " differ: another policy compacted this cache, clear it first";
+            }
+        }
+    }
+    return "";
+}
+
+// calls fn(il, ih, ranking) for the heads of the layers il0 to il1 - 1, which are whole groups of gamma layers
+template <typename F>
+static void rank_groups(const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1, F fn) {
+    const selection & p         = view.policy.selection;
+    const int32_t     n_head_kv = view.shapes.n_head_kv;
+    const bool        per_layer = p.scope == scope::layer;
+
+    for (int32_t first = il0; first < il1; first += std::min(p.gamma, il1 - first)) {
+        const int32_t last = first + std::min(p.gamma, il1 - first);
+
+        for (int32_t is = 0; is < (per_layer ? 1 : n_head_kv); ++is) {
+            cell_set cells = p.share == share::mean ? mean_cells(view, first, last, is) : cells_of(view, first, is);
+
+            const std::vector<int32_t> set    = cells.pos;
+            const ranking              shared = rank_windows(std::move(cells), view.policy, own[view.index(first, is)], true);
+
+            for (int32_t il = first; il < last; ++il) {
+                const int32_t n    = view.n_cells(il, is);
+                const bool    same = n == int32_t(set.size()) && std::equal(set.begin(), set.end(), view.pos(il, is));
+
+                const ranking res = same ? shared : translate(view, il, is, set, shared);
+                for (int32_t ih = is; ih < (per_layer ? n_head_kv : is + 1); ++ih) {
+                    fn(il, ih, res);
+                }
+            }
+        }
+    }
+}
+
+// Windows first, then single tokens: a part of the budget is spent as if there were no more, and what is left goes to the best
+// tokens by the attention of more queries. Windows keep an answer whole, tokens what the text as a whole attends to. Returns the
+// cells of each head that come before single tokens; heads of the layers il0 to il1 - 1 compete for them.
+static std::vector<int32_t> cells_before_tokens(const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1) {
+    const policy    & policy    = view.policy;
+    const selection & p         = policy.selection;
+    const int32_t     n_head_kv = view.shapes.n_head_kv;
+    const bool        competes  = policy.allocation.heads == heads::score;
+
+    std::vector<int32_t>     res;
+    std::vector<ranked_keys> keys;
+    for (int32_t i = il0*n_head_kv; i < il1*n_head_kv; ++i) {
+        const int32_t n_recent = n_recent_of(view.shapes.cells[i], p, own[i]);
+        const int32_t n_rest   = std::max(0, own[i] - n_recent);
+
+        res.push_back(n_recent + std::max(std::min(n_rest, p.window_floor), int32_t(n_rest*(1.0 - p.token_share))));
+        if (competes) {
+            keys.push_back(rank_windows(cells_of(view, i/n_head_kv, i%n_head_kv), policy, own[i], false).keys);
+        }
+    }
+    if (competes) {
+        const std::vector<int32_t> first = res;
+        compete(keys.data(), first.data(), first.size(), policy.allocation.alpha_safeguard, res.data());
+    }
+    return res;
+}
+
+// the first n cells of a head's windows, set in keep; what is left, in the order of the cells
+static std::vector<int32_t> take_windows(
+        const cache_view & view, int32_t il, int32_t ih, int32_t budget, int32_t n, uint8_t * keep) {
+    const auto order = rank_windows(cells_of(view, il, ih), view.policy, budget, true).order;
+    for (int32_t i = 0; i < n; ++i) {
+        keep[order[i]] = 1;
+    }
+
+    std::vector<int32_t> res;
+    for (size_t i = 0; i < order.size(); ++i) {
+        if (!keep[i]) {
+            res.push_back(i);
+        }
+    }
+    return res;
+}
+
+// layers whose windows compete at the same time
+static int32_t n_step(const cache_view & view) {
+    return view.policy.allocation.competes_in_model() ? view.shapes.n_layer : 1;
+}
+
+void select_windows(const cache_view & view, const int32_t * budgets, uint8_t * keep) {
+    const selection & p         = view.policy.selection;
+    const int32_t     n_head_kv = view.shapes.n_head_kv;
+    const auto        own       = own_budgets(view, budgets);
+
+    if (p.token_share == 0.0) {
+        rank_groups(view, own, 0, view.shapes.n_layer, [&](int32_t il, int32_t ih, const ranking & res) {
+            const size_t  i = view.index(il, ih);
+            const int32_t n = p.whole_windows ? res.n_whole : std::clamp<int32_t>(budgets[i], 0, res.order.size());
+            for (int32_t j = 0; j < n; ++j) {
+                keep[view.offsets[i] + res.order[j]] = 1;
+            }
+        });
+        return;
+    }
+
+    for (int32_t il0 = 0; il0 < view.shapes.n_layer; il0 += n_step(view)) {
+        const auto n_first = cells_before_tokens(view, own, il0, il0 + n_step(view));
+        for (size_t j = 0; j < n_first.size(); ++j) {
+            const int32_t il     = il0 + j/n_head_kv;
+            const int32_t ih     = j%n_head_kv;
+            const size_t  i      = view.index(il, ih);
+            const int32_t budget = std::clamp(budgets[i], 0, view.n_cells(il, ih));
+            const int32_t first  = std::min(n_first[j], budget);
+
+            auto rest = take_windows(view, il, ih, own[i], first, keep + view.offsets[i]);
+            take_best(view.token_score(il, ih), rest, budget - first, keep + view.offsets[i]);
+        }
+    }
+}
+
+void keys_windows(const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1, ranked_keys * keys) {
+    const int32_t n_head_kv = view.shapes.n_head_kv;
+    const size_t  i0        = view.index(il0, 0);
+
+    if (view.policy.selection.token_share == 0.0) {
+        const auto cur = own_budgets(view, own.data());
+        rank_groups(view, cur, il0, il1, [&](int32_t il, int32_t ih, const ranking & res) { keys[view.index(il, ih) - i0] = res.keys; });
+        return;
+    }
+
+    const auto cur     = own_budgets(view, own.data());
+    const auto n_first = cells_before_tokens(view, cur, il0, il1);
+    for (size_t j = 0; j < n_first.size(); ++j) {
+        const int32_t il = il0 + j/n_head_kv;
+        const int32_t ih = j%n_head_kv;
+
+        ranked_keys & res = keys[j];
+        res.n_cells = view.n_cells(il, ih);
+        res.n_stays = std::min(res.n_cells, n_first[j]);
+
+        res.place.reserve(res.n_cells - res.n_stays);
+
+        std::vector<uint8_t> taken(res.n_cells, 0);
+        for (const int32_t i : take_windows(view, il, ih, cur[i0 + j], res.n_stays, taken.data())) {
+            res.place.push_back(view.token_score(il, ih)[i]);
+        }
+        std::sort(res.place.begin(), res.place.end(), std::greater<float>());
+    }
+}
+
+} // namespace wkv
