@@ -86,16 +86,16 @@ def rank(
     value = [total(window_score(row[w], omega, strategy) for row in rows) / len(rows) for w in windows]
     if protect_first and windows:
         value[0] = math.inf
-    chosen = [windows[i] for i in best(np.array(value))]
+    by_value = best(np.array(value))
 
     token = mean(rows)
     order, key = newest(n - stays, n), [math.inf] * stays
-    for i in best(np.array(value)):
+    for i in by_value:
         order += [windows[i][j] for j in best(token[windows[i]])]
         key += [value[i]] * len(windows[i])
     rest = newest(n_review, n - stays)
-    whole = stays + sum(len(w) for w in whole_windows(chosen, n_review, budget - stays, omega))
-    return Ranking(order + rest, key + [-math.inf] * len(rest)), whole
+    whole = whole_windows([windows[i] for i in by_value], n_review, budget - stays, omega)
+    return Ranking(order + rest, key + [-math.inf] * len(rest)), stays + sum(map(len, whole))
 
 
 def whole_windows(windows: list[list[int]], n_review: int, budget: int, omega: int) -> list[list[int]]:
