@@ -211,7 +211,7 @@ def by_importance(p: HeadKV, v: View) -> Kept:
 pooled: dict[str, Options] = {
     "window_size": sizes_of_windows,
     "kernel_size": kernels,
-    "accounting": st.sampled_from(["native", "native", "paper"]),
+    "accounting": st.sampled_from(["native", "paper"]),
 }
 
 ROWS: dict[type[KVPolicy], Row] = {

@@ -47,8 +47,9 @@ def caches(draw: st.DrawFn, heads: str) -> tuple[Cache, Cache, int]:
                 pos = np.sort(rng.choice(n_past, size=size, replace=False))
             positions[-1].append(pos.astype(np.int32))
         scores.append([(rng.integers(0, n_levels, size=p.size) / n_levels).astype(np.float32) for p in positions[-1]])
-    mean = np.mean(sizes(positions))
-    n_cells = draw(st.one_of(st.integers(1, 300), st.sampled_from([0.1, 0.3, 0.5, 0.9]).map(lambda x: int(x * mean) + 1)))
+    shares = st.sampled_from([0.1, 0.3, 0.5, 0.9]).map(lambda x: int(x * np.mean(sizes(positions))) + 1)
+    edges = st.sampled_from([max(1, n_past - 1), n_past, n_past + 1])
+    n_cells = draw(st.one_of(st.integers(1, 300), shares, shares, edges))
     return positions, scores, n_cells
 
 
