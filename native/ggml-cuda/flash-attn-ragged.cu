@@ -6,7 +6,8 @@
 
 #include <type_traits>
 
-// blocks of a multiprocessor that are in flight at the same time: as many as its registers are enough for
+// Blocks of a multiprocessor that are in flight at the same time: as many as its 65,536 registers are enough for. 4, 3 and 2 blocks
+// of 128 threads leave 128, 168 and 255 registers to a thread
 template <typename row_t>
 static constexpr int n_blocks_sm_vec(int n_rows) {
     return (n_rows <= 2 ? 4 : n_rows <= 4 ? 3 : 2) - (std::is_same_v<row_t, fattn_row_any> && n_rows <= 4 ? 1 : 0);
@@ -49,7 +50,7 @@ SIMT_KERNEL(FATTN_N_THREADS, 1) flash_attn_ragged_combine(
     fattn_combine<n_rows>(a, SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst), n_cells_tile, simt_get_ids());
 }
 
-// tensors of the op on the device
+// tensors of the op on the device, shapes as in fattn_tensors
 struct fattn_pointers {
     explicit fattn_pointers(const ggml_tensor * op) :
         q((const char *) op->src[0]->data), k((const char *) op->src[1]->data), v((const char *) op->src[2]->data),
@@ -64,6 +65,7 @@ struct fattn_pointers {
     float         * dst;
 };
 
+// blocks that keep a device busy
 static int n_busy(const ggml_backend_cuda_context & ctx, int n_blocks_sm) {
     return n_blocks_sm*ggml_cuda_info().devices[ctx.device].nsm;
 }
@@ -107,7 +109,7 @@ static void launch_tile(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fatt
 template <typename row_t, int n_lanes>
 static void launch_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fattn_args & a) {
     if (a.n_rows > 8) {
-        // what fits into 48 KiB
+        // rows x cells that fit into 48 KiB of shared memory, which a block has without asking for more
         launch_tile<row_t, n_lanes < 32 ? 32 : 16, 32, n_lanes*FATTN_DIMS>(ctx, dst, a);
         return;
     }

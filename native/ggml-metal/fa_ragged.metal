@@ -1,4 +1,5 @@
-// Metal kernels of GGML_OP_FLASH_ATTN_RAGGED, see ggml-flash-attn-ragged.h; a library of its own, embed.cmake flattens it
+// Metal kernels of GGML_OP_FLASH_ATTN_RAGGED, see ggml-flash-attn-ragged.h. A library of its own, named as upstream's Metal libraries
+// are (fa_f16, fa_vec_f16); flatten.cmake makes one text of it.
 
 #include "simt/simt-metal.h"
 #include "simt/flash-attn-ragged-simt.h"
@@ -25,7 +26,7 @@ inline simt_ids fattn_ids(uint3 group, ushort thread_index, ushort simd, ushort 
 
 template <int n_lanes, int n_rows>
 kernel void kernel_flash_attn_ragged_vec(
-        constant fattn_args     & args   [[buffer(0)]],
+        constant fattn_args  & args   [[buffer(0)]],
         device const char    * q      [[buffer(1)]],
         device const char    * k      [[buffer(2)]],
         device const char    * v      [[buffer(3)]],
@@ -46,7 +47,7 @@ kernel void kernel_flash_attn_ragged_vec(
 
 template <int n_rows, int n_cells, int n_embd>
 kernel void kernel_flash_attn_ragged_tile(
-        constant fattn_args     & args   [[buffer(0)]],
+        constant fattn_args  & args   [[buffer(0)]],
         device const char    * q      [[buffer(1)]],
         device const char    * k      [[buffer(2)]],
         device const char    * v      [[buffer(3)]],
@@ -76,7 +77,7 @@ kernel void kernel_flash_attn_ragged_tile(
 
 template <int n_rows>
 kernel void kernel_flash_attn_ragged_combine(
-        constant fattn_args     & args         [[buffer(0)]],
+        constant fattn_args  & args         [[buffer(0)]],
         device const int32_t * ranges       [[buffer(1)]],
         device const float   * sinks        [[buffer(2)]],
         device const float   * part         [[buffer(3)]],
@@ -90,6 +91,7 @@ kernel void kernel_flash_attn_ragged_combine(
             fattn_ids(group, thread_index, simd, lane));
 }
 
+// pipelines that the host asks for by name
 #define FATTN_VEC(n_lanes, n_rows) \
     SIMT_KERNEL_NAME(kernel_flash_attn_ragged_vec_##n_lanes##_##n_rows, kernel_flash_attn_ragged_vec<n_lanes, n_rows>)
 
@@ -99,9 +101,9 @@ kernel void kernel_flash_attn_ragged_combine(
     FATTN_VEC(n_lanes, 4)       \
     FATTN_VEC(n_lanes, 8)
 
-// n_lanes*8 is the size of a head; what fits into 32 KiB of threadgroup memory
+// n_lanes*FATTN_DIMS is the size of a head. 16 rows x 32 cells are what fits into 32 KiB of threadgroup memory
 #define FATTN_TILE(n_lanes) \
-    SIMT_KERNEL_NAME(kernel_flash_attn_ragged_tile_##n_lanes, kernel_flash_attn_ragged_tile<16, 32, n_lanes*8>)
+    SIMT_KERNEL_NAME(kernel_flash_attn_ragged_tile_##n_lanes, kernel_flash_attn_ragged_tile<16, 32, n_lanes*FATTN_DIMS>)
 
 FATTN_VEC_ROWS(8)
 FATTN_VEC_ROWS(16)

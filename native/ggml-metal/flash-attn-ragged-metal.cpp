@@ -6,13 +6,14 @@
 
 #include <string>
 
-// threadgroups that keep the largest GPU busy; the API does not tell the number of cores
+// threadgroups that keep the largest GPU busy, two for each of the 80 cores of an M3 Ultra; the API does not tell their number
 static constexpr int N_BUSY = 160;
 
 // of kernel_flash_attn_ragged_tile_*
 static constexpr int N_ROWS_TILE  = 16;
 static constexpr int N_CELLS_TILE = 32;
 
+// which kernel computes an op, and how
 struct fattn_plan {
     explicit fattn_plan(const ggml_tensor * op);
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "simt-emulator.h"
+#include "simt-pointers.h"
 
 #include "ggml.h"
 
