@@ -43,7 +43,8 @@ static void fattn_gemm_block(float * c, int64_t ld_c, const float * a, int64_t l
 
 // likewise for n_m rows: n_r at a time, then half as many
 template <int n_v, int n_r = N_REG_ROWS>
-static void fattn_gemm_rows(float * c, int64_t ld_c, const float * a, int64_t ld_a, const float * b, int64_t ld_b, int64_t n_m, int64_t n_k, bool add) {
+static void fattn_gemm_rows(
+        float * c, int64_t ld_c, const float * a, int64_t ld_a, const float * b, int64_t ld_b, int64_t n_m, int64_t n_k, bool add) {
     for (; n_m >= n_r; n_m -= n_r, c += n_r*ld_c, a += n_r*ld_a) {
         fattn_gemm_block<n_r, n_v>(c, ld_c, a, ld_a, b, ld_b, n_k, add);
     }
@@ -53,7 +54,8 @@ static void fattn_gemm_rows(float * c, int64_t ld_c, const float * a, int64_t ld
 }
 
 // likewise for n_n columns of B and C, a multiple of VL
-static void fattn_gemm(float * c, int64_t ld_c, const float * a, int64_t ld_a, const float * b, int64_t ld_b, int64_t n_m, int64_t n_n, int64_t n_k, bool add) {
+static void fattn_gemm(
+        float * c, int64_t ld_c, const float * a, int64_t ld_a, const float * b, int64_t ld_b, int64_t n_m, int64_t n_n, int64_t n_k, bool add) {
     int64_t n = 0;
     for (; n + 2*VL <= n_n; n += 2*VL) {
         fattn_gemm_rows<2>(c + n, ld_c, a, ld_a, b + n, ld_b, n_m, n_k, add);

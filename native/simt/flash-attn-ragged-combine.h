@@ -41,7 +41,8 @@ static SIMT_FUNC fattn_parts fattn_parts_of_splits(fattn_args a, int32_t item) {
 }
 
 // an item without tiles has no parts: block1 < block0
-static SIMT_FUNC fattn_parts fattn_parts_of_shares(fattn_args a, SIMT_GLOBAL(const int32_t) ranges, int32_t item, int32_t n_rows_block, int32_t n_cells_tile) {
+static SIMT_FUNC fattn_parts fattn_parts_of_shares(
+        fattn_args a, SIMT_GLOBAL(const int32_t) ranges, int32_t item, int32_t n_rows_block, int32_t n_cells_tile) {
     fattn_parts res;
     res.first = 0;
     res.total = 0;
@@ -70,7 +71,8 @@ struct fattn_softmax {
 };
 
 // of a row (ir of its item) over all of its parts
-static SIMT_FUNC fattn_softmax fattn_combine_softmax(fattn_args a, fattn_parts parts, SIMT_GLOBAL(const float) part, int32_t n_rows_block, int32_t ir) {
+static SIMT_FUNC fattn_softmax fattn_combine_softmax(
+        fattn_args a, fattn_parts parts, SIMT_GLOBAL(const float) part, int32_t n_rows_block, int32_t ir) {
     float max = FATTN_LOWEST;
     float sum = 0.0f;
     for (int32_t b = parts.block0; b <= parts.block1; ++b) {
@@ -90,7 +92,8 @@ static SIMT_FUNC fattn_softmax fattn_combine_softmax(fattn_args a, fattn_parts p
 }
 
 // element d of its sum of values, relative to the maximum
-static SIMT_FUNC float fattn_combine_value(fattn_args a, fattn_parts parts, SIMT_GLOBAL(const float) part, int32_t n_rows_block, int32_t ir, int32_t d, float max) {
+static SIMT_FUNC float fattn_combine_value(
+        fattn_args a, fattn_parts parts, SIMT_GLOBAL(const float) part, int32_t n_rows_block, int32_t ir, int32_t d, float max) {
     float res = 0.0f;
     for (int32_t b = parts.block0; b <= parts.block1; ++b) {
         if (fattn_has_part(a, parts, b)) {

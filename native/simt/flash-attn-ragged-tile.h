@@ -56,7 +56,8 @@ SIMT_FUNC void fattn_tile_load_queries(
 // n_pad
 template <typename row_t, int n_cells, int ld>
 SIMT_FUNC void fattn_tile_load_cells(
-        SIMT_SHARED(simt_f16) dst, SIMT_GLOBAL(const char) head, int type, uint32_t nb, int32_t cell0, int32_t n_left, int32_t n_embd, int32_t n_pad, simt_ids id) {
+        SIMT_SHARED(simt_f16) dst, SIMT_GLOBAL(const char) head, int type, uint32_t nb, int32_t cell0, int32_t n_left,
+        int32_t n_embd, int32_t n_pad, simt_ids id) {
     const int32_t n_parts = n_pad/FATTN_DIMS;
     for (int32_t i = id.tid; i < n_cells*n_parts; i += FATTN_N_THREADS) {
         const int32_t j = i/n_parts;

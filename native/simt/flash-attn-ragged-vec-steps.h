@@ -86,7 +86,8 @@ struct fattn_vec_steps {
     }
 
     // sums of values and softmax before the first cell
-    static SIMT_FUNC void start(fattn_args a, SIMT_GLOBAL(const int32_t) ranges, fattn_piece piece, place at, SIMT_THREAD(rows) o, SIMT_THREAD(softmax) own) {
+    static SIMT_FUNC void start(
+            fattn_args a, SIMT_GLOBAL(const int32_t) ranges, fattn_piece piece, place at, SIMT_THREAD(rows) o, SIMT_THREAD(softmax) own) {
         SIMT_UNROLL
         for (int r = 0; r < n_rows; ++r) {
             SIMT_UNROLL
@@ -106,7 +107,9 @@ struct fattn_vec_steps {
 
     // c: the cells of this group from cell0 on, N_CELLS_STEP apart; k and v: [n_embd, cells] of the head. What lies behind the last
     // cell that a row sees is not there, and the last one in its place: its weight is 0
-    static SIMT_FUNC void load_cells(fattn_args a, SIMT_GLOBAL(const char) k, SIMT_GLOBAL(const char) v, int32_t cell0, int32_t n_visible, place at, SIMT_THREAD(cells) c) {
+    static SIMT_FUNC void load_cells(
+            fattn_args a, SIMT_GLOBAL(const char) k, SIMT_GLOBAL(const char) v,
+            int32_t cell0, int32_t n_visible, place at, SIMT_THREAD(cells) c) {
         SIMT_UNROLL
         for (int s = 0; s < N_STEPS; ++s) {
             const uint32_t cell = simt_min(cell0 + s*shape::N_CELLS_STEP, n_visible - 1);
@@ -137,7 +140,8 @@ struct fattn_vec_steps {
     }
 
     // w: scores with the softcap, FATTN_MASKED for cells that a row does not see. masked: there may be such cells
-    static SIMT_FUNC void mask(fattn_args a, int32_t cell0, bool masked, place at, SIMT_THREAD(const softmax) own, SIMT_THREAD(fattn_values<N_OWN>) w) {
+    static SIMT_FUNC void mask(
+            fattn_args a, int32_t cell0, bool masked, place at, SIMT_THREAD(const softmax) own, SIMT_THREAD(fattn_values<N_OWN>) w) {
         if (a.softcap != 0.0f) {
             SIMT_UNROLL
             for (int i = 0; i < N_OWN; ++i) {
@@ -191,7 +195,8 @@ struct fattn_vec_steps {
     }
 
     // o += weights*values, with the weights of all steps and rows from the lanes that have them
-    static SIMT_FUNC void add_values(fattn_args a, place at, SIMT_THREAD(const fattn_values<N_OWN>) w, SIMT_THREAD(const cells) c, SIMT_THREAD(rows) o) {
+    static SIMT_FUNC void add_values(
+            fattn_args a, place at, SIMT_THREAD(const fattn_values<N_OWN>) w, SIMT_THREAD(const cells) c, SIMT_THREAD(rows) o) {
         SIMT_UNROLL
         for (int s = 0; s < N_STEPS; ++s) {
             const fattn_dims y     = row_t::unpack(c.v[s], at.has_v ? at.d0 : 0, a.type_v);

@@ -17,7 +17,8 @@ static SIMT_FUNC int32_t fattn_n_visible(fattn_args a, SIMT_GLOBAL(const int32_t
 }
 
 // tiles of an item: those that its last row sees, which sees most
-static SIMT_FUNC int32_t fattn_n_tiles(fattn_args a, SIMT_GLOBAL(const int32_t) ranges, int32_t item, int32_t n_rows_block, int32_t n_cells_tile) {
+static SIMT_FUNC int32_t fattn_n_tiles(
+        fattn_args a, SIMT_GLOBAL(const int32_t) ranges, int32_t item, int32_t n_rows_block, int32_t n_cells_tile) {
     const int32_t ih   = item/a.n_row_blocks;
     const int32_t last = simt_min(a.n_rows, (item%a.n_row_blocks + 1)*n_rows_block) - 1;
     return (fattn_n_visible(a, ranges, ih, last) + n_cells_tile - 1)/n_cells_tile;
@@ -53,7 +54,8 @@ struct fattn_share {
     int64_t begin, end;
 };
 
-static SIMT_FUNC fattn_share fattn_share_of(fattn_args a, SIMT_GLOBAL(const int32_t) ranges, int32_t block, int32_t n_rows_block, int32_t n_cells_tile) {
+static SIMT_FUNC fattn_share fattn_share_of(
+        fattn_args a, SIMT_GLOBAL(const int32_t) ranges, int32_t block, int32_t n_rows_block, int32_t n_cells_tile) {
     fattn_share res;
     if (a.n_splits > 0) {
         res.item0 = block/a.n_splits;
