@@ -3,9 +3,9 @@
 Only the header is read: the file is memory-mapped, and the weights and the tokenizer's lists are skipped.
 
 The forecast of :func:`support` follows ``data/architectures.json``, which is generated from the pinned llama.cpp
-(``python -m windowkv_edge.gguf_info --regenerate SRC``); the README's table is written from it (``--readme FILE``). The
-refusal that counts is made natively when a context is created; this one only comes earlier and says why. Generator and
-reader share the names of the groups, hence one file.
+(``python -m windowkv_edge.gguf_info --regenerate SRC``); the table in README.md beside this file is written from it
+(``--readme FILE``). The refusal that counts is made natively when a context is created; this one only comes earlier and
+says why. Generator and reader share the names of the groups, hence one file.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _ROW_GROUPS = (*_MAYBE, "scaled-logits", "mrope", "alibi")  # K and V rows
 # recurrent, n being the key full_attention_interval or this.
 _ATTENTION_INTERVAL = {"qwen3next": 4, "minimax-01": 8}
 _WINDOW_HYBRIDS = frozenset({"lfm2"})
-# For the README's table only: architectures whose published files are all refused, or that a key of their own decides.
+# For the table in README.md only: architectures whose published files are all refused, or that a key of their own decides.
 _ALWAYS_SHARED = frozenset({"gemma3n"})  # its files have 30 or 35 layers, of which 20 have cells
 _ALWAYS_MLA = frozenset({"kimi-k3", "kimi-linear"})  # llama.cpp does not load them without the keys of MLA
 _SHARED_BY_KEY = frozenset({"gemma4"})
@@ -517,9 +517,9 @@ def _graph_inputs(cls: str, models: str, structs: dict[str, tuple[str, str]]) ->
     return set(re.findall(r"\b(build_attn_inp_\w+|build_inp_mem_\w+|build_rs_inp)\b", text))
 
 
-# The table of the README, from the same groups.
+# The table in README.md, from the same groups.
 
-_TABLE_BEGIN = "<!-- architectures: written by python -m windowkv_edge.gguf_info --readme README.md -->"
+_TABLE_BEGIN = "<!-- architectures: written by python -m windowkv_edge.gguf_info --readme windowkv_edge/README.md -->"
 _TABLE_END = "<!-- end of architectures -->"
 _SUPPORTED, _BY_KEY, _STOCK_ONLY = "supported", "its keys decide", "stock only"
 
@@ -600,7 +600,7 @@ def _table_rows() -> list[tuple[str, list[str], str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Rewrite the data file from llama.cpp's sources, or the table in the README from the data file."""
+    """Rewrite the data file from llama.cpp's sources, or the table in README.md from the data file."""
     parser = argparse.ArgumentParser(prog="python -m windowkv_edge.gguf_info", description=__doc__)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--regenerate", metavar="SRC", help="llama.cpp's sources; rewrites the data file")

@@ -36,7 +36,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 STEPS = ("build", "ops", "identities", "sanitizer", "speed", "sessions")
-BEGIN, END = "<!-- hardware: written by python -m tests.gpu.check --readme README.md -->", "<!-- end of hardware -->"
+BEGIN, END = "<!-- hardware: written by python -m tests.gpu.check --readme tests/gpu/README.md -->", "<!-- end of hardware -->"
 
 # few cells each: a sanitizer is some hundred times slower
 SANITIZED = ("n_tokens=8,lens=[45", "n_tokens=1,lens=[38", "n_gqa=8,n_tokens=40,lens=[9]", "lens=[0,0,0]")
