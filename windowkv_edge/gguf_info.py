@@ -69,7 +69,7 @@ _ROW_GROUPS = (*_MAYBE, "scaled-logits", "mrope", "alibi")  # K and V rows
 # recurrent, n being the key full_attention_interval or this.
 _ATTENTION_INTERVAL = {"qwen3next": 4, "minimax-01": 8}
 _WINDOW_HYBRIDS = frozenset({"lfm2"})
-# For the table in README.md only: architectures whose published files are all refused, or that a key of their own decides.
+# For the table in README.md: architectures whose published files are all refused, or that a key of their own decides.
 _ALWAYS_SHARED = frozenset({"gemma3n"})  # its files have 30 or 35 layers, of which 20 have cells
 _ALWAYS_MLA = frozenset({"kimi-k3", "kimi-linear"})  # llama.cpp does not load them without the keys of MLA
 _SHARED_BY_KEY = frozenset({"gemma4"})
