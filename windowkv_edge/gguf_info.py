@@ -298,9 +298,9 @@ def _window(arch: str, n_layer: int, get: Any) -> tuple[int, tuple[bool, ...]]:
 def support(info: GGUFInfo) -> tuple[bool, str]:
     """Whether this release can run a KV policy on the model, and the reason in words.
 
-    This is a forecast; the load decides. Supported are decoders with causal attention, one K and one V row per KV head,
-    layer and position, in the layers that attend to all positions. Layers with a window or a recurrent state may stand
-    beside them, they stay as they are.
+    This is a forecast; loading decides. Supported are decoders with causal attention and one K and one V row per KV
+    head, layer and position, in the layers that attend to all positions. Layers with a sliding window or a recurrent
+    state may stand beside them and stay as they are.
     """
     arch = info.architecture
     group = _GROUP_OF.get(arch)
@@ -337,7 +337,7 @@ def support(info: GGUFInfo) -> tuple[bool, str]:
 
 
 def _is_whole(info: GGUFInfo, cells: str) -> bool:
-    """Whether the rows of all heads are whole blocks of a type."""
+    """Whether the rows of all heads consist of whole blocks of a type."""
     block = GGML_QUANT_SIZES[GGMLQuantizationType(TYPES[cells])][0]
     return info.head_dim_k % block == info.head_dim_v % block == 0
 
@@ -352,10 +352,10 @@ def cost_table(
     """KV bytes of the stock cache (f16) and of every policy x budget, for texts of ``lengths`` tokens.
 
     A budget is the fraction of cells kept per head, ``max(1, floor(budget * length))`` on average: policies that
-    share it out unevenly have the same mean. Policies with cells of their own (``cells_of``) hold more of these for the
-    same bytes, if the heads' rows are whole blocks of them. Windowed layers hold at most their window, with a policy
-    and without: what llama.cpp reserves beyond it, or for all positions with ``swa_full=True``, is not counted. A model
-    that :func:`support` refuses gets stock rows only.
+    divide it unevenly have the same mean. Policies that prefer a type of cells (``cells_of``) hold more of them for the
+    same bytes, if the rows of the heads consist of whole blocks. Layers with a sliding window hold at most that window,
+    with a policy and without: what llama.cpp reserves beyond it, or for all positions with ``swa_full=True``, is not
+    counted. A model that :func:`support` refuses gets stock rows only.
 
     Raises:
         ValueError: a length below 1 or a budget outside (0, 1].

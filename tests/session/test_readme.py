@@ -63,11 +63,11 @@ def blocks(language: str) -> Iterator[Any]:
 
 
 def commands() -> Iterator[Any]:
-    """The simple commands of all sh blocks, each once."""
+    """The simple commands of all sh blocks."""
     for param in blocks("sh"):
         name, text = param.values
         for line in text.replace("\\\n", " ").splitlines():
-            for i, part in enumerate(re.split(r"&&|\|\|?|;", line)):
+            for part in re.split(r"&&|\|\|?|;", line):
                 if part.strip():
                     yield pytest.param(shlex.split(part, comments=True), id=f"{name.parent}: {part.strip()[:60]}")
 

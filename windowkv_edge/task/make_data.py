@@ -76,9 +76,9 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One training prompt; `group` numbers the template it came from, so that folds can keep renderings together.
+    """One training prompt; `group` numbers the template it came from, so that a fold gets all renderings of a template.
 
-    `context` is None where nobody marked it: such a prompt teaches the label and not the gate.
+    `context` is None if nobody marked it; the gate does not learn from such a prompt, the label does.
     """
 
     text: str

@@ -175,7 +175,7 @@ def _right(model: Model, examples: Iterable[Example]) -> Iterator[tuple[Example,
 
 
 def accuracy(model: Model, examples: Sequence[Example]) -> float:
-    """Return the share, in [0, 1], of `examples` that `model` labels rightly."""
+    """Return the share, in [0, 1], of `examples` that `model` labels correctly."""
     return sum(right for _, right in _right(model, examples)) / len(examples)
 
 
@@ -193,7 +193,7 @@ def table(model: Model, examples: Sequence[Example]) -> str:
 
 
 def difference(a: Model, b: Model) -> float:
-    """Return the largest difference of a weight; one that is stored in one model only counts as 0 in the other."""
+    """Return the largest difference of a weight; a weight that one of the models lacks counts as 0 there."""
     return max(
         abs(one.get(name, 0.0) - two.get(name, 0.0))
         for one, two in ((a.gate, b.gate), (a.label, b.label))
