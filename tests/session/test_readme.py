@@ -256,6 +256,13 @@ def test_the_index_has_the_options_and_papers_of_a_policy(row: list[str]) -> Non
     assert listed - set(re.findall(r"`([^`]+)`", left_out)) == own_fields(policy)
 
 
+@pytest.mark.parametrize("folder", ["native/llama", "native/policy"])
+def test_the_native_page_names_every_file(folder: str) -> None:
+    text = (ROOT / "native" / "README.md").read_text(encoding="utf-8")
+    names = {path.stem for path in (ROOT / folder).iterdir()}
+    assert names and {name for name in names if f"`{name}`" not in text} == set()
+
+
 def test_the_ci_runs_the_command_of_the_readme() -> None:
     """One block of the first page ends in pytest; .ci/run looks for it and runs it as it stands."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
