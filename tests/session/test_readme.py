@@ -6,7 +6,6 @@ the further options in REDUCED; the ones in OPTIONS_ONLY take hours, gigabytes o
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -122,13 +121,13 @@ def test_command(command: list[str], folder: Path) -> None:
     if more is None:
         assert given.startswith(OPTIONS_ONLY), f"{given!r} is not executed: say in REDUCED how, or in OPTIONS_ONLY why not"
         return
-    program = words(command)
-    if program[0] == "windowkv-edge":
-        program = [sys.executable, "-m", "windowkv_edge.cli", *program[1:]]
-    else:
-        program = [sys.executable, *program[1:]]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run([*program, *shlex.split(more)], input="/quit\n", capture_output=True, text=True, env=env, timeout=600)
+    program, *args = words(command)
+    if program == "windowkv-edge":
+        args = ["-m", "windowkv_edge.cli", *args]
+    where = folder if args[1] == "windowkv_edge.cli" else ROOT
+    run = subprocess.run(
+        [sys.executable, *args, *shlex.split(more)], input="/quit\n", capture_output=True, text=True, cwd=where, timeout=600
+    )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert run.stdout.strip()
 
