@@ -1,4 +1,4 @@
-"""``windowkv-edge info``: what the KV cache of a model costs; only the header of the file is read."""
+"""``windowkv-edge info``: what the KV cache of a model costs, from the file's header alone."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def parse_budgets(text: str) -> list[float]:
 
 
 def window(policy: str) -> int:
-    """How many tokens at the end of a prompt a policy observes, with its default options."""
+    """Tokens at the end of a prompt that a policy observes, with its defaults."""
     return POLICIES[policy]().window
 
 
@@ -106,7 +106,7 @@ def _model_table(header: GGUFInfo, supported: bool, reason: str, is_cost_known: 
 
 
 def _cost_table(header: GGUFInfo, rows: list[CostRow], lengths: list[int], budgets: list[float]) -> Table:
-    """Table of costs; policies that cost the same share a column."""
+    """Policies that cost the same share their columns."""
     named: dict[tuple[int, ...], list[str]] = {}
     shown = dict.fromkeys(row.policy for row in rows if row.policy != "stock")
     for policy in (name for name in shown if POLICIES[name].cells is None):
