@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import RESULTS, STEPS, Json, all_results, table, target_lines, targets, write_readme
 
 ROOT = Path(__file__).parents[2]
-
 # few cells each: a sanitizer is some hundred times slower
 SANITIZED = ("n_tokens=8,n_cells=[45", "n_tokens=1,n_cells=[38", "n_gqa=8,n_tokens=40,n_cells=[9]", "n_cells=[0,0,0]")
 

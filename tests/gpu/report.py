@@ -9,7 +9,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = ("build", "ops", "identities", "sanitizer", "speed", "sessions")
-BEGIN, END = "<!-- hardware: written by python -m tests.gpu.check --readme README.md -->", "<!-- end of hardware -->"
+BEGIN, END = "<!-- hardware: written by python -m tests.gpu.check --readme tests/gpu/README.md -->", "<!-- end of hardware -->"
 
 Json = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""The command that proves the kernels on a GPU, run on the CPU: its steps, its results, the README's table."""
+"""The command that proves the kernels on a GPU, run on the CPU: its steps, its results, the table of README.md."""
 
 from __future__ import annotations
 
@@ -137,5 +137,5 @@ def test_unknown_steps_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_readme_has_the_table_of_the_results() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "tests" / "gpu" / "README.md").read_text(encoding="utf-8")
     assert text.split(report.BEGIN)[1].split(report.END)[0].strip() == report.table(report.all_results())

@@ -199,7 +199,7 @@ def test_one_of_the_two_ways() -> None:
 
 
 def test_the_example_of_the_readme(smollm2: Path, document: str, opened: Callable[..., Llama]) -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "windowkv_edge" / "policies" / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(from dataclasses .*?)```", text, re.S)
     scope: dict[str, Any] = {"__name__": "readme"}
     exec(compile(code[: code.index("llm = ")], "README.md", "exec", dont_inherit=True), scope)
