@@ -76,7 +76,7 @@ def window(policy: str) -> int:
 
 
 def ring_bytes(header: GGUFInfo, policy: str) -> int:
-    """Bytes of the observed queries (f16), which a session holds beside its cells: the last ones and those of the prompt's end."""
+    """Bytes of the observed queries (f16) that a session holds beside its cells: of its last tokens, and of a prompt's end."""
     return 2 * sum(header.n_head[il] for il in header.compressed_layers) * header.head_dim_k * window(policy) * 2
 
 
