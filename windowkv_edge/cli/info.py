@@ -141,6 +141,6 @@ def _policy_table(header: GGUFInfo, policies: list[str]) -> Table:
         table.add_column(name, justify="right" if "," in name else "left")
     for name in policies:
         table.add_row(name, str(n_observed(name)), mib(query_bytes(header, name)), POLICIES[name].paper)
-    table.caption = "A session also holds the queries that its policy observes: of its last tokens, and of a prompt's end."
+    table.caption = "A session also holds the queries that its policy observes: of its last tokens, and a prompt's."
     table.caption_justify = "left"
     return table
