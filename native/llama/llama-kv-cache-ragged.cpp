@@ -4,44 +4,14 @@
 #include "llama-context.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache-ragged-context.h"
 #include "llama-kv-ragged-create.h"
-#include "llama-kv-ragged-probe.h"
-#include "llama-memory-hybrid-iswa.h"
-#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include <algorithm>
 #include <cinttypes>
 #include <numeric>
 #include <stdexcept>
-
-// sets the message of a batch that is refused
-static void refuse_batch(const std::string & msg) {
-    llama_kv_ragged_set_error("kv_policy: " + msg);
-    LLAMA_LOG_ERROR("%s: %s\n", __func__, msg.c_str());
-}
-
-llama_kv_cache_context * llama_kv_ragged_context_make(
-        llama_kv_cache * kv,
-        llama_kv_cache::slot_info_vec_t sinfos,
-        std::vector<llama_ubatch> ubatches) {
-    auto * ragged = dynamic_cast<llama_kv_cache_ragged *>(kv);
-    if (!ragged) {
-        return new llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches));
-    }
-
-    // all memory that the batch needs is there before any part of a compound memory changes
-    bool is_due = false;
-    const std::string error = ragged->prepare_room(ubatches, is_due);
-    if (!error.empty()) {
-        refuse_batch(error);
-    }
-    if (!error.empty() || is_due) {
-        return new llama_kv_cache_ragged_context(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
-    }
-    return new llama_kv_cache_ragged_context(ragged, std::move(sinfos), std::move(ubatches));
-}
 
 //
 // llama_kv_cache_ragged
@@ -60,67 +30,21 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
     model(model), hparams(model.hparams), cparams(cparams) {
     GGML_ASSERT(n_observed > 0);
 
-    init_layers(type_k, type_v, filter);
+    layers = llama_kv_ragged_make_layers(model, cparams, type_k, type_v, filter);
     pools.resize(layers.size());
+
+    map_layer.assign(hparams.n_layer_all, -1);
+    for (size_t i = 0; i < layers.size(); ++i) {
+        map_layer[layers[i].il] = i;
+
+        auto & buf = bufs_reserve[layers[i].buft];
+        if (!buf) {
+            buf.reset(ggml_backend_buft_alloc_buffer(layers[i].buft, 0));
+        }
+    }
+
     set_observed(n_observed);
     tables.init(layers, meter);
-}
-
-void llama_kv_cache_ragged::init_layers(ggml_type type_k, ggml_type type_v, const layer_filter_cb & filter) {
-    map_layer.assign(hparams.n_layer_all, -1);
-
-    std::vector<uint32_t> ils;
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (!filter || filter(il)) {
-            ils.push_back(il);
-        }
-    }
-    llama_kv_ragged_check_layers(model, ils);
-
-    for (const uint32_t il : ils) {
-        llama_kv_ragged_layer layer;
-        layer.il            = il;
-        layer.n_head        = hparams.n_head(il);
-        layer.n_head_kv     = hparams.n_head_kv(il);
-        layer.n_embd_head_k = hparams.n_embd_head_k(il);
-        layer.n_embd_head_v = hparams.n_embd_head_v(il);
-        layer.type_k        = type_k;
-        layer.type_v        = type_v;
-        layer.dev           = cparams.offload_kqv ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-        layer.buft          = ggml_backend_dev_buffer_type(layer.dev);
-
-        // GPU kernels want lengths in multiples of 256 (see llama_kv_cache::get_n_kv), the CPU reads what it needs
-        layer.n_pad = layer.on_cpu() ? 32 : 256;
-
-        layer.sinks = model.layers[il].attn_sinks;
-
-        const llama_kv_ragged_probe probe = { layer.dev, layer.n_head, layer.n_head_kv, layer.n_embd_head_k, layer.n_embd_head_v,
-            layer.type_k, layer.type_v, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, layer.sinks != nullptr };
-
-        if (const char * missing = llama_kv_ragged_missing_stock(probe)) {
-            llama_kv_ragged_refuse(format("%s lacks %s for layer %u (head size %" PRId64 ", %s and %s cells%s), load the model with "
-                        "n_gpu_layers=0, with f16 cells or without a policy", ggml_backend_dev_name(layer.dev), missing, il,
-                        layer.n_embd_head_k, ggml_type_name(layer.type_k), ggml_type_name(layer.type_v),
-                        layer.sinks ? ", learned attention sinks" : ""));
-        }
-
-        layer.has_ragged = llama_kv_ragged_has_ragged(probe);
-
-        if (!bufs_reserve.count(layer.buft)) {
-            bufs_reserve[layer.buft].reset(ggml_backend_buft_alloc_buffer(layer.buft, 0));
-        }
-
-        map_layer[il] = layers.size();
-        layers.push_back(std::move(layer));
-    }
-
-    const bool on_device = std::any_of(ils.begin(), ils.end(), [&](uint32_t il) {
-        return ggml_backend_dev_type(model.dev_layer(il)) != GGML_BACKEND_DEVICE_TYPE_CPU;
-    });
-    if (on_device && !cparams.offload_kqv) {
-        LLAMA_LOG_WARN("%s: offload_kqv is off: the cells lie in host memory and the CPU attends to them, every layer on a device waits for "
-            "it at every token\n", __func__);
-    }
 }
 
 void llama_kv_cache_ragged::synchronize() const {
@@ -259,42 +183,6 @@ void llama_kv_cache_ragged::set_busy(bool value) {
     busy = value;
 }
 
-void llama_kv_cache_ragged::commit(llama_context & lctx, const llama_kv_ragged_plan & plan) {
-    seq.end_prompt();
-    if (plan.n_released() == 0) {
-        return;
-    }
-
-    const int64_t t_start_us   = ggml_time_us();
-    const int64_t bytes_before = meter.live;
-
-    seq.boundary = seq.n_pos;
-    epoch++;
-
-    size_t i_keep = 0;
-    for (size_t i = 0; i < layers.size(); ++i) {
-        const int32_t * n_before = plan.before.data() + i*layers[i].n_head_kv;
-        const int32_t * n_after  = plan.after.data()  + i*layers[i].n_head_kv;
-
-        std::vector<std::vector<int32_t>> kept;
-        pools[i] = llama_kv_ragged_gather(lctx, get_source(i), plan.keep.data() + i_keep, n_after, kept, meter);
-
-        seq.cells[i] = { std::move(kept), seq.n_pos };
-        i_keep = std::accumulate(n_before, n_before + layers[i].n_head_kv, i_keep);
-    }
-
-    llama_kv_ragged_trim();
-
-    stats.n_compactions++;
-    stats.bytes_released = bytes_before - meter.live;
-    stats.t_score_ms     = plan.t_score_ms;
-    stats.t_select_ms    = plan.t_select_ms;
-    stats.t_gather_ms    = (ggml_time_us() - t_start_us)/1000.0;
-
-    LLAMA_LOG_DEBUG("%s: %" PRId64 " of %zu cells released at position %u (%.2f MiB), scored in %.1f ms, selected in %.1f ms, moved in %.1f ms\n", __func__,
-            plan.n_released(), plan.keep.size(), seq.n_pos, stats.bytes_released/1024.0/1024.0, stats.t_score_ms, stats.t_select_ms, stats.t_gather_ms);
-}
-
 //
 // llama_memory_i
 //
@@ -353,7 +241,7 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(
     GGML_UNUSED(embd_all);
 
     const auto fail = [](const std::string & msg) {
-        refuse_batch(msg);
+        llama_kv_ragged_refuse_batch(msg);
         return std::make_unique<llama_kv_cache_ragged_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     };
 
@@ -527,122 +415,4 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
     GGML_UNUSED(seq_id);
     GGML_UNUSED(flags);
     llama_kv_ragged_refuse("loading a state into a cache with a policy is not supported yet");
-}
-
-//
-// llama_kv_cache_ragged_context
-//
-
-llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(llama_memory_status status) :
-    llama_kv_cache_context(status) {}
-
-llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(llama_kv_cache_ragged * kv) :
-    llama_kv_cache_context(kv), kv(kv), full(true) {}
-
-llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
-        llama_kv_cache_ragged * kv,
-        slot_info_vec_t sinfos,
-        std::vector<llama_ubatch> ubatches) :
-    llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches)), kv(kv) {}
-
-llama_kv_cache_ragged_context::llama_kv_cache_ragged_context(
-        llama_kv_cache_ragged * kv,
-        std::function<void()> fn) :
-    llama_kv_cache_context(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), update(std::move(fn)) {}
-
-const llama_kv_cache_ragged_context * llama_kv_cache_ragged_context::cast(const llama_kv_cache_context * mctx) {
-    return dynamic_cast<const llama_kv_cache_ragged_context *>(mctx);
-}
-
-const llama_kv_cache_ragged_context * llama_kv_cache_ragged_context::find(const llama_memory_context_i * mctx) {
-    if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa_context *>(mctx)) {
-        return cast(iswa->get_base());
-    }
-    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_context *>(mctx)) {
-        return cast(hybrid->get_attn());
-    }
-    return dynamic_cast<const llama_kv_cache_ragged_context *>(mctx);
-}
-
-bool llama_kv_cache_ragged_context::apply() {
-    if (update) {
-        update();
-        return true;
-    }
-    if (!llama_kv_cache_context::apply()) {
-        return false;
-    }
-    observed_rows = kv->seq.append(get_ubatch().n_tokens);
-    return true;
-}
-
-llama_kv_cache_ragged_context::layer_view llama_kv_cache_ragged_context::get_view(ggml_context * ctx, int32_t il) const {
-    const size_t i     = get_index(il);
-    const auto & layer = kv->layers[i];
-
-    if (!full) {
-        const int64_t n_cells = kv->seq.n_cells(i, 0);
-        return { kv->pools[i].k, kv->pools[i].v, kv->is_stock(i), kv->pools[i].cap(0), n_cells, kv->n_read(i, n_cells) };
-    }
-
-    const int64_t n = kv->get_size();
-
-    layer_view res = { nullptr, nullptr, kv->is_stock(i), n, n, n };
-    if (ctx) {
-        res.k = ggml_new_tensor_2d(ctx, layer.type_k, layer.n_embd_head_k, n*layer.n_head_kv);
-        res.v = ggml_new_tensor_2d(ctx, layer.type_v, layer.n_embd_head_v, n*layer.n_head_kv);
-        res.k->buffer = res.v->buffer = kv->bufs_reserve.at(layer.buft).get();
-    }
-    return res;
-}
-
-std::vector<llama_kv_cache_ragged_context::layer_view> llama_kv_cache_ragged_context::get_stock_views() const {
-    std::vector<layer_view> res;
-    for (const auto & layer : kv->layers) {
-        res.push_back(get_view(nullptr, layer.il));
-        if (!res.back().stock) {
-            res.pop_back();
-        }
-    }
-    return res;
-}
-
-std::pair<ggml_backend_dev_t, ggml_tensor *> llama_kv_cache_ragged_context::get_table(int32_t il, int64_t n_tokens) const {
-    const auto dev = kv->layers[get_index(il)].dev;
-
-    ggml_tensor * table = n_tokens > llama_kv_ragged_tables::N_TOKENS_MAX ? nullptr : kv->tables.find(dev);
-    return { table ? dev : nullptr, table };
-}
-
-void llama_kv_cache_ragged_context::set_table(ggml_backend_dev_t dev, ggml_tensor * table, const std::vector<int32_t> & data) const {
-    if (dev) {
-        kv->tables.set(*kv->lctx, dev, data);
-    } else {
-        ggml_backend_tensor_set(table, data.data(), 0, data.size()*sizeof(data[0]));
-    }
-}
-
-void llama_kv_cache_ragged_context::get_ranges(int32_t il, int32_t * ranges) const {
-    const size_t i = get_index(il);
-
-    for (int64_t ih = 0; ih < kv->layers[i].n_head_kv; ++ih) {
-        ranges[2*ih + 0] = kv->pools[i].first[ih];
-        ranges[2*ih + 1] = kv->seq.n_cells(i, ih);
-    }
-}
-
-int32_t llama_kv_cache_ragged_context::get_index(int32_t il) const {
-    return kv->map_layer.at(il);
-}
-
-int32_t llama_kv_cache_ragged_context::get_n_layer() const {
-    return kv->layers.size();
-}
-
-int64_t llama_kv_cache_ragged_context::get_n_observed(int64_t n_tokens) const {
-    return std::min<int64_t>(n_tokens, kv->seq.observed.n_observed);
-}
-
-uint64_t llama_kv_cache_ragged_context::get_epoch() const {
-    return kv->epoch;
 }

@@ -2,7 +2,7 @@
 
 #include "llama-kv-cache.h"
 #include "llama-kv-ragged-compact.h"
-#include "llama-kv-ragged-pool.h"
+#include "llama-kv-ragged-layer.h"
 #include "llama-kv-ragged-seq.h"
 #include "llama-kv-ragged-state.h"
 #include "llama-kv-ragged-stats.h"
@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-struct llm_graph_context;
+class llama_kv_cache_ragged_context;
 
 //
 // llama_kv_cache_ragged
@@ -172,8 +172,6 @@ private:
     // the scheduler of this context may still be computing when a pool has to move
     llama_context * lctx = nullptr;
 
-    void init_layers(ggml_type type_k, ggml_type type_v, const layer_filter_cb & filter);
-
     void synchronize() const;
 
     // cells that attention reads of a layer with len cells per head
@@ -183,95 +181,4 @@ private:
 
     // room for n_tokens more cells in every head, with slack cells beyond
     bool ensure(int64_t n_tokens, bool exact);
-};
-
-//
-// llama_kv_cache_ragged_context
-//
-
-class llama_kv_cache_ragged_context : public llama_kv_cache_context {
-public:
-    // used for errors
-    llama_kv_cache_ragged_context(llama_memory_status status);
-
-    // used to create a full-cache context, for measuring graphs
-    llama_kv_cache_ragged_context(llama_kv_cache_ragged * kv);
-
-    // used to create a batch processing context from a batch
-    llama_kv_cache_ragged_context(
-            llama_kv_cache_ragged * kv,
-            slot_info_vec_t sinfos,
-            std::vector<llama_ubatch> ubatches);
-
-    // used to create an update context, which runs fn
-    llama_kv_cache_ragged_context(
-            llama_kv_cache_ragged * kv,
-            std::function<void()> fn);
-
-    // the ragged context behind a KV cache context, nullptr if there is none
-    static const llama_kv_cache_ragged_context * cast(const llama_kv_cache_context * mctx);
-
-    // the one inside the context of any memory, nullptr if there is none
-    static const llama_kv_cache_ragged_context * find(const llama_memory_context_i * mctx);
-
-    bool apply() override;
-
-    //
-    // llama_kv_cache_ragged_context specific API
-    //
-
-    // what the graph of the current ubatch sees of a layer
-    struct layer_view {
-        ggml_tensor * k;  // [n_embd_head_k, n_rows]
-        ggml_tensor * v;  // [n_embd_head_v, n_rows]
-        bool stock;       // stock attention serves the layer, its heads hold equally many cells; what follows is for it
-        int64_t cap;      // rows per head
-        int64_t n_cells;  // cells per head, those of the ubatch included
-        int64_t n_read;   // cells per head that attention reads
-    };
-
-    layer_view get_view(ggml_context * ctx, int32_t il) const;
-
-    std::vector<layer_view> get_stock_views() const; // of the layers that stock attention serves, without tensors
-
-    // the device that holds the table of a layer's cells for graphs of n_tokens, and the table; nullptr if it is an input
-    std::pair<ggml_backend_dev_t, ggml_tensor *> get_table(int32_t il, int64_t n_tokens) const;
-
-    // write a table before its graph runs
-    void set_table(ggml_backend_dev_t dev, ggml_tensor * table, const std::vector<int32_t> & data) const;
-
-    // first row and cells of every head, those of the ubatch included, {first, cells} x n_head_kv
-    void get_ranges(int32_t il, int32_t * ranges) const;
-
-    int32_t get_index  (int32_t il) const; // of a layer of the model among those of the cache
-    int32_t get_n_layer() const;
-
-    // rows of the observed queries for the last tokens of the ubatch, [get_n_observed(n_tokens)]
-    const std::vector<int64_t> & get_observed_rows() const { return observed_rows; }
-
-    int64_t get_n_observed(int64_t n_tokens) const;
-
-    uint64_t get_epoch() const;
-
-    // store k_cur and v_cur, observe q_cur and attend
-    //   q_cur [n_embd_head_k, n_head, n_tokens], k_cur, v_cur [n_embd_head_k/v, n_head_kv, n_tokens]
-    //   returns [n_embd_head_v*n_head, n_tokens]
-    ggml_tensor * build_attn(
-            const llm_graph_context & g,
-            ggml_tensor * q_cur,
-            ggml_tensor * k_cur,
-            ggml_tensor * v_cur,
-            ggml_tensor * kq_b,
-            ggml_tensor * sinks,
-                  float   kq_scale,
-                    int   il) const;
-
-private:
-    llama_kv_cache_ragged * kv = nullptr;
-
-    bool full = false;
-
-    std::function<void()> update;
-
-    std::vector<int64_t> observed_rows;
 };

@@ -173,3 +173,43 @@ llama_kv_ragged_pool llama_kv_ragged_gather(
     }
     return next;
 }
+
+//
+// llama_kv_cache_ragged
+//
+
+void llama_kv_cache_ragged::commit(llama_context & lctx, const llama_kv_ragged_plan & plan) {
+    seq.end_prompt();
+    if (plan.n_released() == 0) {
+        return;
+    }
+
+    const int64_t t_start_us   = ggml_time_us();
+    const int64_t bytes_before = meter.live;
+
+    seq.boundary = seq.n_pos;
+    epoch++;
+
+    size_t i_keep = 0;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const int32_t * n_before = plan.before.data() + i*layers[i].n_head_kv;
+        const int32_t * n_after  = plan.after.data()  + i*layers[i].n_head_kv;
+
+        std::vector<std::vector<int32_t>> kept;
+        pools[i] = llama_kv_ragged_gather(lctx, get_source(i), plan.keep.data() + i_keep, n_after, kept, meter);
+
+        seq.cells[i] = { std::move(kept), seq.n_pos };
+        i_keep = std::accumulate(n_before, n_before + layers[i].n_head_kv, i_keep);
+    }
+
+    llama_kv_ragged_trim();
+
+    stats.n_compactions++;
+    stats.bytes_released = bytes_before - meter.live;
+    stats.t_score_ms     = plan.t_score_ms;
+    stats.t_select_ms    = plan.t_select_ms;
+    stats.t_gather_ms    = (ggml_time_us() - t_start_us)/1000.0;
+
+    LLAMA_LOG_DEBUG("%s: %" PRId64 " of %zu cells released at position %u (%.2f MiB), scored in %.1f ms, selected in %.1f ms, moved in %.1f ms\n", __func__,
+            plan.n_released(), plan.keep.size(), seq.n_pos, stats.bytes_released/1024.0/1024.0, stats.t_score_ms, stats.t_select_ms, stats.t_gather_ms);
+}

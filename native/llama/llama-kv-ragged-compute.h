@@ -2,7 +2,7 @@
 
 // Graphs beside the scheduler, on one backend of a context: it would have to be reserved again for them and would keep their peak.
 
-#include "llama-kv-ragged-pool.h"
+#include "llama-kv-ragged-layer.h"
 
 struct llama_context;
 

@@ -76,6 +76,11 @@ const std::string & llama_kv_ragged_get_error() {
     return last_error;
 }
 
+void llama_kv_ragged_refuse_batch(const std::string & msg) {
+    llama_kv_ragged_set_error("kv_policy: " + msg);
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, msg.c_str());
+}
+
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg) {
     llama_kv_ragged_set_error("kv_policy: " + msg);
     throw std::runtime_error(last_error);

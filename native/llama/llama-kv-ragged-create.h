@@ -78,6 +78,9 @@ llama_kv_cache_context * llama_kv_ragged_context_make(
 // throws std::runtime_error with the reason why a model, a context or a call is not served
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg);
 
+// says in the log and in the message of the last failure why a batch is not served
+void llama_kv_ragged_refuse_batch(const std::string & msg);
+
 // refuses a model for the layers that the cache is going to hold
 void llama_kv_ragged_check_layers(const llama_model & model, const std::vector<uint32_t> & layers);
 

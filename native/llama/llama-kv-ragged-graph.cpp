@@ -1,6 +1,7 @@
 // The attention of the ragged cache: graph inputs and the nodes that store, observe and attend.
 
 #include "llama-kv-cache-ragged.h"
+#include "llama-kv-cache-ragged-context.h"
 
 #include "llama-graph.h"
 #include "llama-impl.h"

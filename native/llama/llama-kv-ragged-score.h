@@ -2,7 +2,7 @@
 
 // Scores of the cells of one layer: the attention that observed queries pay to them. Graphs only, nothing is kept.
 
-#include "llama-kv-ragged-pool.h"
+#include "llama-kv-ragged-layer.h"
 
 #include <cstdint>
 #include <vector>

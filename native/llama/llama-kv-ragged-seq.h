@@ -2,7 +2,7 @@
 
 // What one sequence of the ragged KV cache holds: which positions, in which heads, and the queries that score them.
 
-#include "llama-kv-ragged-pool.h"
+#include "llama-kv-ragged-layer.h"
 
 #include <cstdint>
 #include <vector>

@@ -3,7 +3,7 @@
 // Where the heads of all layers stand and which rows the new cells take, for the layers whose heads differ. On every device that
 // is not a CPU it lies in a buffer of that device: an input of the graph would be copied, and waited for, once for every layer.
 
-#include "llama-kv-ragged-pool.h"
+#include "llama-kv-ragged-layer.h"
 
 #include <array>
 #include <cstdint>

@@ -1,0 +1,70 @@
+#pragma once
+
+// One layer of the ragged KV cache: its shapes, its device, and the pools that are made for it.
+
+#include "llama-kv-ragged-pool.h"
+#include "llama-memory.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+struct llama_cparams;
+struct llama_model;
+
+// what the cells of one layer look like, and where they lie
+struct llama_kv_ragged_layer {
+    uint32_t il; // layer index in the model
+
+    int64_t n_head;
+    int64_t n_head_kv;
+    int64_t n_embd_head_k;
+    int64_t n_embd_head_v;
+
+    ggml_type type_k;
+    ggml_type type_v;
+
+    ggml_backend_dev_t         dev;
+    ggml_backend_buffer_type_t buft;
+
+    // read length of attention and capacity are padded to this many cells once the cache was compacted
+    int64_t n_pad;
+
+    // whether the device attends over heads of different lengths
+    bool has_ragged;
+
+    // set when the attention of this layer was built for the first time
+    bool  hooked   = false;
+    float kq_scale = 0.0f;
+
+    // learned attention sinks of the model [n_head], F32, nullptr without
+    ggml_tensor * sinks = nullptr;
+
+    int64_t n_gqa() const { return n_head/n_head_kv; }
+    bool    on_cpu() const;
+
+    int64_t cell_bytes() const; // K and V of one head's cell
+
+    // rows that heads with len cells are given, slack of them free at least; heads of equal length stay equal, padded for
+    // attention over views
+    std::vector<int64_t> capacity(const std::vector<int64_t> & len, int64_t slack, bool compacted) const;
+
+    // a zeroed pool with room for cap[ih] cells of every head; empty if memory runs out
+    llama_kv_ragged_pool make_pool(const std::vector<int64_t> & cap, llama_kv_ragged_meter * meter) const;
+
+    // the same with the first len[ih] cells of every head of src
+    llama_kv_ragged_pool copy_pool(
+            const llama_kv_ragged_pool & src,
+            const std::vector<int64_t> & cap,
+            const std::vector<int64_t> & len,
+            llama_kv_ragged_meter      * meter) const;
+};
+
+// The layers that the filter accepts, all without one. Throws std::runtime_error with the reason if one cannot be served, or the
+// backend that holds it.
+std::vector<llama_kv_ragged_layer> llama_kv_ragged_make_layers(
+        const llama_model                     & model,
+        const llama_cparams                   & cparams,
+              ggml_type                         type_k,
+              ggml_type                         type_v,
+        const llama_memory_i::layer_filter_cb & filter);
