@@ -34,7 +34,8 @@ llama_kv_cache_context * llama_kv_ragged_context_make(
         return new llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches));
     }
 
-    const std::string error = ragged->check_ubatches(ubatches);
+    // all memory that the batch needs is there before any part of a compound memory changes
+    const std::string error = ragged->prepare_room(ubatches);
     if (!error.empty()) {
         refuse_batch(error);
         return new llama_kv_cache_ragged_context(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
@@ -376,6 +377,19 @@ std::string llama_kv_cache_ragged::check_ubatches(const std::vector<llama_ubatch
     return "";
 }
 
+std::string llama_kv_cache_ragged::prepare_room(const std::vector<llama_ubatch> & ubatches) {
+    std::string error = check_ubatches(ubatches);
+
+    int64_t n_tokens = 0;
+    for (const auto & ubatch : ubatches) {
+        n_tokens += ubatch.n_tokens;
+    }
+    if (error.empty() && !ensure(n_tokens, /*exact =*/ false)) {
+        error = format("kv_policy: no memory for %" PRId64 " more tokens", n_tokens);
+    }
+    return error;
+}
+
 llama_memory_context_ptr llama_kv_cache_ragged::init_batch(
             llama_batch_allocr & balloc,
             uint32_t n_ubatch,
@@ -408,7 +422,7 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(
         return fail(format("kv_policy: %u positions of %u are taken, no room for %d more", n_pos, get_size(), (int) balloc.get_n_tokens()));
     }
 
-    return std::make_unique<llama_kv_cache_ragged_context>(this, std::move(sinfos), std::move(ubatches));
+    return llama_memory_context_ptr(llama_kv_ragged_context_make(this, std::move(sinfos), std::move(ubatches)));
 }
 
 llama_memory_context_ptr llama_kv_cache_ragged::init_full() {
@@ -612,7 +626,7 @@ const llama_kv_cache_ragged_context * llama_kv_cache_ragged_context::find(const 
 bool llama_kv_cache_ragged_context::apply() {
     const llama_ubatch & ubatch = get_ubatch();
 
-    if (!kv->ensure(ubatch.n_tokens, /*exact =*/ false) || !llama_kv_cache_context::apply()) {
+    if (!llama_kv_cache_context::apply()) {
         return false;
     }
 

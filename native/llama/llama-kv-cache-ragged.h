@@ -77,6 +77,9 @@ public:
     // "" or why these ubatches cannot follow what the cache holds
     std::string check_ubatches(const std::vector<llama_ubatch> & ubatches) const;
 
+    // the same, and memory for all of their cells, so that nothing that follows can fail for want of it
+    std::string prepare_room(const std::vector<llama_ubatch> & ubatches);
+
     // "" or why a layer's attention does not run through this cache, or lacks what the policy needs
     std::string ready(bool ragged) const;
 
