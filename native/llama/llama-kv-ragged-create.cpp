@@ -182,7 +182,7 @@ static void log_cache(const llama_kv_cache_ragged & kv, uint32_t n_observed) {
     const char * name = "llama_kv_cache_ragged";
 
     for (const auto & [buft, size] : kv.memory_breakdown()) {
-        LLAMA_LOG_INFO("%s: %10s observed queries buffer size = %8.2f MiB (%u queries)\n", name, ggml_backend_buft_name(buft),
+        LLAMA_LOG_INFO("%s: %10s buffer size = %8.2f MiB (%u observed queries)\n", name, ggml_backend_buft_name(buft),
                 size/1024.0/1024.0, n_observed);
     }
 

@@ -217,6 +217,40 @@ def refusal(model: Path, policy: str) -> str | None:
     return None
 
 
+def out_of_memory(model: Path, policy: Any) -> Json:
+    """Logits behind single tokens and a piece of several ubatches where memory runs out again and again, each tried once more with
+    memory; the same where there is enough; how often it ran out, and what refused pieces left changed."""
+    import llama_cpp as low
+
+    def held(llm: Any) -> tuple[int, int, int, list[list[int]]]:
+        found = llm.kv_stats()
+        memory = low.llama_get_memory(llm.ctx)
+        return llm.n_tokens, low.llama_memory_seq_pos_max(memory, 0), found.n_past, found.cells.tolist()
+
+    res: Json = {"n_refused": 0, "changed": []}
+    for name in ("enough", "short"):
+        rows, rest = [], tokens(300)
+        with session(model, 99, kv_policy=policy, kv_budget=40, n_ubatch=32) as llm:
+            llm.eval(tokens(300))
+            for n in (*[1] * 40, 250, 1, 1):
+                piece, rest = rest[:n], rest[n:]
+                before = held(llm)
+                if name == "short":
+                    library.test_device_set_limit(stats()["bytes_live"])
+                try:
+                    low.Llama.eval(llm, piece)  # below the class, which reserves memory first
+                except RuntimeError:
+                    res["n_refused"] += 1
+                    res["changed"] += [before, held(llm)] if held(llm) != before else []
+                    library.test_device_set_limit(0)
+                    low.Llama.eval(llm, piece)
+                finally:
+                    library.test_device_set_limit(0)
+                rows.append(logits(llm))
+        res[name] = np.array(rows)
+    return res
+
+
 def bench(model: Path, *options: str) -> list[Json]:
     """Rows of ``windowkv-edge bench`` with all layers on the device."""
     from typer.testing import CliRunner

@@ -99,7 +99,7 @@ def test_the_log_says_what_was_created(tmp_path: Path, opened: Open, capfd: pyte
     opened(model, n_ctx=1024, kv_policy="snapkv", verbose=True)
     log = capfd.readouterr().err
     found = re.search(
-        r"llama_kv_cache_ragged: +CPU observed queries buffer size = +([\d.]+) MiB \((\d+) queries\)", log
+        r"llama_kv_cache_ragged: +CPU buffer size = +([\d.]+) MiB \((\d+) observed queries\)", log
     )
     assert found, log
     n_bytes = 3 * 4 * 32 * 2 * int(found[2])  # layers, query heads, head size, f16

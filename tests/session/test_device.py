@@ -132,6 +132,18 @@ def test_reported_bytes_are_those_of_the_device(device: Run, model: Path, policy
     assert 0 == empty[0] < compacted[0] < longer[0] < prompt[0] / 3 < prompt[0] < peak[0]
 
 
+@pytest.mark.parametrize("policy", [WINDOWKV, ADAKV], ids=["uniform", "ragged"])
+@pytest.mark.parametrize(
+    "write", [tiny_model.write_llama, tiny_model.write_gpt_oss, tiny_model.write_lfm2, tiny_model.write_granite_hybrid]
+)
+def test_out_of_memory_changes_nothing(device: Run, write: Callable[..., Path], policy: Any, tmp_path: Path) -> None:
+    """A batch that finds no memory for its cells is refused before attention, windows or recurrent states have moved on."""
+    found = device("cpu", device_runs.out_of_memory, write(tmp_path / "tiny.gguf"), policy)
+    assert found["n_refused"] >= 1
+    assert found["changed"] == []
+    assert np.array_equal(found["short"], found["enough"])
+
+
 def test_a_device_without_the_op(device: Run, model: Path) -> None:
     found = device("none", device_runs.refusals, model)
     assert found["ragged"].startswith("UnsupportedModelError: ")

@@ -34,6 +34,8 @@ static const char * const NAMES[N_DEVICES_MAX] = { "TEST0", "TEST1" };
 
 static test_device_stats stats; // of all devices
 
+static int64_t bytes_limit = 0; // for all buffers, 0 without
+
 static std::string get_kernel() {
     const char * name = getenv("TEST_DEVICE_KERNEL");
     for (const char * known : { "cpu", "cuda", "metal", "none" }) {
@@ -178,6 +180,10 @@ static const char * buft_get_name(ggml_backend_buffer_type_t buft) {
 
 static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
     std::lock_guard<std::recursive_mutex> lock(pages_mutex);
+
+    if (bytes_limit > 0 && stats.bytes_live + (int64_t) size > bytes_limit) {
+        return nullptr;
+    }
 
     void * data = mmap(nullptr, page_align(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (data == MAP_FAILED) {
@@ -509,6 +515,10 @@ extern "C" ggml_backend_reg_t ggml_backend_init(void) {
 void test_device_get_stats(test_device_stats * res) {
     *res = stats;
     res->n_devices = ragged_devices.size();
+}
+
+void test_device_set_limit(int64_t bytes) {
+    bytes_limit = bytes;
 }
 
 void test_device_reset(void) {

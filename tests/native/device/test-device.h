@@ -31,6 +31,9 @@ struct test_device_stats {
 
 void test_device_get_stats(struct test_device_stats * stats);
 
+// buffers beyond this many bytes in all fail, 0 = no limit
+void test_device_set_limit(int64_t bytes);
+
 // counts start at zero again, the peak at what exists
 void test_device_reset(void);
 
