@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_table import NATIVE, ROWS, budgets_of, kept, total, with_scores
@@ -128,6 +131,12 @@ def test_every_policy_has_a_row(name: str) -> None:
 
 def test_every_row_is_a_policy_of_the_package() -> None:
     assert set(ROWS) == set(POLICIES.values())
+
+
+def test_definitions_share_nothing_with_the_package() -> None:
+    """A misreading of a paper in the package would not show if its tests read there, too."""
+    for path in Path(reference.__file__).parent.glob("*.py"):
+        assert not re.search(r"(from|import) windowkv_edge", path.read_text(encoding="utf-8")), path.name
 
 
 @dataclasses.dataclass(frozen=True)
