@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,33 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import windowkv_edge  # noqa: E402
 from windowkv_edge import Llama, models  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "ggml_patch")]
+import patchq  # noqa: E402
 import tiny_model  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 TESTS_DIR = Path(windowkv_edge.__file__).parent / "_tests"
+
+
+# files that take minutes, the longest first. Two processes share the files in this order: one that got a long file last
+# would run alone at the end
+LONG = (
+    "gpu/test_emulator.py",
+    "session/test_native.py",
+    "session/test_eval.py",
+    "session/test_windows.py",
+    "session/test_fuzz.py",
+    "session/test_upstream.py",
+    "session/test_cli.py",
+    "session/test_device.py",
+    "session/test_ragged.py",
+    "session/test_off_is_stock.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {ROOT / "tests" / name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path, len(LONG)))
 
 
 @pytest.fixture(scope="session")
@@ -57,21 +79,26 @@ def native_tests() -> Path:
 
 
 @pytest.fixture(scope="session")
-def upstream(request: pytest.FixtureRequest) -> Path:
+def real_sdist(request: pytest.FixtureRequest) -> Path:
+    """The pinned source distribution: $WINDOWKV_SDIST, else one download kept in pytest's cache, for all processes."""
+    if given := os.environ.get("WINDOWKV_SDIST"):
+        return Path(given)
+    assert request.config.cache is not None
+    return patchq.download(patchq.read_pin(ROOT / "ggml_patch"), request.config.cache.mkdir("sdist"))
+
+
+@pytest.fixture(scope="session")
+def upstream(request: pytest.FixtureRequest, real_sdist: Path) -> Path:
     """The pinned sdist, unpacked."""
+    assert request.config.cache is not None
     cache = Path(request.config.cache.mkdir("sdist"))
-    out = cache / "llama_cpp_python-0.3.36"
-    if not out.exists():
-        sdist = Path(os.environ.get("WINDOWKV_SDIST", cache / "llama_cpp_python-0.3.36.tar.gz"))
-        if not sdist.exists():
-            subprocess.run(
-                [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python",
-                 "--dest", str(cache), "llama-cpp-python==0.3.36"],
-                check=True,
-            )  # fmt: skip
-        with tarfile.open(sdist) as archive:
-            archive.extractall(cache, filter="data")
-    return out
+    name = "llama_cpp_python-0.3.36"
+    with models.lock(cache / "unpack.lock"):
+        if not (cache / name).exists():  # complete: it comes here by a rename
+            with tempfile.TemporaryDirectory(dir=cache) as half, tarfile.open(real_sdist) as archive:
+                archive.extractall(half, filter="data")
+                os.rename(Path(half) / name, cache / name)
+    return cache / name
 
 
 @pytest.fixture

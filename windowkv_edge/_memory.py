@@ -15,7 +15,7 @@ _GPU = 1  # GGML_BACKEND_DEVICE_TYPE_GPU; the memory of integrated ones is the h
 
 
 def rss() -> int:
-    """Bytes; what was freed has gone back to the system."""
+    """Resident bytes of this process, after freed memory has gone back to the system."""
     if sys.platform == "linux":
         with suppress(AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
@@ -23,7 +23,7 @@ def rss() -> int:
 
 
 def device_memory() -> int:
-    """Bytes of all GPUs with memory of their own that are taken, by whomever; 0 without one."""
+    """Bytes in use, by any process, on all GPUs with memory of their own; 0 without such a GPU."""
     lib = llama_cpp._lib
     lib.ggml_backend_dev_count.restype = ctypes.c_size_t
     lib.ggml_backend_dev_get.restype = ctypes.c_void_p

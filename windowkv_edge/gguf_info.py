@@ -3,9 +3,9 @@
 Only the header is read: the file is memory-mapped, and the weights and the tokenizer's lists are skipped.
 
 The forecast of :func:`support` follows ``data/architectures.json``, which is generated from the pinned llama.cpp
-(``python -m windowkv_edge.gguf_info --regenerate SRC``); the README's table is written from it (``--readme FILE``). The
-refusal that counts is made natively when a context is created; this one only comes earlier and says why. Generator and
-reader share the names of the groups, hence one file.
+(``python -m windowkv_edge.gguf_info --regenerate SRC``); the table in README.md beside this file is written from it
+(``--readme FILE``). The refusal that counts is made natively when a context is created; this one only comes earlier and
+says why. Generator and reader share the names of the groups, hence one file.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _ROW_GROUPS = (*_MAYBE, "scaled-logits", "mrope", "alibi")  # K and V rows
 # recurrent, n being the key full_attention_interval or this.
 _ATTENTION_INTERVAL = {"qwen3next": 4, "minimax-01": 8}
 _WINDOW_HYBRIDS = frozenset({"lfm2"})
-# For the README's table only: architectures whose published files are all refused, or that a key of their own decides.
+# For the table in README.md: architectures whose published files are all refused, or that a key of their own decides.
 _ALWAYS_SHARED = frozenset({"gemma3n"})  # its files have 30 or 35 layers, of which 20 have cells
 _ALWAYS_MLA = frozenset({"kimi-k3", "kimi-linear"})  # llama.cpp does not load them without the keys of MLA
 _SHARED_BY_KEY = frozenset({"gemma4"})
@@ -298,9 +298,9 @@ def _window(arch: str, n_layer: int, get: Any) -> tuple[int, tuple[bool, ...]]:
 def support(info: GGUFInfo) -> tuple[bool, str]:
     """Whether this release can run a KV policy on the model, and the reason in words.
 
-    This is a forecast; the load decides. Supported are decoders with causal attention, one K and one V row per KV head,
-    layer and position, in the layers that attend to all positions. Layers with a window or a recurrent state may stand
-    beside them, they stay as they are.
+    This is a forecast; loading decides. Supported are decoders with causal attention and one K and one V row per KV
+    head, layer and position, in the layers that attend to all positions. Layers with a sliding window or a recurrent
+    state may stand beside them and stay as they are.
     """
     arch = info.architecture
     group = _GROUP_OF.get(arch)
@@ -337,7 +337,7 @@ def support(info: GGUFInfo) -> tuple[bool, str]:
 
 
 def _is_whole(info: GGUFInfo, cells: str) -> bool:
-    """Whether the rows of all heads are whole blocks of a type."""
+    """Whether the rows of all heads consist of whole blocks of a type."""
     block = GGML_QUANT_SIZES[GGMLQuantizationType(TYPES[cells])][0]
     return info.head_dim_k % block == info.head_dim_v % block == 0
 
@@ -352,10 +352,10 @@ def cost_table(
     """KV bytes of the stock cache (f16) and of every policy x budget, for texts of ``lengths`` tokens.
 
     A budget is the fraction of cells kept per head, ``max(1, floor(budget * length))`` on average: policies that
-    share it out unevenly have the same mean. Policies with cells of their own (``cells_of``) hold more of these for the
-    same bytes, if the heads' rows are whole blocks of them. Windowed layers hold at most their window, with a policy
-    and without: what llama.cpp reserves beyond it, or for all positions with ``swa_full=True``, is not counted. A model
-    that :func:`support` refuses gets stock rows only.
+    divide it unevenly have the same mean. Policies that prefer a type of cells (``cells_of``) hold more of them for the
+    same bytes, if the rows of the heads consist of whole blocks. Layers with a sliding window hold at most that window,
+    with a policy and without: what llama.cpp reserves beyond it, or for all positions with ``swa_full=True``, is not
+    counted. A model that :func:`support` refuses gets stock rows only.
 
     Raises:
         ValueError: a length below 1 or a budget outside (0, 1].
@@ -517,9 +517,9 @@ def _graph_inputs(cls: str, models: str, structs: dict[str, tuple[str, str]]) ->
     return set(re.findall(r"\b(build_attn_inp_\w+|build_inp_mem_\w+|build_rs_inp)\b", text))
 
 
-# The table of the README, from the same groups.
+# The table in README.md, from the same groups.
 
-_TABLE_BEGIN = "<!-- architectures: written by python -m windowkv_edge.gguf_info --readme README.md -->"
+_TABLE_BEGIN = "<!-- architectures: written by python -m windowkv_edge.gguf_info --readme windowkv_edge/README.md -->"
 _TABLE_END = "<!-- end of architectures -->"
 _SUPPORTED, _BY_KEY, _STOCK_ONLY = "supported", "its keys decide", "stock only"
 
@@ -600,7 +600,7 @@ def _table_rows() -> list[tuple[str, list[str], str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Rewrite the data file from llama.cpp's sources, or the table in the README from the data file."""
+    """Rewrite the data file from llama.cpp's sources, or the table in README.md from the data file."""
     parser = argparse.ArgumentParser(prog="python -m windowkv_edge.gguf_info", description=__doc__)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--regenerate", metavar="SRC", help="llama.cpp's sources; rewrites the data file")

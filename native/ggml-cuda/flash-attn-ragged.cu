@@ -3,32 +3,32 @@
 #include "simt/flash-attn-ragged-host.h"
 #include "simt/simt-cuda.cuh"
 #include "simt/flash-attn-ragged-simt.h"
-#include "simt/flash-attn-ragged-vec.h"
-#include "simt/flash-attn-ragged-tile.h"
 
 #include <type_traits>
 
-// blocks of a multiprocessor that are in flight at the same time: as many as its registers are enough for
+// Blocks of a multiprocessor that are in flight at the same time: as many as its 65,536 registers are enough for. 4, 3 and 2 blocks
+// of 128 threads leave 128, 168 and 255 registers to a thread
 template <typename row_t>
 static constexpr int n_blocks_sm_vec(int n_rows) {
-    return (n_rows <= 2 ? 4 : n_rows <= 4 ? 3 : 2) - (std::is_same_v<row_t, fa_row_any> && n_rows <= 4 ? 1 : 0);
+    return (n_rows <= 2 ? 4 : n_rows <= 4 ? 3 : 2) - (std::is_same_v<row_t, fattn_row_any> && n_rows <= 4 ? 1 : 0);
 }
 
 static constexpr int N_BLOCKS_SM_TILE = 2;
 
 template <typename row_t, int n_lanes, int n_rows>
-SIMT_KERNEL(FA_N_THREADS, n_blocks_sm_vec<row_t>(n_rows)) flash_attn_ragged_vec(
-        const fa_args a, const char * q, const char * k, const char * v, const int32_t * ranges, const float * sinks, float * part, float * dst) {
-    SIMT_SHARED_ARRAY(float, sh, (fa_vec_shape<n_lanes, n_rows>::N_SHARED));
+SIMT_KERNEL(FATTN_N_THREADS, n_blocks_sm_vec<row_t>(n_rows)) flash_attn_ragged_vec(
+        const fattn_args a, const char * q, const char * k, const char * v, const int32_t * ranges, const float * sinks, float * part, float * dst) {
+    SIMT_SHARED_ARRAY(float, sh, (fattn_vec_shape<n_lanes, n_rows>::N_SHARED));
 
-    fa_vec<row_t, n_lanes, n_rows>(a, SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks),
-            SIMT_ENTER(part), SIMT_ENTER(dst), sh, simt_get_ids());
+    const fattn_tensors t = { SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst) };
+
+    fattn_vec<row_t, n_lanes, n_rows>(a, t, sh, simt_get_ids());
 }
 
 template <typename row_t, int n_rows, int n_cells, int n_embd>
-SIMT_KERNEL(FA_N_THREADS, N_BLOCKS_SM_TILE) flash_attn_ragged_tile(
-        const fa_args a, const char * q, const char * k, const char * v, const int32_t * ranges, const float * sinks, float * part, float * dst) {
-    typedef fa_tile_shape<n_rows, n_cells, n_embd> shape;
+SIMT_KERNEL(FATTN_N_THREADS, N_BLOCKS_SM_TILE) flash_attn_ragged_tile(
+        const fattn_args a, const char * q, const char * k, const char * v, const int32_t * ranges, const float * sinks, float * part, float * dst) {
+    typedef fattn_tile_shape<n_rows, n_cells, n_embd> shape;
 
     SIMT_SHARED_ARRAY(simt_f16, q_sh,   shape::N_Q);
     SIMT_SHARED_ARRAY(simt_f16, kv_sh,  shape::N_KV);
@@ -38,21 +38,23 @@ SIMT_KERNEL(FA_N_THREADS, N_BLOCKS_SM_TILE) flash_attn_ragged_tile(
     SIMT_SHARED_ARRAY(float,    max_sh, n_rows);
     SIMT_SHARED_ARRAY(float,    sum_sh, n_rows);
 
-    fa_tile<row_t, n_rows, n_cells, n_embd>(a, SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks),
-            SIMT_ENTER(part), SIMT_ENTER(dst), { q_sh, kv_sh, s_sh, p_sh, o_sh, max_sh, sum_sh }, simt_get_ids());
+    const fattn_tensors     t  = { SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst) };
+    const fattn_tile_shared sh = { q_sh, kv_sh, s_sh, p_sh, o_sh, max_sh, sum_sh };
+
+    fattn_tile<row_t, n_rows, n_cells, n_embd>(a, t, sh, simt_get_ids());
 }
 
 template <int n_rows>
-SIMT_KERNEL(FA_N_THREADS, 1) flash_attn_ragged_combine(
-        const fa_args a, const int32_t * ranges, const float * sinks, const float * part, float * dst, const int32_t n_cells_tile) {
-    fa_combine<n_rows>(a, SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst), n_cells_tile, simt_get_ids());
+SIMT_KERNEL(FATTN_N_THREADS, 1) flash_attn_ragged_combine(
+        const fattn_args a, const int32_t * ranges, const float * sinks, const float * part, float * dst, const int32_t n_cells_tile) {
+    fattn_combine<n_rows>(a, SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst), n_cells_tile, simt_get_ids());
 }
 
-// tensors of the op on the device
-struct fa_tensors {
-    explicit fa_tensors(const ggml_tensor * op) :
+// tensors of the op on the device, shapes as in fattn_tensors
+struct fattn_pointers {
+    explicit fattn_pointers(const ggml_tensor * op) :
         q((const char *) op->src[0]->data), k((const char *) op->src[1]->data), v((const char *) op->src[2]->data),
-        ranges((const int32_t *) ((const char *) op->src[3]->data + fa_ranges_offset(op))),
+        ranges((const int32_t *) ((const char *) op->src[3]->data + fattn_ranges_offset(op))),
         sinks(op->src[4] ? (const float *) op->src[4]->data : nullptr), dst((float *) op->data) {}
 
     const char    * q;
@@ -63,40 +65,41 @@ struct fa_tensors {
     float         * dst;
 };
 
+// blocks that keep a device busy
 static int n_busy(const ggml_backend_cuda_context & ctx, int n_blocks_sm) {
     return n_blocks_sm*ggml_cuda_info().devices[ctx.device].nsm;
 }
 
 template <int n_rows>
-static void launch_combine(ggml_backend_cuda_context & ctx, const fa_tensors & t, const fa_args & a, const float * part, int32_t n_cells_tile) {
-    simt_launch(flash_attn_ragged_combine<n_rows>, a.n_head_kv*a.n_row_blocks*n_rows, FA_N_THREADS, ctx.stream(),
+static void launch_combine(ggml_backend_cuda_context & ctx, const fattn_pointers & t, const fattn_args & a, const float * part, int32_t n_cells_tile) {
+    simt_launch(flash_attn_ragged_combine<n_rows>, a.n_head_kv*a.n_row_blocks*n_rows, FATTN_N_THREADS, ctx.stream(),
             a, t.ranges, t.sinks, part, t.dst, n_cells_tile);
 }
 
 template <typename row_t, int n_lanes, int n_rows>
-static void launch_vec(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fa_args a) {
-    typedef fa_vec_shape<n_lanes, n_rows> shape;
+static void launch_vec(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fattn_args a) {
+    typedef fattn_vec_shape<n_lanes, n_rows> shape;
 
-    const fa_tensors t(dst);
+    const fattn_pointers t(dst);
 
-    fa_share(a, dst, n_rows, shape::N_CELLS_TILE, n_busy(ctx, n_blocks_sm_vec<row_t>(n_rows)));
-    ggml_cuda_pool_alloc<float> part(ctx.pool(), fa_part_size(a, n_rows));
+    fattn_plan_shares(a, dst, n_rows, shape::N_CELLS_TILE, n_busy(ctx, n_blocks_sm_vec<row_t>(n_rows)));
+    ggml_cuda_pool_alloc<float> part(ctx.pool(), fattn_part_size(a, n_rows));
 
-    simt_launch(flash_attn_ragged_vec<row_t, n_lanes, n_rows>, a.n_blocks, FA_N_THREADS, ctx.stream(),
+    simt_launch(flash_attn_ragged_vec<row_t, n_lanes, n_rows>, a.n_blocks, FATTN_N_THREADS, ctx.stream(),
             a, t.q, t.k, t.v, t.ranges, t.sinks, part.get(), t.dst);
     launch_combine<n_rows>(ctx, t, a, part.get(), shape::N_CELLS_TILE);
 }
 
 template <typename row_t, int n_rows, int n_cells, int n_embd>
-static void launch_tile(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fa_args a) {
-    const fa_tensors t(dst);
+static void launch_tile(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fattn_args a) {
+    const fattn_pointers t(dst);
 
-    fa_split(a, dst, n_rows, n_cells, n_busy(ctx, N_BLOCKS_SM_TILE));
+    fattn_plan_splits(a, dst, n_rows, n_cells, n_busy(ctx, N_BLOCKS_SM_TILE));
     ggml_cuda_pool_alloc<float> part(ctx.pool());
     if (a.n_splits > 1) {
-        part.alloc(fa_part_size(a, n_rows));
+        part.alloc(fattn_part_size(a, n_rows));
     }
-    simt_launch(flash_attn_ragged_tile<row_t, n_rows, n_cells, n_embd>, a.n_blocks, FA_N_THREADS, ctx.stream(),
+    simt_launch(flash_attn_ragged_tile<row_t, n_rows, n_cells, n_embd>, a.n_blocks, FATTN_N_THREADS, ctx.stream(),
             a, t.q, t.k, t.v, t.ranges, t.sinks, part.get(), t.dst);
     if (a.n_splits > 1) {
         launch_combine<n_rows>(ctx, t, a, part.get(), n_cells);
@@ -104,13 +107,13 @@ static void launch_tile(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fa_a
 }
 
 template <typename row_t, int n_lanes>
-static void launch_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fa_args & a) {
+static void launch_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fattn_args & a) {
     if (a.n_rows > 8) {
-        // what fits into 48 KiB
-        launch_tile<row_t, n_lanes < 32 ? 32 : 16, 32, n_lanes*FA_DIMS>(ctx, dst, a);
+        // rows x cells that fit into 48 KiB of shared memory, which a block has without asking for more
+        launch_tile<row_t, n_lanes < 32 ? 32 : 16, 32, n_lanes*FATTN_DIMS>(ctx, dst, a);
         return;
     }
-    switch (fa_vec_rows(a)) {
+    switch (fattn_vec_rows(a)) {
         case 1:  launch_vec<row_t, n_lanes, 1>(ctx, dst, a); break;
         case 2:  launch_vec<row_t, n_lanes, 2>(ctx, dst, a); break;
         case 4:  launch_vec<row_t, n_lanes, 4>(ctx, dst, a); break;
@@ -119,8 +122,8 @@ static void launch_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst, cons
 }
 
 template <typename row_t>
-static void launch_lanes(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fa_args & a) {
-    switch (fa_n_lanes(a)) {
+static void launch_lanes(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fattn_args & a) {
+    switch (fattn_n_lanes(a)) {
         case 8:  launch_rows<row_t, 8> (ctx, dst, a); break;
         case 16: launch_rows<row_t, 16>(ctx, dst, a); break;
         default: launch_rows<row_t, 32>(ctx, dst, a); break;
@@ -128,22 +131,22 @@ static void launch_lanes(ggml_backend_cuda_context & ctx, ggml_tensor * dst, con
 }
 
 void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const fa_args a = fa_args_of(dst);
+    const fattn_args a = fattn_args_of(dst);
 
     if (a.type_k != a.type_v) {
-        launch_lanes<fa_row_any>(ctx, dst, a);
+        launch_lanes<fattn_row_any>(ctx, dst, a);
         return;
     }
     switch (a.type_k) {
-        case FA_F32:  launch_lanes<fa_row_f32> (ctx, dst, a); break;
-        case FA_F16:  launch_lanes<fa_row_f16> (ctx, dst, a); break;
-        case FA_BF16: launch_lanes<fa_row_bf16>(ctx, dst, a); break;
-        case FA_Q8_0: launch_lanes<fa_row_q8_0>(ctx, dst, a); break;
-        case FA_Q4_0: launch_lanes<fa_row_q4_0>(ctx, dst, a); break;
+        case FATTN_F32:  launch_lanes<fattn_row_f32> (ctx, dst, a); break;
+        case FATTN_F16:  launch_lanes<fattn_row_f16> (ctx, dst, a); break;
+        case FATTN_BF16: launch_lanes<fattn_row_bf16>(ctx, dst, a); break;
+        case FATTN_Q8_0: launch_lanes<fattn_row_q8_0>(ctx, dst, a); break;
+        case FATTN_Q4_0: launch_lanes<fattn_row_q4_0>(ctx, dst, a); break;
         default: GGML_ABORT("fatal error");
     }
 }
 
 bool ggml_cuda_flash_attn_ragged_supported(int device, const ggml_tensor * dst) {
-    return ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc) >= GGML_CUDA_CC_VOLTA && fa_supported(dst);
+    return ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc) >= GGML_CUDA_CC_VOLTA && fattn_supported(dst);
 }

@@ -1,22 +1,21 @@
-// Metal kernels of GGML_OP_FLASH_ATTN_RAGGED, see ggml-flash-attn-ragged.h; a library of its own, embed.cmake flattens it
+// Metal kernels of GGML_OP_FLASH_ATTN_RAGGED, see ggml-flash-attn-ragged.h. A library of its own, named as upstream's Metal libraries
+// are (fa_f16, fa_vec_f16); flatten.cmake makes one text of it.
 
 #include "simt/simt-metal.h"
 #include "simt/flash-attn-ragged-simt.h"
-#include "simt/flash-attn-ragged-vec.h"
-#include "simt/flash-attn-ragged-tile.h"
 
 // types of the pools, known when a pipeline is made
-SIMT_FUNCTION_CONSTANT(int32_t, fa_type_k, FC_TYPE_K)
-SIMT_FUNCTION_CONSTANT(int32_t, fa_type_v, FC_TYPE_V)
+SIMT_FUNCTION_CONSTANT(int32_t, fattn_type_k, FC_TYPE_K)
+SIMT_FUNCTION_CONSTANT(int32_t, fattn_type_v, FC_TYPE_V)
 
-inline fa_args fa_typed(constant fa_args & args) {
-    fa_args a = args;
-    a.type_k = fa_type_k;
-    a.type_v = fa_type_v;
+inline fattn_args fattn_typed(constant fattn_args & args) {
+    fattn_args a = args;
+    a.type_k = fattn_type_k;
+    a.type_v = fattn_type_v;
     return a;
 }
 
-inline simt_ids fa_ids(uint3 group, ushort thread_index, ushort simd, ushort lane) {
+inline simt_ids fattn_ids(uint3 group, ushort thread_index, ushort simd, ushort lane) {
     simt_ids id;
     id.block = (int32_t) group.x;
     id.tid   = thread_index;
@@ -27,7 +26,7 @@ inline simt_ids fa_ids(uint3 group, ushort thread_index, ushort simd, ushort lan
 
 template <int n_lanes, int n_rows>
 kernel void kernel_flash_attn_ragged_vec(
-        constant fa_args     & args   [[buffer(0)]],
+        constant fattn_args  & args   [[buffer(0)]],
         device const char    * q      [[buffer(1)]],
         device const char    * k      [[buffer(2)]],
         device const char    * v      [[buffer(3)]],
@@ -39,15 +38,16 @@ kernel void kernel_flash_attn_ragged_vec(
         ushort thread_index [[thread_index_in_threadgroup]],
         ushort simd         [[simdgroup_index_in_threadgroup]],
         ushort lane         [[thread_index_in_simdgroup]]) {
-    SIMT_SHARED_ARRAY(float, sh, (fa_vec_shape<n_lanes, n_rows>::N_SHARED));
+    SIMT_SHARED_ARRAY(float, sh, (fattn_vec_shape<n_lanes, n_rows>::N_SHARED));
 
-    fa_vec<fa_row_any, n_lanes, n_rows>(fa_typed(args), SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks),
-            SIMT_ENTER(part), SIMT_ENTER(dst), sh, fa_ids(group, thread_index, simd, lane));
+    const fattn_tensors t = { SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst) };
+
+    fattn_vec<fattn_row_any, n_lanes, n_rows>(fattn_typed(args), t, sh, fattn_ids(group, thread_index, simd, lane));
 }
 
 template <int n_rows, int n_cells, int n_embd>
 kernel void kernel_flash_attn_ragged_tile(
-        constant fa_args     & args   [[buffer(0)]],
+        constant fattn_args  & args   [[buffer(0)]],
         device const char    * q      [[buffer(1)]],
         device const char    * k      [[buffer(2)]],
         device const char    * v      [[buffer(3)]],
@@ -59,7 +59,7 @@ kernel void kernel_flash_attn_ragged_tile(
         ushort thread_index [[thread_index_in_threadgroup]],
         ushort simd         [[simdgroup_index_in_threadgroup]],
         ushort lane         [[thread_index_in_simdgroup]]) {
-    typedef fa_tile_shape<n_rows, n_cells, n_embd> shape;
+    typedef fattn_tile_shape<n_rows, n_cells, n_embd> shape;
 
     SIMT_SHARED_ARRAY(simt_f16, q_sh,   shape::N_Q);
     SIMT_SHARED_ARRAY(simt_f16, kv_sh,  shape::N_KV);
@@ -69,15 +69,15 @@ kernel void kernel_flash_attn_ragged_tile(
     SIMT_SHARED_ARRAY(float,    max_sh, n_rows);
     SIMT_SHARED_ARRAY(float,    sum_sh, n_rows);
 
-    const fa_tile_shared sh = { q_sh, kv_sh, s_sh, p_sh, o_sh, max_sh, sum_sh };
+    const fattn_tensors     t  = { SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst) };
+    const fattn_tile_shared sh = { q_sh, kv_sh, s_sh, p_sh, o_sh, max_sh, sum_sh };
 
-    fa_tile<fa_row_any, n_rows, n_cells, n_embd>(fa_typed(args), SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks),
-            SIMT_ENTER(part), SIMT_ENTER(dst), sh, fa_ids(group, thread_index, simd, lane));
+    fattn_tile<fattn_row_any, n_rows, n_cells, n_embd>(fattn_typed(args), t, sh, fattn_ids(group, thread_index, simd, lane));
 }
 
 template <int n_rows>
 kernel void kernel_flash_attn_ragged_combine(
-        constant fa_args     & args         [[buffer(0)]],
+        constant fattn_args  & args         [[buffer(0)]],
         device const int32_t * ranges       [[buffer(1)]],
         device const float   * sinks        [[buffer(2)]],
         device const float   * part         [[buffer(3)]],
@@ -87,29 +87,30 @@ kernel void kernel_flash_attn_ragged_combine(
         ushort thread_index [[thread_index_in_threadgroup]],
         ushort simd         [[simdgroup_index_in_threadgroup]],
         ushort lane         [[thread_index_in_simdgroup]]) {
-    fa_combine<n_rows>(args, SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst), n_cells_tile,
-            fa_ids(group, thread_index, simd, lane));
+    fattn_combine<n_rows>(args, SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst), n_cells_tile,
+            fattn_ids(group, thread_index, simd, lane));
 }
 
-#define FA_VEC(n_lanes, n_rows) \
+// pipelines that the host asks for by name
+#define FATTN_VEC(n_lanes, n_rows) \
     SIMT_KERNEL_NAME(kernel_flash_attn_ragged_vec_##n_lanes##_##n_rows, kernel_flash_attn_ragged_vec<n_lanes, n_rows>)
 
-#define FA_VEC_ROWS(n_lanes) \
-    FA_VEC(n_lanes, 1)       \
-    FA_VEC(n_lanes, 2)       \
-    FA_VEC(n_lanes, 4)       \
-    FA_VEC(n_lanes, 8)
+#define FATTN_VEC_ROWS(n_lanes) \
+    FATTN_VEC(n_lanes, 1)       \
+    FATTN_VEC(n_lanes, 2)       \
+    FATTN_VEC(n_lanes, 4)       \
+    FATTN_VEC(n_lanes, 8)
 
-// n_lanes*8 is the size of a head; what fits into 32 KiB of threadgroup memory
-#define FA_TILE(n_lanes) \
-    SIMT_KERNEL_NAME(kernel_flash_attn_ragged_tile_##n_lanes, kernel_flash_attn_ragged_tile<16, 32, n_lanes*8>)
+// n_lanes*FATTN_DIMS is the size of a head. 16 rows x 32 cells are what fits into 32 KiB of threadgroup memory
+#define FATTN_TILE(n_lanes) \
+    SIMT_KERNEL_NAME(kernel_flash_attn_ragged_tile_##n_lanes, kernel_flash_attn_ragged_tile<16, 32, n_lanes*FATTN_DIMS>)
 
-FA_VEC_ROWS(8)
-FA_VEC_ROWS(16)
-FA_VEC_ROWS(32)
+FATTN_VEC_ROWS(8)
+FATTN_VEC_ROWS(16)
+FATTN_VEC_ROWS(32)
 
-FA_TILE(8)
-FA_TILE(16)
+FATTN_TILE(8)
+FATTN_TILE(16)
 
 SIMT_KERNEL_NAME(kernel_flash_attn_ragged_combine_1,  kernel_flash_attn_ragged_combine<1>)
 SIMT_KERNEL_NAME(kernel_flash_attn_ragged_combine_2,  kernel_flash_attn_ragged_combine<2>)

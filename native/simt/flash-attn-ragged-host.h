@@ -10,25 +10,26 @@
 #include <algorithm>
 
 // -1 for types of which the kernels know nothing
-static inline int fa_type(ggml_type type) {
+static inline int fattn_type(ggml_type type) {
     switch (type) {
-        case GGML_TYPE_F32:  return FA_F32;
-        case GGML_TYPE_F16:  return FA_F16;
-        case GGML_TYPE_BF16: return FA_BF16;
-        case GGML_TYPE_Q8_0: return FA_Q8_0;
-        case GGML_TYPE_Q4_0: return FA_Q4_0;
+        case GGML_TYPE_F32:  return FATTN_F32;
+        case GGML_TYPE_F16:  return FATTN_F16;
+        case GGML_TYPE_BF16: return FATTN_BF16;
+        case GGML_TYPE_Q8_0: return FATTN_Q8_0;
+        case GGML_TYPE_Q4_0: return FATTN_Q4_0;
         default:             return -1;
     }
 }
 
-static inline fa_args fa_args_of(const ggml_tensor * dst) {
+// all but the division of the work
+static inline fattn_args fattn_args_of(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
 
-    fa_args a = {};
-    a.type_k    = fa_type(k->type);
-    a.type_v    = fa_type(v->type);
+    fattn_args a = {};
+    a.type_k    = fattn_type(k->type);
+    a.type_v    = fattn_type(v->type);
     a.n_embd_k  = k->ne[0];
     a.n_embd_v  = v->ne[0];
     a.n_tokens  = q->ne[1];
@@ -46,38 +47,40 @@ static inline fa_args fa_args_of(const ggml_tensor * dst) {
     a.has_sinks = dst->src[4] != nullptr;
     if (a.softcap != 0.0f) {
         a.scale   /= a.softcap;
-        a.softcap *= FA_LOG2E;
+        a.softcap *= FATTN_LOG2E;
     } else {
-        a.scale *= FA_LOG2E;
+        a.scale *= FATTN_LOG2E;
     }
     return a;
 }
 
 // bytes from the start of the ranges to those of the op's layer
-static inline size_t fa_ranges_offset(const ggml_tensor * dst) {
+static inline size_t fattn_ranges_offset(const ggml_tensor * dst) {
     return ggml_get_op_params_i32(dst, 2)*dst->src[3]->nb[2];
 }
 
 // lanes that hold a row of the larger pool
-static inline int fa_n_lanes(const fa_args & a) {
+static inline int fattn_n_lanes(const fattn_args & a) {
     const int n_embd = std::max(a.n_embd_k, a.n_embd_v);
-    return n_embd <= 8*FA_DIMS ? 8 : n_embd <= 16*FA_DIMS ? 16 : 32;
+    return n_embd <= 8*FATTN_DIMS ? 8 : n_embd <= 16*FATTN_DIMS ? 16 : 32;
 }
 
 // rows of a block of the kernel for few rows
-static inline int fa_vec_rows(const fa_args & a) {
+static inline int fattn_vec_rows(const fattn_args & a) {
     return a.n_rows == 1 ? 1 : a.n_rows == 2 ? 2 : a.n_rows <= 4 ? 4 : 8;
 }
 
-// shares of the work. The heads' lengths are known on the device alone; together they have no more cells than the pool has rows
-static inline void fa_share(fa_args & a, const ggml_tensor * dst, int n_rows_block, int n_cells_tile, int n_busy) {
+// Work in equal shares, one for every block of the grid: n_busy at most, which keep the device busy, and not more than there can be
+// tiles. How many cells the heads have is known on the device alone; together they have no more than the pool has rows
+static inline void fattn_plan_shares(fattn_args & a, const ggml_tensor * dst, int n_rows_block, int n_cells_tile, int n_busy) {
     a.n_row_blocks = (a.n_rows + n_rows_block - 1)/n_rows_block;
     a.n_blocks     = std::min<int64_t>((dst->src[1]->ne[1]/n_cells_tile + a.n_head_kv)*a.n_row_blocks, n_busy);
     a.n_splits     = 0;
 }
 
-// items in parts of equal length: as many as keep the device busy, of some tiles at least
-static inline void fa_split(fa_args & a, const ggml_tensor * dst, int n_rows_block, int n_cells_tile, int n_busy) {
+// Items in parts of equal length: as many as keep the device busy, with four tiles at least if heads are equally long, since every
+// part is written and read once more
+static inline void fattn_plan_splits(fattn_args & a, const ggml_tensor * dst, int n_rows_block, int n_cells_tile, int n_busy) {
     a.n_row_blocks = (a.n_rows + n_rows_block - 1)/n_rows_block;
 
     const int64_t n_items = (int64_t) a.n_row_blocks*a.n_head_kv;
@@ -86,16 +89,16 @@ static inline void fa_split(fa_args & a, const ggml_tensor * dst, int n_rows_blo
     a.n_blocks = n_items*a.n_splits;
 }
 
-// floats for parts
-static inline size_t fa_part_size(const fa_args & a, int n_rows_block) {
+// floats for the parts of all blocks, fattn_part() says where each lies
+static inline size_t fattn_part_size(const fattn_args & a, int n_rows_block) {
     return a.n_splits == 1 ? 0 : (size_t) a.n_blocks*2*n_rows_block*(a.n_embd_v + 2);
 }
 
-// lanes hold whole groups of dimensions, and what is not quantised is read 16 bytes at a time
-static inline bool fa_supported(const ggml_tensor * dst) {
+// lanes hold whole groups of FATTN_DIMS elements, and what is not quantised is read 16 bytes at a time
+static inline bool fattn_supported(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     for (const ggml_tensor * pool : { dst->src[1], dst->src[2] }) {
-        if (fa_type(pool->type) < 0 || pool->ne[0] > 32*FA_DIMS || pool->ne[0] % FA_DIMS != 0) {
+        if (fattn_type(pool->type) < 0 || pool->ne[0] > 32*FATTN_DIMS || pool->ne[0] % FATTN_DIMS != 0) {
             return false;
         }
         const size_t align = ggml_is_quantized(pool->type) ? 2 : 16;

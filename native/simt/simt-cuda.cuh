@@ -5,6 +5,7 @@
 //   SIMT_FUNC, SIMT_UNROLL                what stands before functions and loops
 //   SIMT_GLOBAL(T), SIMT_SHARED(T)        pointers into device memory and into memory of a block
 //   SIMT_CAST(T, p)                       pointer into device memory of another type
+//   SIMT_THREAD(T)                        reference to a variable of the thread, that is to registers: what takes one is inlined
 //   simt_ids                              block of the grid, thread of the block, warp and lane
 //   simt_barrier()                        all threads of a block
 //   simt_shuffle(x, i, n, lane0)          x of lane i of the own n lanes, the first of which is lane0; all lanes of a warp, as
@@ -27,6 +28,7 @@
 #define SIMT_GLOBAL(T) T *
 #define SIMT_SHARED(T) T *
 #define SIMT_CAST(T, p) reinterpret_cast<T *>(p)
+#define SIMT_THREAD(T) T &
 
 // the entry of a kernel: memory of the block, and pointers as the texts have them
 #define SIMT_SHARED_ARRAY(T, name, n) __shared__ __align__(32) T name[n] // as matrices want it

@@ -10,6 +10,7 @@ using namespace metal;
 #define SIMT_GLOBAL(T) device T *
 #define SIMT_SHARED(T) threadgroup T *
 #define SIMT_CAST(T, p) ((device T *) (p))
+#define SIMT_THREAD(T) thread T &
 
 #define SIMT_SHARED_ARRAY(T, name, n) threadgroup T name[n]
 #define SIMT_ENTER(p) p
@@ -122,7 +123,7 @@ inline void simt_frag_store(threadgroup float * p, thread simt_frag & c, int ld)
 // c += a*b
 inline void simt_frag_mma(thread simt_frag & c, threadgroup const half * a, int ld_a, threadgroup const half * b, int ld_b) {
     for (int k = 0; k < 2; ++k) {
-            SIMT_UNROLL
+        SIMT_UNROLL
         for (int i = 0; i < 4; ++i) {
             simdgroup_half8x8 x;
             simdgroup_half8x8 y;
@@ -136,7 +137,7 @@ inline void simt_frag_mma(thread simt_frag & c, threadgroup const half * a, int 
 // c += a*b^T
 inline void simt_frag_mma_t(thread simt_frag & c, threadgroup const half * a, int ld_a, threadgroup const half * b, int ld_b) {
     for (int k = 0; k < 2; ++k) {
-            SIMT_UNROLL
+        SIMT_UNROLL
         for (int i = 0; i < 4; ++i) {
             simdgroup_half8x8 x;
             simdgroup_half8x8 y;

@@ -10,18 +10,18 @@ ops          all cases of the op against a reference in double precision
 identities   a session with a policy that evicts nothing gives stock's logits, compaction moves the right rows
 sanitizer    compute-sanitizer (memory, races, barriers) over cases of the op
 speed        the op beside ggml_flash_attn_ext, and the share of the speed at which the device copies
-sessions     `windowkv-edge bench` with all layers on the GPU, 16k and 128k positions with random cells, a prompt of 32k: needs
-             the package, built for it
+sessions     what `windowkv-edge bench` measures, with all layers on the GPU: 16k and 128k positions with random cells, a prompt of
+             32k. Runs this folder's package with the libraries of the build
 
 ``--table`` prints the table of all results and what they say about the targets, ``--readme FILE`` writes the table into a README.
-Needs Python alone.
+Needs Python alone; identities numpy and gguf, unless the models are there; sessions what the package imports
+(llama-cpp-python, cffi, gguf, numpy, platformdirs, psutil, rich), but not the package.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import os
 import platform
@@ -31,17 +31,26 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from report import RESULTS, STEPS, Json, all_results, table, target_lines, targets, write_readme
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parent / "results"
-STEPS = ("build", "ops", "identities", "sanitizer", "speed", "sessions")
-BEGIN, END = "<!-- hardware: written by python -m tests.gpu.check --readme README.md -->", "<!-- end of hardware -->"
-
 # few cells each: a sanitizer is some hundred times slower
-SANITIZED = ("n_tokens=8,lens=[45", "n_tokens=1,lens=[38", "n_gqa=8,n_tokens=40,lens=[9]", "lens=[0,0,0]")
+SANITIZED = ("n_tokens=8,n_cells=[45", "n_tokens=1,n_cells=[38", "n_gqa=8,n_tokens=40,n_cells=[9]", "n_cells=[0,0,0]")
 
-Json = dict[str, Any]
+# The address sanitizer's shadow covers addresses that CUDA wants; what a driver never frees is not ours
+ASAN_ON_DEVICE = "protect_shadow_gap=0:detect_leaks=0"
+
+# Plans for windowkv_edge.bench. Random weights, so no head scores but made-up ones
+SESSIONS: Json = {
+    "model": "llama-8b",
+    "plans": {
+        "filled": {"lengths": [16384, 131072], "fill": True},
+        "prompt": {"lengths": [32768], "baselines": ["f16"], "references": [], "rounds": 8},
+    },
+    "common": {"policies": ["auto", "windowkv", "headkv-r2"], "budgets": [0.12]},
+}
 
 
 class Failed(Exception):
@@ -53,7 +62,7 @@ class Check:
 
     Args:
         build: folder of the build.
-        programs: folder of the test programs.
+        programs: folder of the test programs: that of the build, or the one of an installed package.
         backend: ggml's name of the device, such as CUDA0.
         source: llama.cpp of the pinned version; None = download.
         results: file of the results.
@@ -63,9 +72,15 @@ class Check:
         self.folder, self.programs, self.backend, self.source, self.file = build, programs, backend, source, results
         self.results: Json = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
 
-    def run(self, command: Sequence[str | Path], timeout: float = 3600) -> str:
-        """Output of a command that has to succeed."""
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout)
+    @property
+    def on_device(self) -> bool:
+        return self.backend != "CPU"
+
+    def run(self, command: Sequence[str | Path], timeout: float = 3600, **env: str) -> str:
+        """Output of a command that has to succeed; ``env`` is added to the environment."""
+        done = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env}
+        )
         if done.returncode != 0:
             lines = [line for line in done.stdout.splitlines() if "FAIL" in line] or done.stdout.splitlines()[-5:]
             raise Failed(f"{command[0]} gave {done.returncode}: " + "\n".join([*lines[:20], done.stderr[-2000:]]))
@@ -118,9 +133,11 @@ class Check:
         models = sorted((self.folder / "models").glob("*.gguf"))
         if not models:
             models = _write_models(self.folder / "models")
-        layers = "0" if self.backend == "CPU" else "99"
+        layers = "99" if self.on_device else "0"
+        options = [os.environ.get("ASAN_OPTIONS", ""), ASAN_ON_DEVICE if self.on_device else ""]
+        env = {"ASAN_OPTIONS": ":".join(option for option in options if option)}
         for model in models:
-            if self.run([self.programs / "test-ragged", model, layers]).strip() != "ok":
+            if self.run([self.programs / "test-ragged", model, layers], **env).strip() != "ok":
                 raise Failed(f"test-ragged {model.name} did not say ok")
         return {"models": [model.name for model in models]}
 
@@ -143,60 +160,36 @@ class Check:
         return {"columns": rows[0], "rows": rows[2:]}
 
     def sessions(self) -> Json:
-        if importlib.util.find_spec("windowkv_edge") is None or shutil.which("windowkv-edge") is None:
-            raise Failed(
-                "the package is not installed; install it with CMAKE_ARGS='-DLLAMA_BUILD=OFF -DGGML_CUDA=ON' pip install ."
-            )
-        common = ["--gpu-layers", "-1", "--policies", "auto,windowkv,headkv-r2", "--budgets", "12%", "--json"]
-        filled = self.run(["windowkv-edge", "bench", "llama-8b", "--lengths", "16k,128k", "--fill", *common])
-        prompt = ["--lengths", "32k", "--prefill", "--baselines", "f16", "--references", "", "--rounds", "8"]
-        return {
-            "filled": json.loads(filled),
-            "prompt": json.loads(self.run(["windowkv-edge", "bench", "llama-8b", *prompt, *common])),
-        }
+        plans = json.dumps({**SESSIONS, "gpu_layers": -1 if self.on_device else 0})
+        path = os.pathsep.join(part for part in (str(self.package()), os.environ.get("PYTHONPATH", "")) if part)
+        return dict(json.loads(self.run([sys.executable, ROOT / "tests/gpu/sessions.py", plans], PYTHONPATH=path)))
 
-
-def _rows(results: Json, step: str, key: str) -> list[Json]:
-    """Rows of a bench run, [] if it was not run."""
-    found = results.get(step, {})
-    return list(found[key]["rows"]) if found.get("ok") else []
-
-
-def targets(results: Json) -> list[Json]:
-    """What the measurements of one GPU say about our targets: name, value, bound, met. Values are ratios.
-
-    The targets are those of an H100, batch 1: decoding reads the cells at 80 % (f16) and 60 % (q8_0) of the speed at which the
-    device copies, a token at 128k positions with 12 % of the cells is hardly slower than one at 16k with all, compaction is 2 % of
-    the time of its prompt, and what the device holds is what kv_stats reports and stock's other buffers.
-    """
-    res: list[Json] = []
-
-    def add(name: str, value: float, bound: float, at_least: bool) -> None:
-        met = value >= bound if at_least else value <= bound
-        res.append({"name": name, "value": round(value, 4), "bound": bound, "at_least": at_least, "met": met})
-
-    if results.get("speed", {}).get("ok"):
-        for size, kind, heads, n_tokens, cells, *_, share in results["speed"]["rows"]:
-            bound = {"f16": 0.8, "q8_0": 0.6}.get(kind)
-            if (size, n_tokens, cells.split()[0]) == ("128", "1", str(8 * 131072)) and heads.startswith("8 ") and bound:
-                add(f"{kind} cells of {cells}: share of read speed", float(share.split()[0]) / 100, bound, True)
-
-    filled = _rows(results, "sessions", "filled")
-    stock = {row["length"]: row for row in filled if row["session"] == "stock f16"}
-    for row in filled:
-        if row["budget"] is None or row["length"] not in stock:
-            continue
-        if row["length"] == 131072:
-            value = stock[16384]["decode_ms"] / row["decode_ms"]
-            add(f"{row['session']}: speed at 128k by stock's at 16k", value, 0.9, True)
-        own, others = row["device_bytes"], stock[row["length"]]
-        want = row["kv_bytes_start"] + others["device_bytes"] - others["kv_bytes_start"]
-        add(f"{row['session']} at {row['length']}: device bytes by those reported", own / want, 1.02, False)
-    for row in _rows(results, "sessions", "prompt"):
-        if row["compaction_ms"] is not None:
-            value = row["compaction_ms"] / (1000 * row["length"] / row["prefill_tokens_per_s"])
-            add(f"{row['session']}: compaction by prefill", value, 0.02, False)
-    return res
+    def package(self) -> Path:
+        """Folder with a copy of this folder's package that has the libraries of the build, or of the programs' package."""
+        own = self.programs.parent
+        built = {"lib": own / "lib", "include": own / "include", "_stamp.py": own / "_stamp.py"}
+        if not built["_stamp.py"].exists():
+            built = {
+                "lib": self.folder / "bin",
+                "include": ROOT / "native" / "include",
+                "_stamp.py": self.folder / "_stamp.py",
+            }
+        if missing := [str(path) for path in built.values() if not path.exists()]:
+            raise Failed(f"no {', '.join(missing)}; run the step build first")
+        folder = self.folder / "package"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(
+            ROOT / "windowkv_edge",
+            folder / "windowkv_edge",
+            ignore=shutil.ignore_patterns("__pycache__", "_tests", *built),
+        )
+        for name, path in built.items():
+            (folder / "windowkv_edge" / name).symlink_to(path.resolve())
+        # its version is asked for when it is imported
+        about = folder / "windowkv_edge-0+check.dist-info" / "METADATA"
+        about.parent.mkdir()
+        about.write_text("Metadata-Version: 2.1\nName: windowkv-edge\nVersion: 0+check\n", encoding="utf-8")
+        return folder
 
 
 def _commit() -> str:
@@ -241,65 +234,14 @@ def default_backend() -> str:
     return "CUDA0"
 
 
-def table(results: Sequence[Json]) -> str:
-    """Markdown: one line per GPU, one column per step; "not run" where there is nothing."""
-
-    def cell(res: Json, name: str) -> str:
-        found = res.get(name)
-        if not found:
-            return "not run"
-        if not found["ok"]:
-            return "failed"
-        if name == "ops":
-            return f"{found['tested']} cases, worst NMSE {found['worst_nmse']:.0e}"
-        if name == "speed":
-            best = [row for row in found["rows"] if row[-1].endswith("%")]
-            return (
-                "; ".join(f"{row[1]}, {row[4]} cells: {row[-1]}" for row in best if "1048576" in row[4]) or "measured"
-            )
-        return "ok"
-
-    names = [name for name in STEPS if name != "build"]
-    lines = ["| GPU | " + " | ".join(names) + " | targets met | commit |", "| --- " * (len(names) + 3) + "|"]
-    for res in results:
-        commits = sorted({res[name]["commit"] for name in STEPS if name in res})
-        met = [target["met"] for target in res["targets"]]
-        n_met = f"{sum(met)} of {len(met)}" if met else "not run"
-        steps = " | ".join(cell(res, name) for name in names)
-        lines.append(f"| {res['gpu']} | {steps} | {n_met} | {' '.join(commits)} |")
-    for gpu in ("NVIDIA (CUDA)", "Apple (Metal)"):
-        if not any((gpu.startswith("NVIDIA")) == res["backend"].startswith("CUDA") for res in results):
-            lines.append(f"| {gpu} | " + " | ".join("not run" for _ in [*names, "targets"]) + " | |")
-    return "\n".join(lines)
-
-
-def target_lines(results: Sequence[Json]) -> str:
-    """One line per target and GPU."""
-    lines = []
-    for res in results:
-        for target in res["targets"]:
-            sign, verdict = ">=" if target["at_least"] else "<=", "met" if target["met"] else "MISSED"
-            lines.append(f"{res['gpu']}: {target['name']}: {target['value']} ({sign} {target['bound']}): {verdict}")
-    return "\n".join(lines)
-
-
-def all_results(folder: Path = RESULTS) -> list[Json]:
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-
-
-def write_readme(file: Path) -> None:
-    text = file.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    file.write_text(f"{head}{BEGIN}\n{table(all_results())}\n{END}{tail}", encoding="utf-8")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--source", type=Path)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu")
-    parser.add_argument("--programs", type=Path, help="folder of built test programs; default: the build's")
+    parser.add_argument(
+        "--programs", type=Path, help="folder of test programs, or of a package's; default: the build's"
+    )
     parser.add_argument("--backend", help="ggml's name of the device; default: the first GPU")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--table", action="store_true")
@@ -319,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
     check = Check(
         args.build,
-        args.programs or args.build / "bin",
+        args.programs or args.build / "tests" / "native",
         args.backend or default_backend(),
         args.source,
         args.results / f"{name}.json",

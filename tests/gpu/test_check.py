@@ -1,37 +1,91 @@
-"""The command that proves the kernels on a GPU, run on the CPU: its steps, its results, the README's table."""
+"""The command that proves the kernels on a GPU, run on the CPU: its steps, its results, the table of README.md."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import check
 import pytest
+import report
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_steps_record_what_they_find(native_tests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def build(native_tests: Path, tmp_path: Path) -> Path:
+    """A build tree as CMake leaves it: libraries in bin/, test programs in tests/native/, _stamp.py."""
+    folder = tmp_path / "build"
+    (folder / "tests/native").mkdir(parents=True)
+    (folder / "bin").symlink_to((native_tests.parent / "lib").resolve())
+    (folder / "_stamp.py").symlink_to((native_tests.parent / "_stamp.py").resolve())
+    for name in ("test-backend-ops-ragged", "test-ragged"):
+        shutil.copy2(native_tests / name, folder / "tests/native")
+    return folder
+
+
+def test_steps_record_what_they_find(
+    native_tests: Path, build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a device that computes with the CPU's kernels, but has memory of its own and comes to its programs as a GPU does."""
     monkeypatch.setattr(check, "gpu_name", lambda: "Test 1")
     monkeypatch.setenv("GGML_BACKEND_PATH", str(native_tests / "test-device.so"))
-    common = [
-        "--backend",
-        "TEST0",
-        "--programs",
-        str(native_tests),
-        "--build",
-        str(tmp_path),
-        "--results",
-        str(tmp_path),
-    ]
+    common = ["--backend", "TEST0", "--build", str(build), "--results", str(tmp_path)]
     assert check.main(["--steps", "ops,identities", *common]) == 0
     found = json.loads((tmp_path / "test-1.json").read_text())
     assert found["ops"]["tested"] >= 200 and found["ops"]["failed"] == 0 and found["ops"]["worst_nmse"] < 1e-9
     assert len(found["identities"]["models"]) == 3
-    text = check.table([found])
+    text = report.table([found])
     assert "| Test 1 | " + f"{found['ops']['tested']} cases" in text
     assert text.count("not run") >= 3
+
+
+def test_sessions_need_no_installation(
+    build: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what the package needs at run time: the command line's libraries are not there."""
+    for name in ("typer", "pydantic", "click"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not installed')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(check, "gpu_name", lambda: "Test 4")
+    plans = {
+        "filled": {"lengths": [256, 512], "fill": True},
+        "prompt": {"lengths": [300], "references": [64]},
+    }
+    common = {"policies": ["auto", "windowkv"], "budgets": [0.25], "baselines": ["f16"], "rounds": 4, "references": []}
+    monkeypatch.setattr(check, "SESSIONS", {"model": str(tiny), "plans": plans, "common": common})
+    assert (
+        check.main(["--steps", "sessions", "--backend", "CPU", "--build", str(build), "--results", str(tmp_path)]) == 0
+    )
+    found = json.loads((tmp_path / "test-4.json").read_text())
+    rows = found["sessions"]["filled"]["rows"]
+    assert [(row["session"], row["length"]) for row in rows] == [
+        (name, length) for length in (256, 512) for name in ("stock f16", "auto 25 % f16", "windowkv 25 % f16")
+    ]
+    assert all(row["decode_ms"] > 0 for row in rows)
+    compacted = [row["compaction_ms"] for row in found["sessions"]["prompt"]["rows"] if row["budget"]]
+    assert len(compacted) == 2 and min(compacted) > 0
+    names = {target["name"] for target in found["targets"]}
+    assert "auto 25 % f16: compaction by prefill" in names
+
+
+def test_the_sanitizer_has_cases(native_tests: Path) -> None:
+    for case in check.SANITIZED:
+        program = [native_tests / "test-backend-ops-ragged", "test", "-b", "CPU", "-p", case]
+        run = subprocess.run(program, capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0 and " 0 failed" in run.stdout, case + run.stdout
+
+
+def test_a_build_without_libraries_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "gpu_name", lambda: "Test 5")
+    assert (
+        check.main(["--steps", "sessions", "--backend", "CPU", "--build", str(tmp_path), "--results", str(tmp_path)])
+        == 1
+    )
+    error = json.loads((tmp_path / "test-5.json").read_text())["sessions"]["error"]
+    assert "_stamp.py; run the step build first" in error
 
 
 def test_a_failed_step_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +94,7 @@ def test_a_failed_step_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert check.main(["--steps", "ops", *common]) == 1
     found = json.loads((tmp_path / "test-2.json").read_text())
     assert not found["ops"]["ok"] and "test-backend-ops-ragged" in found["ops"]["error"]
-    assert "| Test 2 | failed |" in check.table([found])
+    assert "| Test 2 | failed |" in report.table([found])
 
 
 def test_targets_follow_from_what_was_measured() -> None:
@@ -66,15 +120,15 @@ def test_targets_follow_from_what_was_measured() -> None:
         row("auto 12 % f16", 32768, 0.12, prefill_tokens_per_s=4096.0, compaction_ms=170.0),
     ]
     sessions = {"ok": True, "filled": {"rows": filled}, "prompt": {"rows": prompt}}
-    found = check.targets({"speed": {"ok": True, "rows": speed}, "sessions": sessions})
+    found = report.targets({"speed": {"ok": True, "rows": speed}, "sessions": sessions})
     assert [(target["value"], target["met"]) for target in found] == [
         (0.81, True), (0.59, False),  # share of the speed at which the device copies
         (1.0, True), (0.92, True), (1.0364, False),  # bytes at 16k, speed and bytes at 128k
         (0.0213, False),  # of 8 s
     ]  # fmt: skip
-    text = check.target_lines([{"gpu": "Test 3", "targets": found}])
+    text = report.target_lines([{"gpu": "Test 3", "targets": found}])
     assert text.count("MISSED") == 3 and "0.59 (>= 0.6): MISSED" in text
-    assert check.targets({"speed": {"ok": False, "error": "x"}}) == []
+    assert report.targets({"speed": {"ok": False, "error": "x"}}) == []
 
 
 def test_unknown_steps_are_refused(tmp_path: Path) -> None:
@@ -83,5 +137,5 @@ def test_unknown_steps_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_readme_has_the_table_of_the_results() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.split(check.BEGIN)[1].split(check.END)[0].strip() == check.table(check.all_results())
+    text = (ROOT / "tests" / "gpu" / "README.md").read_text(encoding="utf-8")
+    assert text.split(report.BEGIN)[1].split(report.END)[0].strip() == report.table(report.all_results())

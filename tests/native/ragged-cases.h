@@ -23,7 +23,7 @@ struct ragged_case {
     ggml_type type_k, type_v;
     int64_t   n_gqa, n_tokens;
 
-    std::vector<int64_t> lens; // cells of the kv heads
+    std::vector<int64_t> n_cells; // of the kv heads
 
     float softcap;
     bool  sinks;
@@ -37,12 +37,12 @@ struct ragged_case {
 
 std::string ragged_case::vars() const {
     std::string list;
-    for (const int64_t len : lens) {
-        list += (list.empty() ? "" : ",") + std::to_string(len);
+    for (const int64_t n : n_cells) {
+        list += (list.empty() ? "" : ",") + std::to_string(n);
     }
     char buf[512];
     snprintf(buf, sizeof(buf),
-            "hsk=%d,hsv=%d,type_k=%s,type_v=%s,n_gqa=%d,n_tokens=%d,lens=[%s],softcap=%.0f,sinks=%d,causal=%d,permuted=%d,n_threads=%d",
+            "hsk=%d,hsv=%d,type_k=%s,type_v=%s,n_gqa=%d,n_tokens=%d,n_cells=[%s],softcap=%.0f,sinks=%d,causal=%d,permuted=%d,n_threads=%d",
             (int) hsk, (int) hsv, ggml_type_name(type_k), ggml_type_name(type_v), (int) n_gqa, (int) n_tokens, list.c_str(),
             softcap, sinks, causal, permuted, n_threads);
     return buf;
@@ -114,7 +114,7 @@ static std::vector<float> init_pool(ggml_tensor * pool, const std::vector<int32_
 static ragged_graph build_graph(const ragged_case & tc, ggml_backend_t backend) {
     ragged_graph g;
 
-    const int64_t n_head_kv = tc.lens.size();
+    const int64_t n_head_kv = tc.n_cells.size();
     const int64_t n_head    = n_head_kv*tc.n_gqa;
 
     // regions in descending order of heads, gaps between them; the other layers' planes point into the gaps
@@ -124,9 +124,9 @@ static ragged_graph build_graph(const ragged_case & tc, ggml_backend_t backend) 
         for (int il = 0; il < N_LAYER; ++il) {
             int32_t * range = g.ranges_data.data() + 2*(il*n_head_kv + ih);
             range[0] = il == LAYER ? n_rows : 0;
-            range[1] = il == LAYER ? tc.lens[ih] : 3;
+            range[1] = il == LAYER ? tc.n_cells[ih] : 3;
         }
-        n_rows += tc.lens[ih] + 5;
+        n_rows += tc.n_cells[ih] + 5;
     }
 
     g.ctx.reset(ggml_init({ 16*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
@@ -174,7 +174,7 @@ static ragged_graph build_graph(const ragged_case & tc, ggml_backend_t backend) 
 
 // attention of query it of query head ih, by definition
 static std::vector<double> reference(const ragged_case & tc, const ragged_graph & g, int64_t ih, int64_t it) {
-    const int64_t n_head_kv = tc.lens.size();
+    const int64_t n_head_kv = tc.n_cells.size();
     const int64_t ih_kv     = ih/tc.n_gqa;
 
     const int32_t * range = g.ranges_data.data() + 2*(LAYER*n_head_kv + ih_kv);
@@ -223,11 +223,11 @@ static double max_reference = 1e7;
 
 // worst squared error of an output row relative to its square, infinite where something is not finite; out as the op's result
 static double worst_nmse(const ragged_case & tc, const ragged_graph & g, const std::vector<float> & out) {
-    const int64_t n_head = tc.lens.size()*tc.n_gqa;
+    const int64_t n_head = tc.n_cells.size()*tc.n_gqa;
 
     double cost = 0.0;
-    for (const int64_t len : tc.lens) {
-        cost += (double) len*tc.n_gqa*(tc.hsk + tc.hsv);
+    for (const int64_t n : tc.n_cells) {
+        cost += (double) n*tc.n_gqa*(tc.hsk + tc.hsv);
     }
     const int64_t n_tested = std::clamp<int64_t>(max_reference/std::max(cost, 1.0), 3, tc.n_tokens);
 
@@ -255,13 +255,13 @@ static double worst_nmse(const ragged_case & tc, const ragged_graph & g, const s
     return worst;
 }
 
-static std::vector<int64_t> mixed_lens(int i, int64_t n_tokens, int64_t max_len) {
-    const int64_t len = max_len - i*37 % (max_len/2);
+static std::vector<int64_t> mixed_n_cells(int i, int64_t n_tokens, int64_t max_cells) {
+    const int64_t n = max_cells - i*37 % (max_cells/2);
     switch (i % 4) {
-        case 0:  return { n_tokens + 37, 0, len, 1 };
-        case 1:  return { len | 1 };
-        case 2:  return { 1, n_tokens, len/7 };
-        default: return { len/2, len, n_tokens + 64 };
+        case 0:  return { n_tokens + 37, 0, n, 1 };
+        case 1:  return { n | 1 };
+        case 2:  return { 1, n_tokens, n/7 };
+        default: return { n/2, n, n_tokens + 64 };
     }
 }
 
@@ -276,9 +276,9 @@ static std::vector<ragged_case> make_test_cases(bool all) {
 
     // what is not looped over takes turns; the periods have no common factor with those of the loops
     int i = 0;
-    const auto add = [&](int64_t hsk, int64_t hsv, ggml_type type_k, ggml_type type_v, int64_t n_gqa, int64_t n_t, int64_t max_len) {
+    const auto add = [&](int64_t hsk, int64_t hsv, ggml_type type_k, ggml_type type_v, int64_t n_gqa, int64_t n_t, int64_t max_cells) {
         if (hsk % ggml_blck_size(type_k) == 0 && hsv % ggml_blck_size(type_v) == 0) {
-            res.push_back({ hsk, hsv, type_k, type_v, n_gqa, n_t, mixed_lens(i, n_t, max_len),
+            res.push_back({ hsk, hsv, type_k, type_v, n_gqa, n_t, mixed_n_cells(i, n_t, max_cells),
                     i % 3 == 1 ? 10.0f : 0.0f, i/2 % 2 == 1, i % 5 != 2, threads[i % 3], i % 7 != 3 });
             i++;
         }

@@ -221,7 +221,9 @@ static void test_compaction_moves_the_right_rows(llama_model * model, const wkv_
     CHECK(after.n_boundary == 400);
     CHECK(after.n_compactions == 1);
     CHECK(after.bytes_released == before.bytes_live - after.bytes_live);
-    CHECK(after.bytes_pool <= before.bytes_pool/2); // equal lengths are padded to 256 on a GPU
+    // equal lengths are padded to 256 on a GPU, and CUDA lays up to 512 elements behind K and V if they are quantised, in steps of 128 bytes
+    const int64_t n_behind = on_device && ggml_is_quantized(type) ? 2*before.n_layer*(ggml_row_size(type, 512) + 128) : 0;
+    CHECK(after.bytes_pool <= before.bytes_pool/2 + n_behind);
     CHECK(after.bytes_live < (on_device ? before.bytes_live : before.bytes_live/2));
     CHECK(after.bytes_peak >= before.bytes_live);
 

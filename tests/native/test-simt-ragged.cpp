@@ -185,7 +185,7 @@ static void test_faults_of_our_kernels(const simt_device & device, ggml_backend_
             expect(res.error.find("of the parts, which thread") != std::string::npos, "without the barrier between two kernels", res.error);
         }
 
-        auto * range = (int32_t *) g.ranges->data + 2*tc.lens.size()*LAYER;
+        auto * range = (int32_t *) g.ranges->data + 2*tc.n_cells.size()*LAYER;
         range[0] = g.k->ne[1] - range[1] + 1;
         const result res = compute(device, g, 1);
         expect(res.error.find(" of k, which has ") != std::string::npos || res.error.find(" of v, which has ") != std::string::npos,

@@ -183,8 +183,8 @@ def test_info_gives_the_bytes(smollm2: Path) -> None:
         assert costs[policy, 0.12, 4096]["cells_per_head"] == 491
         assert costs[policy, 0.12, 4096]["n_bytes"] == 491 * BYTES_PER_POSITION
 
-    # 30 layers, 9 query heads of 64 halves, 16 queries
-    assert info["policies"]["windowkv"] == {"window": 16, "ring_bytes": 30 * 9 * 64 * 2 * 16}
+    # 30 layers, 9 query heads of 64 halves, 16 queries and as many of a prompt
+    assert info["policies"]["windowkv"] == {"n_observed": 16, "query_bytes": 2 * 30 * 9 * 64 * 2 * 16}
 
 
 def test_the_forecast_of_the_bytes_is_what_a_session_holds(smollm2: Path, document: str) -> None:
@@ -198,7 +198,7 @@ def test_the_forecast_of_the_bytes_is_what_a_session_holds(smollm2: Path, docume
     finally:
         llm.close()
     assert stats.cells.mean() == cost["cells_per_head"]
-    expected = cost["n_bytes"] + info["policies"]["windowkv"]["ring_bytes"]
+    expected = cost["n_bytes"] + info["policies"]["windowkv"]["query_bytes"]
     # room for the next tokens comes on top
     assert expected <= stats.bytes_live <= expected + 64 * BYTES_PER_POSITION + 2**20
 

@@ -13,6 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny_model  # noqa: E402
+from policy_table import kept  # noqa: E402
+from reference.common import sizes  # noqa: E402
 
 from windowkv_edge import (  # noqa: E402
     AdaKV,
@@ -27,7 +29,6 @@ from windowkv_edge import (  # noqa: E402
     WindowAdaKV,
     WindowHeadKV,
     WindowKV,
-    reference,
 )
 
 N_LAYER, N_HEAD, N_HEAD_KV, N_CTX = 3, 4, 2, 512
@@ -114,12 +115,11 @@ def run(path: Path, n_steps: int, seed: int) -> dict[str, int]:
                 # every observed query was trimmed away
                 assert "nothing to score" in str(error)
                 continue
-            cells = np.array([[len(own) for own in layer] for layer in model.heads])
-            budget = reference.budgets(bound, cells, n_cells, model.heads, scores)
+            keep = kept(bound, model.heads, scores, n_cells)
             stats = llm.kv_compact(n_cells)
-            if (budget != cells).any():
-                model.keep(reference.select(bound, budget, model.heads, scores))
-            assert stats.cells.tolist() == budget.tolist()
+            if not all(own.all() for layer in keep for own in layer):
+                model.keep(keep)
+            assert stats.cells.tolist() == sizes(model.heads)
         elif what == "trim":
             p0 = int(rng.integers(0, model.n + 2))
             assert llm._ctx.kv_cache_seq_rm(-1, p0, -1) == model.trim(p0)

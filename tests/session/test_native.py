@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_model
-
-from windowkv_edge.reference import flash_attn_ragged
+from reference.attention import flash_attn_ragged
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import tiny_model
+from reference.attention import observe
 
-from windowkv_edge import H2O, CacheView, ExpectedAttention, KVPolicy, Llama, NativeError, SnapKV, WindowKV, WindowKVError, get_policy, reference
+from windowkv_edge import H2O, CacheView, ExpectedAttention, KVPolicy, Llama, NativeError, SnapKV, WindowKV, WindowKVError, get_policy
 from windowkv_edge.bench.session import Model
 from windowkv_edge.compaction import compact
 from windowkv_edge.eval import Branches
@@ -198,7 +199,7 @@ def test_one_of_the_two_ways() -> None:
 
 
 def test_the_example_of_the_readme(smollm2: Path, document: str, opened: Callable[..., Llama]) -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "windowkv_edge" / "policies" / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(from dataclasses .*?)```", text, re.S)
     scope: dict[str, Any] = {"__name__": "readme"}
     exec(compile(code[: code.index("llm = ")], "README.md", "exec", dont_inherit=True), scope)
@@ -268,7 +269,7 @@ def test_h2o_accumulates_over_the_whole_prompt(opened: Callable[..., Llama], tin
             at = found[0][0]
             assert at.tolist() == list(range(150))
             queries = np.stack([rows for _, rows in found])
-            score = reference.observe(queries, at, keys, np.arange(150, dtype=np.int32), keys.shape[1] ** -0.5)
+            score = observe(queries, at, keys, np.arange(150, dtype=np.int32), keys.shape[1] ** -0.5)
             score[-10:] = np.inf
             want.append(np.sort(np.argsort(-score, kind="stable")[:20]).tolist())
     llm.kv_compact(20)

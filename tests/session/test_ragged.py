@@ -12,7 +12,8 @@ import llama_cpp
 import numpy as np
 import pytest
 import tiny_model
-from tiny_reference import TinyLlama
+from policy_table import kept
+from reference.tiny_llama import TinyLlama
 
 from windowkv_edge import (
     AdaKV,
@@ -27,7 +28,6 @@ from windowkv_edge import (
     WindowAdaKV,
     WindowHeadKV,
     WindowKV,
-    reference,
 )
 
 TYPES = {
@@ -129,10 +129,9 @@ def test_selection_equals_the_reference(name: str, session: Callable[..., Llama]
     parts = bound.parts()
     found = [kv.scores(il, parts.scoring.window_size, among=bound.n_observed) for il in range(30)]
     tokens = [kv.scores(il, parts.scoring.token_window_size, among=bound.n_observed) for il in range(30)] if parts.scoring.token_window_size else None
-    budget = reference.budgets(bound, np.full((30, 3), 600), 60, positions, found, token_scores=tokens)
-    keep = reference.select(bound, budget, positions, found, token_scores=tokens)
+    keep = kept(bound, positions, found, 60, token_scores=tokens)
     stats = llm.kv_compact(60)
-    assert stats.cells.tolist() == budget.tolist()
+    assert stats.cells.tolist() == [[int(own.sum()) for own in layer] for layer in keep]
     assert stats.cells.sum() == 60 * 90
     for il in range(30):
         for ih in range(3):

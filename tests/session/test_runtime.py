@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from policy_table import kept
+from reference.attention import observe
 
-from windowkv_edge import POLICIES, Llama, NativeError, SnapKV, UnsupportedCallError, WindowKV, _native, reference
+from windowkv_edge import POLICIES, Llama, NativeError, SnapKV, UnsupportedCallError, WindowKV, _native
 from windowkv_edge.budget import bits
 
 CELL_BYTES = (64 + 64) * 2  # K and V of one head, f16
@@ -90,7 +92,7 @@ def test_scores_and_selection_equal_the_reference(session: Callable[..., Llama],
         if layer in (0, 11, 29):
             for head in range(N_HEAD_KV):
                 observed = [kv.queries(layer, head * 3 + g) for g in range(3)]
-                want = reference.observe(
+                want = observe(
                     np.stack([q for _, q in observed]), observed[0][0], kv.rows(layer, head, "k"), pos[head], 64**-0.5
                 )
                 # K and Q are rounded to f16 (2^-11) before the product, the logits are of order 10
@@ -98,8 +100,7 @@ def test_scores_and_selection_equal_the_reference(session: Callable[..., Llama],
                 np.testing.assert_allclose(got[head].sum(), 1.0, rtol=1e-4)
 
     llm.kv_compact(60)
-    budget = reference.budgets(policy, np.full((N_LAYER, N_HEAD_KV), 500), 60)
-    keep = reference.select(policy, budget, positions, scores)
+    keep = kept(policy, positions, scores, 60)
     for layer in range(N_LAYER):
         for head in range(N_HEAD_KV):
             assert llm.kv_positions(layer, head).tolist() == positions[layer][head][keep[layer][head]].tolist()

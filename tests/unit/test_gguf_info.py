@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
 }
 GROUPS: dict[str, list[str]] = gguf_info._UPSTREAM["groups"]
 MLA = {"attention__kv_lora_rank": 512, "attention__key_length_mla": 192, "attention__value_length_mla": 128}
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "windowkv_edge" / "README.md"
 
 needs_models = pytest.mark.skipif(bool(os.environ.get("WINDOWKV_OFFLINE")), reason="WINDOWKV_OFFLINE is set")
 
@@ -435,7 +435,7 @@ def test_the_readme_has_the_generated_table() -> None:
     text = README.read_text(encoding="utf-8")
     begin, end = text.index(gguf_info._TABLE_BEGIN) + len(gguf_info._TABLE_BEGIN), text.index(gguf_info._TABLE_END)
     shown = text[begin:end].strip("\n")
-    assert shown == architecture_table(), "run: python -m windowkv_edge.gguf_info --readme README.md"
+    assert shown == architecture_table(), "run: python -m windowkv_edge.gguf_info --readme windowkv_edge/README.md"
 
 
 def test_the_table_names_every_architecture_once() -> None:

@@ -28,7 +28,7 @@ def site(tmp_path: Path) -> Path:
     res = tmp_path / "site-packages"
     res.mkdir()
     for file in ("windowkv_edge.pth", "windowkv_edge_hook.py"):
-        shutil.copy(ROOT / "hook" / file, res)
+        shutil.copy(ROOT / "windowkv_edge" / "_hook" / file, res)
     ours = res / "windowkv_edge"
     ours.mkdir()
     for entry in PACKAGE.iterdir():
@@ -110,7 +110,7 @@ def test_the_start_costs_no_import(site: Path) -> None:
 
 
 def test_the_pin_is_the_same() -> None:
-    spec = importlib.util.spec_from_file_location("hook_under_test", ROOT / "hook" / "windowkv_edge_hook.py")
+    spec = importlib.util.spec_from_file_location("hook_under_test", ROOT / "windowkv_edge" / "_hook" / "windowkv_edge_hook.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     before = list(sys.meta_path)
@@ -123,5 +123,5 @@ def test_the_pin_is_the_same() -> None:
 
 def test_the_build_installs_it() -> None:
     text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-    assert "install(FILES hook/windowkv_edge.pth hook/windowkv_edge_hook.py DESTINATION .)" in text
-    assert '"hook"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert "install(FILES windowkv_edge/_hook/windowkv_edge.pth windowkv_edge/_hook/windowkv_edge_hook.py DESTINATION .)" in text
+    assert '"windowkv_edge/_hook/*"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # once is enough

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from windowkv_edge import task
-from windowkv_edge.task import classify, probability
+from windowkv_edge.task import classify, make_data, probability
 
 DATA = Path(task.__file__).parent / "data"
 CATEGORIES = {"qa", "multidoc_qa", "summary", "few_shot", "counting", "code", "chat", "extraction", "rewrite"}
@@ -40,7 +41,7 @@ def test_accuracy_on_held_out_prompts(heldout: list[dict[str, str]]) -> None:
 
 def test_no_held_out_prompt_was_trained_on(heldout: list[dict[str, str]]) -> None:
     seen: dict[tuple[str, ...], set[int]] = {}
-    train = [grams(row["text"]) for row in read("train.jsonl")]
+    train = [grams(row.text) for row in make_data.rows()]
     for i, own in enumerate(train):
         for gram in own:
             seen.setdefault(gram, set()).add(i)
@@ -68,6 +69,16 @@ def test_odd_input() -> None:
         classify(b"What is this?")  # type: ignore[arg-type]
     assert 0.0 <= probability("Summarise the text above in three sentences.") <= 1.0
     assert probability("Summarise the text above.") == probability("Summarise the text above.")
+
+
+def test_the_training_set_is_the_same_in_every_process(tmp_path: Path) -> None:
+    """It is made where it is needed, so that no order of a set or of a hash may show in it."""
+    for seed in ("0", "1"):
+        command = [sys.executable, "-m", "windowkv_edge.task.make_data", tmp_path / seed]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+    made = (tmp_path / "0").read_text(encoding="utf-8")
+    assert made == (tmp_path / "1").read_text(encoding="utf-8") == make_data.dump(make_data.rows())
+    assert len(made.splitlines()) > 10_000
 
 
 def test_the_weights_are_those_of_the_data() -> None:

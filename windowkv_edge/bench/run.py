@@ -38,7 +38,7 @@ GATE_KL = 0.02
 
 
 class GateError(WindowKVError, RuntimeError):
-    """A session answers differently from stock where it must not; no speed is reported."""
+    """A session that evicted nothing answers differently from stock, so no speed is reported."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Plan:
         types: cells of the policies.
         baselines: cells of the stock sessions.
         references: depths of further stock sessions with f16 cells that decode in the same turns; 0 = none.
-        rounds: decoded tokens per session; an even number of turns in both directions.
+        rounds: tokens that each session decodes; every other turn goes through the sessions backwards.
         threads: CPU threads.
         fill: random cells instead of an evaluated prompt.
-        exact: with f16 and f32 cells policies attend as stock does until something is evicted ("full" does not: it
-            would be stock).
+        exact: with f16 and f32 cells, policies attend with stock's kernel until something is evicted. Not "full",
+            which would be stock then.
     """
 
     lengths: tuple[int, ...]
@@ -97,7 +97,7 @@ class Row:
 
     @property
     def is_reference(self) -> bool:
-        """Whether it only stands beside the others."""
+        """Whether it is a stock session at another depth, for comparison."""
         return self.depth != self.length
 
 
@@ -117,8 +117,8 @@ class Bench:
         info: its header.
         plan: what to measure.
         tokens: the prompt, repeated where a length needs more; random ones for a model without a tokenizer.
-        is_random: the weights are random: heads get made-up scores where a policy needs some.
-        report: called with what is done and steps of :attr:`n_steps`.
+        is_random: whether the weights are random; then heads get made-up scores if a policy needs some.
+        report: called with what is being done and how many of :attr:`n_steps` that is.
     """
 
     def __init__(
@@ -172,12 +172,13 @@ class Bench:
         return len(set(self.plan.types)) * (1 + len(self.policies))
 
     def gate(self) -> None:
-        """With nothing to evict every policy has to answer as stock: bit for bit with stock's attention kernel, up to
-        rounding with ours (where the device has none, stock's serves both).
+        """While nothing is evicted, every policy has to answer as stock does: bit for bit with stock's attention
+        kernel, up to rounding with ours (if the device has ours; else stock's is checked twice).
 
-        The first check sees any cell that is not the prompt's. The second one only sees gross faults: one wrong token
-        of the prompt moves SmolLM2 by 0.01, rounding by 0.001, and a random model hardly at all. That our kernel is
-        right is shown by the op's own tests, case by case against stock's and a double-precision reference.
+        The first check finds any cell that does not belong to the prompt. The second one finds gross faults only: one
+        wrong token of the prompt moves SmolLM2 by 0.01, rounding moves it by 0.001, and neither moves a random model
+        much. The tests of the op show that our kernel is right: case by case, against stock's kernel and a reference in
+        double precision.
         """
         for cells in dict.fromkeys(self.plan.types):
             tokens, want = self._answer(None, cells, "stock", [])
@@ -253,7 +254,7 @@ class Bench:
         return Session(self.model, n_ctx, cells, policy, exact, self.plan.threads, CHUNK)
 
     def _open(self, row: Row, stack: ExitStack) -> _Entry:
-        """A session with room for its prompt; filled and compacted if nothing is to be evaluated."""
+        """A session with room for its prompt. If no prompt is to be evaluated, it is filled and compacted."""
         before, before_device = rss(), device_memory()
         policy = None if row.policy == STOCK else self.policies[row.policy]
         session = self._session(row.depth + self.plan.rounds + 1, row.cell_type, policy)
@@ -292,7 +293,7 @@ class Bench:
         row.device_bytes += device_memory() - before_device
 
     def _decode(self, entries: list[_Entry]) -> None:
-        """Median time of a token; the sessions take turns, so that a slow moment of the machine meets all of them."""
+        """Median time of a token. The sessions take turns, so that a slow moment of the machine slows all of them."""
         token = self.tokens[:1]
         for entry in entries:
             stats = entry.session.kv.stats()
@@ -325,7 +326,7 @@ class Bench:
         return (self.tokens * (length // len(self.tokens) + 1))[:length]
 
     def _check_types(self) -> None:
-        """Raise where a row of K or V is no whole number of blocks of a type."""
+        """Raise WindowKVError if a row of K or V is not a whole number of blocks of a type."""
         for cells in (*self.plan.types, *self.plan.baselines):
             if not fits(self.info, cells):
                 raise WindowKVError(
@@ -335,7 +336,7 @@ class Bench:
                 )
 
     def _check_memory(self, length: int) -> None:
-        """Raise unless all sessions of a length fit into the memory beside the weights, where it is the host's."""
+        """Raise WindowKVError unless all sessions of a length fit into the host's memory beside the weights."""
         if self.model.n_gpu_layers:
             return
         position = sum(self.info.layer_bytes(il) for il in self.info.compressed_layers)

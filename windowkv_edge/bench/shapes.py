@@ -1,4 +1,4 @@
-"""Models of the shape of real ones with random weights: for speed and memory, never for quality."""
+"""Models with the shapes of real ones and random weights: for speed and memory, never for quality."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Shape:
 
     @property
     def n_bytes(self) -> int:
-        """Of the matrices."""
+        """Bytes of all matrices."""
         return sum(rows * columns for rows, columns in self.matrices().values()) // _BLOCK * _BLOCK_BYTES
 
 
@@ -112,7 +112,7 @@ def _write(shape: Shape, path: Path, part: Path, progress: Progress | None) -> N
 
 
 def write_shape(shape: Shape, path: Path, progress: Progress | None = None) -> None:
-    """Write a model with random weights and without a tokenizer; one matrix at a time is in memory."""
+    """Write a model with random weights and without a tokenizer. Only one matrix at a time is in memory."""
     rng = np.random.default_rng(0)
     blocks = np.empty((_N_RANDOM, _BLOCK_BYTES), dtype=np.uint8)
     # nibbles minus 8 have a deviation of 4.6: this scale keeps activations near 1

@@ -83,8 +83,8 @@ def bench(
 ) -> None:
     """Prefill and decode speed, KV bytes and RSS of policies beside stock llama.cpp in the same run.
 
-    A gate comes first: where nothing is evicted the answers have to be stock's. Then the sessions take turns at every
-    chunk of the prompt and at every token.
+    A gate comes first: while nothing is evicted, the answers have to be those of stock. Then the sessions take turns,
+    at every chunk of the prompt and at every token.
     """
     plan = Plan(
         lengths=tuple(dict.fromkeys(parse_lengths(lengths))),

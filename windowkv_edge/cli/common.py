@@ -44,7 +44,7 @@ class CLIError(WindowKVError):
 
 
 def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """The command; an error of ours becomes one line on the error stream and exit code 2."""
+    """Wrap a command: an error of this package becomes one line on the error stream, and exit code 2."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -77,7 +77,7 @@ def parse_budget(text: str) -> float | int:
 
 
 def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
-    """Tokens: ``"1k,500"`` is [1024, 500]."""
+    """Numbers of tokens: ``"1k,500"`` gives [1024, 500]."""
     res = []
     for part in text.lower().split(","):
         match = re.fullmatch(r"\s*([1-9]\d{0,8})(k?)\s*", part, re.ASCII)
@@ -96,7 +96,7 @@ def parse_policy(name: str) -> KVPolicy:
 
 
 def split_names(text: str) -> list[str]:
-    """Parts between commas, those in brackets left alone, each once."""
+    """The parts between commas, each once. Commas inside of brackets do not count."""
     parts, depth = [""], 0
     for char in text:
         depth += (char == "(") - (char == ")")
@@ -113,7 +113,7 @@ def parse_policies(text: str) -> dict[str, KVPolicy]:
 
 
 def n_cores() -> int:
-    """Physical cores, as far as this process may use them."""
+    """Number of physical cores that this process may use."""
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
@@ -128,7 +128,7 @@ def open_model(model: str) -> GGUFInfo:
 def load(
     cls: type[L], info: GGUFInfo, n_ctx: int, threads: int | None, policy: KVPolicy | None, budget: float | None
 ) -> L:
-    """A session of class ``cls`` on the CPU's threads, or ``threads`` of them."""
+    """A session of class ``cls`` on ``threads`` CPU threads; None = as many as llama-cpp-python takes."""
     try:
         return cls(
             str(info.path),

@@ -40,7 +40,7 @@ _MIN_CPU_SHARE = 0.75
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: ``lead`` begins the answer, ``expected`` stands in a right one (both "" where unknown)."""
+    """What is asked. ``lead`` begins the answer, and a right answer holds ``expected``; both are "" if unknown."""
 
     text: str
     lead: str = ""
@@ -51,8 +51,8 @@ class Question:
 class Run:
     """One side of the comparison. Cells and bytes are those after the prompt, before anything was generated.
 
-    ``cpu_share`` is the processor time that the threads got while decoding, over what they could have used: well below
-    1 means that other programs kept the processor busy and that the times are too long.
+    ``cpu_share`` is the processor time that the threads got while decoding, divided by what they could have used. If it
+    is well below 1, other programs kept the processor busy and the times are too long.
     """
 
     policy: str
@@ -74,7 +74,7 @@ class Run:
 
 
 class _WatchedLlama(Llama):
-    """Notes what the resident memory does while the cache is compacted."""
+    """Notes how the resident memory changes while the cache is compacted."""
 
     rss_change: int | None = None
 
@@ -256,7 +256,7 @@ def _run(
 
 @contextlib.contextmanager
 def _prefill_bar(llm: Llama, n_tokens: int, console: Console) -> Iterator[None]:
-    """A bar over the positions evaluated so far, read from outside: a prompt is one call."""
+    """A bar of the positions evaluated so far. Another thread reads them, because a prompt is one call."""
     name = "full cache" if llm.kv_policy is None else llm.kv_policy.name
     columns = TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     done = threading.Event()

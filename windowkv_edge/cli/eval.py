@@ -74,7 +74,7 @@ Budgets = Annotated[
 Types = Annotated[str, typer.Option(help="Cells: f32, f16, bf16, q8_0, q4_0, or own: what each policy prefers.")]
 Lengths = Annotated[str, typer.Option(help="Tokens, comma-separated; 4k is 4096.")]
 Haystack = Annotated[
-    Path | None, typer.Option(help="A text, or a folder of .txt and .md files. Default: prose of our own.")
+    Path | None, typer.Option(help="A text, or a folder of .txt and .md files. Default: generated prose.")
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
@@ -104,7 +104,7 @@ class _Run:
         prepare: Callable[[Model], Sequence[Case] | Sequence[FidelityCase]],
         n_ctx: int | None = None,
     ) -> None:
-        """Build the prompts, run what is not on record, print the tables."""
+        """Build the prompts, run those that the results file lacks, print the tables."""
         model = Model(self.info.path, self.gpu_layers)
         try:
             cases = prepare(model)
@@ -216,7 +216,7 @@ def _depths(text: str) -> list[float]:
 
 
 def _about(haystack: Path | None) -> str:
-    """The haystack with the hash of its contents, so that a changed one is another run."""
+    """Name of the haystack and hash of its contents: with a changed text it is another run."""
     return "own prose" if haystack is None else f"{haystack.name} {fingerprint(read_texts(haystack))[:16]}"
 
 
@@ -239,7 +239,7 @@ def needle(
     threads: Threads = None,
     gpu_layers: GPULayers = 0,
 ) -> None:
-    """Facts hidden at depths of a text, the question behind it."""
+    """Facts hidden in a text at several depths, with the question at its end."""
     run = _start("needle", model, policies, budgets, types, seed, out, threads, gpu_layers)
     sizes, places = parse_lengths(lengths), _depths(depths)
     names = _chosen(kinds, needles.KINDS, "--kinds")
@@ -296,7 +296,7 @@ def fidelity(
     model: ModelArg,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="A text or a folder; several times for several. Default: prose of our own."),
+        typer.Option(help="A text or a folder; several times for several. Default: generated prose."),
     ] = None,
     lengths: Lengths = "2k",
     windows: Annotated[int, typer.Option(min=1, help="Windows per text and length.")] = 4,
@@ -401,7 +401,7 @@ def all_suites(
     threads: Threads = None,
     gpu_layers: GPULayers = 0,
 ) -> None:
-    """The README's tables and pictures: needles in two texts, RULER, second questions, distances, and the report."""
+    """Needles in two texts, RULER, second questions, distances, and a report: what eval/README.md shows."""
     journey = Path(str(resources.files("windowkv_edge") / "data" / "journey.txt"))
     lengths, depths, short = ("600", "0.5", "600") if small else ("1000,2000,4000", "0.2,0.8", "1000,2000")
     common: dict[str, Any] = {

@@ -42,7 +42,9 @@ def info(
         if rows:
             res["bytes_per_position"] = header.bytes_per_position
         res |= {"supported": supported, "reason": reason, "costs": [asdict(row) for row in rows]}
-        res["policies"] = {name: {"window": window(name), "ring_bytes": ring_bytes(header, name)} for name in policies}
+        res["policies"] = {
+            name: {"n_observed": n_observed(name), "query_bytes": query_bytes(header, name)} for name in policies
+        }
         print(json.dumps(res, indent=1))
         return
 
@@ -70,14 +72,14 @@ def parse_budgets(text: str) -> list[float]:
     return res
 
 
-def window(policy: str) -> int:
+def n_observed(policy: str) -> int:
     """Tokens at the end of a prompt that a policy observes, with its defaults."""
     return POLICIES[policy]().n_observed
 
 
-def ring_bytes(header: GGUFInfo, policy: str) -> int:
-    """Bytes of the observed queries (f16), which a session holds beside its cells: the last ones and those of the prompt's end."""
-    return 2 * sum(header.n_head[il] for il in header.compressed_layers) * header.head_dim_k * window(policy) * 2
+def query_bytes(header: GGUFInfo, policy: str) -> int:
+    """Bytes of the observed queries (f16) that a session holds beside its cells: the last ones and a prompt's."""
+    return 2 * sum(header.n_head[il] for il in header.compressed_layers) * header.head_dim_k * n_observed(policy) * 2
 
 
 def _model_table(header: GGUFInfo, supported: bool, reason: str, is_cost_known: bool) -> Table:
@@ -135,10 +137,10 @@ def _cost_table(header: GGUFInfo, rows: list[CostRow], lengths: list[int], budge
 
 def _policy_table(header: GGUFInfo, policies: list[str]) -> Table:
     table = Table(title="Policies", title_justify="left", title_style="")
-    for name, justify in (("policy", "left"), ("observes, tokens", "right"), ("ring, MiB", "right"), ("paper", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("policy", "observes, tokens", "queries, MiB", "paper"):
+        table.add_column(name, justify="right" if "," in name else "left")
     for name in policies:
-        table.add_row(name, str(window(name)), mib(ring_bytes(header, name)), POLICIES[name].paper)
-    table.caption = "A session also holds the last queries that its policy observes: the ring."
+        table.add_row(name, str(n_observed(name)), mib(query_bytes(header, name)), POLICIES[name].paper)
+    table.caption = "A session also holds the queries that its policy observes: of its last tokens, and a prompt's."
     table.caption_justify = "left"
     return table

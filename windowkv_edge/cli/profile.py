@@ -1,4 +1,4 @@
-"""``windowkv-edge profile``: measure which heads of a model its answers hang on."""
+"""``windowkv-edge profile``: measure which heads of a model find the answers in a text."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def profile(
     text: Annotated[Path | None, typer.Option(help="The text. Default: the one that is shipped.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
-    """Measure head scores for headkv, headkv-r2 and windowkv+headkv. Interrupted, it goes on where it stopped."""
+    """Measure head scores for headkv, headkv-r2 and windowkv+headkv. If it is interrupted, the same command goes on."""
     console = Console()
     info = open_model(model)
     all_lengths = parse_lengths(lengths)

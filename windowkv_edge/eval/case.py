@@ -21,11 +21,11 @@ class Case:
     Attributes:
         suite: the command that made it.
         task: its kind within the suite.
-        length: tokens of the haystack that were asked for, 0 where the prompt comes as it is.
-        depth: share of the haystack in front of the needle, None where there is none.
+        length: tokens of the haystack that were asked for; 0 if the prompt is given as a whole.
+        depth: share of the haystack in front of the needle; None if there is no needle.
         index: number within the kind.
-        prompt: tokens; compacted after these.
-        answers: what the output has to hold or equal.
+        prompt: tokens; the cache is compacted after them.
+        answers: what the output has to contain, or to be.
         metric: a name of :data:`windowkv_edge.eval.metrics.METRICS`.
         max_tokens: greedy tokens that are scored.
         follow_up: tokens evaluated between the compaction and the answer (a second question).
@@ -53,7 +53,7 @@ class Case:
 
 
 def place(hay: Sequence[int], inserts: Sequence[tuple[float, Sequence[int]]]) -> list[int]:
-    """Tokens of the haystack with inserts at their depths, in this order where depths are equal.
+    """Tokens of the haystack with inserts at their depths; those of one depth stay in the order given.
 
     Args:
         hay: tokens.

@@ -15,7 +15,7 @@ __all__ = ["fidelity_cases"]
 def fidelity_cases(
     style: Style, texts: Sequence[Text], lengths: Sequence[int], n_follow: int, n_windows: int
 ) -> Iterator[FidelityCase]:
-    """Up to n_windows windows per text and length, evenly spread, that do not overlap.
+    """Up to n_windows windows per text and length, evenly spread and without overlap.
 
     Args:
         style: of the prompts; only its BOS token is used.

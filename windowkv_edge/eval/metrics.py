@@ -27,12 +27,12 @@ def _words(text: str) -> list[str]:
 
 
 def contains_all(output: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """1 if every answer stands in the output, upper and lower case alike."""
+    """1 if the output contains every answer, else 0; case does not count."""
     return float(all(answer.lower() in output.lower() for answer in answers))
 
 
 def contains_share(output: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """Share of the answers that stand in the output (RULER's recall)."""
+    """Share of the answers that the output contains (RULER's recall)."""
     return sum(answer.lower() in output.lower() for answer in answers) / len(answers)
 
 

@@ -97,10 +97,10 @@ class Needle:
 
     Attributes:
         kind: one of :data:`KINDS`.
-        sentences: the first one is the needle where only one answers; the others are spread over the text.
+        sentences: the first is the needle; others, if there are any, are spread over the text.
         question: asked behind the text.
         lead: the beginning of the answer, which the model continues.
-        answers: words of which the continuation has to hold all.
+        answers: words that the continuation has to contain, all of them.
     """
 
     kind: str
@@ -174,7 +174,7 @@ def needle_cases(
 ) -> Iterator[Case]:
     """Every length x depth x kind x index, deepest first, so that neighbours share as much of the text as possible.
 
-    Needles stand on lines of their own; of several keys or values the others stand at fixed depths.
+    Each needle has a line of its own. If there are several keys or values, the others stand at fixed depths.
 
     Args:
         style: of the prompts.

@@ -1,7 +1,7 @@
 """Prose to hide things in: seeded, of any length, no two paragraphs alike.
 
-Sentences are made from patterns and word lists, so that no text of somebody else is needed. They never mention digits,
-secrets or questions, which the needles are made of.
+Sentences are made from patterns and word lists, so that nobody else's text is needed. They never mention digits,
+secrets or questions: needles are made of those.
 """
 
 from __future__ import annotations

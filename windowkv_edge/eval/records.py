@@ -18,7 +18,7 @@ VERSION = 1
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
-    """Header, rows and the length of what is whole; a last line that was cut off is left out."""
+    """Header, rows, and the length of the whole lines; a last line that was cut off is left out."""
     end = data.rfind(b"\n") + 1
     lines = data[:end].splitlines()
     rows = []
@@ -55,12 +55,12 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 class Records:
     """The results file of one run.
 
-    A line is written when its prompt is done. A file that is there already has to be that of the same run (its header
-    says of what); its lines are kept, and one that a crash cut off is removed.
+    A line is written when its prompt is done. If the file exists, it has to belong to the same run, which its header
+    tells; its lines are kept, except a last one that a crash cut off.
 
     Args:
         path: the file.
-        header: what the run is about; all of it has to agree for a run to go on, except the keys in ``free``.
+        header: what the run is about. To go on, all of it has to agree, except the keys in ``free``.
         free: keys of the header that may differ.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Results of evaluations, as they lie in files: shares of the full cache's score, with intervals."""
+"""Results read from files: shares of the full cache's score, with intervals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Results:
 
     @property
     def title(self) -> str:
-        """Name of the file, with the part of the suite where it has several."""
+        """Name of the file, and of the part if the suite has several."""
         return self.source.removesuffix(".jsonl") + ("-" + self.suite.split("/")[1] if "/" in self.suite else "")
 
     @property
@@ -60,7 +60,7 @@ class Results:
 
     @property
     def budgets(self) -> list[Budget]:
-        """Those of the policies, largest first: counts of cells, then shares."""
+        """The budgets of the policies, largest first: numbers of cells, then shares."""
         return sorted(
             {r["budget"] for row in self.rows for r in row["results"] if r["policy"] != FULL},
             key=lambda b: (isinstance(b, int), b), reverse=True,
@@ -72,7 +72,7 @@ class Results:
         return list(dict.fromkeys(Line(r["policy"], r["cells"]) for row in self._counted() for r in row["results"]))
 
     def _counted(self) -> list[Mapping[str, Any]]:
-        """Prompts that the full f16 cache answers, wholly or in part; all of them for distances."""
+        """Prompts that the full f16 cache answers, wholly or in part; for distances, all prompts."""
         if self.is_fidelity:
             return list(self.rows)
         return [row for row in self.rows if row["results"][0]["score"] > 0]
@@ -84,7 +84,7 @@ class Results:
     def pairs(
         self, line: Line, budget: Budget, value: str = "score", where: Callable[[Mapping[str, Any]], bool] | None = None
     ) -> list[tuple[float, float]]:
-        """(a policy's value, the full f16 cache's) of every counted prompt."""
+        """(value of a policy, value of the full f16 cache) for every counted prompt."""
         res = []
         for row in self._counted():
             if where is None or where(row):
@@ -126,7 +126,7 @@ class Results:
         return float(low), float(high)
 
     def value(self, line: Line, budget: Budget) -> float | None:
-        """What suites are compared by: KL divergence, or the share of the full cache's score."""
+        """The value that policies are ranked by: KL divergence, or the share of the full cache's score."""
         return self.mean(line, budget, "kl") if self.is_fidelity else self.retention(line, budget)
 
 

@@ -34,7 +34,7 @@ class Plan:
         policies: by name.
         budgets: see :class:`windowkv_edge.Llama`; fractions are of the bytes that f16 cells of the whole prompt
             take, so that smaller cells are more.
-        types: cells; OWN stands for those that a policy prefers, f16 for most.
+        types: types of the cells. OWN stands for what a policy prefers, which is f16 for most.
         threads: CPU threads.
     """
 
@@ -63,7 +63,7 @@ class FidelityCase:
     Attributes:
         text: name of the text.
         index: number of the window.
-        prompt: tokens, compacted after these.
+        prompt: tokens; the cache is compacted after them.
         follow: the tokens that are forced.
     """
 
@@ -119,7 +119,7 @@ class Runner:
         self.stack.close()
 
     def run(self, cases: Sequence[Case]) -> None:
-        """Generate and score; what is on record is passed over."""
+        """Generate and score every prompt that has no record yet."""
         for case in cases:
             if case.key not in self.records:
                 self.records.add(self._generate(case))
@@ -146,8 +146,8 @@ class Runner:
         return [(name, policy, budget) for name, policy in chosen for budget in self.plan.budgets]
 
     def _each(self, prompt: Sequence[int], measure: Callable[[Branches], dict[str, Any]]) -> list[dict[str, Any]]:
-        """Results of the full cache and of every variant; the first is that of the full f16 cache, and the only one if
-        it scores nothing."""
+        """Results of the full cache and of every variant. The first is that of the full f16 cache; if it scores
+        nothing, it is the only one."""
         results: list[dict[str, Any]] = []
         for cells, own in self.branches.items():
             if results and results[0].get("score") == 0:

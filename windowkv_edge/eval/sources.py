@@ -1,4 +1,4 @@
-"""Texts: files, folders, or prose of our own."""
+"""Texts: files, folders, or generated prose."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fingerprint(texts: Sequence[Text]) -> str:
 
 
 def hay_tokens(model: Model, haystack: Path | None, n_tokens: int, seed: int) -> list[int]:
-    """At least n_tokens tokens of the haystack, files of a folder joined; None = our own prose.
+    """At least n_tokens tokens of the haystack, files of a folder joined; None = generated prose.
 
     Raises:
         EvalError: the text is too short.

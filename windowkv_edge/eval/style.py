@@ -20,8 +20,8 @@ class Style:
         chat: use the chat template of the model.
 
     Attributes:
-        bos: the BOS token, where the model wants one.
-        head: tokens in front of every prompt: the BOS token where the model wants one, and the start of the first turn.
+        bos: the BOS token, if the model wants one.
+        head: tokens in front of every prompt: the BOS token, if the model wants one, and the start of the first turn.
 
     Raises:
         EvalError: ``chat`` and the model has no chat template, or one that cannot be rendered.
@@ -81,7 +81,7 @@ class Style:
         return self.tokenize(f"\n\n{question}") + self.model.tokenize(self._end + lead, special=True)
 
     def ask_again(self, question: str, lead: str = "") -> list[int]:
-        """Tokens of a further question behind an answered one, which ended with its last token."""
+        """Tokens of a further question, behind the last token of an answer."""
         if not self.chat:
             return self.ask(question, lead)
         return self.model.tokenize(self._between + question + self._end + lead, special=True)

@@ -1,4 +1,4 @@
-"""Tables of results in Markdown: what a policy keeps of what the full cache answers, and its place among the others."""
+"""Tables of results in Markdown: each policy's share of what the full cache answers, and its place among the others."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def summary_text(results: Sequence[Results]) -> str:
 
 
 def summary(results: Sequence[Results]) -> str:
-    """One row per policy: what it keeps of every suite at the budgets that all have."""
+    """One row per policy: its share of every suite's score, at the budgets that all suites have."""
     budgets = _same_budgets(results)
     lines = [line for line in results[0].lines if line.policy != FULL and all(line in res.lines for res in results)]
     rows = []
@@ -157,7 +157,7 @@ def summary(results: Sequence[Results]) -> str:
 
 
 def _places(values: Mapping[Line, float]) -> dict[Line, float]:
-    """Places from the best value on; equal values share the mean of their places."""
+    """Places, the best value first; equal values share the mean of their places."""
     res = {}
     for line, value in values.items():
         better = sum(other > value for other in values.values())
@@ -167,7 +167,7 @@ def _places(values: Mapping[Line, float]) -> dict[Line, float]:
 
 
 def mean_ranks(results: Sequence[Results]) -> dict[Budget, dict[Line, float]]:
-    """For every budget the mean place of every policy that all suites have: suites of one kind count as one."""
+    """Mean places by budget, of the policies that all suites have; suites of one kind count as one."""
     kinds: dict[str, list[Results]] = defaultdict(list)
     for res in results:
         kinds[res.suite].append(res)

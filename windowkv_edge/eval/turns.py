@@ -1,4 +1,4 @@
-"""Query-agnostic: a document is compacted on its first question, then others are asked about other places of it."""
+"""Second questions: a document is compacted on its first question, then others ask about other places of it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ KINDS = ("number", "word", "phrase", "paraphrased")
 def turns_cases(
     style: Style, hay: Sequence[int], lengths: Sequence[int], count: int, n_turns: int, seed: int, first: int = 0
 ) -> Iterator[Case]:
-    """Every length x document x question. A document holds as many facts as it is asked for, at random places.
+    """Every length x document x question. A document has one fact per question, at random places.
 
-    The first question is that of the compaction (task "first"); the right answer to it follows, then one of the others
-    (task "later"), each from the same compacted cache.
+    The cache is compacted on the first question (task "first"). Then comes its right answer, then one of the other
+    questions (task "later"); each of them starts from the same compacted cache.
 
     Args:
         style: of the prompts.

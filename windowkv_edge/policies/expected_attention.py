@@ -81,8 +81,8 @@ class ExpectedAttention(KVPolicy):
         heads = range(head * ctx.n_gqa, (head + 1) * ctx.n_gqa)
         weight = np.mean([self._expected(keys, *ctx.queries(layer, g), ctx.n_past) for g in heads], axis=0)
         value = weight * np.linalg.norm(ctx.values(layer, head), axis=1)
-        value[: self.n_sink] = np.inf
-        value[-1] = np.inf  # the next token follows it
+        value[: self.n_sink] = np.finfo(np.float64).max
+        value[-1] = np.inf  # the next token follows it: before the sinks, where the budget is smaller than they are
         return np.sort(positions[np.argsort(-value, kind="stable")[:budget]])
 
     def _expected(self, keys: Array, at: npt.NDArray[np.int32], queries: npt.NDArray[np.float32], n_past: int) -> Array:

@@ -1,10 +1,10 @@
 """What the task classifier reads of a prompt; training and inference share this code.
 
 Only the first `HEAD` and the last `TAIL` characters are read, because instructions stand at the start or
-the end of a prompt, so the cost of a call does not grow with its length. What is read is cut into
+the end of a prompt, so that the cost of a call does not grow with the length. What is read is cut into
 segments (sentences and lines). A first model, the gate, says how far a segment is addressed to the
-assistant and how far it belongs to the text being worked on; the words of a segment then count for the
-label as much as its gate is open.
+assistant and how far it belongs to the text being worked on; the further the gate of a segment is
+open, the more its words count for the label.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _cut(part: str) -> list[tuple[str, list[str], bool, int]]:
 
 
 def gate_features(segment: Segment) -> set[str]:
-    """Return where `segment` stands, how it begins and how it ends; its other words are left to the label."""
+    """Return where `segment` stands, how it begins and how it ends; only the label reads its other words."""
     words = segment.words
     last = "ends" + segment.text[-1] if segment.text[-1] in ".?:!" else "ends"
     place, place_end = f"place{min(segment.place, 2)}", f"place-{min(segment.place_end, 3)}"

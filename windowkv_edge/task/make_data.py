@@ -1,10 +1,10 @@
-"""Write the training set: instructions from `data/templates.txt` set into passages from `data/passages.txt`, and
-whole prompts from `data/prompts.txt` and `data/prompts.jsonl`.
+"""Make the training set: instructions from `data/templates.txt` set into passages from `data/passages.txt`, and
+whole prompts, written by hand, from `data/prompts.txt` and `data/prompts.jsonl`.
 
-    python -m windowkv_edge.task.make_data            # writes data/train.jsonl
-    python -m windowkv_edge.task.make_data --check    # exit status 1 if the shipped file differs
+    python -m windowkv_edge.task.make_data FILE       # writes it down, to be read; nothing needs the file
 
-The held-out set is written by hand and has no part in this.
+It takes less than a second, so that it is made where it is needed. The held-out set is written by hand and has no
+part in this.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One training prompt; `group` numbers the template it came from, so that folds can keep renderings together.
+    """One training prompt; `group` numbers the template it came from, so that a fold gets all renderings of a template.
 
-    `context` is None where nobody marked it: such a prompt teaches the label and not the gate.
+    `context` is None if nobody marked it; the gate does not learn from such a prompt, the label does.
     """
 
     text: str
@@ -132,7 +132,7 @@ def rows(seed: int = SEED) -> list[Row]:
 
 
 def dump(made: list[Row]) -> str:
-    """Return the JSON lines of the training set (text, label, category)."""
+    """Return the JSON lines of the training set (text, label, category, context)."""
     fields = ("text", "label", "category", "context")
     return "".join(json.dumps({f: getattr(row, f) for f in fields}, ensure_ascii=False) + "\n" for row in made)
 
@@ -310,18 +310,13 @@ def _cut(rng: random.Random, passage: str, others: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write `data/train.jsonl`, or compare it with what the sources give; return the exit status."""
-    parser = argparse.ArgumentParser(description="Write the training set of the task classifier.")
-    parser.add_argument("--check", action="store_true", help="only compare the shipped file with the sources")
+    """Write the training set to a file; return the exit status."""
+    parser = argparse.ArgumentParser(description="Write the training set of the task classifier as JSON lines.")
+    parser.add_argument("file", metavar="FILE", type=Path, help="file to write")
     options = parser.parse_args(argv)
     made = rows()
-    path = DATA / "train.jsonl"
-    if options.check:
-        same = path.read_text(encoding="utf-8") == dump(made)
-        print(f"{path.name}: {'up to date' if same else 'differs; run python -m windowkv_edge.task.make_data'}")
-        return 0 if same else 1
-    path.write_text(dump(made), encoding="utf-8")
-    print(f"{path.name}: {len(made)} prompts from {len({row.group for row in made})} templates")
+    options.file.write_text(dump(made), encoding="utf-8")
+    print(f"{options.file}: {len(made)} prompts from {len({row.group for row in made})} templates")
     return 0
 
 

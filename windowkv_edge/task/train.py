@@ -1,4 +1,4 @@
-"""Train the task classifier from `data/train.jsonl` and judge it on `data/heldout.jsonl`.
+"""Train the task classifier on the prompts that `make_data` makes and judge it on `data/heldout.jsonl`.
 
     python -m windowkv_edge.task.train                 # writes data/weights.npz, prints the held-out results
     python -m windowkv_edge.task.train --check         # exit status 1 if weights or accuracy are not as they should be
@@ -22,11 +22,11 @@ from typing import TypeAlias
 import numpy as np
 
 from .features import CLOSE, OPEN, gate_features, label_features, segments
+from .make_data import DATA, Row, rows
 from .model import BIAS, WEIGHTS, Model
 
 __all__ = ["DATA", "Example", "accuracy", "difference", "fit", "main", "read", "table"]
 
-DATA = Path(__file__).parent / "data"
 FLOOR = 0.95
 """Held-out accuracy below which `--check` fails."""
 
@@ -175,7 +175,7 @@ def _right(model: Model, examples: Iterable[Example]) -> Iterator[tuple[Example,
 
 
 def accuracy(model: Model, examples: Sequence[Example]) -> float:
-    """Return the share, in [0, 1], of `examples` that `model` labels rightly."""
+    """Return the share, in [0, 1], of `examples` that `model` labels correctly."""
     return sum(right for _, right in _right(model, examples)) / len(examples)
 
 
@@ -193,7 +193,7 @@ def table(model: Model, examples: Sequence[Example]) -> str:
 
 
 def difference(a: Model, b: Model) -> float:
-    """Return the largest difference of a weight; one that is stored in one model only counts as 0 in the other."""
+    """Return the largest difference of a weight; a weight that one of the models lacks counts as 0 there."""
     return max(
         abs(one.get(name, 0.0) - two.get(name, 0.0))
         for one, two in ((a.gate, b.gate), (a.label, b.label))
@@ -201,12 +201,14 @@ def difference(a: Model, b: Model) -> float:
     )
 
 
+def _examples(made: Sequence[Row]) -> list[Example]:
+    return [Example(row.text, row.label, row.category, row.context) for row in made]
+
+
 def _cross_validate(folds: int) -> None:
     """Print the accuracy on left-out templates: renderings of one template stay in one fold."""
-    from .make_data import rows
-
     made = rows()
-    examples = [Example(row.text, row.label, row.category, row.context) for row in made]
+    examples = _examples(made)
     pairs = list(zip(examples, made, strict=True))
     right = 0
     for fold in range(folds):
@@ -230,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.folds:
         _cross_validate(options.folds)
         return 0
-    model = fit(read(DATA / "train.jsonl"))
+    model = fit(_examples(rows()))
     if not options.check:
         model.save()
     shipped = Model.load()

@@ -206,8 +206,10 @@ static size_t buft_get_alignment(ggml_backend_buffer_type_t) {
 }
 
 static size_t buft_get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * tensor) {
-    const size_t n_extra = tensor->op == GGML_OP_FLASH_ATTN_RAGGED && emulated ? emulated->extra(tensor) : 0;
-    return ggml_nbytes(tensor) + n_extra;
+    const size_t  n_extra = tensor->op == GGML_OP_FLASH_ATTN_RAGGED && emulated ? emulated->extra(tensor) : 0;
+    const int64_t n_row   = tensor->ne[0]%512;
+    // as CUDA, which reads quantised rows up to a multiple of 512 elements (MATRIX_ROW_PADDING)
+    return ggml_nbytes(tensor) + n_extra + (ggml_is_quantized(tensor->type) && n_row != 0 ? ggml_row_size(tensor->type, 512 - n_row) : 0);
 }
 
 //

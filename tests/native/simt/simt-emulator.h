@@ -6,10 +6,10 @@
 //   - two accesses to the same bytes of shared or device memory by two threads without a barrier between, one of them a write
 //   - a barrier or a shuffle that not all threads of the block or warp come to
 // Order: fibers of a block take turns in an order that a seed shuffles at every barrier, blocks run one after another.
-//
-// One header, long as it is: a test includes it and is done.
 
 #pragma once
+
+#include "simt-fiber.h"
 
 #include <algorithm>
 #include <cstdarg>
@@ -24,12 +24,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
-
-#if !defined(__x86_64__) && !defined(__aarch64__)
-#include <ucontext.h>
-#endif
 
 namespace simt {
 
@@ -47,79 +42,6 @@ struct failure : std::runtime_error {
     va_end(args);
     throw failure(buf);
 }
-
-//
-// fibers
-//
-
-#if defined(__x86_64__) || defined(__aarch64__)
-
-extern "C" void simt_switch(void ** from, void * to);
-
-#if defined(__APPLE__)
-#define SIMT_SYMBOL(name) "_" name
-#else
-#define SIMT_SYMBOL(name) name
-#endif
-
-// keeps what a call must keep, changes stacks
-#if defined(__x86_64__)
-asm(".text\n" SIMT_SYMBOL("simt_switch") ":\n"
-    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
-    "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
-    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
-static constexpr int N_SAVED = 6; // and the return address
-#else
-asm(".text\n.p2align 2\n" SIMT_SYMBOL("simt_switch") ":\n"
-    "sub sp, sp, #160\n"
-    "stp x19, x20, [sp, #0]\nstp x21, x22, [sp, #16]\nstp x23, x24, [sp, #32]\nstp x25, x26, [sp, #48]\n"
-    "stp x27, x28, [sp, #64]\nstp x29, x30, [sp, #80]\n"
-    "stp d8, d9, [sp, #96]\nstp d10, d11, [sp, #112]\nstp d12, d13, [sp, #128]\nstp d14, d15, [sp, #144]\n"
-    "mov x9, sp\nstr x9, [x0]\nmov sp, x1\n"
-    "ldp x19, x20, [sp, #0]\nldp x21, x22, [sp, #16]\nldp x23, x24, [sp, #32]\nldp x25, x26, [sp, #48]\n"
-    "ldp x27, x28, [sp, #64]\nldp x29, x30, [sp, #80]\n"
-    "ldp d8, d9, [sp, #96]\nldp d10, d11, [sp, #112]\nldp d12, d13, [sp, #128]\nldp d14, d15, [sp, #144]\n"
-    "add sp, sp, #160\nret\n");
-#endif
-
-struct fiber_context {
-    void * sp = nullptr;
-
-    void start(char * stack, size_t size, void (*entry)()) {
-        auto * top = (void **) ((uintptr_t) (stack + size) & ~(uintptr_t) 15);
-#if defined(__x86_64__)
-        *--top = nullptr; // where entry would return to, and the alignment that a call leaves
-        *--top = (void *) entry;
-        top -= N_SAVED;
-        std::fill(top, top + N_SAVED, nullptr);
-#else
-        top -= 20;
-        std::fill(top, top + 20, nullptr);
-        top[11] = (void *) entry; // x30
-#endif
-        sp = top;
-    }
-
-    static void switch_to(fiber_context & from, fiber_context & to) { simt_switch(&from.sp, to.sp); }
-};
-
-#else
-
-struct fiber_context {
-    ucontext_t context;
-
-    void start(char * stack, size_t size, void (*entry)()) {
-        getcontext(&context);
-        context.uc_stack.ss_sp   = stack;
-        context.uc_stack.ss_size = size;
-        context.uc_link          = nullptr;
-        makecontext(&context, entry, 0);
-    }
-
-    static void switch_to(fiber_context & from, fiber_context & to) { swapcontext(&from.context, &to.context); }
-};
-
-#endif
 
 //
 // memory
@@ -465,118 +387,6 @@ inline void machine::run_block(int n_threads, const std::function<void()> & fn) 
     if (!error.empty()) {
         throw failure(error);
     }
-}
-
-//
-// pointers
-//
-
-// a value in device memory
-template <typename T>
-class global_ref {
-public:
-    global_ref(region * r, T * p) : r(r), p(p) {}
-
-    operator std::remove_const_t<T>() const {
-        current_machine()->global_access(r, (const char *) p, sizeof(T), false);
-        return *p;
-    }
-
-    const global_ref & operator=(std::remove_const_t<T> x) const {
-        current_machine()->global_access(r, (const char *) p, sizeof(T), true);
-        *p = x;
-        return *this;
-    }
-
-private:
-    region * r;
-    T      * p;
-};
-
-template <typename T>
-class global_ptr {
-public:
-    global_ptr() = default;
-    global_ptr(region * r, T * p) : r(r), p(p) {}
-
-    template <typename U, typename = std::enable_if_t<std::is_same_v<T, const U>>>
-    global_ptr(const global_ptr<U> & other) : r(other.r), p(other.p) {}
-
-    global_ref<T> operator[](int64_t i) const { return { r, p + i }; }
-    global_ptr    operator+ (int64_t i) const { return { r, p + i }; }
-
-    region * r = nullptr;
-    T      * p = nullptr;
-};
-
-template <typename T>
-global_ptr<T> enter_pointer(T * p) {
-    return { current_machine()->find((const void *) p), p };
-}
-
-template <typename T, typename U>
-global_ptr<T> cast(const global_ptr<U> & p) {
-    return { p.r, reinterpret_cast<T *>(p.p) };
-}
-
-template <typename T>
-T load(const global_ptr<const char> & p) {
-    current_machine()->global_access(p.r, p.p, sizeof(T), false);
-    T res;
-    memcpy(&res, p.p, sizeof(T));
-    return res;
-}
-
-template <typename T>
-class shared_ref {
-public:
-    shared_ref(size_t at, size_t begin, size_t end) : at(at), begin(begin), end(end) {}
-
-    operator T() const {
-        T res;
-        memcpy(&res, current_machine()->shared_access(at, sizeof(T), begin, end, false), sizeof(T));
-        return res;
-    }
-
-    const shared_ref & operator=(T x) const {
-        memcpy(current_machine()->shared_access(at, sizeof(T), begin, end, true), &x, sizeof(T));
-        return *this;
-    }
-
-    const shared_ref & operator=(const shared_ref & other) const { return *this = (T) other; }
-
-private:
-    size_t at, begin, end;
-};
-
-// into memory of the block, by offset: the memory may move while threads ask for more
-template <typename T>
-class shared_ptr {
-public:
-    shared_ptr(size_t at, size_t begin, size_t end) : at(at), begin(begin), end(end) {}
-
-    shared_ref<T> operator[](int64_t i) const { return { at + i*sizeof(T), begin, end }; }
-
-    // a matrix: rows of whole 16 bytes from a place where loads of 32 may begin
-    void check_matrix(size_t ld) const {
-        if ((at - begin)%32 != 0 || ld*sizeof(T) % 16 != 0) {
-            fail("a matrix at byte %zu with rows of %zu bytes is not aligned", at - begin, ld*sizeof(T));
-        }
-    }
-
-    // n elements at once, valid until somebody writes them
-    const T * read(size_t n) const { return (const T *) current_machine()->shared_access(at, n*sizeof(T), begin, end, false); }
-
-    shared_ptr    operator+ (int64_t i) const { return { at + i*sizeof(T), begin, end }; }
-
-private:
-    size_t at, begin, end;
-};
-
-template <typename T>
-shared_ptr<T> shared_array(int line, size_t n) {
-    const size_t at = current_machine()->shared_array(line, n*sizeof(T));
-    return { at, at, at + n*sizeof(T) };
 }
 
 } // namespace simt

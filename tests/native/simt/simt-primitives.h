@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "simt-emulator.h"
+#include "simt-pointers.h"
 
 #include "ggml.h"
 
@@ -14,6 +14,7 @@
 #define SIMT_GLOBAL(T) simt::global_ptr<T>
 #define SIMT_SHARED(T) simt::shared_ptr<T>
 #define SIMT_CAST(T, p) simt::cast<T>(p)
+#define SIMT_THREAD(T) T &
 
 #define SIMT_SHARED_ARRAY(T, name, n) const auto name = simt::shared_array<T>(__LINE__, n)
 #define SIMT_ENTER(p) simt::enter_pointer(p)

@@ -1,0 +1,49 @@
+"""Rows of windowkv_edge.bench as JSON, for tests.gpu.check: a process of its own, and nothing of the command line.
+
+    python sessions.py '{"model": MODEL, "gpu_layers": N, "plans": {NAME: PLAN}, "common": PLAN}'
+
+MODEL is a file or a shape with random weights; PLAN has fields of :class:`windowkv_edge.bench.Plan`, "policies" by their names.
+Writes ``{NAME: {"rows": [...]}}``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from windowkv_edge import get_policy
+from windowkv_edge.bench import SHAPES, fetch_shape
+from windowkv_edge.bench.run import Bench, Plan
+from windowkv_edge.bench.session import Model
+from windowkv_edge.gguf_info import read_info
+
+
+def plan_of(fields: dict[str, Any]) -> Plan:
+    """A plan from JSON: lists are tuples, policies by name, as many threads as there are cores."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    policies = {name: get_policy(name) for name in values.pop("policies")}
+    return Plan(policies=policies, **{"threads": psutil.cpu_count(logical=False) or 1, **values})
+
+
+def main(text: str) -> None:
+    wanted = json.loads(text)
+    name = wanted["model"]
+    info = read_info(fetch_shape(name) if name in SHAPES else Path(name))
+    model = Model(info.path, wanted["gpu_layers"])
+    try:
+        res = {}
+        for key, fields in wanted["plans"].items():
+            bench = Bench(model, info, plan_of({**wanted["common"], **fields}), is_random=name in SHAPES)
+            res[key] = {"rows": [asdict(row) for row in bench.run()]}
+    finally:
+        model.close()
+    print(json.dumps(res))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,75 @@
+"""AdaKV (arXiv 2407.11550): the heads of a layer compete for its cells."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from . import budgets
+from .common import Cache, Kept, Ranking, keep, sizes, split
+from .snapkv import rankings
+
+
+def compete(own: list[int], alpha_safeguard: float, ranked: list[Ranking]) -> list[int]:
+    """Cells of heads that share the sum of their budgets (algorithm 1).
+
+    Each is sure of the cells that stay, and of the share alpha_safeguard of the rest of its own budget; what is left goes
+    to the best cells, whoever holds them. Of equal keys the one further ahead in its head's ranking wins, then the
+    earlier head.
+    """
+    sure = []
+    for budget, (_, key) in zip(own, ranked, strict=True):
+        stays = min(budget, key.count(math.inf))
+        sure.append(min(len(key), stays + math.floor((budget - stays) * alpha_safeguard)))
+    rest = sum(own) - sum(sure)
+    open_ = sorted((-key[i], i, head) for head, (_, key) in enumerate(ranked) for i in range(sure[head], len(key)))
+    for _, _, head in open_[:rest]:
+        sure[head] += 1
+    return sure
+
+
+def even(cells: list[list[int]], n_cells: int) -> list[int]:
+    """Own budgets of all heads of the model: n_cells, what small heads cannot take goes to the others."""
+    have = [n for layer in cells for n in layer]
+    return budgets.apportion([n_cells] * len(have), [0] * len(have), have, n_cells * len(have))
+
+
+def adakv(
+    scores: Cache,
+    n_cells: int,
+    *,
+    window_size: int,
+    kernel_size: int,
+    alpha_safeguard: float,
+    across: str = "layer",
+) -> Kept:
+    """SnapKV's cells; the heads of a "layer" compete, as in the paper, or all of the "model"."""
+    ranked = rankings(scores, window_size=window_size, kernel_size=kernel_size)
+    n_head = len(scores[0])
+    if across == "model":
+        own = even(sizes(scores), n_cells)
+        won = compete(own, alpha_safeguard, [r for layer in ranked for r in layer])
+        return keep(ranked, split(won, n_head))
+    layers = budgets.layers([n_cells] * len(scores), budgets.shared(sizes(scores)), n_cells)
+    return keep(ranked, [compete([b] * n_head, alpha_safeguard, r) for b, r in zip(layers, ranked, strict=True)])
+
+
+def published(scores: Cache, n_cells: int, *, window_size: int, kernel_size: int, alpha_safeguard: float) -> Kept:
+    """A head's budget is the mean of what it wins if all cells compete, and of an equal budget.
+
+    Both beside the observation window; alpha_safeguard weighs the equal budget. The mean is rounded as float32, halves to
+    even, so that a layer's total can be off. Where the observation window takes the budget, every head holds n_cells.
+    """
+    base = n_cells - window_size
+    sure, weight = np.float32(int(base * alpha_safeguard)), np.float32(1 - alpha_safeguard)
+    ranked = rankings(scores, window_size=window_size, kernel_size=kernel_size)
+    res = []
+    for layer in ranked:
+        review = [Ranking(order[window_size:], key[window_size:]) for order, key in layer]
+        if base <= 0 or base > max(len(order) for order, _ in review):
+            res.append([n_cells] * len(layer))
+        else:
+            won = compete([base] * len(layer), 0.0, review)
+            res.append([window_size + int(np.rint(np.float32(n) * weight + sure)) for n in won])
+    return keep(ranked, res)
