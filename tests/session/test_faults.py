@@ -7,13 +7,23 @@ import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
 from scripted import OTHERS, TOKENS, Script, answer, decode, once, positions
 
-from windowkv_edge import Llama, NativeError, SnapKV, UnsupportedCallError, UnsupportedModelError, WindowKV, _native
+from windowkv_edge import (
+    CacheView,
+    Llama,
+    NativeError,
+    SnapKV,
+    UnsupportedCallError,
+    UnsupportedModelError,
+    WindowKV,
+    _native,
+)
 from windowkv_edge.bench.session import Model, Session
 
 #
@@ -61,6 +71,26 @@ def test_a_failed_selection_is_made_up_for(tiny: Path, opened: Callable[..., Lla
     assert (llm.kv_stats().cells == 60).all()
 
 
+class Uneven(Script):
+    """The first head of a layer keeps twice as many cells as the second."""
+
+    ragged = True
+
+    def select(self, scores: Any, budget: int, ctx: CacheView) -> Any:
+        self.action()
+        return [[first[-80:], second[-40:]] for first, second in ctx.positions]
+
+
+def test_a_prompt_is_compacted_once(tiny: Path, opened: Callable[..., Llama]) -> None:
+    """Heads that hold more than the budget's average are no reason to ask again."""
+    asked: list[int] = []
+    llm = opened(tiny, kv_policy=Uneven(action=lambda: asked.append(1)), kv_budget=60)
+    for _ in range(3):
+        answer(llm, TOKENS)  # "full prompt already cached" from the second on
+        assert llm.kv_stats().cells.tolist() == [[80, 40]] * 3
+    assert asked == [1] and llm.kv_stats().n_compactions == 1
+
+
 def test_a_stream_that_somebody_holds(tiny: Path, opened: Callable[..., Llama]) -> None:
     """As the traceback of a notebook does."""
     llm = opened(tiny, kv_policy=SnapKV(), kv_budget=60)
@@ -69,11 +99,13 @@ def test_a_stream_that_somebody_holds(tiny: Path, opened: Callable[..., Llama]) 
     llm.reset()
     llm.eval(OTHERS)
     assert (llm.kv_stats().cells == 60).all() and llm.kv_stats().n_past == 400
+    llm.eval(TOKENS[:100])
+    assert (llm.kv_stats().cells == 60).all() and llm.kv_stats().n_past == 500
     other = llm.generate(TOKENS[:300], temp=0.0)
     next(other)
     assert (llm.kv_stats().cells == 60).all() and llm.kv_stats().n_past == 300
     next(other)
-    assert (llm.kv_stats().cells == 61).all() and llm.kv_stats().n_compactions == 3
+    assert (llm.kv_stats().cells == 61).all() and llm.kv_stats().n_compactions == 4
     stream.close()
 
 

@@ -4,6 +4,7 @@ it is closed."""
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,7 @@ def test_a_forked_child_is_told(tiny: Path, opened: Callable[..., Llama]) -> Non
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # a child that hangs dies
         said = b"nothing"
         try:
             llm.eval([1])

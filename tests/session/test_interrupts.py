@@ -13,6 +13,7 @@ import tiny_model
 from scripted import OTHERS, TOKENS, Script, alarm, answer, once
 
 from windowkv_edge import Llama, SnapKV, StreamingLLM
+from windowkv_edge.compaction import compact
 
 
 def test_ctrl_c_in_select(tiny: Path, opened: Callable[..., Llama], capfd: pytest.CaptureFixture[str]) -> None:
@@ -43,21 +44,30 @@ def stop() -> None:
     raise Stop
 
 
+@pytest.mark.parametrize("of_a_session", [True, False])
 def test_signals_at_any_time_of_a_compaction(
-    tiny: Path, opened: Callable[..., Llama], capfd: pytest.CaptureFixture[str]
+    tiny: Path, opened: Callable[..., Llama], capfd: pytest.CaptureFixture[str], of_a_session: bool
 ) -> None:
     """Before, while native code scores (the signal is pending then when the callback starts), and inside select."""
+
+    def compaction() -> None:
+        assert llm._kv is not None and llm.kv_policy is not None
+        if of_a_session:
+            llm.kv_compact(60)
+        else:
+            compact(llm._kv, llm.kv_policy, 60)
+
     llm = opened(tiny, kv_policy=Slow(action=stop), kv_budget=1.0)
     llm.eval(TOKENS)
     for _ in range(2):  # the first one reserves its graph
         start = time.perf_counter()
         with pytest.raises(Stop):
-            llm.kv_compact(60)
+            compaction()
         took = time.perf_counter() - start
     ends = []
     for i in range(1, 31):
         with pytest.raises((KeyboardInterrupt, Stop)) as caught, alarm(took * i / 24):
-            llm.kv_compact(60)
+            compaction()
         ends.append(caught.type)
         assert llm.n_tokens == llm.kv_stats().n_past == 400
         assert llm.kv_stats().n_compactions == 0
@@ -104,6 +114,26 @@ def test_signals_while_generating(tiny: Path, opened: Callable[..., Llama]) -> N
         assert llm.n_tokens == llm.kv_stats().n_past
     assert interrupted > 5
     assert len(answer(llm, prompts[1], 8)) == 8
+
+
+def test_a_signal_between_trimming_and_counting(tiny: Path, opened: Callable[..., Llama]) -> None:
+    """generate() trims the cache to what a prompt shares with the last one, then says so."""
+    llm = opened(tiny, kv_policy=SnapKV(), kv_budget=1.0)
+    answer(llm, TOKENS[:250])
+    trim, errors = llm._ctx.kv_cache_seq_rm, [KeyboardInterrupt()]
+
+    def interrupted(*args: int) -> bool:
+        done = trim(*args)
+        if errors:
+            raise errors.pop()
+        return done
+
+    llm._ctx.kv_cache_seq_rm = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        answer(llm, TOKENS[:200] + OTHERS[:50])
+    assert llm.n_tokens == llm.kv_stats().n_past == 200
+    answer(llm, TOKENS[:200] + OTHERS[:50])
+    assert llm.n_tokens == llm.kv_stats().n_past == 250
 
 
 def test_signals_while_setting_a_policy(tiny: Path, opened: Callable[..., Llama]) -> None:
