@@ -262,6 +262,13 @@ def test_the_native_page_names_every_file(folder: str) -> None:
     assert names and {name for name in names if f"`{name}`" not in text} == set()
 
 
+def test_the_page_of_the_tests_names_every_file() -> None:
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    tests = ROOT / "tests"
+    files = {f"{path.parent.name}/{path.name}" for name in ("session", "unit") for path in (tests / name).glob("test_*.py")}
+    assert set(re.findall(r"`((?:session|unit)/test_\w+\.py)`", text)) == files
+
+
 def test_the_ci_runs_the_command_of_the_readme() -> None:
     """One block of the first page ends in pytest; .ci/run looks for it and runs it as it stands."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
