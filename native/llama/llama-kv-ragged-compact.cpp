@@ -39,7 +39,7 @@ llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_kv_cache_ragged & kv, llama
     const size_t  n_planes  = std::max<size_t>(1, request.scoring.window_sizes.size());
 
     // host memory of the selection is part of the peak
-    llama_kv_ragged_claim claim(kv.get_meter(), n_cells*(sizeof(int32_t) + n_rep*n_planes*sizeof(float) + sizeof(uint8_t)));
+    llama_kv_ragged_claim claim(kv.get_meter(), n_cells*(sizeof(int32_t) + n_rep*n_planes*sizeof(float) + sizeof(uint8_t) + request.n_bytes_cell));
 
     lctx.synchronize();
 

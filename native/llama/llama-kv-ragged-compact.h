@@ -25,6 +25,8 @@ struct llama_kv_ragged_request {
 
     // what it throws leaves the cache as it was
     std::function<void(const llama_kv_ragged_choice &)> select;
+
+    int64_t n_bytes_cell = 0; // host memory that select takes for a moment, bytes per cell
 };
 
 struct llama_kv_ragged_plan {

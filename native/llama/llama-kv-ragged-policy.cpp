@@ -56,6 +56,9 @@ bool llama_kv_ragged_policy_request(
         }
     }
 
+    // rankings of all heads that compete at once, measured; a layer or a head at a time takes next to nothing
+    request.n_bytes_cell = policy.allocation.competes_in_model() ? 6 : 0;
+
     request.scoring.by_query_head = policy.scoring.query_heads == wkv::query_heads::each;
     request.scoring.window_sizes = sizes;
     request.select = [&kv, &policy, n_cells](const llama_kv_ragged_choice & choice) {
