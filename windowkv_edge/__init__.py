@@ -27,57 +27,22 @@ from .errors import (  # noqa: E402
 )
 from .heads import HeadScores  # noqa: E402
 from .llama import Llama  # noqa: E402
-from .policies import (  # noqa: E402
-    H2O,
-    POLICIES,
-    AdaKV,
-    Auto,
-    CacheView,
-    ExpectedAttention,
-    Full,
-    HeadKV,
-    HeadKVR2,
-    KVPolicy,
-    PyramidKV,
-    SnapKV,
-    StreamingLLM,
-    WindowAdaKV,
-    WindowHeadKV,
-    WindowKV,
-    WindowKVPaper,
-    get_policy,
-)
+from . import policies  # noqa: E402
+from .policies import *  # noqa: E402, F403 (what its __all__ lists: a new policy is added there alone)
 from .stats import KVStats  # noqa: E402
 
 __all__ = [
-    "H2O",
-    "POLICIES",
-    "AdaKV",
-    "Auto",
-    "CacheView",
-    "ExpectedAttention",
-    "Full",
-    "HeadKV",
-    "HeadKVR2",
     "HeadScores",
-    "KVPolicy",
     "KVStats",
     "LibraryMismatchError",
     "Llama",
     "MissingProfileError",
     "ModelFetchError",
     "NativeError",
-    "PyramidKV",
-    "SnapKV",
-    "StreamingLLM",
     "UnsupportedCallError",
     "UnsupportedModelError",
-    "WindowAdaKV",
-    "WindowHeadKV",
-    "WindowKV",
-    "WindowKVPaper",
     "WindowKVError",
-    "get_policy",
 ]
+__all__ += policies.__all__
 
 __version__ = _version("windowkv-edge")

@@ -3,7 +3,6 @@
 #include "wkv-ranking.h"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <numeric>
 
@@ -11,11 +10,20 @@ namespace wkv {
 
 std::vector<int64_t> water_fill(
                           double     base,
-        const std::vector<double>  & weight,
+        const std::vector<double>  & share,
         const std::vector<int64_t> & lo,
         const std::vector<int64_t> & hi,
                          int64_t     total) {
-    const size_t n = weight.size();
+    const size_t n = share.size();
+
+    // Any scale will do, and powers of two keep the digits. With the largest weight near the end of a double's range, the level
+    // that fills a head of the smallest one is no more than a double holds.
+    int exponent = 0;
+    std::frexp(*std::max_element(share.begin(), share.end()), &exponent);
+    std::vector<double> weight(n);
+    for (size_t i = 0; i < n; ++i) {
+        weight[i] = std::ldexp(share[i], 900 - exponent);
+    }
 
     const auto at = [&](double level, size_t i) {
         return std::clamp(base + level*weight[i], double(lo[i]), double(hi[i]));
@@ -38,7 +46,7 @@ std::vector<int64_t> water_fill(
         most = std::max(most, double(hi[i]));
     }
     double below = 0.0;
-    double above = least > 0.0 ? std::min(most/least, DBL_MAX) : 0.0; // tiny weights reach any level
+    double above = least > 0.0 ? most/least : 0.0;
     while (true) {
         const double mid = below + 0.5*(above - below);
         if (mid <= below || mid >= above) {

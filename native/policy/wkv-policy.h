@@ -104,6 +104,13 @@ struct cache_view {
                                    // every (layer, kv head) in turn row major [n_gqa, cells]
     std::vector<size_t> offsets;   // [n_layer*n_head_kv + 1], of cells
 
+    // With token_share and heads that compete: what they hold before single tokens, for these budgets of their own. budgets()
+    // leaves it for select(), which would have to rank all windows once more.
+    mutable struct {
+        std::vector<int32_t> own;     // [n_layer*n_head_kv], -1: not known
+        std::vector<int32_t> n_cells;
+    } before_tokens;
+
     cache_view(const wkv::policy & policy, const wkv::shapes & shapes, const int32_t * positions, const float * scores);
 
     size_t index(int32_t il, int32_t ih) const { return size_t(il)*shapes.n_head_kv + ih; }

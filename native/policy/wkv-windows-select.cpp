@@ -76,7 +76,8 @@ static void rank_groups(const cache_view & view, const std::vector<int32_t> & ow
                 const int32_t n    = view.n_cells(il, is);
                 const bool    same = n == int32_t(set.size()) && std::equal(set.begin(), set.end(), view.pos(il, is));
 
-                const ranking res = same ? shared : translate(view, il, is, set, shared);
+                const ranking   own_res = same ? ranking() : translate(view, il, is, set, shared);
+                const ranking & res     = same ? shared : own_res;
                 for (int32_t ih = is; ih < (per_layer ? n_head_kv : is + 1); ++ih) {
                     fn(il, ih, res);
                 }
@@ -94,6 +95,15 @@ static std::vector<int32_t> cells_before_tokens(const cache_view & view, const s
     const int32_t     n_head_kv = view.shapes.n_head_kv;
     const bool        competes  = policy.allocation.heads == heads::score;
 
+    const size_t i0 = view.index(il0, 0);
+    const size_t n  = size_t(il1 - il0)*n_head_kv;
+
+    // select() asks again for what budgets() found
+    auto & found = view.before_tokens;
+    if (found.own.size() == own.size() && std::equal(own.begin() + i0, own.begin() + i0 + n, found.own.begin() + i0)) {
+        return { found.n_cells.begin() + i0, found.n_cells.begin() + i0 + n };
+    }
+
     std::vector<int32_t>     res;
     std::vector<ranked_keys> keys;
     for (int32_t i = il0*n_head_kv; i < il1*n_head_kv; ++i) {
@@ -109,6 +119,11 @@ static std::vector<int32_t> cells_before_tokens(const cache_view & view, const s
         const std::vector<int32_t> first = res;
         compete(keys.data(), first.data(), first.size(), policy.allocation.alpha_safeguard, res.data());
     }
+
+    found.own.resize(own.size(), -1);
+    found.n_cells.resize(own.size());
+    std::copy_n(own.begin() + i0, n, found.own.begin() + i0);
+    std::copy_n(res.begin(), n, found.n_cells.begin() + i0);
     return res;
 }
 

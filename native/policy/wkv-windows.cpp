@@ -145,7 +145,7 @@ ranking rank_windows(cell_set cells, const policy & policy, int32_t budget, bool
     res.keys.n_stays = n_recent;
     res.n_whole      = n_recent + n_whole(windows, n_review, p.omega, int64_t(budget) - n_recent);
 
-    res.keys.run.reserve(windows.size());
+    res.keys.run.reserve(windows.size()); // keys are kept: no more than that
     res.keys.end.reserve(windows.size());
 
     int32_t end = n_recent;
