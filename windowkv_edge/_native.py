@@ -118,16 +118,16 @@ def decode_error(status: int, n_tokens: int) -> WindowKVError:
 
 
 class pending:
-    """Context manager: the llama_context created inside gets a ragged cache with ``window`` ring rows.
+    """Context manager: the llama_context created inside gets a ragged cache that observes ``n_observed`` queries.
 
     Its cells are of the type ``cells`` if the blocks of that divide the heads' rows, else of the context's types.
     """
 
-    def __init__(self, window: int, cells: str | None = None) -> None:
-        self.window, self.type = window, -1 if cells is None else TYPES[cells]
+    def __init__(self, n_observed: int, cells: str | None = None) -> None:
+        self.n_observed, self.type = n_observed, -1 if cells is None else TYPES[cells]
 
     def __enter__(self) -> None:
-        check(lib.wkv_pending_set(self.window, self.type))
+        check(lib.wkv_pending_set(self.n_observed, self.type))
 
     def __exit__(self, *exc: object) -> None:
         lib.wkv_pending_clear()
@@ -304,14 +304,14 @@ class Context:
         n = check(lib.wkv_get_positions(self._ctx, layer, head, ffi.from_buffer("int32_t[]", res), res.size))
         return res[:n]
 
-    def scores(self, layer: int, alpha: int, among: int = 0) -> list[npt.NDArray[np.float32]]:
-        """Per kv head float32 [cells]: mean attention of the last alpha observed queries.
+    def scores(self, layer: int, window_size: int, among: int = 0) -> list[npt.NDArray[np.float32]]:
+        """Per kv head float32 [cells]: mean attention of the last window_size tokens, as far as observed.
 
         For a policy that scores with two numbers of queries ``among`` is the larger one: sums round as when compacting.
         """
         cells = self.cells()[layer]
         res = np.zeros(cells.sum(), dtype=np.float32)
-        check(lib.wkv_get_scores(self._ctx, layer, alpha, among, ffi.from_buffer("float[]", res), res.size))
+        check(lib.wkv_get_scores(self._ctx, layer, window_size, among, ffi.from_buffer("float[]", res), res.size))
         return np.split(res, np.cumsum(cells)[:-1])
 
     def attention(self, layer: int) -> list[npt.NDArray[np.float32]]:

@@ -56,8 +56,8 @@ def n_cells(budget: float | int, n_past: int, *cells: str) -> int:
     Args:
         budget: a fraction, or a number of cells.
         n_past: positions.
-        cells: types of the K and V cells; a fraction then is one of the bytes that f16 cells of all positions take, and
-            smaller cells are more. Without any it is one of the positions.
+        cells: types of the K and V cells. If they are given, a fraction is a share of the bytes that f16 cells of all
+            positions take, so that there are more of smaller cells; if not, it is a share of the positions.
     """
     if isinstance(budget, int):
         return budget

@@ -37,21 +37,21 @@ CHANGEABLE = ("seed", "chat_format", "chat_handler", "draft_model", "verbose")
 class Llama(PolicyEvaluation):
     """``llama_cpp.Llama`` whose KV cache keeps only the cells that matter.
 
-    Policies compress the layers that attend to all positions. Window layers (Gemma 3, gpt-oss) keep their window and
-    recurrent layers (hybrids such as LFM2 or Granite 4) their state, as in stock llama.cpp.
+    Policies compress the layers that attend to all positions. Layers with a sliding window (Gemma 3, gpt-oss) keep it,
+    and recurrent layers (hybrids such as LFM2 or Granite 4) their state, as in stock llama.cpp.
 
     Takes every argument of ``llama_cpp.Llama`` and in addition:
 
     Args:
         kv_policy: None (stock behaviour), a name from :data:`windowkv_edge.POLICIES`, or a policy object.
         kv_budget: cells that stay after a prompt, per (layer, kv head) on average, observation window included:
-            a float in (0, 1] is a fraction of the positions seen, an int counts cells. Default 0.12. With a policy that
-            prefers cells of its own ("auto": q8_0) the fraction is one of the bytes that f16 cells of all positions
-            take; ``type_k`` and ``type_v`` go before what the policy prefers.
+            a float in (0, 1] is a fraction of the positions seen, an int counts cells. Default 0.12. If the policy
+            prefers a type of cells ("auto": q8_0), the fraction is a share of the bytes that f16 cells of all positions
+            take; ``type_k`` and ``type_v`` override what it prefers.
         kv_min_prompt: with a fractional budget, sequences shorter than this many tokens are left whole
             (12 % of a 30-token chat would be 3 cells). Default 256.
-        kv_exact: until something is evicted, f16 and f32 cells are attended to by stock's kernel, which gives stock's
-            logits bit for bit. False = by ours, which rounds differently and is faster on the CPU.
+        kv_exact: attend to f16 and f32 cells with stock's kernel until something is evicted, which gives stock's logits
+            bit for bit. False = with ours from the start, which rounds differently and is faster on the CPU.
 
     A prompt is evaluated with the full cache and compacted afterwards, so the first generated token comes from full
     attention. A prompt is what ``generate`` (and everything built on it) evaluates first, or one call of ``eval`` with

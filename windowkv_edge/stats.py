@@ -26,8 +26,8 @@ def cell_types(stats: Any) -> tuple[str, str]:
 class KVStats:
     """State of a KV cache. Bytes are those of live buffers.
 
-    All but ``bytes_other`` is about the layers that attend to all positions, the ones that policies compress. In most
-    models these are all layers; window and recurrent layers stay as stock llama.cpp has them.
+    Everything except ``bytes_other`` is about the layers that policies compress, those that attend to all positions. In
+    most models these are all layers. Layers with a sliding window or a recurrent state stay as in stock llama.cpp.
 
     Attributes:
         policy: name of the policy, "stock" without one.

@@ -168,10 +168,10 @@ def test_rows(model: Model) -> None:
         n = 200 if "200" in name else 72
         assert row.n_cells == n
         assert row.compaction_ms is not None and row.compaction_ms > 0
-        ring = 2 * 3 * 8 * 32 * policies[row.policy].n_observed * 2  # the last queries, and those of the prompt's end
+        queries = 2 * 3 * 8 * 32 * policies[row.policy].n_observed * 2  # the last queries, and those of the prompt's end
         block, n_bytes = SIZES[row.cell_type]
         exact = 3 * 2 * (n + 5) * 2 * 32 * n_bytes / block  # five tokens were decoded
-        assert exact <= row.kv_bytes - ring <= 1.03 * exact + 3 * 2 * 32 * CELL
+        assert exact <= row.kv_bytes - queries <= 1.03 * exact + 3 * 2 * 32 * CELL
         assert row.kv_bytes_peak > row.kv_bytes
     for row in rows.values():
         assert 0 < row.decode_ms_best <= row.decode_ms

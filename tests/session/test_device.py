@@ -104,7 +104,7 @@ def test_decoding_keeps_its_graph_and_waits_no_more_than_stock(device: Run, mode
         assert found["n_get"] == stock["n_get"]
         if n_ragged:
             assert found["n_sync"] < stock["n_sync"]
-            # instead of stock's mask and rows: where every head begins, how long it is, its row; the ring's row
+            # instead of stock's mask and rows: where every head begins, how long it is, its row; the row of the observed query
             assert found["bytes_set"] <= stock["bytes_set"] + 12 * (4 * N_LAYER * N_HEAD_KV * 3 + 8)
         assert found["bytes_live"] == found["bytes_peak"]
 
@@ -117,7 +117,7 @@ def test_compaction_moves_scores_and_indices_only(device: Run, model: Path, n_pr
     assert found["cells_after"] == n_prompt // 8 * N_LAYER * N_HEAD_KV
 
     assert found["bytes_get"] == 4 * found["cells"]  # a score for every cell
-    # per layer: a weight, a row of the ring, at most window_size masked columns for every observed query; an index for every row
+    # per layer: a weight, the row of a query, at most window_size masked columns for every observed query; an index for every row
     n_queries = window_size * N_HEAD // N_HEAD_KV
     slack = 16 * N_LAYER * N_HEAD_KV
     assert found["bytes_set"] <= 4 * (found["cells_after"] + slack + N_LAYER * n_queries * (2 + window_size))

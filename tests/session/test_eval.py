@@ -80,7 +80,7 @@ def fresh(llm: Llama, prompt: list[int], follow: list[int], budget: int) -> np.n
 def test_branches_are_fresh_runs(
     request: pytest.FixtureRequest, which: str, cells: str, document: str, opened: Callable[..., Llama]
 ) -> None:
-    """Bit for bit, in any order, again after another prompt, in a ring larger than a policy's window, and for models
+    """Bit for bit, in any order, again after another prompt, with more queries observed than a policy asks for, and for models
     whose other layers keep a window, in f16 whatever cells the policy prefers."""
     path = request.getfixturevalue(which)
     model = Model(path)

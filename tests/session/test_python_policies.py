@@ -120,7 +120,7 @@ def test_what_a_policy_sees(tiny: Path, opened: Callable[..., Llama]) -> None:
 
 
 def test_a_window_of_its_own(smollm2: Path, document: str) -> None:
-    """In a ring that is larger than the policy's window."""
+    """With more queries observed than the policy asks for."""
     model = Model(smollm2)
     own = Branches(model, 700, 64)
 

@@ -139,14 +139,14 @@ def test_selection_equals_the_reference(name: str, session: Callable[..., Llama]
 
 
 def test_memory_is_what_the_heads_hold(session: Callable[..., Llama], document: str) -> None:
-    """No padding to the longest head: packed cells, 16 free ones a head, and the ring."""
+    """No padding to the longest head: packed cells, 16 free ones a head, and the observed queries."""
     llm = session(n_ctx=4096, kv_policy=AdaKV(window_size=16), kv_budget=0.12)
     llm.eval((llm.tokenize(document.encode()) * 2)[:2000])
     stats = llm.kv_stats()
     cell = (64 + 64) * 2
-    ring = 30 * 9 * 64 * 2 * 16
+    queries = 2 * 30 * 9 * 64 * 2 * 16
     assert stats.cells.max() > 1.5 * stats.cells.mean()
-    packed = int(stats.cells.sum() + 16 * stats.cells.size) * cell + ring
+    packed = int(stats.cells.sum() + 16 * stats.cells.size) * cell + queries
     assert packed <= stats.bytes_live <= packed + 30 * 4096
     assert stats.bytes_released > 0.8 * stats.bytes_full
 
@@ -213,8 +213,8 @@ def test_cell_types(name: str, type_k: str, type_v: str, session: Callable[..., 
     free = 16 if name == "adakv" else 32
     stats = llm.kv_compact(100)
     packed = 30 * 3 * (100 + free) * (row[type_k] + row[type_v])
-    ring = 30 * 9 * 64 * 2 * llm.kv_policy.n_observed  # type: ignore[union-attr]
-    assert stats.bytes_live <= packed + ring + 30 * 4096
+    queries = 2 * 30 * 9 * 64 * 2 * llm.kv_policy.n_observed  # type: ignore[union-attr]
+    assert stats.bytes_live <= packed + queries + 30 * 4096
     llm.eval([tokens[7]])
     stock.eval([tokens[7]])
     p, q = log_probs(stock), log_probs(llm)

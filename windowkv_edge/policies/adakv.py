@@ -14,8 +14,8 @@ __all__ = ["AdaKV", "ByScore"]
 
 @dataclass(frozen=True, kw_only=True)
 class ByScore(KVPolicy):
-    """Heads that share their layer's budget by score (algorithm 1), for the selection of the class that comes next in
-    the bases.
+    """Heads that compete for their layer's budget with the scores of their cells (algorithm 1). The class after this
+    one in the bases selects inside each head.
 
     Every head keeps its best cells up to ``alpha_safeguard`` of an equal budget; the rest of the layer's budget goes to
     the cells with the best scores among all of its heads. (The authors add both parts without counting out the cells

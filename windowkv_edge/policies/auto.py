@@ -1,4 +1,4 @@
-"""What measured best: windows that compete across heads, single tokens beside them, q8_0 cells."""
+"""What measured best: semantic windows and single tokens, heads that compete for them, q8_0 cells."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Auto(ByImportance, WindowAdaKV):
     the model compete for both (:class:`ByScore`); where the model has head scores, what a head is sure of follows from
     its importance (:class:`ByImportance`).
 
-    Windows find answers, tokens keep the distribution of the text, heads that copy need more than attention to the
-    prompt's end shows, and q8_0 holds 1.9 cells for the bytes of one f16 cell. A session's fraction of a budget is one
-    of the bytes that f16 cells would take. README, Accuracy, has the measurements; the session chooses other cells
-    where ``type_k`` or ``type_v`` say so.
+    Semantic windows keep an answer whole, single tokens keep what the text goes on with, and head scores protect heads
+    that copy from the text, which need more cells than the attention of the prompt's end shows. The bytes of one f16
+    cell hold 1.9 cells in q8_0; a fractional budget is a share of the bytes that f16 cells would take. The measurements
+    are in windowkv_edge/eval/README.md. ``type_k`` and ``type_v`` override q8_0.
 
     Takes the arguments of all three, and:
 
     Args:
-        importance_floor: cells of each head that are not divided by importance: small budgets have none to give away.
+        importance_floor: cells that each head gets before importance divides the rest; a small budget is not divided.
     """
 
     omega: int = 2
@@ -51,7 +51,7 @@ class Auto(ByImportance, WindowAdaKV):
             raise ValueError("auto divides by importance with across='model' only; leave importance or across out")
 
     def bind(self, model: ModelHeads) -> KVPolicy:
-        """With the model's head scores where it has some, without them otherwise."""
+        """The policy for one model: with its head scores if it has any, else without."""
         try:
             return super().bind(model)
         except MissingProfileError:

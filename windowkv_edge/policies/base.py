@@ -65,7 +65,7 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class CacheView:
-    """What a policy in Python sees of a cache while it selects; nothing of it may be kept afterwards.
+    """What a policy in Python sees of a cache while it selects; it is valid during that call only.
 
     Layers are those that policies compress, in their order. Before the first compaction all heads hold all positions.
 
@@ -74,9 +74,9 @@ class CacheView:
         n_past: positions that the sequence has seen, evicted ones included.
         n_gqa: query heads per kv head; those of kv head h are ``h * n_gqa`` to ``(h + 1) * n_gqa - 1``.
         cell_types: of K and V, such as ("f16", "f16"). Keys, values and queries of quantised cells are rotated by a
-            Hadamard matrix, as llama.cpp does it: their products are what they were, the pairs that RoPE turns are not.
+            Hadamard matrix, as llama.cpp does it: products of keys and queries stay, RoPE's pairs of dimensions do not.
         task: the prompt's task, "localization" unless the policy's ``needs_task`` is True.
-        n_observed: the policy's.
+        n_observed: queries that the policy observes.
     """
 
     _kv: _native.Context
@@ -175,7 +175,7 @@ class KVPolicy:
     def select(self, scores: Scores, budget: int, ctx: CacheView) -> Positions:
         """Choose the cells that stay; called once per compaction, and only if some head holds more than the budget.
 
-        What it raises surfaces at the call that compacted; nothing is evicted then and the session stays usable.
+        If it raises, the call that compacted raises the same; nothing is evicted, and the session stays usable.
 
         Args:
             scores: per layer and kv head float32 [cells]: attention of the last ``n_observed`` tokens, mean over
@@ -190,7 +190,7 @@ class KVPolicy:
         raise NotImplementedError
 
     def bind(self, model: ModelHeads) -> KVPolicy:
-        """The policy for one model: what it takes from a profile of the model's heads is looked up.
+        """The policy for one model; head scores, if it needs any, are looked up here.
 
         Raises:
             MissingProfileError: the policy needs head scores and there are none; says which command makes them.

@@ -1,7 +1,7 @@
 """ExpectedAttention (arXiv 2510.00636) in NumPy: what future queries are expected to attend to.
 
-A baseline, and an example of a policy that selects in Python. Of the published methods it is the best in free text and
-the last in finding facts, for it does not look at the question.
+A baseline, and an example of a policy that selects in Python. It is good at free text and bad at finding facts,
+because it does not look at the question.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Array = npt.NDArray[np.float64]
 class ExpectedAttention(KVPolicy):
     """Per kv head the cells with the largest expected attention times the norm of their value.
 
-    The queries of the prompt's end are taken as normally distributed. Turned back to position 0 and on to the mean of
-    the next positions they have the mean m and covariance C; a key k then gets the expected weight
+    The queries of the prompt's end are taken as normally distributed. They are turned back to position 0, and from
+    there by the mean rotation of the next positions; m and C are their mean and covariance then. A key k gets weight
     ``exp(m k / sqrt(d) + k C k / (2 d))`` (section 3.2), normalised over the cells, mean over the query heads.
 
     Args:
@@ -56,7 +56,7 @@ class ExpectedAttention(KVPolicy):
         at_least("n_sink", self.n_sink, 0)
 
     def bind(self, model: ModelHeads) -> KVPolicy:
-        """With the RoPE of the model's metadata, where the arguments leave it open.
+        """The policy for one model: what the arguments leave open about RoPE comes from its metadata.
 
         Raises:
             ValueError: the metadata do not say how RoPE pairs dimensions.

@@ -1,4 +1,4 @@
-"""Keeps every cell: the runtime without eviction, to measure what the cache layout alone costs or gains."""
+"""Keeps every cell: to measure what our layout alone costs or gains."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ __all__ = ["ByImportance", "HeadKV", "HeadKVR2"]
 
 @dataclass(frozen=True, kw_only=True)
 class ByImportance(KVPolicy):
-    """Budgets by the heads' importance, for the selection of the class that comes next in the bases.
+    """Budgets by the heads' importance. The class after this one in the bases selects inside each head.
 
     A (layer, kv head) gets ``b - b/beta + share * (b/beta) * heads``, where b is the mean budget, share its importance
     and heads their number in the model (section 3.2). What exceeds the prompt is given to the other heads by their

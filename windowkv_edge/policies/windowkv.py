@@ -27,9 +27,9 @@ class WindowKV(KVPolicy):
         window_size_aggregation: window_size for aggregation tasks; None = window_size.
         recent_share: share of a layer's budget that the observation window may take, its last tokens first; 1.0 = as
             published, it always stays.
-        carry: a token's score carries over to this many tokens behind it; 0 = as published.
+        carry: a token takes the best score of itself and of this many tokens before it; 0 = as published.
         token_share: after the windows, single tokens get this share of the budget (recent tokens left out); 0 = as
-            published. Windows keep an answer whole, tokens what the text attends to. Needs ``scope="head"`` and
+            published. Windows keep an answer whole, single tokens what the text attends to. Needs ``scope="head"`` and
             ``gamma=1``.
         window_floor: cells of a head that windows get before single tokens get any.
         token_window_size: the last tokens whose attention scores single tokens.
