@@ -157,6 +157,19 @@ def compaction(model: Path, policy: Any, n_prompt: int) -> Json:
         return {**found, "cells": n_before, "cells_after": int(llm.kv_stats().cells.sum())}
 
 
+def masks(model: Path, policy: Any, n_tokens: int) -> Json:
+    """Counts of a batch of n_tokens behind a compacted prompt, and the cells of every layer behind it."""
+    import llama_cpp as low
+
+    with session(model, 99, n_ctx=4096, kv_policy=policy, kv_budget=1.0) as llm:
+        llm.eval(tokens(2000))
+        llm.kv_compact(400)
+        with counted() as found:
+            low.Llama.eval(llm, tokens(n_tokens))
+            logits(llm)
+        return {**found, "cells": llm.kv_stats().cells.max(axis=1).tolist()}
+
+
 def memory(model: Path, policy: Any) -> list[tuple[int, int]]:
     """Bytes live on the device and by kv_stats(), relative to the start: after a prompt, compaction and 100 tokens; the peaks; after
     a reset."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from windowkv_edge import AdaKV, HeadKV, HeadScores, WindowKV
+from windowkv_edge import AdaKV, HeadKV, HeadScores, PyramidKV, SnapKV, WindowKV
 from windowkv_edge.bench import Shape
 from windowkv_edge.bench.shapes import write_shape
 
@@ -107,6 +107,19 @@ def test_decoding_keeps_its_graph_and_waits_no_more_than_stock(device: Run, mode
             # instead of stock's mask and rows: where every head begins, how long it is, its row; the row of the observed query
             assert found["bytes_set"] <= stock["bytes_set"] + 12 * (4 * N_LAYER * N_HEAD_KV * 3 + 8)
         assert found["bytes_live"] == found["bytes_peak"]
+
+
+def test_layers_of_distinct_lengths_share_a_mask(device: Run, model: Path) -> None:
+    """A mask of its own for each would be 512 MiB with 32 layers, 16,000 cells and 512 tokens."""
+    found = device("cuda", device_runs.masks, model, PyramidKV(window_size=8), 128)
+    equal = device("cuda", device_runs.masks, model, SnapKV(window_size=8), 128)
+    assert len(set(found["cells"])) == N_LAYER and len(set(equal["cells"])) == 1
+    n_read = [-(-n // 256) * 256 for n in found["cells"]]
+    one = max(n_read) + 256
+    assert sum(n_read) > 1.5 * one  # the test would not see it otherwise
+    # beside the masks: rows of the new cells, for one class of layers or for each
+    masks = found["bytes_set"] - (equal["bytes_set"] - 2 * 128 * -(-equal["cells"][0] // 256) * 256) - (N_LAYER - 1) * 128 * 8
+    assert 2 * 128 * max(found["cells"]) <= masks <= 2 * 128 * one
 
 
 @pytest.mark.parametrize("n_prompt", [500, 1900])
