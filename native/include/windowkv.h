@@ -191,7 +191,8 @@ WKV_API void wkv_clear_error(void);
 
 // --- creation
 
-// The next llama_context created on this thread gets a ragged KV cache whose compactions observe up to n_observed tokens (> 0).
+// The next llama_context created on this thread gets a ragged KV cache whose compactions observe up to n_observed tokens (> 0,
+// or as many as there are positions).
 // type: a ggml type for its cells, where the blocks of that divide the rows of all heads; below 0, and for other heads, the types
 // that the context asks for, which caches with a sliding window have in any case. Models whose other layers keep a sliding window
 // or a recurrent state get it for the layers that attend to all positions; their window caches are as large as the window then,

@@ -18,12 +18,11 @@ llama_kv_cache_context * llama_kv_ragged_context_make(
     }
 
     // all memory that the batch needs is there before any part of a compound memory changes
-    bool is_due = false;
-    const std::string error = ragged->prepare_room(ubatches, is_due);
+    const std::string error = ragged->prepare_room(ubatches);
     if (!error.empty()) {
         llama_kv_ragged_refuse_batch(error);
     }
-    if (!error.empty() || is_due) {
+    if (!error.empty() || ragged->is_due()) {
         return new llama_kv_cache_ragged_context(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
     return new llama_kv_cache_ragged_context(ragged, std::move(sinfos), std::move(ubatches));

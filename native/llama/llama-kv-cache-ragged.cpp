@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cinttypes>
-#include <numeric>
 #include <stdexcept>
 
 //
@@ -151,6 +150,7 @@ bool llama_kv_cache_ragged::reserve(int64_t n_tokens) {
 }
 
 void llama_kv_cache_ragged::set_observed(uint32_t n) {
+    n = std::min(n, get_size()); // there are no more
     if (n == seq.observed.n_observed) {
         return;
     }
@@ -176,11 +176,15 @@ void llama_kv_cache_ragged::end_prompt() {
     seq.end_prompt();
 }
 
-void llama_kv_cache_ragged::set_busy(bool value) {
-    if (busy && value) {
+void llama_kv_cache_ragged::set_on_prompt(std::function<void()> fn) {
+    on_prompt = std::move(fn);
+    due       = false;
+}
+
+void llama_kv_cache_ragged::check_idle() const {
+    if (busy) {
         throw std::invalid_argument("a selection is running, the cache cannot be changed until it has returned");
     }
-    busy = value;
 }
 
 //
@@ -208,7 +212,9 @@ std::string llama_kv_cache_ragged::check_ubatches(const std::vector<llama_ubatch
     return "";
 }
 
-std::string llama_kv_cache_ragged::prepare_room(const std::vector<llama_ubatch> & ubatches, bool & is_due) {
+std::string llama_kv_cache_ragged::prepare_room(const std::vector<llama_ubatch> & ubatches) {
+    due = false;
+
     const std::string error = check_ubatches(ubatches);
     if (!error.empty()) {
         return error;
@@ -219,8 +225,8 @@ std::string llama_kv_cache_ragged::prepare_room(const std::vector<llama_ubatch> 
         n_tokens += ubatch.n_tokens;
     }
 
-    is_due = on_prompt && seq.in_prompt && n_tokens == 1;
-    if (is_due) {
+    due = on_prompt && seq.in_prompt && n_tokens == 1;
+    if (due) {
         return "";
     }
 
@@ -277,11 +283,11 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_full() {
 llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx, bool optimize) {
     this->lctx = lctx;
 
-    // a batch waits for this, see prepare_room()
-    if (optimize && on_prompt && seq.in_prompt && !busy) {
-        return std::make_unique<llama_kv_cache_ragged_context>(this, [this] {
+    if (optimize && due) {
+        due = false;
+        return std::make_unique<llama_kv_cache_ragged_context>(this, [this, fn = on_prompt] {
             end_prompt();
-            on_prompt();
+            fn(); // a copy: it may ask for no more calls
         });
     }
 

@@ -81,8 +81,11 @@ public:
     bool can_rm_window(const llama_kv_cache & swa, llama_pos p0) const;
 
     // Room for ubatches that follow what the cache holds. Moves cells to larger pools where it has to, changes nothing else.
-    // "" or why they cannot follow; where a compaction has to come first true in is_due, which init_update() then runs.
-    std::string prepare_room(const std::vector<llama_ubatch> & ubatches, bool & is_due);
+    // "" or why they cannot follow. Where a compaction has to come first there is no room yet and is_due() is true: the batch
+    // fails, init_update() runs the compaction, and upstream tries the batch again.
+    std::string prepare_room(const std::vector<llama_ubatch> & ubatches);
+
+    bool is_due() const { return due; }
 
     // room for n_tokens more positions without slack
     bool reserve(int64_t n_tokens);
@@ -94,14 +97,18 @@ public:
     void end_prompt();
 
     // called before a single token is evaluated behind a prompt that nobody has ended; it may compact
-    void set_on_prompt(std::function<void()> fn) { on_prompt = std::move(fn); }
+    void set_on_prompt(std::function<void()> fn);
 
     // keep the planned cells, free the others; throws std::runtime_error if memory runs out or a graph fails: the layers before
     // are compacted then, the others hold all their cells
     void commit(llama_context & lctx, const llama_kv_ragged_plan & plan);
 
-    // while a selection runs nothing else may change the cache; throws std::invalid_argument if one runs already
-    void set_busy(bool value);
+    // while a selection runs nothing else may change the cache
+    void set_busy(bool value) { busy = value; }
+    bool is_busy() const      { return busy; }
+
+    // throws std::invalid_argument while a selection runs
+    void check_idle() const;
 
     // keep a copy of the cache, go back to it any number of times, give it up; clearing the cache gives it up as well
     // mem is the memory of the context that holds this cache; what it keeps for other layers is part of the copy
@@ -153,7 +160,7 @@ private:
 
     llama_kv_ragged_seq seq;
 
-    std::unique_ptr<llama_kv_ragged_state> snapshot;
+    std::unique_ptr<llama_kv_ragged_snapshot> snapshot;
 
     // empty buffers that stand for the pools of worst-case graphs, which are measured and never computed
     std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> bufs_reserve;
@@ -165,7 +172,8 @@ private:
     // bumped whenever a pool moves; graphs of an older epoch hold stale pointers
     uint64_t epoch = 0;
 
-    bool busy = false;
+    bool busy = false; // a selection runs
+    bool due  = false; // a batch waits for on_prompt
 
     std::function<void()> on_prompt;
 
@@ -178,6 +186,9 @@ private:
     int64_t n_read(size_t i, int64_t len) const;
 
     std::string check_ubatches(const std::vector<llama_ubatch> & ubatches) const;
+
+    // empty if memory runs out
+    llama_kv_ragged_buffer copy_queries(size_t i, const ggml_tensor * src);
 
     // room for n_tokens more cells in every head, with slack cells beyond
     bool ensure(int64_t n_tokens, bool exact);

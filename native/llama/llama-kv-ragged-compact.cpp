@@ -20,7 +20,7 @@ namespace {
 struct busy_guard {
     llama_kv_cache_ragged & kv;
 
-    explicit busy_guard(llama_kv_cache_ragged & kv) : kv(kv) { kv.set_busy(true); }
+    explicit busy_guard(llama_kv_cache_ragged & kv) : kv(kv) { kv.check_idle(); kv.set_busy(true); }
     ~busy_guard() { kv.set_busy(false); }
 };
 
@@ -37,6 +37,13 @@ llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_kv_cache_ragged & kv, llama
     const int64_t n_head_kv = layers[0].n_head_kv;
     const size_t  n_rep     = request.scoring.by_query_head ? layers[0].n_gqa() : 1;
     const size_t  n_planes  = std::max<size_t>(1, request.scoring.window_sizes.size());
+
+    for (const auto & layer : layers) {
+        if (request.scoring.by_query_head && (n_planes > 1 || layer.n_gqa() != layers[0].n_gqa())) {
+            llama_kv_ragged_refuse_unsupported(format("scores by query head need one observation window, and as many query heads in all layers: "
+                    "layer %u has %" PRId64 ", layer %u %" PRId64, layers[0].il, layers[0].n_head, layer.il, layer.n_head));
+        }
+    }
 
     // host memory of the selection is part of the peak
     llama_kv_ragged_claim claim(kv.get_meter(), n_cells*(sizeof(int32_t) + n_rep*n_planes*sizeof(float) + sizeof(uint8_t) + request.n_bytes_cell));
@@ -80,7 +87,7 @@ llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_kv_cache_ragged & kv, llama
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto * n = res.after.data() + i*n_head_kv;
         if (!layers[i].has_ragged && std::any_of(n, n + n_head_kv, [&](int32_t cur) { return cur != *n; })) {
-            llama_kv_ragged_refuse(llama_kv_cache_ragged::no_ragged_attention(layers[i]));
+            llama_kv_ragged_refuse_unsupported(llama_kv_cache_ragged::no_ragged_attention(layers[i]));
         }
     }
 
@@ -179,16 +186,13 @@ llama_kv_ragged_pool llama_kv_ragged_gather(
 //
 
 void llama_kv_cache_ragged::commit(llama_context & lctx, const llama_kv_ragged_plan & plan) {
-    seq.end_prompt();
     if (plan.n_released() == 0) {
+        seq.end_prompt();
         return;
     }
 
     const int64_t t_start_us   = ggml_time_us();
     const int64_t bytes_before = meter.live;
-
-    seq.boundary = seq.n_pos;
-    epoch++;
 
     size_t i_keep = 0;
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -198,10 +202,15 @@ void llama_kv_cache_ragged::commit(llama_context & lctx, const llama_kv_ragged_p
         std::vector<std::vector<int32_t>> kept;
         pools[i] = llama_kv_ragged_gather(lctx, get_source(i), plan.keep.data() + i_keep, n_after, kept, meter);
 
+        // whatever happens to the next layers
         seq.cells[i] = { std::move(kept), seq.n_pos };
+        seq.boundary = seq.n_pos;
+        epoch++;
+
         i_keep = std::accumulate(n_before, n_before + layers[i].n_head_kv, i_keep);
     }
 
+    seq.end_prompt();
     llama_kv_ragged_trim();
 
     stats.n_compactions++;

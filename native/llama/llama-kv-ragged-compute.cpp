@@ -46,7 +46,7 @@ void llama_kv_ragged_compute::alloc() {
     // there is no scheduler to fall back to another backend
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         if (!ggml_backend_supports_op(backend, ggml_graph_node(gf, i))) {
-            llama_kv_ragged_refuse(format("%s cannot compute %s, load the model with n_gpu_layers=0 or without a policy",
+            llama_kv_ragged_refuse_unsupported(format("%s cannot compute %s, load the model with n_gpu_layers=0 or without a policy",
                         ggml_backend_name(backend), ggml_op_name(ggml_graph_node(gf, i)->op)));
         }
     }

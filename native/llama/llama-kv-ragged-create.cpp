@@ -13,7 +13,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cinttypes>
 #include <memory>
 #include <stdexcept>
 
@@ -84,6 +83,11 @@ void llama_kv_ragged_refuse_batch(const std::string & msg) {
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg) {
     llama_kv_ragged_set_error("kv_policy: " + msg);
     throw std::runtime_error(last_error);
+}
+
+[[noreturn]] void llama_kv_ragged_refuse_unsupported(const std::string & msg) {
+    llama_kv_ragged_set_error("kv_policy: " + msg);
+    throw llama_kv_ragged_unsupported(last_error);
 }
 
 //

@@ -6,6 +6,7 @@
 #include "llama-kv-cache.h"
 
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -75,8 +76,14 @@ llama_kv_cache_context * llama_kv_ragged_context_make(
 // why something is not served
 //
 
-// throws std::runtime_error with the reason why a model, a context or a call is not served
+// the model, the device or the cache as it is cannot serve a call, however much memory there is
+struct llama_kv_ragged_unsupported : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// throws std::runtime_error, or the kind above, with the reason why a model, a context or a call is not served
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg);
+[[noreturn]] void llama_kv_ragged_refuse_unsupported(const std::string & msg);
 
 // says in the log and in the message of the last failure why a batch is not served
 void llama_kv_ragged_refuse_batch(const std::string & msg);

@@ -104,6 +104,9 @@ void llama_kv_ragged_fill(llama_context & ctx, int32_t n_tokens) {
     const int32_t n_batch = ctx.n_batch();
     for (int32_t i = 0; i < n_tokens; i += n_batch) {
         append(ctx, std::min(n_batch, n_tokens - i));
+        if (auto * ragged = llama_kv_ragged_find(mem)) {
+            ragged->end_prompt(); // nobody has to compact it before the next piece
+        }
     }
 
     const bool has_v = !ctx.get_model().hparams.is_mla();

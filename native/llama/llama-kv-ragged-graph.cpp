@@ -13,7 +13,6 @@
 #include <map>
 #include <numeric>
 #include <set>
-#include <stdexcept>
 #include <vector>
 
 // Inputs of one graph. Layers whose heads hold equally many cells share a class: one mask, one set of indices.
@@ -156,14 +155,16 @@ ggml_tensor * llm_graph_input_ragged::get_mask(ggml_context * ctx, const cell_cl
 }
 
 // query t sees the first n_seen + t columns
-static void set_mask(ggml_tensor * dst, int64_t n_seen, std::vector<ggml_fp16_t> & data) {
+static void set_mask(ggml_tensor * dst, int64_t n_seen) {
+    GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
+
     const int64_t n_cols = dst->ne[0];
 
-    data.assign(ggml_nelements(dst), ggml_fp32_to_fp16(-INFINITY));
+    ggml_fp16_t * data = (ggml_fp16_t *) dst->data;
+    std::fill_n(data, ggml_nelements(dst), ggml_fp32_to_fp16(-INFINITY));
     for (int64_t t = 0; t < dst->ne[1]; ++t) {
-        std::fill_n(data.begin() + t*n_cols, n_seen + t, ggml_fp32_to_fp16(0.0f));
+        std::fill_n(data + t*n_cols, n_seen + t, ggml_fp32_to_fp16(0.0f));
     }
-    ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
 }
 
 ggml_tensor * llm_graph_input_ragged::get_observed_idxs(ggml_context * ctx) {
@@ -205,8 +206,7 @@ ggml_tensor * llm_graph_input_ragged::get_rows(ggml_context * ctx, const cell_ta
 void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
     GGML_ASSERT(ubatch->n_tokens == n_tokens);
 
-    std::vector<ggml_fp16_t> mask;
-    std::vector<int64_t>     idxs(n_tokens);
+    std::vector<int64_t> idxs(n_tokens);
 
     for (const auto & cls : classes) {
         // new cells are the last ones: query t sees the cells [0, n_old + t]
@@ -215,12 +215,12 @@ void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
         std::iota(idxs.begin(), idxs.end(), n_old);
         ggml_backend_tensor_set(cls.idxs, idxs.data(), 0, ggml_nbytes(cls.idxs));
         if (cls.mask) {
-            set_mask(cls.mask, n_old + 1, mask);
+            set_mask(cls.mask, n_old + 1);
         }
     }
     if (common) {
         const int64_t n_appended = mctx->get_view(nullptr, classes[0].il).n_cells - classes[0].n_cells;
-        set_mask(common, n_common + n_appended - n_tokens + 1, mask);
+        set_mask(common, n_common + n_appended - n_tokens + 1);
     }
 
     if (!tables.empty()) {

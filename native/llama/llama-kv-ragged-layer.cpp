@@ -72,10 +72,6 @@ bool llama_kv_ragged_layer::on_cpu() const {
     return ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
 }
 
-int64_t llama_kv_ragged_layer::cell_bytes() const {
-    return ggml_row_size(type_k, n_embd_head_k) + ggml_row_size(type_v, n_embd_head_v);
-}
-
 std::vector<int64_t> llama_kv_ragged_layer::capacity(const std::vector<int64_t> & len, int64_t slack, bool compacted) const {
     const bool uniform = std::all_of(len.begin(), len.end(), [&](int64_t n) { return n == len[0]; });
 

@@ -43,8 +43,6 @@ struct llama_kv_ragged_layer {
     int64_t n_gqa() const { return n_head/n_head_kv; }
     bool    on_cpu() const;
 
-    int64_t cell_bytes() const; // K and V of one head's cell
-
     // rows that heads with len cells are given, slack of them free at least; heads of equal length stay equal, padded for
     // attention over views
     std::vector<int64_t> capacity(const std::vector<int64_t> & len, int64_t slack, bool compacted) const;

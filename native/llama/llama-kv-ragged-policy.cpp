@@ -14,7 +14,7 @@ void llama_kv_ragged_check_request(const llama_kv_cache_ragged & kv, int32_t win
     if (n_cells < 1) {
         throw std::invalid_argument(format("budget is %" PRId64 " cells per head, expected at least 1", n_cells));
     }
-    if (window_size < 0 || window_size > (int64_t) n_observed) {
+    if (window_size < 0 || std::min<int64_t>(window_size, kv.get_size()) > (int64_t) n_observed) {
         throw std::invalid_argument(format("the policy observes %d tokens but %u queries are held, call wkv_set_observed first", window_size, n_observed));
     }
 }
@@ -71,7 +71,7 @@ bool llama_kv_ragged_policy_request(
             refused = wkv::select(view, budgets.data(), choice.keep);
         }
         if (!refused.empty()) {
-            llama_kv_ragged_refuse(refused);
+            llama_kv_ragged_refuse_unsupported(refused);
         }
     };
     return true;

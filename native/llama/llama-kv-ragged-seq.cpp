@@ -104,7 +104,8 @@ std::vector<int64_t> llama_kv_ragged_seq::append(uint32_t n_tokens) {
 }
 
 void llama_kv_ragged_seq::trim(uint32_t p0) {
-    n_pos = p0;
+    n_pos     = p0;
+    in_prompt = in_prompt && p0 > observed.n_prompt; // all that came since is taken back
     observed.trim(p0);
 }
 

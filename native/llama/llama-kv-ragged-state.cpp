@@ -77,10 +77,20 @@ std::vector<std::function<void()>> llama_kv_ragged_copy_others(llama_memory_i & 
 // llama_kv_cache_ragged
 //
 
+llama_kv_ragged_buffer llama_kv_cache_ragged::copy_queries(size_t i, const ggml_tensor * src) {
+    const auto & layer = layers[i];
+
+    auto res = llama_kv_ragged_buffer::make(layer.buft, src->type, { src->ne[0], src->ne[1], src->ne[2] }, src->name, &meter);
+    if (!res.empty()) {
+        ggml_backend_tensor_copy(const_cast<ggml_tensor *>(src), res.tensor);
+    }
+    return res;
+}
+
 bool llama_kv_cache_ragged::snapshot_save(llama_memory_i & mem) {
     synchronize();
 
-    auto res = std::make_unique<llama_kv_ragged_state>();
+    auto res = std::make_unique<llama_kv_ragged_snapshot>();
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto len = seq.n_cells(i);
 
@@ -89,51 +99,47 @@ bool llama_kv_cache_ragged::snapshot_save(llama_memory_i & mem) {
             n = std::max<int64_t>(1, n);
         }
 
-        res->pools.push_back(layers[i].copy_pool(pools[i], cap, len, &meter));
-        if (res->pools.back().empty()) {
+        res->state.pools  .push_back(layers[i].copy_pool(pools[i], cap, len, &meter));
+        res->state.queries.push_back(copy_queries(i, queries[i].tensor));
+        if (res->state.pools.back().empty() || res->state.queries.back().empty()) {
             return false;
         }
-
-        const ggml_tensor * src = queries[i].tensor;
-        res->queries.emplace_back(ggml_nbytes(src));
-        ggml_backend_tensor_get(src, res->queries.back().data(), 0, res->queries.back().size());
     }
-    res->seq    = seq;
-    res->others = llama_kv_ragged_copy_others(mem, *this);
+    res->state.seq = seq;
+    res->others    = llama_kv_ragged_copy_others(mem, *this);
 
     snapshot = std::move(res);
     return true;
 }
 
 bool llama_kv_cache_ragged::snapshot_restore() {
-    if (!snapshot || snapshot->seq.observed.n_observed != seq.observed.n_observed) {
+    if (!snapshot || snapshot->state.seq.observed.n_observed != seq.observed.n_observed) {
         return false;
     }
-    const auto & state = *snapshot;
+    const auto & state = snapshot->state;
 
     synchronize();
 
-    // nothing changes until all copies exist
-    std::vector<llama_kv_ragged_pool> next;
+    // nothing of this cache changes until all copies exist
+    llama_kv_ragged_state next;
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto len = state.seq.n_cells(i);
         const auto cap = layers[i].capacity(len, 32, state.seq.boundary > 0);
 
-        next.push_back(layers[i].copy_pool(state.pools[i], cap, len, &meter));
-        if (next.back().empty()) {
+        next.pools  .push_back(layers[i].copy_pool(state.pools[i], cap, len, &meter));
+        next.queries.push_back(copy_queries(i, state.queries[i].tensor));
+        if (next.pools.back().empty() || next.queries.back().empty()) {
             return false;
         }
     }
-    auto seq_next = state.seq;
+    next.seq = state.seq;
 
-    for (size_t i = 0; i < layers.size(); ++i) {
-        ggml_backend_tensor_set(queries[i].tensor, state.queries[i].data(), 0, state.queries[i].size());
-    }
-    for (const auto & back : state.others) {
+    for (const auto & back : snapshot->others) {
         back();
     }
-    pools = std::move(next);
-    seq   = std::move(seq_next);
+    pools   = std::move(next.pools);
+    queries = std::move(next.queries);
+    seq     = std::move(next.seq);
     epoch++;
     return true;
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-// The state of a context's memory as a value: what the ragged KV cache holds, and a way back for the caches beside it.
+// What the ragged KV cache holds, as a value.
 
 #include "llama-kv-ragged-seq.h"
 
@@ -14,7 +14,12 @@ struct llama_memory_i;
 struct llama_kv_ragged_state {
     llama_kv_ragged_seq                 seq;
     std::vector<llama_kv_ragged_pool>   pools;   // [layers], the cells of seq without room for more
-    std::vector<std::vector<uint8_t>>   queries; // [layers], bytes of the observed queries
+    std::vector<llama_kv_ragged_buffer> queries; // [layers], the observed ones
+};
+
+// a state to go back to any number of times, with what the memory around the cache held
+struct llama_kv_ragged_snapshot {
+    llama_kv_ragged_state state;
 
     // put back the cell metadata and the caches of window and recurrent layers
     std::vector<std::function<void()>> others;

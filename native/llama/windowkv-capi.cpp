@@ -39,8 +39,7 @@ static int64_t with_cache(llama_context * ctx, F fn) {
 template <typename F>
 static int64_t with_idle_cache(llama_context * ctx, F fn) {
     return with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
-        kv.set_busy(true); // throws
-        kv.set_busy(false);
+        kv.check_idle();
         return fn(kv);
     });
 }

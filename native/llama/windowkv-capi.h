@@ -24,8 +24,12 @@ static int64_t wkv_guard(F fn) {
         return fn();
     } catch (const std::invalid_argument & err) {
         return wkv_fail(WKV_ERR_ARGUMENT, err.what());
+    } catch (const llama_kv_ragged_unsupported & err) {
+        return wkv_fail(WKV_ERR_UNSUPPORTED, err.what());
     } catch (const std::exception & err) {
         return wkv_fail(WKV_ERR_COMPUTE, err.what());
+    } catch (...) {
+        return wkv_fail(WKV_ERR_COMPUTE, "an unknown failure");
     }
 }
 

@@ -274,7 +274,7 @@ static void test_ragged_compaction(llama_model * model, const wkv_policy & polic
     auto ctx = make(model, 8, params);
     CHECK(decode(ctx.get(), prompt(400), 0) == 0);
     CHECK(wkv_ready(ctx.get(), true) != WKV_OK);
-    CHECK(wkv_compact(ctx.get(), &policy, 50) == WKV_ERR_COMPUTE);
+    CHECK(wkv_compact(ctx.get(), &policy, 50) == WKV_ERR_UNSUPPORTED);
     CHECK(last_error_has("no attention over heads of different lengths"));
     CHECK(positions(ctx.get(), 0, 0).size() == 400);
     CHECK(decode(ctx.get(), prompt(1), 400) == 0);
@@ -442,6 +442,9 @@ static void test_prompts_are_found(llama_model * model) {
 
     CHECK(decode(ctx.get(), prompt(200), 0) == 0);
     CHECK(decode(ctx.get(), prompt(100, 2), 200) == 0); // the rest of the prompt
+    llama_set_causal_attn(ctx.get(), false); // refused for that, which ends no prompt
+    CHECK(decode(ctx.get(), prompt(1), 300) == 1);
+    llama_set_causal_attn(ctx.get(), true);
     CHECK(log.at.empty());
     CHECK(decode(ctx.get(), prompt(1), 300) == 0);
     CHECK((log.at == std::vector<int>{ 300 }));
@@ -451,6 +454,12 @@ static void test_prompts_are_found(llama_model * model) {
 
     CHECK(decode(ctx.get(), prompt(1), 301) == 0); // an answer is none
     CHECK(log.at.size() == 1);
+
+    CHECK(decode(ctx.get(), prompt(5), 302) == 0); // a draft that is taken back
+    CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 302, -1));
+    CHECK(decode(ctx.get(), prompt(1), 302) == 0);
+    CHECK(log.at.size() == 1);
+    CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 302, -1));
 
     CHECK(decode(ctx.get(), prompt(20), 302) == 0); // declared done before
     CHECK(wkv_prompt_done(ctx.get()) == WKV_OK);
@@ -467,6 +476,17 @@ static void test_prompts_are_found(llama_model * model) {
     CHECK(decode(ctx.get(), prompt(20), 344) == 0);
     CHECK(decode(ctx.get(), prompt(1), 364) == 0);
     CHECK(log.at.size() == 2);
+
+    // nor does a piece of the prompt that is refused for want of room
+    auto full = make(model, 8);
+    prompt_log other = { full.get(), windowkv(), 40, {} };
+    CHECK(wkv_on_prompt(full.get(), on_prompt, &other) == WKV_OK);
+    CHECK(decode(full.get(), prompt(512), 0) == 0);
+    CHECK(decode(full.get(), prompt(400), 512) == 0);
+    CHECK(decode(full.get(), prompt(200), 912) == 1);
+    CHECK(other.at.empty());
+    CHECK(decode(full.get(), prompt(1), 912) == 0);
+    CHECK((other.at == std::vector<int>{ 912 }));
 
     // the same as a compaction by hand
     auto hand = make(model, 8);
@@ -580,8 +600,8 @@ static void test_batches_that_do_not_fit(llama_model * model) {
     auto ctx = make(model, 8);
     CHECK(decode(ctx.get(), prompt(10), 0) == 0);
 
-    CHECK(decode(ctx.get(), prompt(3), 12) != 0); // leaves a gap
-    CHECK(decode(ctx.get(), prompt(3), 5)  != 0); // overwrites
+    CHECK(decode(ctx.get(), prompt(3), 12) == -1); // leaves a gap: upstream's own check
+    CHECK(decode(ctx.get(), prompt(3), 5)  == -1); // overwrites
     CHECK(stats(ctx.get()).n_past == 10);
 
     CHECK(decode(ctx.get(), prompt(512), 10)  == 0);
@@ -705,6 +725,15 @@ static void test_refusals(llama_model * model) {
     }
 
     CHECK(wkv_pending_set(0, -1) == WKV_ERR_ARGUMENT);
+    {
+        auto all = make(model, 1000000); // no more than there are positions
+        CHECK(stats(all.get()).n_observed == 1024);
+        CHECK(decode(all.get(), prompt(300), 0) == 0);
+        CHECK(scores(all.get(), 1000000) == scores(all.get(), 300));
+        auto wide = windowkv();
+        wide.scoring.window_size = 1000000;
+        CHECK(wkv_compact(all.get(), &wide, 40) > 0);
+    }
     CHECK(wkv_pending_set(8, 1000) == WKV_ERR_ARGUMENT);
 
     auto ctx = make(model, 8);
