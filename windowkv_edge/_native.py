@@ -195,6 +195,16 @@ class Context:
         if lib.wkv_ready(self._ctx, ragged) < 0:
             raise UnsupportedModelError(last_error())
 
+    def copy(self) -> Context:
+        """The same cache, to be closed by itself."""
+        res = object.__new__(type(self))
+        res.__dict__.update(self.__dict__)
+        return res
+
+    def close(self) -> None:
+        """Every later call raises instead of reading memory that is gone; the context itself is somebody else's."""
+        self._ctx = ffi.NULL
+
     def set_observed(self, n_observed: int) -> None:
         """Observe up to this many tokens from now on; what was observed is forgotten."""
         check(lib.wkv_set_observed(self._ctx, n_observed))

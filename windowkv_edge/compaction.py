@@ -47,8 +47,12 @@ def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "l
 
     def choose(positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> None:
         n_past, n_gqa = int(stats.n_past), int(stats.n_gqa)
-        view = CacheView(kv, positions, n_past, n_gqa, cell_types(stats), task, n_observed(policy))
-        _mark(policy, policy.select(scores, n_cells, view), positions, keep)
+        own = kv.copy()
+        view = CacheView(own, positions, n_past, n_gqa, cell_types(stats), task, n_observed(policy))
+        try:
+            _mark(policy, policy.select(scores, n_cells, view), positions, keep)
+        finally:
+            own.close()  # whoever keeps the view
 
     return kv.compact_custom(n_observed(policy), n_cells, choose)
 
@@ -88,6 +92,11 @@ def _mark(
                 raise ValueError(
                     f"{what}: layer {il}, kv head {head} does not hold the position {want[wrong][0]}; "
                     "choose from ctx.positions[layer][head]"
+                )
+            if np.unique(at).size < at.size:
+                raise ValueError(
+                    f"{what}: layer {il}, kv head {head} returned {at.size - np.unique(at).size} of its {at.size} positions more "
+                    "than once, expected each at most once"
                 )
             keep[il][head][at] = 1
         counts = [int(own.sum()) for own in keep[il]]

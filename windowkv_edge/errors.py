@@ -18,11 +18,11 @@ __all__ = [
 
 
 class WindowKVError(Exception):
-    """Base class."""
+    """Base class of all errors of this package."""
 
 
 class LibraryMismatchError(WindowKVError, ImportError):
-    """llama_cpp, our libraries and this package do not belong together."""
+    """The installed llama_cpp, the libraries of this package and the package itself do not belong together."""
 
 
 class UnsupportedModelError(WindowKVError, ValueError):
@@ -30,7 +30,7 @@ class UnsupportedModelError(WindowKVError, ValueError):
 
 
 class UnsupportedCallError(WindowKVError, RuntimeError):
-    """The call cannot be served while a policy is on."""
+    """The session cannot serve this call: because of its policy, or because it is closed, full or in use elsewhere."""
 
 
 class MissingProfileError(WindowKVError, LookupError):

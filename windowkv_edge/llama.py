@@ -44,7 +44,7 @@ class Llama(PolicyEvaluation):
 
     Args:
         kv_policy: None (stock behaviour), a name from :data:`windowkv_edge.POLICIES`, or a policy object.
-        kv_budget: cells that stay after a prompt, per (layer, kv head) on average, observation window included:
+        kv_budget: cells that stay after a prompt, per (layer, kv head) on average, the observation window included:
             a float in (0, 1] is a fraction of the positions seen, an int counts cells. Default 0.12. If the policy
             prefers a type of cells ("auto": q8_0), the fraction is a share of the bytes that f16 cells of all positions
             take; ``type_k`` and ``type_v`` override what it prefers.
@@ -55,8 +55,8 @@ class Llama(PolicyEvaluation):
 
     A prompt is evaluated with the full cache and compacted afterwards, so the first generated token comes from full
     attention. A prompt is what ``generate`` (and everything built on it) evaluates first, or one call of ``eval`` with
-    more than one token. What libraries decode on ``ctx`` themselves is compacted before the first single token behind
-    a prompt.
+    more than one token. Libraries that decode on ``ctx`` themselves get their prompt compacted before the first single
+    token that follows it.
 
     With a policy flash attention is on, whatever ``flash_attn`` says. A session serves one thread at a time, in the
     process that created it.
@@ -143,7 +143,7 @@ class Llama(PolicyEvaluation):
 
     @property
     def kv_policy(self) -> KVPolicy | None:
-        """The policy, None without one.
+        """The policy; None if the session has none.
 
         Setting it clears the session (another policy's cells are not its own); the next prompt is evaluated anew.
         A session that was created without a policy stays without one.
@@ -188,7 +188,7 @@ class Llama(PolicyEvaluation):
     def kv_compact(self, kv_budget: float | int | None = None) -> KVStats:
         """Compact now, whatever ``kv_min_prompt`` says.
 
-        What was decoded on ``ctx`` by somebody else is compacted too.
+        Compacts also what other libraries decoded on ``ctx``.
 
         Args:
             kv_budget: for this compaction only; None = the session's.
@@ -313,7 +313,7 @@ class Llama(PolicyEvaluation):
         Raises:
             UnsupportedCallError: another thread is inside a call, or a policy selects.
         """
-        if self._kv_guard.closed:
+        if "_kv_guard" not in self.__dict__ or self._kv_guard.closed:  # without one: arguments that Python refused
             return
         if self._kv_guard.forked:  # whichever call the parent was inside
             self._kv_guard.closed = True
@@ -321,6 +321,8 @@ class Llama(PolicyEvaluation):
             return
         with self._kv_guard.use("close()"):
             self._kv_guard.closed = True
+            if self._kv_cache is not None:
+                self._kv_cache.kv.close()
             super().close()
             # their memory is gone, and stock's methods would read it
             gone: Any = Closed()

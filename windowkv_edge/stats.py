@@ -30,7 +30,7 @@ class KVStats:
     most models these are all layers. Layers with a sliding window or a recurrent state stay as in stock llama.cpp.
 
     Attributes:
-        policy: name of the policy, "stock" without one.
+        policy: name of the policy; "stock" without one.
         n_past: positions the sequence has seen, evicted ones included.
         layers: indices of these layers in the model.
         cells: int32 [len(layers), n_head_kv], cells held now.
@@ -39,7 +39,7 @@ class KVStats:
             GPUs look up about their heads.
         bytes_full: bytes that stock llama.cpp holds for ``n_past`` positions, in the cells that the session asked for.
         bytes_other: bytes of the window and recurrent layers' caches, which no policy touches; 0 where there are none.
-        bytes_peak: largest ``bytes_live`` so far, transients of growth and compaction included.
+        bytes_peak: largest ``bytes_live`` so far, with buffers that exist only while the cache grows or is compacted.
         bytes_released: bytes given back by the last compaction.
         n_compactions: compactions since the context was created.
         t_score_ms: last compaction, scoring, in ms.
@@ -62,7 +62,7 @@ class KVStats:
 
     @classmethod
     def read(cls, ctx: Context, policy: str | None) -> KVStats:
-        """Of a context now; policy is None for a context that was created without one.
+        """What a context holds now; policy is None if the context was created without one.
 
         Raises:
             NativeError: the context has no memory.

@@ -225,7 +225,7 @@ std::string llama_kv_cache_ragged::prepare_room(const std::vector<llama_ubatch> 
         n_tokens += ubatch.n_tokens;
     }
 
-    due = on_prompt && seq.in_prompt && n_tokens == 1;
+    due = on_prompt && seq.in_prompt() && n_tokens == 1;
     if (due) {
         return "";
     }

@@ -98,20 +98,22 @@ std::vector<int32_t> llama_kv_ragged_seq::positions(size_t i, int64_t ih) const 
 std::vector<int64_t> llama_kv_ragged_seq::append(uint32_t n_tokens) {
     const auto rows = observed.observe(n_pos, n_tokens);
 
+    if (!in_prompt() && n_tokens > 1) {
+        prompt_begin = n_pos;
+    }
     n_pos += n_tokens;
-    in_prompt = in_prompt || n_tokens > 1;
     return rows;
 }
 
 void llama_kv_ragged_seq::trim(uint32_t p0) {
-    n_pos     = p0;
-    in_prompt = in_prompt && p0 > observed.n_prompt; // all that came since is taken back
+    n_pos        = p0;
+    prompt_begin = prompt_begin < int32_t(p0) ? prompt_begin : -1;
     observed.trim(p0);
 }
 
 void llama_kv_ragged_seq::end_prompt() {
     observed.n_prompt = n_pos;
-    in_prompt = false;
+    prompt_begin      = -1;
 }
 
 void llama_kv_ragged_seq::clear() {
@@ -122,7 +124,7 @@ void llama_kv_ragged_seq::clear() {
         }
     }
     observed  = llama_kv_ragged_observed(observed.n_observed);
-    n_pos     = 0;
-    boundary  = 0;
-    in_prompt = false;
+    n_pos        = 0;
+    boundary     = 0;
+    prompt_begin = -1;
 }

@@ -48,8 +48,8 @@ struct llama_kv_ragged_seq {
 
     llama_kv_ragged_observed observed;
 
-    // several tokens came at once, and since then neither a compaction nor anybody who said that a prompt ends there
-    bool in_prompt = false;
+    // where several tokens came at once, if since then there was neither a compaction nor anybody who said that a prompt ends; else -1
+    int32_t prompt_begin = -1;
 
     // without layers or with as many as there are heads of each
     llama_kv_ragged_seq() = default;
@@ -68,6 +68,8 @@ struct llama_kv_ragged_seq {
 
     // forget the positions from p0 on; p0 is 0 or not below the boundary
     void trim(uint32_t p0);
+
+    bool in_prompt() const { return prompt_begin >= 0; }
 
     // the positions so far end a prompt
     void end_prompt();

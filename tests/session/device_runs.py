@@ -108,7 +108,8 @@ def logits(llm: Any) -> np.ndarray:
 def decode(llm: Any, n_prompt: int, n_tokens: int) -> np.ndarray:
     """Logits [1 + n_tokens, n_vocab] behind a prompt and every token."""
     every = tokens(n_prompt + n_tokens)
-    llm.eval(every[:n_prompt])
+    if n_prompt:
+        llm.eval(every[:n_prompt])
     rows = [logits(llm)]
     for token in every[n_prompt:]:
         llm.eval([token])
@@ -261,6 +262,32 @@ def out_of_memory(model: Path, policy: Any) -> Json:
                     library.test_device_set_limit(0)
                 rows.append(logits(llm))
         res[name] = np.array(rows)
+    return res
+
+
+def compaction_out_of_memory(model: Path, policy: Any) -> list[Json]:
+    """A compaction that finds no memory, at once and with more and more of it; then one that has enough: what each raised, and what
+    the cache held behind it."""
+    from windowkv_edge import NativeError
+
+    res = []
+    with session(model, 99, kv_policy=policy, kv_budget=1.0) as llm:
+        llm.eval(tokens(300))
+        for spare in (*range(0, 200_000, 10_000), None):
+            library.test_device_set_limit(0 if spare is None else stats()["bytes_live"] + spare)
+            error = ""
+            try:
+                llm.kv_compact(40)
+            except NativeError as failed:
+                error = str(failed)
+            finally:
+                library.test_device_set_limit(0)
+            own = llm._kv.stats()
+            held = llm.kv_stats().cells
+            res.append({"error": error, "cells": held.tolist(), "n_boundary": own.n_boundary, "n_compactions": own.n_compactions})
+            if not error:
+                break
+        assert np.isfinite(decode(llm, 0, 3)[1:]).all()
     return res
 
 

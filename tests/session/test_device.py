@@ -157,6 +157,21 @@ def test_out_of_memory_changes_nothing(device: Run, write: Callable[..., Path], 
     assert np.array_equal(found["short"], found["enough"])
 
 
+@pytest.mark.parametrize("policy", [WINDOWKV, ADAKV], ids=["uniform", "ragged"])
+def test_a_compaction_without_memory_leaves_whole_layers(device: Run, model: Path, policy: Any) -> None:
+    """Where no layer was compacted nothing has changed; where some were the others hold all their cells."""
+    *failed, done = device("cuda", device_runs.compaction_out_of_memory, model, policy)
+    assert len(failed) > 1 and "no memory" in failed[0]["error"]
+    whole = [[300] * N_HEAD_KV] * N_LAYER
+    for row in failed:
+        n_whole = sum(own == [300] * N_HEAD_KV for own in row["cells"])
+        assert row["cells"][N_LAYER - n_whole :] == whole[:n_whole]
+        assert row["n_boundary"] == (0 if n_whole == N_LAYER else 300)
+        assert row["n_compactions"] == 0
+    assert failed[0]["cells"] == whole
+    assert np.sum(done["cells"]) == 40 * N_LAYER * N_HEAD_KV and done["n_boundary"] == 300
+
+
 def test_a_device_without_the_op(device: Run, model: Path) -> None:
     found = device("none", device_runs.refusals, model)
     assert found["ragged"].startswith("UnsupportedModelError: ")

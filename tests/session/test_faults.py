@@ -353,3 +353,35 @@ def test_a_task_cannot_be_told_without_a_tokenizer(tiny: Path, opened: Callable[
     model = Model(tiny)
     assert (model.detokenize([1, 2]), model.piece(1), model.is_end(1)) == ("", "", False)
     model.close()
+
+
+class Keeps(Script):
+    """Keeps what it was given, and answers with a position twice."""
+
+    def select(self, scores: Any, budget: int, ctx: CacheView) -> Any:
+        self.action(ctx)
+        return [[[*own[-10:], own[-1]] for own in layer] for layer in ctx.positions]
+
+
+def test_a_kept_view_reads_nothing(tiny: Path, opened: Callable[..., Llama]) -> None:
+    """It ended in memory that was gone. And a position twice left fewer cells than it said."""
+    kept: list[CacheView] = []
+    llm = opened(tiny, kv_policy=Keeps(action=lambda ctx: (kept.append(ctx), ctx.keys(0, 0))), kv_budget=60)
+    with pytest.raises(ValueError, match="layer 0, kv head 0 returned 1 of its 11 positions more than once"):
+        answer(llm, TOKENS)
+    assert (llm.kv_stats().cells == 400).all()
+    for when in ("after select", "after close"):
+        with pytest.raises(ValueError, match="ctx is null"):
+            kept[0].keys(0, 0)
+        if when == "after select":
+            kv = llm._kv
+            llm.close()
+    with pytest.raises(ValueError, match="null"):
+        kv.stats()
+
+
+def test_arguments_that_python_refuses(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TypeError):
+        Llama(str(tiny), "snapkv")  # type: ignore[misc]
+    gc.collect()
+    assert "ignored" not in capsys.readouterr().err

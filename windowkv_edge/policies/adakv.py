@@ -22,7 +22,7 @@ class ByScore(KVPolicy):
     that are in both; here the budget is spent exactly.)
 
     Args:
-        alpha_safeguard: share of an equal budget that every head is sure of.
+        alpha_safeguard: share of an equal budget that every head gets in any case.
         across: the heads that compete: those of a "layer", as published, or all of the "model".
     """
 

@@ -17,7 +17,7 @@ __all__ = ["Auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(ByImportance, WindowAdaKV):
-    """Windows (:class:`WindowKV`) for half of the budget, single tokens for the other half, in q8_0 cells. All heads of
+    """Half of the budget for windows (:class:`WindowKV`), half for single tokens, in q8_0 cells. All heads of
     the model compete for both (:class:`ByScore`); where the model has head scores, what a head is sure of follows from
     its importance (:class:`ByImportance`).
 

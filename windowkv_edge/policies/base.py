@@ -185,7 +185,8 @@ class KVPolicy:
             ctx: positions, and on demand keys, values and queries.
 
         Returns:
-            ``positions[layer][head]``. Heads of a layer that hold different numbers of cells need ``ragged = True``.
+            ``positions[layer][head]``, integers out of ``ctx.positions[layer][head]``, in any order. Heads of a
+            layer that hold different numbers of cells need ``ragged = True``.
         """
         raise NotImplementedError
 

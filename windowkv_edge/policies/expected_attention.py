@@ -24,7 +24,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(KVPolicy):
-    """Per kv head the cells with the largest expected attention times the norm of their value.
+    """Keeps in each kv head the cells with the largest product of expected attention and norm of the value.
 
     The queries of the prompt's end are taken as normally distributed. They are turned back to position 0, and from
     there by the mean rotation of the next positions; m and C are their mean and covariance then. A key k gets weight

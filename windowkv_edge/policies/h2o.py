@@ -15,7 +15,7 @@ __all__ = ["H2O"]
 
 @dataclass(frozen=True, kw_only=True)
 class H2O(KVPolicy):
-    """Per kv head the last tokens for one half of the budget, for the other those with the most accumulated attention.
+    """Keeps in each kv head the last tokens (half of the budget) and those with the most accumulated attention.
 
     Attention is accumulated over the queries of the whole prompt (section 4), which a session keeps for it: memory and
     a compaction that grow with the prompt make this a baseline. The authors evict while the prompt is evaluated; here

@@ -13,7 +13,7 @@ __all__ = ["SnapKV"]
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(KVPolicy):
-    """Best tokens by max-pooled attention of the observation window.
+    """Keeps the tokens with the most max-pooled attention of the observation window.
 
     Args:
         window_size: observation window in tokens; it always stays.

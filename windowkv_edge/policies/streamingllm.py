@@ -13,7 +13,7 @@ __all__ = ["StreamingLLM"]
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLM(KVPolicy):
-    """Keeps ``n_sink`` first tokens, the rest of the budget goes to the last ones.
+    """Keeps the first ``n_sink`` tokens and spends the rest of the budget on the last ones.
 
     Args:
         n_sink: first tokens that always stay (the paper's attention sinks, section 3.2).

@@ -18,7 +18,7 @@ class WindowKV(KVPolicy):
     """Keeps the semantic windows that the end of the prompt attends to most.
 
     The last ``window_size`` tokens observe; the tokens before them are cut into windows of ``omega`` tokens. A window
-    scores the mean of its best tokens: all of them ("average") or the better half ("max").
+    scores the mean of all its tokens ("average") or of their better half ("max").
 
     Args:
         omega: tokens per semantic window (section 3.2).
@@ -29,12 +29,12 @@ class WindowKV(KVPolicy):
             published, it always stays.
         carry: a token takes the best score of itself and of this many tokens before it; 0 = as published.
         token_share: after the windows, single tokens get this share of the budget (recent tokens left out); 0 = as
-            published. Windows keep an answer whole, single tokens what the text attends to. Needs ``scope="head"`` and
-            ``gamma=1``.
+            published. Windows keep an answer whole, single tokens keep what the text goes on with. Needs
+            ``scope="head"`` and ``gamma=1``.
         window_floor: cells of a head that windows get before single tokens get any.
         token_window_size: the last tokens whose attention scores single tokens.
-        localization: strategy for tasks whose answer sits in one place (questions).
-        aggregation: strategy for tasks that need the whole text (summaries, few-shot, counting, code).
+        localization: "average" or "max", for tasks whose answer sits in one place (questions).
+        aggregation: the same for tasks that need the whole text (summaries, few-shot, counting, code).
         task: which of the two; "auto" classifies the prompt's text (:mod:`windowkv_edge.task`).
         gamma: consecutive layers that share one set of indices (section 3.3); 1 = none share.
         share: whose scores choose for a group: its "first" layer, as published, or the "mean" over its layers.
@@ -120,7 +120,7 @@ class WindowKV(KVPolicy):
             accounting: "paper" keeps the cells of the authors' code: the observation window on top of the budget,
                 windows whole, scored in every query head. "native" has the settings alone, under a budget that counts
                 every cell.
-            options: others than the paper's.
+            options: of the policy, in place of the paper's settings.
         """
         one_of("model", model, ("qwen2.5-1.5b", "llama3-8b"))
         settings: dict[str, Any] = dict(
