@@ -93,10 +93,10 @@ def _mark(
                     f"{what}: layer {il}, kv head {head} does not hold the position {want[wrong][0]}; "
                     "choose from ctx.positions[layer][head]"
                 )
-            if np.unique(at).size < at.size:
+            if (n_twice := at.size - np.unique(at).size) > 0:
                 raise ValueError(
-                    f"{what}: layer {il}, kv head {head} returned {at.size - np.unique(at).size} of its {at.size} positions more "
-                    "than once, expected each at most once"
+                    f"{what}: layer {il}, kv head {head} returned {n_twice} of its {at.size} positions more than once, "
+                    "expected each at most once"
                 )
             keep[il][head][at] = 1
         counts = [int(own.sum()) for own in keep[il]]

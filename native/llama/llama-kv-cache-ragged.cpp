@@ -299,8 +299,7 @@ bool llama_kv_cache_ragged::get_can_shift() const {
 }
 
 void llama_kv_cache_ragged::clear(bool data) {
-    if (busy) {
-        LLAMA_LOG_ERROR("%s: a selection is running, the cache is not cleared\n", __func__);
+    if (llama_kv_ragged_is_busy(this)) {
         return;
     }
     synchronize();
@@ -382,9 +381,7 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
 void llama_kv_cache_ragged::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
     GGML_UNUSED(p0);
     GGML_UNUSED(p1);
-    if (seq_id_src != seq_id_dst) {
-        LLAMA_LOG_ERROR("%s: a cache with a policy holds one sequence, copying %d to %d is refused\n", __func__, seq_id_src, seq_id_dst);
-    }
+    llama_kv_ragged_no_copy(this, seq_id_src, seq_id_dst);
 }
 
 void llama_kv_cache_ragged::seq_keep(llama_seq_id seq_id) {

@@ -313,6 +313,23 @@ bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * sw
     return ragged->can_rm(seq_id, p0, p1) && (nothing || !swa || ragged->can_rm_window(*swa, p0));
 }
 
+bool llama_kv_ragged_no_copy(const llama_kv_cache * kv, llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
+    const bool res = seq_id_src != seq_id_dst && dynamic_cast<const llama_kv_cache_ragged *>(kv);
+    if (res) {
+        LLAMA_LOG_ERROR("%s: a cache with a policy holds one sequence, copying %d to %d is refused\n", __func__, seq_id_src, seq_id_dst);
+    }
+    return res;
+}
+
+bool llama_kv_ragged_is_busy(const llama_kv_cache * kv) {
+    const auto * ragged = dynamic_cast<const llama_kv_cache_ragged *>(kv);
+    const bool   res    = ragged && ragged->is_busy();
+    if (res) {
+        LLAMA_LOG_ERROR("%s: a selection is running, the cache is not cleared\n", __func__);
+    }
+    return res;
+}
+
 bool llama_kv_ragged_no_shift(const llama_kv_cache * kv) {
     const bool res = as_ragged(kv) != nullptr;
     if (res) {

@@ -66,6 +66,12 @@ bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * sw
 // true, with a line in the log, if positions must stay as they are
 bool llama_kv_ragged_no_shift(const llama_kv_cache * kv);
 
+// the same if a ragged cache would have to hold a second sequence
+bool llama_kv_ragged_no_copy(const llama_kv_cache * kv, llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
+
+// the same while a selection of a ragged cache runs
+bool llama_kv_ragged_is_busy(const llama_kv_cache * kv);
+
 // the context of a batch that has slots; that of a ragged cache fails if the batch does not follow what it holds
 llama_kv_cache_context * llama_kv_ragged_context_make(
         llama_kv_cache * kv,

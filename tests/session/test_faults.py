@@ -12,6 +12,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+import tiny_model
 from scripted import OTHERS, TOKENS, Script, answer, decode, once, positions
 
 from windowkv_edge import (
@@ -378,6 +379,29 @@ def test_a_kept_view_reads_nothing(tiny: Path, opened: Callable[..., Llama]) -> 
             llm.close()
     with pytest.raises(ValueError, match="null"):
         kv.stats()
+
+
+@pytest.mark.parametrize("write", [tiny_model.write_llama, tiny_model.write_gpt_oss, tiny_model.write_lfm2])
+def test_selections_cannot_meddle_below(
+    write: Callable[..., Path], tmp_path: Path, opened: Callable[..., Llama]
+) -> None:
+    """What llama.h offers changes no part of a memory while a selection runs: windows and recurrent states stay, too."""
+    llm: Llama
+    seen: list[int] = []
+
+    def action() -> None:
+        memory = llama_cpp.llama_get_memory(llm.ctx)
+        llama_cpp.llama_memory_clear(memory, True)
+        llama_cpp.llama_memory_seq_cp(memory, 0, 1, -1, -1)
+        assert not llama_cpp.llama_memory_seq_rm(memory, -1, 0, -1)
+        assert decode(llm, TOKENS[:1]) == 1
+        seen.append(llama_cpp.llama_memory_seq_pos_max(memory, 0))
+
+    model = write(tmp_path / "tiny.gguf")
+    llm = opened(model, kv_policy=Script(action=action), kv_budget=60)
+    found = answer(llm, TOKENS, 8)
+    assert seen == [399]
+    assert found == answer(opened(model, kv_policy=Script(action=lambda: None), kv_budget=60), TOKENS, 8)
 
 
 def test_arguments_that_python_refuses(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
