@@ -99,7 +99,7 @@ def check(status: int) -> int:
 _DECODE = {
     1: "no room in the cache",
     2: "it was aborted",
-    -1: "the batch is invalid",
+    -1: "the batch is invalid: a token outside of the vocabulary, or positions that do not follow those of the cache",
     -2: "memory ran out",
     -3: "the computation failed",
 }
@@ -171,6 +171,18 @@ def _split(pointer: Any, dtype: type, cells: npt.NDArray[np.int32], writeable: b
     flat.flags.writeable = writeable
     parts = iter(np.split(flat, np.cumsum(cells.ravel())[:-1]))
     return [[next(parts) for _ in range(n_head_kv)] for _ in range(n_layer)]
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Of an exception and those that it came from: their arrays point to memory that is gone."""
+    seen: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop()
+        if one is not None and not any(one is other for other in seen):
+            seen.append(one)
+            traceback.clear_frames(one.__traceback__)
+            todo += [one.__cause__, one.__context__]
 
 
 class Context:
@@ -276,7 +288,7 @@ class Context:
 
         status = lib.wkv_compact_custom(self._ctx, window_size, n_cells, select, ffi.NULL)
         if failed:
-            traceback.clear_frames(failed[0].__traceback__)  # their arrays point to memory that is gone
+            _clear_frames(failed[0])
             raise failed[0]
         return check(status)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import re
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -109,9 +111,13 @@ class PolicyEvaluation(llama_cpp.Llama):
     #
 
     def _use(self, call: str) -> AbstractContextManager[None]:
-        if self._kv_failed:
-            raise self._kv_failed.pop(0)
+        self._raise_failed()
         return self._kv_guard.use(call)
+
+    def _raise_failed(self) -> None:
+        """Raise what a compaction inside ``llama_decode`` raised since the last call."""
+        if self._kv_failed:
+            raise self._kv_failed.pop()
 
     def _need_cache(self, what: str) -> PolicyCache:
         if self._kv_cache is None:
@@ -175,11 +181,14 @@ class PolicyEvaluation(llama_cpp.Llama):
         kv = cache.kv
         _native.clear_error()
         try:
-            kv.watch(False)  # what is a prompt here is known better: a last batch of one token, drafts
+            # what is a prompt here is known better: a last batch of one token, drafts. A token that a user evaluates
+            # may follow a prompt of others
+            kv.watch(len(tokens) == 1 and self._kv_step is None)
             with self._aligned(), Interrupts() as interrupts:
                 for i in range(0, max(1, len(tokens)), self.n_batch):  # as stock does
                     super().eval(tokens[i : i + self.n_batch])
                     interrupts.check()
+                    self._raise_failed()
         except RuntimeError as error:
             status = re.fullmatch(r"llama_decode returned (-?\d+)", str(error))
             if status is None:
@@ -224,11 +233,16 @@ class PolicyEvaluation(llama_cpp.Llama):
     def _prompt_below(self) -> None:
         """Inside ``llama_decode``: a single token follows a prompt that was not compacted."""
         if self._kv_cache is not None:
-            self._prompt_ended(self._kv_cache)
+            with self._kv_guard.use("llama_decode()"):
+                self._prompt_ended(self._kv_cache)
 
     def _failed_below(self, error: BaseException) -> None:
         """What :meth:`_prompt_below` raised, which C cannot pass on."""
-        self._kv_failed.append(error)
+        if isinstance(error, KeyboardInterrupt):
+            # in this very callback it would be lost again; llama_decode returns to Python, and there it is raised
+            threading.Timer(0.005, _thread.interrupt_main).start()
+            return
+        self._kv_failed[:] = [error]
         warnings.warn(
             f"a prompt was decoded on ctx and its compaction failed, the full cache stays: {error!r}", stacklevel=2
         )

@@ -28,12 +28,30 @@ class Closed:
         """Nothing is left to free."""
 
 
+def _runs(thread: int, files: frozenset[str]) -> bool:
+    """Whether a thread is inside a function of one of these files."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_filename in files:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_FOLDER = os.path.dirname(__file__)
+
+# who enters: the public calls, and what selects
+_CALLERS = frozenset(os.path.join(_FOLDER, name) for name in ("llama.py", "evaluation.py"))
+_SELECTORS = frozenset(os.path.join(_FOLDER, name) for name in ("session.py", "compaction.py"))
+
+
 class Interrupts:
     """Ctrl-C that meets a callback of llama.cpp, such as the one for its log lines: ctypes prints and forgets it there.
     Leaving this context manager raises it instead."""
 
+    _caught = False  # of all of them: one that Ctrl-C left behind half way may be the one that gets the next
+
     def __enter__(self) -> Interrupts:
-        self._caught = False
         self._before: Any = None
         if get_ident() == main_thread().ident:  # signals are raised nowhere else
             self._before, sys.unraisablehook = sys.unraisablehook, self._catch
@@ -46,14 +64,14 @@ class Interrupts:
 
     def _catch(self, unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            self._caught = True
+            Interrupts._caught = True
         else:
             self._before(unraisable)
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if there was one."""
-        if self._caught:
-            self._caught = False
+        if self._before is not None and Interrupts._caught:
+            Interrupts._caught = False
             raise KeyboardInterrupt
 
 
@@ -106,6 +124,8 @@ class Guard:
             )
         if self.closed:
             raise UnsupportedCallError(f"{call}: {CLOSED}")
+        if self._selecting is not None and not _runs(get_ident(), _SELECTORS):
+            self._selecting = None  # left behind by a Ctrl-C while it was reset
         if self._selecting is not None and not reads and self._inside.get(0) == get_ident():
             raise UnsupportedCallError(
                 f"{call} was called while kv_policy={self._selecting!r} selects; a policy chooses cells and leaves its "
@@ -125,6 +145,9 @@ class _Use:
         guard = self.guard
         try:
             guard.check(self.call, self.reads)
+            owner = guard._inside.get(0)
+            if owner not in (None, get_ident()) and not _runs(owner, _CALLERS):
+                guard._inside.pop(0, None)  # left behind by a Ctrl-C while it was leaving
             if guard._inside.setdefault(0, get_ident()) != get_ident():
                 raise UnsupportedCallError(
                     f"{self.call}: another thread is inside {guard._call} of this session; let one call end before the "

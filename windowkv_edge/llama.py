@@ -13,7 +13,7 @@ from . import _native
 from .budget import check_budget
 from .errors import UnsupportedCallError
 from .evaluation import PolicyEvaluation
-from .guard import Closed, Guard
+from .guard import Closed, Guard, Interrupts
 from .policies import Full, KVPolicy, get_policy
 from .session import AfterPrompt, PolicyCache, ragged_cache
 from .stats import KVStats
@@ -118,7 +118,8 @@ class Llama(PolicyEvaluation):
         said = kwargs.get("type_k") is not None or kwargs.get("type_v") is not None
         try:
             with ragged_cache(policy, model_path, None if said else policy.cells):
-                super().__init__(model_path, **kwargs)
+                with Interrupts():
+                    super().__init__(model_path, **kwargs)
             self._check_text(policy)
             cache = PolicyCache(
                 self._ctx.ctx,
@@ -135,7 +136,7 @@ class Llama(PolicyEvaluation):
             # the weights may be loaded, and whoever holds the error holds this session
             self.close()
             raise
-        self._kv_cache = cache
+        self._kv_cache, self._kv_first = cache, policy
 
     #
     # policy and budget
@@ -157,6 +158,7 @@ class Llama(PolicyEvaluation):
 
     @kv_policy.setter
     def kv_policy(self, policy: str | KVPolicy) -> None:
+        self._kv_failed.clear()  # what the old one raised
         with self._use("setting kv_policy"):
             cache = self._need_cache("setting kv_policy")
             new = get_policy(policy)
@@ -182,7 +184,8 @@ class Llama(PolicyEvaluation):
             before, self._kv_when.budget = self._kv_when.budget, check_budget(budget)
             self._kv_given["kv_budget"] = budget
             cache = self._kv_cache
-            if cache is not None and budget != before and cache.kv.stats().n_boundary > 0:
+            changed = (type(budget), budget) != (type(before), before)  # 1 is a cell, 1.0 all of them
+            if cache is not None and changed and cache.kv.stats().n_boundary > 0:
                 self._requires_eval = True
 
     def kv_compact(self, kv_budget: float | int | None = None) -> KVStats:
@@ -301,6 +304,7 @@ class Llama(PolicyEvaluation):
         if self._kv_guard.closed:
             self.n_tokens = 0
             return
+        self._kv_failed.clear()
         with self._use("reset()"):
             if self._kv_cache is not None:
                 with self._aligned():
@@ -333,6 +337,10 @@ class Llama(PolicyEvaluation):
         if self._kv_cache is None:
             return state
         changed = {name: state[name] for name in CHANGEABLE if state[name] != self._kv_initial[name]}
+        if self._kv_cache.policy is not self._kv_first:
+            # cells were chosen for the first policy; another one may prefer others
+            own = self._kv_cache.kv.stats()
+            changed |= {"type_k": int(own.type_k), "type_v": int(own.type_v)}
         return {"model_path": self.model_path, **self._kv_given, **changed, "kv_policy": self._kv_cache.policy}
 
     #

@@ -224,8 +224,9 @@ WKV_API int wkv_set_observed(struct llama_context * ctx, int32_t n_observed);
 // until the next call or compaction, which says the same.
 WKV_API int wkv_prompt_done(struct llama_context * ctx);
 
-// Called inside llama_decode() before it evaluates a single token behind a prompt: behind several tokens at once, since which
-// nobody compacted or called wkv_prompt_done(). It may call these two and read the context, nothing else.
+// Called inside llama_decode() before it evaluates a single token behind a prompt: behind several tokens that came at once while
+// the function was set, since when nobody compacted or called wkv_prompt_done(). It may call these two and read the context,
+// nothing else.
 typedef void (*wkv_prompt_fn)(void * user);
 
 // fn = NULL: no more

@@ -71,7 +71,7 @@ bool llama_kv_cache_ragged_context::apply() {
     if (!llama_kv_cache_context::apply()) {
         return false;
     }
-    observed_rows = kv->seq.append(get_ubatch().n_tokens);
+    observed_rows = kv->seq.append(get_ubatch().n_tokens, kv->on_prompt != nullptr);
     return true;
 }
 

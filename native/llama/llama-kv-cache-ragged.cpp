@@ -192,9 +192,6 @@ void llama_kv_cache_ragged::check_idle() const {
 //
 
 std::string llama_kv_cache_ragged::check_ubatches(const std::vector<llama_ubatch> & ubatches) const {
-    if (busy) {
-        return "a selection is running, nothing can be evaluated until it has returned";
-    }
     if (!cparams.causal_attn) {
         return "the context was switched to non-causal attention, switch it back";
     }

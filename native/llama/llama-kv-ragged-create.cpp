@@ -330,6 +330,15 @@ bool llama_kv_ragged_is_busy(const llama_kv_cache * kv) {
     return res;
 }
 
+bool llama_kv_ragged_no_batch(llama_memory_i * mem) {
+    const auto * ragged = llama_kv_ragged_find(mem);
+    const bool   res    = ragged && ragged->is_busy();
+    if (res) {
+        llama_kv_ragged_refuse_batch("a selection is running, nothing can be evaluated until it has returned");
+    }
+    return res;
+}
+
 bool llama_kv_ragged_no_shift(const llama_kv_cache * kv) {
     const bool res = as_ragged(kv) != nullptr;
     if (res) {

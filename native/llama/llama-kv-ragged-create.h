@@ -72,6 +72,9 @@ bool llama_kv_ragged_no_copy(const llama_kv_cache * kv, llama_seq_id seq_id_src,
 // the same while a selection of a ragged cache runs
 bool llama_kv_ragged_is_busy(const llama_kv_cache * kv);
 
+// the same for a batch, of any memory; also the message of the last failure
+bool llama_kv_ragged_no_batch(llama_memory_i * mem);
+
 // the context of a batch that has slots; that of a ragged cache fails if the batch does not follow what it holds
 llama_kv_cache_context * llama_kv_ragged_context_make(
         llama_kv_cache * kv,

@@ -95,10 +95,10 @@ std::vector<int32_t> llama_kv_ragged_seq::positions(size_t i, int64_t ih) const 
     return res;
 }
 
-std::vector<int64_t> llama_kv_ragged_seq::append(uint32_t n_tokens) {
+std::vector<int64_t> llama_kv_ragged_seq::append(uint32_t n_tokens, bool may_be_prompt) {
     const auto rows = observed.observe(n_pos, n_tokens);
 
-    if (!in_prompt() && n_tokens > 1) {
+    if (may_be_prompt && !in_prompt() && n_tokens > 1) {
         prompt_begin = n_pos;
     }
     n_pos += n_tokens;

@@ -63,8 +63,9 @@ struct llama_kv_ragged_seq {
 
     std::vector<int32_t> positions(size_t i, int64_t ih) const; // of one head's cells, ascending
 
-    // add positions at the end, returns the rows of the queries that are observed of them
-    std::vector<int64_t> append(uint32_t n_tokens);
+    // add positions at the end, returns the rows of the queries that are observed of them; several may be a prompt that somebody
+    // waits for the end of
+    std::vector<int64_t> append(uint32_t n_tokens, bool may_be_prompt);
 
     // forget the positions from p0 on; p0 is 0 or not below the boundary
     void trim(uint32_t p0);

@@ -539,10 +539,10 @@ static void test_scores_in_parts(llama_model * model) {
         llama_kv_ragged_scoring scoring;
         scoring.window_sizes  = by_query_head ? std::vector<int32_t>{ 8 } : std::vector<int32_t>{ 8, 3 };
         scoring.by_query_head = by_query_head;
-        const auto want = llama_kv_ragged_score(*ctx, kv.get_source(1), scoring, kv.get_meter());
+        const auto want = llama_kv_ragged_score(*ctx, kv.get_source(0), scoring, kv.get_meter());
         for (const int64_t n_columns : { 8, 3, 1 }) {
             scoring.n_bytes_max = n_columns*300*sizeof(float);
-            const auto got = llama_kv_ragged_score(*ctx, kv.get_source(1), scoring, kv.get_meter());
+            const auto got = llama_kv_ragged_score(*ctx, kv.get_source(0), scoring, kv.get_meter());
             CHECK(got.size() == want.size());
             for (size_t i = 0; i < want.size(); ++i) {
                 CHECK(std::fabs(got[i] - want[i]) <= 1e-6f);
@@ -563,7 +563,7 @@ static void test_layers_of_distinct_lengths(llama_model * model) {
         auto ctx = make(model, 8);
         CHECK(decode(ctx.get(), prompt(400), 0) == 0);
         CHECK(wkv_compact(ctx.get(), &policy, 60) > 0);
-        CHECK(positions(ctx.get(), 0, 0).size() > positions(ctx.get(), 1, 0).size());
+        CHECK(stats(ctx.get()).n_layer == 1 || positions(ctx.get(), 0, 0).size() > positions(ctx.get(), 1, 0).size());
         CHECK(wkv_set_attention(ctx.get(), attention) == WKV_OK);
 
         std::vector<float> got;

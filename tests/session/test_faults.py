@@ -24,6 +24,7 @@ from windowkv_edge import (
     UnsupportedModelError,
     WindowKV,
     _native,
+    get_policy,
 )
 from windowkv_edge.bench.session import Model, Session
 
@@ -156,6 +157,39 @@ def test_drafts_and_long_prompts_are_no_prompts_below(tiny: Path, opened: Callab
         next(stream)
     assert llm.kv_stats().n_compactions == 1
     stream.close()
+    assert decode(llm, [5]) == 0  # nor does the next one find a prompt in the answer
+    assert llm.kv_stats().n_compactions == 1
+
+
+def test_a_prompt_of_others_goes_on_in_the_class(tiny: Path, opened: Callable[..., Llama]) -> None:
+    llm = opened(tiny, kv_policy=SnapKV(), kv_budget=60)
+    decode(llm, TOKENS)
+    llm.n_tokens = len(TOKENS)
+    llm.eval([5])
+    assert llm.kv_stats().n_compactions == 1 and (llm.kv_stats().cells == 61).all()
+
+
+def test_old_failures_do_not_pile_up(tiny: Path, opened: Callable[..., Llama]) -> None:
+    llm = opened(tiny, kv_policy=Script(action=lambda: 1 / 0), kv_budget=60)
+    with pytest.warns(UserWarning, match="its compaction failed"):
+        for i in range(3):
+            decode(llm, TOKENS[:120])
+            decode(llm, [i])
+    with pytest.raises(ZeroDivisionError):
+        llm.kv_budget = 50
+    llm.kv_budget = 50
+    assert llm.kv_stats().n_past == 363
+    with pytest.warns(UserWarning, match="its compaction failed"):
+        decode(llm, TOKENS[:2])
+        decode(llm, [1])
+    llm.reset()  # about what is gone
+    assert llm.kv_stats().n_past == 0
+    with pytest.warns(UserWarning, match="its compaction failed"):
+        decode(llm, TOKENS)
+        decode(llm, [1])
+    llm.kv_policy = "snapkv"  # type: ignore[assignment]
+    llm.eval(TOKENS)
+    assert (llm.kv_stats().cells == 50).all()
 
 
 def test_dropping_a_session_frees_it_at_once(tiny: Path) -> None:
@@ -402,6 +436,68 @@ def test_selections_cannot_meddle_below(
     found = answer(llm, TOKENS, 8)
     assert seen == [399]
     assert found == answer(opened(model, kv_policy=Script(action=lambda: None), kv_budget=60), TOKENS, 8)
+
+
+def test_selections_below_cannot_meddle(tiny: Path, opened: Callable[..., Llama]) -> None:
+    """Inside llama_decode, where a batch of several tokens ended the process and one of another token took the place of it."""
+    llm: Llama
+    statuses: list[int] = []
+
+    def action() -> None:
+        statuses.extend((decode(llm, [3]), decode(llm, [3, 4])))
+        for call, name in ((llm.close, "close"), (llm.reset, "reset"), (lambda: llm.eval([1]), "eval")):
+            with pytest.raises(UnsupportedCallError, match=rf"{name}\(\) was called while kv_policy='script' selects"):
+                call()
+
+    rows = []
+    for act in (action, lambda: None):
+        llm = opened(tiny, kv_policy=Script(action=act), kv_budget=60)
+        decode(llm, TOKENS)
+        assert decode(llm, [5]) == 0
+        assert llm.kv_stats().n_past == 401 and (llm.kv_stats().cells == 61).all()
+        rows.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy())
+    assert statuses == [1, 1]
+    assert np.array_equal(*rows)
+
+
+def test_one_cell_is_not_all_of_them(tiny: Path, opened: Callable[..., Llama]) -> None:
+    with pytest.warns(UserWarning):
+        llm = opened(tiny, kv_policy="snapkv", kv_budget=1)
+    answer(llm, TOKENS)
+    llm.kv_budget = 1.0
+    answer(llm, TOKENS)
+    assert (llm.kv_stats().cells == 400).all()
+
+
+@pytest.mark.parametrize(("first", "then"), [("snapkv", "auto"), ("auto", "snapkv")])
+def test_a_copy_keeps_the_cells_of_a_changed_policy(
+    tiny: Path, opened: Callable[..., Llama], first: str, then: str
+) -> None:
+    llm = opened(tiny, kv_policy=first, kv_budget=0.12)
+    llm.kv_policy = then  # type: ignore[assignment]
+    copy = pickle.loads(pickle.dumps(llm))
+    try:
+        found = [(answer(own, TOKENS, 4), positions(own), own.kv_stats().cell_types) for own in (llm, copy)]
+        assert found[0] == found[1]
+    finally:
+        copy.close()
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("snapkv(window_size=2147483648)", r"below 2\^31"),
+        ("streamingllm(n_sink=2147483648)", r"below 2\^31"),
+        ("windowkv(omega=2147483648)", r"below 2\^31"),
+        ("snapkv(window_size=8, window_size=9)", "every parameter once"),
+        ("snapkv(window_size=" + "-" * 5000 + "1)", "expected parameters such as"),
+        ("snapkv(" + "(" * 5000 + ")", "expected parameters such as"),
+    ],
+    ids=["window", "sink", "omega", "twice", "signs", "brackets"],
+)
+def test_parameters_are_checked_where_they_are_given(policy: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_policy(policy)
 
 
 def test_arguments_that_python_refuses(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

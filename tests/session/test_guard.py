@@ -128,3 +128,36 @@ def test_a_closed_session(tiny: Path, opened: Callable[..., Llama], policy: str 
     llm.reset()
     llm.close()
     assert llm.n_tokens == 0
+
+
+def test_what_ctrl_c_leaves_behind_locks_nobody_out(tiny: Path, opened: Callable[..., Llama]) -> None:
+    """A signal between two lines of the guard's own code: nobody is inside, and the session says that somebody is."""
+    llm = opened(tiny, kv_policy=SnapKV(), kv_budget=60)
+    llm._kv_guard._inside[0] = threading.get_ident()
+    llm._kv_guard._selecting = "snapkv"
+    found: list[object] = []
+
+    def other() -> None:
+        try:
+            llm.eval(TOKENS)
+            found.append(llm.kv_stats().n_past)
+        except UnsupportedCallError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert found == [400]
+    llm.reset()
+
+
+def test_ctrl_c_below_comes_out_at_once(tiny: Path, opened: Callable[..., Llama]) -> None:
+    """While a policy selects inside llama_decode, which somebody else called and where no exception gets out."""
+    llm = opened(tiny, kv_policy=Script(action=lambda: signal.raise_signal(signal.SIGINT)), kv_budget=60)
+    ids = (llama_cpp.llama_token * 400)(*TOKENS)
+    with pytest.raises(KeyboardInterrupt):
+        llama_cpp.llama_decode(llm.ctx, llama_cpp.llama_batch_get_one(ids, 400))
+        for _ in range(2000):
+            llama_cpp.llama_decode(llm.ctx, llama_cpp.llama_batch_get_one(ids, 1))
+    assert llm.kv_stats().n_past < 500
+    assert (llm.kv_stats().cells == llm.kv_stats().n_past).all()

@@ -128,8 +128,12 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
         call = ast.parse(f"f({rest}" if bracket else "f()", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError
+        names = [word.arg for word in call.keywords]
+        if len(set(names)) < len(names):
+            expected = "expected every parameter once"
+            raise ValueError
         parameters = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # brackets and signs by the thousand
         raise ValueError(f"kv_policy is {policy!r}, {expected}") from None
     known: list[str] = [own.name for own in fields(cls) if own.init] if is_dataclass(cls) else []
     if not set(parameters) <= set(known):

@@ -39,9 +39,9 @@ Positions = Sequence[Sequence[npt.ArrayLike]]
 
 
 def at_least(name: str, value: object, low: int) -> None:
-    """Raise ValueError unless value is an int >= low."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} is {value!r}, expected an int of at least {low}")
+    """Raise ValueError unless value is an int of at least low that fits into 32 bits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
+        raise ValueError(f"{name} is {value!r}, expected an int of at least {low} and below 2^31")
 
 
 def share_of(name: str, value: object, *, over_zero: bool = False) -> None:
