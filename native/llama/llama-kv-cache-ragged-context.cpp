@@ -7,6 +7,7 @@
 #include "llama-memory-hybrid.h"
 
 #include <algorithm>
+#include <cassert>
 
 llama_kv_cache_context * llama_kv_ragged_context_make(
         llama_kv_cache * kv,
@@ -64,6 +65,8 @@ const llama_kv_cache_ragged_context * llama_kv_cache_ragged_context::find(const 
 }
 
 bool llama_kv_cache_ragged_context::apply() {
+    assert(!llama_memory_status_is_fail(get_status()));
+
     if (update) {
         update();
         return true;

@@ -125,9 +125,16 @@ bool llama_kv_cache_ragged::ensure(int64_t n_tokens, bool exact) {
 
         // a prompt that arrives in pieces doubles its pool in six steps, a compressed cache stays within 2 %; heads of
         // different lengths grow by the same number of cells, because they fill together
-        const int64_t need  = sum/(int64_t) len.size();
-        const int64_t slack = exact ? 0 : seq.boundary == 0 ? need/8 : std::max<int64_t>(seq.cells[i].is_uniform() ? 0 : 16, need/64);
-        const int64_t room  = n_tokens + std::min<int64_t>(slack, std::max<int64_t>(0, get_size() - seq.n_pos - n_tokens));
+        const int64_t n_mean = sum/(int64_t) len.size();
+
+        int64_t slack = 0;
+        if (!exact && seq.boundary == 0) {
+            slack = n_mean/8;
+        } else if (!exact) {
+            slack = std::max<int64_t>(seq.cells[i].is_uniform() ? 0 : 16, n_mean/64);
+        }
+
+        const int64_t room = n_tokens + std::min<int64_t>(slack, std::max<int64_t>(0, get_size() - seq.n_pos - n_tokens));
 
         if (!synced) {
             synchronize();
@@ -135,7 +142,7 @@ bool llama_kv_cache_ragged::ensure(int64_t n_tokens, bool exact) {
         }
         llama_kv_ragged_pool next = layers[i].copy_pool(pools[i], layers[i].capacity(len, room, seq.boundary > 0), len, &meter);
         if (next.empty()) {
-            LLAMA_LOG_ERROR("%s: no memory for %" PRId64 " cells per head in layer %u\n", __func__, need, layers[i].il);
+            LLAMA_LOG_ERROR("%s: no memory for %" PRId64 " cells per head in layer %u\n", __func__, n_mean, layers[i].il);
             return false;
         }
         pools[i] = std::move(next);
@@ -187,10 +194,6 @@ void llama_kv_cache_ragged::check_idle() const {
     }
 }
 
-//
-// llama_memory_i
-//
-
 std::string llama_kv_cache_ragged::check_ubatches(const std::vector<llama_ubatch> & ubatches) const {
     if (!cparams.causal_attn) {
         return "the context was switched to non-causal attention, switch it back";
@@ -237,6 +240,10 @@ std::string llama_kv_cache_ragged::prepare_room(const std::vector<llama_ubatch> 
     return format("no memory for %u more tokens behind %u", n_tokens, seq.n_pos);
 }
 
+//
+// llama_memory_i
+//
+
 llama_memory_context_ptr llama_kv_cache_ragged::init_batch(
             llama_batch_allocr & balloc,
             uint32_t n_ubatch,
@@ -251,7 +258,13 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_batch(
     balloc.split_reset();
 
     std::vector<llama_ubatch> ubatches;
-    for (auto ubatch = balloc.split_simple(n_ubatch); ubatch.n_tokens > 0; ubatch = balloc.split_simple(n_ubatch)) {
+    while (true) {
+        auto ubatch = balloc.split_simple(n_ubatch);
+
+        if (ubatch.n_tokens == 0) {
+            break;
+        }
+
         ubatches.push_back(std::move(ubatch)); // NOLINT
     }
 
