@@ -126,6 +126,8 @@ def answers(model: Path, layers: int, variants: Sequence[Json]) -> list[Json]:
     for kwargs in variants:
         with session(model, layers, **kwargs) as llm:
             rows = decode(llm, 300, 40)
+            if llm._kv is not None:
+                llm._kv.watch(False)  # or the runtime would find prompts in what is decoded below the class
             for n in (3, 8, 9, 1, 40, 2):  # several at once, as drafts are; what they see is not compacted
                 low.Llama.eval(llm, tokens(n))
                 rows = np.vstack([rows, logits(llm)])
@@ -246,6 +248,7 @@ def out_of_memory(model: Path, policy: Any) -> Json:
         rows, rest = [], tokens(300)
         with session(model, 99, kv_policy=policy, kv_budget=40, n_ubatch=32) as llm:
             llm.eval(tokens(300))
+            llm._kv.watch(False)  # the pieces below are no prompts
             for n in (*[1] * 40, 250, 1, 1):
                 piece, rest = rest[:n], rest[n:]
                 before = held(llm)

@@ -102,7 +102,7 @@ def test_the_log_says_what_was_created(tmp_path: Path, opened: Open, capfd: pyte
         r"llama_kv_cache_ragged: +CPU buffer size = +([\d.]+) MiB \((\d+) observed queries\)", log
     )
     assert found, log
-    n_bytes = 3 * 4 * 32 * 2 * int(found[2])  # layers, query heads, head size, f16
+    n_bytes = 2 * 3 * 4 * 32 * 2 * int(found[2])  # and a prompt's; layers, query heads, head size, f16
     assert float(found[1]) == pytest.approx(n_bytes / 2**20, abs=0.01)
     # K and V of 1,024 cells in 2 heads of 3 layers
     half = 1024 * 2 * 3 * 32 * 2 / 2**20

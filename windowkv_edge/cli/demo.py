@@ -22,10 +22,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from windowkv_edge import KVStats, Llama
+from windowkv_edge import Llama
 from windowkv_edge._memory import rss
 from windowkv_edge.gguf_info import GGUFInfo, support
 from windowkv_edge.llama import DEFAULT_MIN_PROMPT
+from windowkv_edge.session import PolicyCache
 
 from .common import SMOLLM2, CLIError, load, mib, open_model, parse_budget, parse_policy, read_text, reports_errors
 
@@ -78,11 +79,11 @@ class _WatchedLlama(Llama):
 
     rss_change: int | None = None
 
-    def kv_compact(self, kv_budget: float | None = None) -> KVStats:
-        before = rss()
-        res = super().kv_compact(kv_budget)
-        self.rss_change = rss() - before
-        return res
+    def _prompt_ended(self, cache: PolicyCache) -> None:
+        before, n_before = rss(), cache.kv.stats().n_compactions
+        super()._prompt_ended(cache)
+        if cache.kv.stats().n_compactions > n_before:
+            self.rss_change = rss() - before
 
 
 @reports_errors
