@@ -71,7 +71,9 @@ def test_every_policy_keeps_its_budget(name: str, session: Callable[..., Llama],
             assert (np.diff(pos) > 0).all() and pos[-1] == 599 and pos[0] >= 0
 
     slack = stats.bytes_live - int(stats.cells.sum()) * CELL_BYTES * share
-    queries = 2 * N_LAYER * 9 * 64 * 2 * llm.kv_policy.n_observed  # type: ignore[union-attr]
+    policy = llm.kv_policy
+    assert policy is not None
+    queries = 2 * N_LAYER * 9 * 64 * 2 * min(policy.n_observed, 1024)  # no more than there are positions
     assert 0 <= slack - queries <= N_LAYER * N_HEAD_KV * CELL_BYTES * 40  # under 40 free cells a head
 
 
