@@ -34,6 +34,7 @@ LONG = (
     "gpu/test_emulator.py",
     "session/test_native.py",
     "session/test_eval.py",
+    "session/test_runtime.py",
     "session/test_windows.py",
     "session/test_fuzz.py",
     "session/test_upstream.py",

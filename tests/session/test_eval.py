@@ -434,7 +434,8 @@ def test_all_small(smollm2: Path, tmp_path: Path) -> None:
         "turns-later-bytes.png", "fidelity-bytes.png",
     }  # fmt: skip
     page = (to / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 10 and "http" not in page
+    assert page.count("data:image/png;base64,") == 10
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)  # letters of a picture may say anything
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in to.glob("*.png"))
     code, text, err = call("report", to / "ruler.jsonl")
     assert code == 0 and "## ruler" in text and "## Ranks" not in text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,8 +28,11 @@ def rss() -> int:
 
 
 def anonymous() -> int:
-    """Bytes of the process that are not pages of the mapped model file, which load as tokens touch them."""
+    """Bytes of the process that are not pages of the mapped model file, which load as tokens touch them, and not those of freed
+    blocks, which the C library keeps or gives back as it likes."""
     gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     status = Path("/proc/self/status")
     if not status.exists():
         return rss()
