@@ -163,7 +163,7 @@ struct wkv_stats {
     int32_t n_gqa;              // query heads per kv head
     int32_t n_past;             // positions
     int32_t n_boundary;         // positions below this one were subject to the last compaction
-    int32_t n_compactions;
+    int32_t n_compactions;      // that evicted something, in all layers or in some
     int32_t n_observed;         // queries that a compaction can ask for; as many of the last prompt's end are held beside them
     int32_t type_k;             // ggml types of the cells
     int32_t type_v;
@@ -183,7 +183,8 @@ struct wkv_stats {
 // hash of the pin, the patches and the native sources this library was built from
 WKV_API const char * wkv_build_stamp(void);
 
-// message of the last failure on this thread, "" if there was none
+// message of the last failure on this thread, "" if there was none; llama_decode() on a context with a policy forgets it first and
+// leaves one if it fails
 WKV_API const char * wkv_last_error(void);
 
 // forget it, to tell whether a call of llama.h that follows is refused by this cache
@@ -233,7 +234,8 @@ typedef void (*wkv_prompt_fn)(void * user);
 WKV_API int wkv_on_prompt(struct llama_context * ctx, wkv_prompt_fn fn, void * user);
 
 // score, select and gather: afterwards the (layer, kv head) pairs hold n_cells cells on average
-// returns the number of cells released over all layers and heads, or a negative status
+// returns the number of cells released over all layers and heads, or a negative status: nothing was evicted then, or if memory ran
+// out while cells moved, in some layers alone. The message says which; the cache can be used, and a second call completes it
 WKV_API int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells);
 
 // Chooses the cells that stay: sets keep to 1 there (it comes as 0), in the layout of positions and scores, for at most

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <new>
 
 llama_kv_cache_context * llama_kv_ragged_context_make(
         llama_kv_cache * kv,
@@ -19,11 +20,7 @@ llama_kv_cache_context * llama_kv_ragged_context_make(
     }
 
     // all memory that the batch needs is there before any part of a compound memory changes
-    const std::string error = ragged->prepare_room(ubatches);
-    if (!error.empty()) {
-        llama_kv_ragged_refuse_batch(error);
-    }
-    if (!error.empty() || ragged->is_due()) {
+    if (!ragged->prepare_room(ubatches)) {
         return new llama_kv_cache_ragged_context(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
     return new llama_kv_cache_ragged_context(ragged, std::move(sinfos), std::move(ubatches));
@@ -71,20 +68,23 @@ bool llama_kv_cache_ragged_context::apply() {
         update();
         return true;
     }
-    if (!llama_kv_cache_context::apply()) {
+    try {
+        observed_rows = kv->append(get_ubatch().n_tokens);
+    } catch (const std::bad_alloc &) {
         return false;
     }
-    observed_rows = kv->seq.append(get_ubatch().n_tokens, kv->on_prompt != nullptr);
-    return true;
+    return llama_kv_cache_context::apply();
 }
 
 llama_kv_cache_ragged_context::layer_view llama_kv_cache_ragged_context::get_view(ggml_context * ctx, int32_t il) const {
     const size_t i     = get_index(il);
-    const auto & layer = kv->layers[i];
+    const auto & seq   = kv->get_seq();
+    const auto & layer = kv->get_layers()[i];
 
     if (!full) {
-        const int64_t n_cells = kv->seq.n_cells(i, 0);
-        return { kv->pools[i].k, kv->pools[i].v, kv->is_stock(i), kv->pools[i].cap(0), n_cells, kv->n_read(i, n_cells) };
+        const auto  & pool    = seq.cells[i].pool;
+        const int64_t n_cells = seq.n_cells(i, 0);
+        return { pool.k, pool.v, kv->is_stock(i), pool.cap(0), n_cells, seq.n_read(i, n_cells) };
     }
 
     const int64_t n = kv->get_size();
@@ -93,14 +93,14 @@ llama_kv_cache_ragged_context::layer_view llama_kv_cache_ragged_context::get_vie
     if (ctx) {
         res.k = ggml_new_tensor_2d(ctx, layer.type_k, layer.n_embd_head_k, n*layer.n_head_kv);
         res.v = ggml_new_tensor_2d(ctx, layer.type_v, layer.n_embd_head_v, n*layer.n_head_kv);
-        res.k->buffer = res.v->buffer = kv->bufs_reserve.at(layer.buft).get();
+        res.k->buffer = res.v->buffer = layer.buf_full.get();
     }
     return res;
 }
 
 std::vector<llama_kv_cache_ragged_context::layer_view> llama_kv_cache_ragged_context::get_stock_views() const {
     std::vector<layer_view> res;
-    for (const auto & layer : kv->layers) {
+    for (const auto & layer : kv->get_layers()) {
         res.push_back(get_view(nullptr, layer.il));
         if (!res.back().stock) {
             res.pop_back();
@@ -109,42 +109,51 @@ std::vector<llama_kv_cache_ragged_context::layer_view> llama_kv_cache_ragged_con
     return res;
 }
 
-std::pair<ggml_backend_dev_t, ggml_tensor *> llama_kv_cache_ragged_context::get_table(int32_t il, int64_t n_tokens) const {
-    const auto dev = kv->layers[get_index(il)].dev;
+const llama_kv_ragged_layer & llama_kv_cache_ragged_context::get_layer(int32_t il) const {
+    return kv->get_layers()[get_index(il)];
+}
 
-    ggml_tensor * table = n_tokens > llama_kv_ragged_tables::N_TOKENS_MAX ? nullptr : kv->tables.find(dev);
+ggml_tensor * llama_kv_cache_ragged_context::get_queries(int32_t il) const {
+    return kv->get_seq().observed.queries[get_index(il)].tensor;
+}
+
+std::pair<ggml_backend_dev_t, ggml_tensor *> llama_kv_cache_ragged_context::get_table(int32_t il, int64_t n_tokens) const {
+    const auto dev = get_layer(il).dev;
+
+    ggml_tensor * table = n_tokens > llama_kv_ragged_tables::N_TOKENS_MAX ? nullptr : kv->get_tables().find(dev);
     return { table ? dev : nullptr, table };
 }
 
 void llama_kv_cache_ragged_context::set_table(ggml_backend_dev_t dev, ggml_tensor * table, const std::vector<int32_t> & data) const {
     if (dev) {
-        kv->tables.set(*kv->lctx, dev, data);
+        kv->get_tables().set(dev, data);
     } else {
         ggml_backend_tensor_set(table, data.data(), 0, data.size()*sizeof(data[0]));
     }
 }
 
 void llama_kv_cache_ragged_context::get_ranges(int32_t il, int32_t * ranges) const {
-    const size_t i = get_index(il);
+    const size_t i   = get_index(il);
+    const auto & seq = kv->get_seq();
 
-    for (int64_t ih = 0; ih < kv->layers[i].n_head_kv; ++ih) {
-        ranges[2*ih + 0] = kv->pools[i].first[ih];
-        ranges[2*ih + 1] = kv->seq.n_cells(i, ih);
+    for (size_t ih = 0; ih < seq.cells[i].kept.size(); ++ih) {
+        ranges[2*ih + 0] = seq.cells[i].pool.first[ih];
+        ranges[2*ih + 1] = seq.n_cells(i, ih);
     }
 }
 
 int32_t llama_kv_cache_ragged_context::get_index(int32_t il) const {
-    return kv->map_layer.at(il);
+    return kv->get_index(il);
 }
 
 int32_t llama_kv_cache_ragged_context::get_n_layer() const {
-    return kv->layers.size();
+    return kv->get_layers().size();
 }
 
 int64_t llama_kv_cache_ragged_context::get_n_observed(int64_t n_tokens) const {
-    return std::min<int64_t>(n_tokens, kv->seq.observed.n_observed);
+    return std::min<int64_t>(n_tokens, kv->get_seq().observed.n_observed);
 }
 
 uint64_t llama_kv_cache_ragged_context::get_epoch() const {
-    return kv->epoch;
+    return kv->get_epoch();
 }

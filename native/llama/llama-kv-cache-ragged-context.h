@@ -8,9 +8,16 @@
 #include <utility>
 #include <vector>
 
+struct llama_context;
 struct llm_graph_context;
 
 class llama_kv_cache_ragged;
+
+struct llama_kv_ragged_layer;
+
+// The scale of a layer's attention logits, which the worst-case graph of a context has. Throws llama_kv_ragged_unsupported if the layer's
+// attention does not run through the cache.
+float llama_kv_ragged_scale(const llama_context & lctx, int32_t il);
 
 //
 // llama_kv_cache_ragged_context
@@ -58,6 +65,10 @@ public:
     };
 
     layer_view get_view(ggml_context * ctx, int32_t il) const;
+
+    const llama_kv_ragged_layer & get_layer(int32_t il) const;
+
+    ggml_tensor * get_queries(int32_t il) const; // observed ones of a layer, F16 [n_embd_head_k, n_rows, n_head]
 
     std::vector<layer_view> get_stock_views() const; // of the layers that stock attention serves, without tensors
 

@@ -9,32 +9,29 @@
 #include <algorithm>
 #include <cinttypes>
 #include <numeric>
+#include <stdexcept>
 
 int64_t llama_kv_ragged_plan::n_released() const {
     return std::accumulate(before.begin(), before.end(), int64_t(0)) - std::accumulate(after.begin(), after.end(), int64_t(0));
 }
 
-namespace {
+int64_t llama_kv_ragged_plan::n_released(size_t i) const {
+    int64_t res = 0;
+    for (size_t ih = i*n_head_kv; ih < (i + 1)*n_head_kv; ++ih) {
+        res += before[ih] - after[ih];
+    }
+    return res;
+}
 
-// nothing else changes the cache while a selection looks at it
-struct busy_guard {
-    llama_kv_cache_ragged & kv;
-
-    explicit busy_guard(llama_kv_cache_ragged & kv) : kv(kv) { kv.check_idle(); kv.set_busy(true); }
-    ~busy_guard() { kv.set_busy(false); }
-};
-
-} // namespace
-
-llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_kv_cache_ragged & kv, llama_context & lctx, const llama_kv_ragged_request & request) {
-    const auto & layers = kv.get_layers();
-    const auto & seq    = kv.get_seq();
+llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_context & lctx, const llama_kv_ragged_seq & seq, const llama_kv_ragged_request & request) {
+    const auto & layers = seq.get_layers();
 
     llama_kv_ragged_plan res;
-    res.before = seq.n_cells();
+    res.n_head_kv = layers[0].n_head_kv;
+    res.before    = seq.n_cells();
 
     const size_t  n_cells   = std::accumulate(res.before.begin(), res.before.end(), size_t(0));
-    const int64_t n_head_kv = layers[0].n_head_kv;
+    const int64_t n_head_kv = res.n_head_kv;
     const size_t  n_rep     = request.scoring.by_query_head ? layers[0].n_gqa() : 1;
     const size_t  n_planes  = std::max<size_t>(1, request.scoring.window_sizes.size());
 
@@ -46,7 +43,7 @@ llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_kv_cache_ragged & kv, llama
     }
 
     // host memory of the selection is part of the peak
-    llama_kv_ragged_claim claim(kv.get_meter(), n_cells*(sizeof(int32_t) + n_rep*n_planes*sizeof(float) + sizeof(uint8_t) + request.n_bytes_cell));
+    llama_kv_ragged_claim claim(seq.get_meter(), n_cells*(sizeof(int32_t) + n_rep*n_planes*sizeof(float) + sizeof(uint8_t) + request.n_bytes_cell));
 
     lctx.synchronize();
 
@@ -64,7 +61,7 @@ llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_kv_cache_ragged & kv, llama
         if (request.scoring.window_sizes.empty()) {
             continue;
         }
-        const auto   cur = llama_kv_ragged_score(lctx, kv.get_source(i), request.scoring, kv.get_meter());
+        const auto   cur = llama_kv_ragged_score(lctx, seq, i, request.scoring);
         const size_t n   = (pos.size() - i0)*n_rep;
         for (size_t ip = 0; ip < n_planes; ++ip) {
             std::copy_n(cur.begin() + ip*n, n, scores.begin() + (ip*n_cells + i0)*n_rep);
@@ -74,10 +71,7 @@ llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_kv_cache_ragged & kv, llama
     const int64_t t_select_us = ggml_time_us();
 
     res.keep.assign(n_cells, 0);
-    {
-        busy_guard guard(kv);
-        request.select({ res.before, pos.data(), scores.data(), res.keep.data() });
-    }
+    request.select({ res.before, pos.data(), scores.data(), res.keep.data() });
 
     auto first = res.keep.begin();
     for (const int32_t n : res.before) {
@@ -86,8 +80,8 @@ llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_kv_cache_ragged & kv, llama
     }
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto * n = res.after.data() + i*n_head_kv;
-        if (!layers[i].has_ragged && std::any_of(n, n + n_head_kv, [&](int32_t cur) { return cur != *n; })) {
-            llama_kv_ragged_refuse_unsupported(llama_kv_cache_ragged::no_ragged_attention(layers[i]));
+        if (std::any_of(n, n + n_head_kv, [&](int32_t cur) { return cur != *n; })) {
+            layers[i].check_ragged();
         }
     }
 
@@ -139,86 +133,119 @@ static void move_rows_by_host(
     }
 }
 
-llama_kv_ragged_pool llama_kv_ragged_gather(
-        llama_context & lctx, const llama_kv_ragged_source & src, const uint8_t * keep, const int32_t * n_keep,
-        std::vector<std::vector<int32_t>> & kept, llama_kv_ragged_meter & meter) {
-    const auto & layer = src.layer;
-    const auto   len   = src.seq.n_cells(src.i);
+llama_kv_ragged_cells llama_kv_ragged_gather(
+        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_plan & plan) {
+    const auto & layer = seq.get_layers()[i];
+    const auto & pool  = seq.cells[i].pool;
+    const auto   len   = seq.n_cells(i);
 
-    const std::vector<int64_t> len_next(n_keep, n_keep + layer.n_head_kv);
+    const auto   n_before = plan.before.begin() + i*plan.n_head_kv;
+    const auto   n_after  = plan.after.begin()  + i*plan.n_head_kv;
+    const auto * keep     = plan.keep.data() + std::accumulate(plan.before.begin(), n_before, size_t(0));
+
+    const std::vector<int64_t> len_next(n_after, n_after + layer.n_head_kv);
 
     // heads that fill at different rows are given the same room
     const int64_t n_mean  = std::accumulate(len_next.begin(), len_next.end(), int64_t(0))/layer.n_head_kv;
     const bool    uniform = std::all_of(len_next.begin(), len_next.end(), [&](int64_t n) { return n == n_mean; });
     const int64_t slack   = std::max<int64_t>(uniform ? 1 : 16, n_mean/64);
 
-    llama_kv_ragged_pool next = layer.make_pool(layer.capacity(len_next, slack, true), &meter);
-    if (next.empty()) {
-        llama_kv_ragged_refuse(format("no memory for %" PRId64 " cells per head in layer %u", n_mean, layer.il));
-    }
-
-    kept.assign(layer.n_head_kv, {});
+    llama_kv_ragged_cells res;
+    res.kept.resize(layer.n_head_kv);
+    res.boundary = seq.n_pos;
+    res.pool     = layer.make_pool(layer.capacity(len_next, slack, true), seq.get_meter());
 
     // unused rows repeat a valid one, they have to be finite
-    std::vector<int32_t> rows(next.n_rows(), 0);
+    std::vector<int32_t> rows(res.pool.n_rows(), 0);
     for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
-        const auto pos = src.seq.positions(src.i, ih);
-        for (int64_t i = 0; i < len[ih]; ++i) {
-            if (keep[i]) {
-                rows[next.first[ih] + kept[ih].size()] = src.pool.first[ih] + i;
-                kept[ih].push_back(pos[i]);
+        auto & kept = res.kept[ih];
+
+        const auto pos = seq.positions(i, ih);
+        for (int64_t ic = 0; ic < len[ih]; ++ic) {
+            if (keep[ic]) {
+                rows[res.pool.first[ih] + kept.size()] = pool.first[ih] + ic;
+                kept.push_back(pos[ic]);
             }
         }
         keep += len[ih];
-        GGML_ASSERT((int64_t) kept[ih].size() == len_next[ih]);
+        GGML_ASSERT((int64_t) kept.size() == len_next[ih]);
     }
 
-    if (src.pool.k->nb[1] % sizeof(int32_t) == 0 && src.pool.v->nb[1] % sizeof(int32_t) == 0) {
-        move_rows(lctx, layer, src.pool, next, rows, meter);
+    if (pool.k->nb[1] % sizeof(int32_t) == 0 && pool.v->nb[1] % sizeof(int32_t) == 0) {
+        move_rows(lctx, layer, pool, res.pool, rows, seq.get_meter());
     } else {
-        move_rows_by_host(src.pool, next, rows, meter);
+        move_rows_by_host(pool, res.pool, rows, seq.get_meter());
     }
-    return next;
+    return res;
 }
 
 //
 // llama_kv_cache_ragged
 //
 
-void llama_kv_cache_ragged::commit(llama_context & lctx, const llama_kv_ragged_plan & plan) {
+namespace {
+
+struct busy_guard {
+    bool & busy;
+
+    explicit busy_guard(bool & busy) : busy(busy) { GGML_ASSERT(!busy); busy = true; }
+    ~busy_guard() { busy = false; }
+};
+
+} // namespace
+
+int64_t llama_kv_cache_ragged::compact(llama_context & lctx, const llama_kv_ragged_request & request) {
+    const busy_guard guard(busy);
+
+    const auto plan = llama_kv_ragged_make_plan(lctx, seq, request);
     if (plan.n_released() == 0) {
         seq.end_prompt();
-        return;
+        return 0;
     }
+    commit(lctx, plan);
+    return plan.n_released();
+}
 
+void llama_kv_cache_ragged::commit(llama_context & lctx, const llama_kv_ragged_plan & plan) {
     const int64_t t_start_us   = ggml_time_us();
-    const int64_t bytes_before = meter.live;
+    const int64_t bytes_before = stats.meter.live;
 
-    size_t i_keep = 0;
-    for (size_t i = 0; i < layers.size(); ++i) {
-        const int32_t * n_before = plan.before.data() + i*layers[i].n_head_kv;
-        const int32_t * n_after  = plan.after.data()  + i*layers[i].n_head_kv;
-
-        std::vector<std::vector<int32_t>> kept;
-        pools[i] = llama_kv_ragged_gather(lctx, get_source(i), plan.keep.data() + i_keep, n_after, kept, meter);
-
-        // whatever happens to the next layers
-        seq.cells[i] = { std::move(kept), seq.n_pos };
-        seq.boundary = seq.n_pos;
-        epoch++;
-
-        i_keep = std::accumulate(n_before, n_before + layers[i].n_head_kv, i_keep);
+    size_t      i     = 0;
+    bool        moved = false;
+    std::string error;
+    try {
+        for (; i < layers.size(); ++i) {
+            if (plan.n_released(i) == 0 && seq.cells[i].boundary == seq.n_pos) {
+                continue; // done by a call that found no memory for the rest
+            }
+            seq.compact(i, llama_kv_ragged_gather(lctx, seq, i, plan));
+            epoch++;
+            moved = true;
+        }
+    } catch (const std::exception & err) {
+        if (i == 0) {
+            throw;
+        }
+        error = llama_kv_ragged_reason(err);
     }
 
-    seq.end_prompt();
-    llama_kv_ragged_trim();
+    if (moved) {
+        seq.end_prompt();
+        llama_kv_ragged_trim();
 
-    stats.n_compactions++;
-    stats.bytes_released = bytes_before - meter.live;
-    stats.t_score_ms     = plan.t_score_ms;
-    stats.t_select_ms    = plan.t_select_ms;
-    stats.t_gather_ms    = (ggml_time_us() - t_start_us)/1000.0;
+        stats.n_compactions++;
+        stats.bytes_released = bytes_before - stats.meter.live;
+        stats.t_score_ms     = plan.t_score_ms;
+        stats.t_select_ms    = plan.t_select_ms;
+        stats.t_gather_ms    = (ggml_time_us() - t_start_us)/1000.0;
+    }
 
-    LLAMA_LOG_DEBUG("%s: %" PRId64 " of %zu cells released at position %u (%.2f MiB), scored in %.1f ms, selected in %.1f ms, moved in %.1f ms\n", __func__,
-            plan.n_released(), plan.keep.size(), seq.n_pos, stats.bytes_released/1024.0/1024.0, stats.t_score_ms, stats.t_select_ms, stats.t_gather_ms);
+    LLAMA_LOG_DEBUG("%s: %zu of %zu layers compacted at position %u (%.2f MiB), scored in %.1f ms, selected in %.1f ms, moved in %.1f ms\n", __func__,
+            i, layers.size(), seq.n_pos, stats.bytes_released/1024.0/1024.0, stats.t_score_ms, stats.t_select_ms, stats.t_gather_ms);
+
+    if (i < layers.size()) {
+        throw std::runtime_error(format("%s. The compaction is half done: the layers before layer %u are compacted, %zu of %zu, and the others hold "
+                    "all their cells. The cache can be used as it is; compact again, with more free memory or for fewer cells, to complete it",
+                    error.c_str(), layers[i].il, i, layers.size()));
+    }
 }

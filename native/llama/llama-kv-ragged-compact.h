@@ -1,14 +1,12 @@
 #pragma once
 
-// Compaction of the ragged KV cache: a plan says which cells stay, committing it moves them and frees the rest.
+// Compaction of a sequence: a plan says which cells stay, gathering moves them to new pools.
 
 #include "llama-kv-ragged-score.h"
 
 #include <cstdint>
 #include <functional>
 #include <vector>
-
-class llama_kv_cache_ragged;
 
 // Arrays of one selection, for every (layer, kv head) in turn its cells.
 struct llama_kv_ragged_choice {
@@ -30,6 +28,8 @@ struct llama_kv_ragged_request {
 };
 
 struct llama_kv_ragged_plan {
+    int64_t n_head_kv = 0; // of every layer
+
     std::vector<uint8_t> keep;   // [cells of all (layer, kv head)]
     std::vector<int32_t> before; // [n_layer*n_head_kv], cells held
     std::vector<int32_t> after;  // [n_layer*n_head_kv], cells that stay
@@ -38,14 +38,13 @@ struct llama_kv_ragged_plan {
     double t_select_ms = 0.0;
 
     int64_t n_released() const;
+    int64_t n_released(size_t i) const; // in a layer
 };
 
-// Score on the layers' backends, select on the host; the cache is not changed.
+// Score on the layers' backends, select on the host; nothing is changed.
 // Throws what select throws, and std::runtime_error if a graph fails, memory runs out or a device has no attention for the outcome.
-llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_kv_cache_ragged & kv, llama_context & lctx, const llama_kv_ragged_request & request);
+llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_context & lctx, const llama_kv_ragged_seq & seq, const llama_kv_ragged_request & request);
 
-// The rows that stay of one layer in a new pool, with room for what comes next; throws std::runtime_error if memory runs out.
-// keep and n_keep are those of this layer; kept becomes the positions that stay, [n_head_kv].
-llama_kv_ragged_pool llama_kv_ragged_gather(
-        llama_context & lctx, const llama_kv_ragged_source & src, const uint8_t * keep, const int32_t * n_keep,
-        std::vector<std::vector<int32_t>> & kept, llama_kv_ragged_meter & meter);
+// What the plan leaves of one layer, in a new pool with room for what comes next; throws std::runtime_error if memory runs out.
+llama_kv_ragged_cells llama_kv_ragged_gather(
+        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_plan & plan);

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <stdexcept>
 
 //
@@ -75,9 +76,14 @@ const std::string & llama_kv_ragged_get_error() {
     return last_error;
 }
 
-void llama_kv_ragged_refuse_batch(const std::string & msg) {
+bool llama_kv_ragged_refuse_batch(const std::string & msg) {
     llama_kv_ragged_set_error("kv_policy: " + msg);
     LLAMA_LOG_ERROR("%s: %s\n", __func__, msg.c_str());
+    return false;
+}
+
+std::string llama_kv_ragged_reason(const std::exception & err) {
+    return dynamic_cast<const std::bad_alloc *>(&err) ? "kv_policy: host memory ran out" : err.what();
 }
 
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg) {
@@ -158,9 +164,6 @@ static void check_params(const llama_memory_params & params, const llama_cparams
                 llama_kv_ragged_refuse(format("cells of type %s are not supported, expected f32, f16, bf16, q8_0 or q4_0 for type_k and type_v",
                             ggml_type_name(type)));
         }
-    }
-    if (cparams.n_seq_max > 1) {
-        llama_kv_ragged_refuse(format("n_seq_max is %u, expected 1: there are no pools per sequence yet", cparams.n_seq_max));
     }
     if (!cparams.flash_attn || cparams.auto_fa) {
         llama_kv_ragged_refuse("flash attention has to be enabled (flash_attn=True, LLAMA_FLASH_ATTN_TYPE_ENABLED)");
@@ -254,8 +257,8 @@ std::unique_ptr<llama_kv_cache> llama_kv_ragged_create_cache(const llama_model &
 
     const scoped_set<const llama_memory_i::layer_filter_cb *> constructing(request.filter, &own);
 
-    auto res = std::make_unique<llama_kv_cache_ragged>(model, *request.cparams, type_k, type_v, request.n_observed, own);
-    res->set_stock_types(request.type_k, request.type_v);
+    auto res = std::make_unique<llama_kv_cache_ragged>(
+            model, *request.cparams, type_k, type_v, request.type_k, request.type_v, request.n_observed, own);
     log_cache(*res, request.n_observed);
     return res;
 }
@@ -293,56 +296,4 @@ llama_kv_cache * llama_kv_ragged_attn_cache(llama_memory_i * mem) {
 
 llama_kv_cache_ragged * llama_kv_ragged_find(llama_memory_i * mem) {
     return dynamic_cast<llama_kv_cache_ragged *>(llama_kv_ragged_attn_cache(mem));
-}
-
-static const llama_kv_cache_ragged * as_ragged(const llama_kv_cache * kv) {
-    return dynamic_cast<const llama_kv_cache_ragged *>(kv);
-}
-
-llama_seq_id llama_kv_ragged_seq_id(const llama_kv_cache * kv, llama_seq_id seq_id) {
-    return as_ragged(kv) ? std::max(seq_id, 0) : seq_id;
-}
-
-bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * swa, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    const auto * ragged = as_ragged(kv);
-    if (!ragged) {
-        return true;
-    }
-
-    const bool nothing = seq_id > 0 || (p1 >= 0 && p1 <= p0);
-    return ragged->can_rm(seq_id, p0, p1) && (nothing || !swa || ragged->can_rm_window(*swa, p0));
-}
-
-bool llama_kv_ragged_no_copy(const llama_kv_cache * kv, llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
-    const bool res = seq_id_src != seq_id_dst && dynamic_cast<const llama_kv_cache_ragged *>(kv);
-    if (res) {
-        LLAMA_LOG_ERROR("%s: a cache with a policy holds one sequence, copying %d to %d is refused\n", __func__, seq_id_src, seq_id_dst);
-    }
-    return res;
-}
-
-bool llama_kv_ragged_is_busy(const llama_kv_cache * kv) {
-    const auto * ragged = dynamic_cast<const llama_kv_cache_ragged *>(kv);
-    const bool   res    = ragged && ragged->is_busy();
-    if (res) {
-        LLAMA_LOG_ERROR("%s: a selection is running, the cache is not cleared\n", __func__);
-    }
-    return res;
-}
-
-bool llama_kv_ragged_no_batch(llama_memory_i * mem) {
-    const auto * ragged = llama_kv_ragged_find(mem);
-    const bool   res    = ragged && ragged->is_busy();
-    if (res) {
-        llama_kv_ragged_refuse_batch("a selection is running, nothing can be evaluated until it has returned");
-    }
-    return res;
-}
-
-bool llama_kv_ragged_no_shift(const llama_kv_cache * kv) {
-    const bool res = as_ragged(kv) != nullptr;
-    if (res) {
-        LLAMA_LOG_ERROR("%s: positions of a cache with a policy are final, shifting and dividing them is refused\n", __func__);
-    }
-    return res;
 }

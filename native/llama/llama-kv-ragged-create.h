@@ -47,10 +47,11 @@ std::unique_ptr<llama_kv_cache> llama_kv_ragged_create_cache(const llama_model &
 void llama_kv_ragged_set_rotation(const llama_hparams & hparams, int32_t & n_embd_head_k_all, int32_t & n_embd_head_v_all);
 
 //
-// a ragged cache inside a memory of upstream's: what that memory asks, answered for stock caches too
+// a ragged cache inside a memory of upstream's: what that memory asks, answered for stock caches too; beside the class in
+// llama-kv-cache-ragged.cpp
 //
 
-// the cache of the layers that attend to all positions; nullptr for kinds that have none or keep something else there
+// Where the cache stands: that of the layers that attend to all positions; nullptr for kinds that have none or keep something else there
 llama_kv_cache * llama_kv_ragged_attn_cache(llama_memory_i * mem);
 
 // the same if it is a ragged one, else nullptr
@@ -72,8 +73,21 @@ bool llama_kv_ragged_no_copy(const llama_kv_cache * kv, llama_seq_id seq_id_src,
 // the same while a selection of a ragged cache runs
 bool llama_kv_ragged_is_busy(const llama_kv_cache * kv);
 
-// the same for a batch, of any memory; also the message of the last failure
+// throws std::invalid_argument then
+void llama_kv_ragged_check_idle(const llama_kv_cache * kv);
+
+//
+// the same for a batch of any memory; the reason is in the log and in the message of the last failure
+//
+
+// true if a batch cannot be evaluated now; forgets the last failure, so that what follows is about this batch
 bool llama_kv_ragged_no_batch(llama_memory_i * mem);
+
+// true if the memory has said why there is no slot for a batch
+bool llama_kv_ragged_no_slot(llama_memory_i * mem, uint32_t n_tokens);
+
+// an ubatch was not computed
+void llama_kv_ragged_failed(llama_memory_i * mem, uint32_t n_tokens, ggml_status status);
 
 // the context of a batch that has slots; that of a ragged cache fails if the batch does not follow what it holds
 llama_kv_cache_context * llama_kv_ragged_context_make(
@@ -94,8 +108,11 @@ struct llama_kv_ragged_unsupported : std::runtime_error {
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg);
 [[noreturn]] void llama_kv_ragged_refuse_unsupported(const std::string & msg);
 
-// says in the log and in the message of the last failure why a batch is not served
-void llama_kv_ragged_refuse_batch(const std::string & msg);
+// says in the log and in the message of the last failure why a batch is not served; false
+bool llama_kv_ragged_refuse_batch(const std::string & msg);
+
+// an exception in words
+std::string llama_kv_ragged_reason(const std::exception & err);
 
 // refuses a model for the layers that the cache is going to hold
 void llama_kv_ragged_check_layers(const llama_model & model, const std::vector<uint32_t> & layers);

@@ -41,8 +41,9 @@ static void set_random(ggml_tensor * dst, std::mt19937 & rng) {
 // latent attention keeps no V
 static void set_random(const llama_kv_cache & kv, bool has_v, std::mt19937 & rng) {
     if (const auto * ragged = dynamic_cast<const llama_kv_cache_ragged *>(&kv)) {
-        for (size_t i = 0; i < ragged->get_layers().size(); ++i) {
-            for (ggml_tensor * dst : { ragged->get_pools()[i].k, ragged->get_pools()[i].v, ragged->get_queries(i) }) {
+        const auto & seq = ragged->get_seq();
+        for (size_t i = 0; i < seq.cells.size(); ++i) {
+            for (ggml_tensor * dst : { seq.cells[i].pool.k, seq.cells[i].pool.v, seq.observed.queries[i].tensor }) {
                 set_random(dst, rng);
             }
         }

@@ -1,8 +1,9 @@
 // The attention of the ragged cache: graph inputs and the nodes that store, observe and attend.
 
-#include "llama-kv-cache-ragged.h"
 #include "llama-kv-cache-ragged-context.h"
+#include "llama-kv-ragged-table.h"
 
+#include "llama-context.h"
 #include "llama-graph.h"
 #include "llama-impl.h"
 #include "llama-kv-ragged-create.h"
@@ -56,6 +57,8 @@ public:
 
     ggml_tensor * get_rows(ggml_context * ctx, const cell_table & table, int32_t il) const;
 
+    std::map<int32_t, float> scales; // of the attention logits of the layers in this graph
+
     static llm_graph_input_ragged * find(llm_graph_result * res);
 
 private:
@@ -91,6 +94,14 @@ llm_graph_input_ragged * llm_graph_input_ragged::find(llm_graph_result * res) {
         }
     }
     return nullptr;
+}
+
+float llama_kv_ragged_scale(const llama_context & lctx, int32_t il) {
+    const auto * inp = llm_graph_input_ragged::find(lctx.get_gf_res_reserve());
+    if (!inp || inp->scales.count(il) == 0) {
+        llama_kv_ragged_refuse_unsupported(format("the attention of layer %d does not run through the KV cache, use the model without a policy", il));
+    }
+    return inp->scales.at(il);
 }
 
 const llm_graph_input_ragged::cell_class & llm_graph_input_ragged::get_class(
@@ -302,20 +313,18 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
     if (!k_cur || !v_cur)      { refuse("a layer that shares the KV cache of another"); }
     if (!g.cparams.flash_attn) { refuse("attention without flash attention"); }
     if (g.cparams.training)    { refuse("training"); }
-    // the device was asked for the operation with the layer's own
-    if (sinks != kv->layers[get_index(il)].sinks) { refuse("a learned attention sink of another layer"); }
+    const auto & layer = get_layer(il); // the device was asked for the operation with its own sink
+    if (sinks != layer.sinks)  { refuse("a learned attention sink of another layer"); }
 
     ggml_context * ctx = g.ctx0;
-
-    auto & layer = kv->layers[get_index(il)];
-    layer.hooked   = true;
-    layer.kq_scale = kq_scale;
 
     auto * inp = llm_graph_input_ragged::find(g.res);
     if (!inp) {
         inp = static_cast<llm_graph_input_ragged *>(
                 g.res->add_input(std::make_unique<llm_graph_input_ragged>(this, q_cur->ne[2])));
     }
+
+    inp->scales[il] = kq_scale;
 
     const layer_view view = get_view(ctx, il);
 
@@ -331,7 +340,7 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
         ggml_tensor * q_obs = ggml_view_3d(ctx, q_cur, q_cur->ne[0], q_cur->ne[1], n_observed,
                 q_cur->nb[1], q_cur->nb[2], (q_cur->ne[2] - n_observed)*q_cur->nb[2]);
 
-        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, kv->get_queries(get_index(il)), by_head(ctx, q_obs), idxs));
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, get_queries(il), by_head(ctx, q_obs), idxs));
     }
 
     ggml_tensor * q = by_head(ctx, q_cur);

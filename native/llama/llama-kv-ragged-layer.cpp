@@ -43,6 +43,8 @@ std::vector<llama_kv_ragged_layer> llama_kv_ragged_make_layers(
 
         layer.sinks = model.layers[il].attn_sinks;
 
+        layer.buf_full.reset(ggml_backend_buft_alloc_buffer(layer.buft, 0), ggml_backend_buffer_free);
+
         const llama_kv_ragged_probe probe = { layer.dev, layer.n_head, layer.n_head_kv, layer.n_embd_head_k, layer.n_embd_head_v,
             layer.type_k, layer.type_v, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, layer.sinks != nullptr };
 
@@ -82,38 +84,30 @@ std::vector<int64_t> llama_kv_ragged_layer::capacity(const std::vector<int64_t> 
     return res;
 }
 
-llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(const std::vector<int64_t> & cap, llama_kv_ragged_meter * meter) const {
-    std::vector<int64_t> first(1, 0);
-    for (const int64_t n : cap) {
-        first.push_back(first.back() + n);
+void llama_kv_ragged_layer::check_ragged() const {
+    if (!has_ragged) {
+        llama_kv_ragged_refuse_unsupported(format("%s has no attention over heads of different lengths (layer %u, head size %" PRId64 "%s): "
+                    "choose a policy that gives all heads of a layer the same number of cells, or keep the cells in host memory, where the "
+                    "CPU attends to them, with offload_kqv=False (slower), or load the model with n_gpu_layers=0",
+                    ggml_backend_dev_name(dev), il, n_embd_head_k, sinks ? ", learned attention sinks" : ""));
     }
-    const int64_t n_rows = first.back();
+}
 
-    const ggml_init_params params = {
-        /*.mem_size   =*/ 2*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
-
+llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(const std::vector<int64_t> & cap, llama_kv_ragged_meter & meter) const {
     llama_kv_ragged_pool res;
-    res.ctx.reset(ggml_init(params));
-    res.k = ggml_new_tensor_2d(res.ctx.get(), type_k, n_embd_head_k, n_rows);
-    res.v = ggml_new_tensor_2d(res.ctx.get(), type_v, n_embd_head_v, n_rows);
+    res.first.assign(1, 0);
+    for (const int64_t n : cap) {
+        res.first.push_back(res.first.back() + n);
+    }
+
+    res.init(2);
+    res.k = ggml_new_tensor_2d(res.ctx.get(), type_k, n_embd_head_k, res.first.back());
+    res.v = ggml_new_tensor_2d(res.ctx.get(), type_v, n_embd_head_v, res.first.back());
     ggml_format_name(res.k, "cache_ragged_k_l%u", il);
     ggml_format_name(res.v, "cache_ragged_v_l%u", il);
 
-    res.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(res.ctx.get(), buft));
-    if (!res.buf) {
-        return {};
-    }
-
-    // masked cells are multiplied by zero weights, so even unused rows have to be finite
-    ggml_backend_buffer_clear(res.buf.get(), 0);
-
-    res.first = std::move(first);
-    res.meter = meter;
-    if (meter) {
-        meter->add(res.bytes());
+    if (!res.alloc(buft, meter)) {
+        llama_kv_ragged_refuse(format("no memory for %" PRId64 " cells per head in layer %u", res.first.back()/n_head_kv, il));
     }
     return res;
 }
@@ -137,12 +131,8 @@ llama_kv_ragged_pool llama_kv_ragged_layer::copy_pool(
         const llama_kv_ragged_pool & src,
         const std::vector<int64_t> & cap,
         const std::vector<int64_t> & len,
-        llama_kv_ragged_meter      * meter) const {
+        llama_kv_ragged_meter      & meter) const {
     llama_kv_ragged_pool res = make_pool(cap, meter);
-    if (res.empty()) {
-        return res;
-    }
-
     for (int64_t ih = 0; ih < n_head_kv; ++ih) {
         if (len[ih] > 0) {
             copy_rows(src.k, res.k, src.first[ih], res.first[ih], len[ih]);

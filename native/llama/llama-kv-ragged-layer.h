@@ -6,6 +6,7 @@
 #include "llama-memory.h"
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -33,29 +34,31 @@ struct llama_kv_ragged_layer {
     // whether the device attends over heads of different lengths
     bool has_ragged;
 
-    // set when the attention of this layer was built for the first time
-    bool  hooked   = false;
-    float kq_scale = 0.0f;
-
     // learned attention sinks of the model [n_head], F32, nullptr without
     ggml_tensor * sinks = nullptr;
 
+    // empty; stands for the pool in worst-case graphs, which are measured and never computed
+    std::shared_ptr<ggml_backend_buffer> buf_full;
+
     int64_t n_gqa() const { return n_head/n_head_kv; }
     bool    on_cpu() const;
+
+    // throws llama_kv_ragged_unsupported if the device does not attend over heads of different lengths
+    void check_ragged() const;
 
     // rows that heads with len cells are given, slack of them free at least; heads of equal length stay equal, padded for
     // attention over views
     std::vector<int64_t> capacity(const std::vector<int64_t> & len, int64_t slack, bool compacted) const;
 
-    // a zeroed pool with room for cap[ih] cells of every head; empty if memory runs out
-    llama_kv_ragged_pool make_pool(const std::vector<int64_t> & cap, llama_kv_ragged_meter * meter) const;
+    // a zeroed pool with room for cap[ih] cells of every head; throws std::runtime_error if memory runs out
+    llama_kv_ragged_pool make_pool(const std::vector<int64_t> & cap, llama_kv_ragged_meter & meter) const;
 
     // the same with the first len[ih] cells of every head of src
     llama_kv_ragged_pool copy_pool(
             const llama_kv_ragged_pool & src,
             const std::vector<int64_t> & cap,
             const std::vector<int64_t> & len,
-            llama_kv_ragged_meter      * meter) const;
+            llama_kv_ragged_meter      & meter) const;
 };
 
 // The layers that the filter accepts, all without one. Throws std::runtime_error with the reason if one cannot be served, or the

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+class llama_kv_cache_ragged;
+
 // cells is what every (layer, kv head) holds, and has to outlive the result
 wkv::shapes llama_kv_ragged_shapes(const llama_kv_cache_ragged & kv, const std::vector<int32_t> & cells);
 

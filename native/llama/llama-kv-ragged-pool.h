@@ -1,11 +1,12 @@
 #pragma once
 
-// Memory of the ragged KV cache: pools of cells, other buffers, and what all of them take.
+// Memory of the ragged KV cache: pools of cells, other tensors, and what all of them take.
 
 #include "ggml-cpp.h"
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 // bytes of live buffers of one cache, with their maximum
@@ -36,51 +37,43 @@ private:
     int64_t size = 0;
 };
 
-// a tensor of its own in a buffer of its own, zeroed; counts as live as long as it exists
+// give the pages of freed host buffers back to the system
+void llama_kv_ragged_trim();
+
+// tensors of their own in a buffer of their own, which counts as live as long as it exists
 struct llama_kv_ragged_buffer {
     ggml_context_ptr        ctx;
     ggml_backend_buffer_ptr buf;
-    ggml_tensor           * tensor = nullptr;
 
-    llama_kv_ragged_meter * meter = nullptr;
-
-    llama_kv_ragged_buffer() = default;
-    llama_kv_ragged_buffer(llama_kv_ragged_buffer && other) noexcept;
-    llama_kv_ragged_buffer & operator=(llama_kv_ragged_buffer && other) noexcept;
-    ~llama_kv_ragged_buffer();
-
-    // empty if memory runs out
-    static llama_kv_ragged_buffer make(
-            ggml_backend_buffer_type_t buft, ggml_type type, const std::array<int64_t, 3> & ne, const char * name, llama_kv_ragged_meter * meter);
+    std::unique_ptr<llama_kv_ragged_claim> claim;
 
     bool    empty() const { return buf == nullptr; }
     int64_t bytes() const { return buf ? ggml_backend_buffer_get_size(buf.get()) : 0; }
+
+    void init(size_t n_tensors);
+
+    // zeroed memory for the tensors of ctx; false if it runs out
+    bool alloc(ggml_backend_buffer_type_t buft, llama_kv_ragged_meter & meter);
 };
 
-// give the pages of freed host buffers back to the system
-void llama_kv_ragged_trim();
+// one tensor
+struct llama_kv_ragged_tensor : llama_kv_ragged_buffer {
+    ggml_tensor * tensor = nullptr;
+
+    // empty if memory runs out
+    static llama_kv_ragged_tensor make(
+            ggml_backend_buffer_type_t buft, ggml_type type, const std::array<int64_t, 3> & ne, const char * name, llama_kv_ragged_meter & meter);
+};
 
 // K and V of all kv heads of a layer
 //   k [n_embd_head_k, n_rows], v [n_embd_head_v, n_rows]: one row = one head's cell
 //   head ih owns the rows [first[ih], first[ih + 1])
-struct llama_kv_ragged_pool {
-    ggml_context_ptr        ctx;
-    ggml_backend_buffer_ptr buf;
-
+struct llama_kv_ragged_pool : llama_kv_ragged_buffer {
     ggml_tensor * k = nullptr;
     ggml_tensor * v = nullptr;
 
     std::vector<int64_t> first; // [n_head_kv + 1], empty without a buffer
 
-    llama_kv_ragged_meter * meter = nullptr;
-
-    llama_kv_ragged_pool() = default;
-    llama_kv_ragged_pool(llama_kv_ragged_pool && other) noexcept;
-    llama_kv_ragged_pool & operator=(llama_kv_ragged_pool && other) noexcept;
-    ~llama_kv_ragged_pool();
-
-    bool    empty()  const { return buf == nullptr; }
-    int64_t cap(int64_t ih) const { return buf ? first[ih + 1] - first[ih] : 0; }
-    int64_t n_rows() const { return k ? k->ne[1] : 0; }
-    int64_t bytes()  const { return buf ? ggml_backend_buffer_get_size(buf.get()) : 0; }
+    int64_t cap(int64_t ih) const { return empty() ? 0 : first[ih + 1] - first[ih]; }
+    int64_t n_rows()        const { return empty() ? 0 : k->ne[1]; }
 };

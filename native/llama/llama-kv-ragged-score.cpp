@@ -1,10 +1,11 @@
 #include "llama-kv-ragged-score.h"
 
-#include "llama-hparams.h"
+#include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-ragged-context.h"
 #include "llama-kv-ragged-create.h"
 #include "llama-kv-ragged-compute.h"
-#include "llama-kv-ragged-seq.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <cmath>
@@ -26,6 +27,13 @@ struct observers {
 struct part {
     int64_t ig0, n_gqa;  // query heads
     int64_t ir0, n_rows; // queries
+};
+
+// what a layer makes of queries and keys
+struct attention {
+    float   kq_scale;
+    float   softcap;
+    int64_t n_gqa;
 };
 
 struct head_graph {
@@ -117,26 +125,25 @@ static ggml_tensor * columns(ggml_context * ctx, ggml_tensor * cur, int64_t i0, 
 
 // the means over some of the columns: softmax(q k^T), then times the weights, [n_cells, n_res]
 static ggml_tensor * build_part(
-        ggml_context * ctx, const llama_kv_ragged_source & src, ggml_tensor * k, ggml_tensor * q, ggml_tensor * mask, ggml_tensor * weights,
+        ggml_context * ctx, const attention & attn, ggml_tensor * k, ggml_tensor * q, ggml_tensor * mask, ggml_tensor * weights,
         ggml_tensor * sinks, int64_t n_obs, int64_t ih, const part & cur) {
-    const auto  & layer   = src.layer;
-    const float   softcap = src.hparams.attn_soft_cap ? src.hparams.f_attn_logit_softcapping : 0.0f;
+    const float   softcap = attn.softcap;
     const int64_t n_cols  = cur.n_rows*cur.n_gqa;
     const int64_t i_col   = cur.ig0*n_obs + cur.ir0;
 
     ggml_tensor * kq = ggml_mul_mat(ctx, k, columns(ctx, q, i_col, n_cols)); // [n_cells, n_cols]
     ggml_prec_set_acc(kq, GGML_PREC_F32);
     if (softcap > 0.0f) {
-        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, layer.kq_scale/softcap)), softcap);
+        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, attn.kq_scale/softcap)), softcap);
     }
     if (mask) {
         kq = ggml_acc_inplace(ctx, kq, columns(ctx, mask, i_col, n_cols), kq->nb[1], kq->nb[2], kq->nb[3], (kq->ne[0] - mask->ne[0])*kq->nb[0]);
     }
 
     kq = ggml_reshape_3d(ctx, kq, kq->ne[0], cur.n_rows, cur.n_gqa);
-    kq = ggml_soft_max_ext(ctx, kq, nullptr, softcap > 0.0f ? 1.0f : layer.kq_scale, 0.0f);
+    kq = ggml_soft_max_ext(ctx, kq, nullptr, softcap > 0.0f ? 1.0f : attn.kq_scale, 0.0f);
     if (sinks) {
-        ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, sinks, cur.n_gqa, (ih*layer.n_gqa() + cur.ig0)*sinks->nb[0]));
+        ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, sinks, cur.n_gqa, (ih*attn.n_gqa + cur.ig0)*sinks->nb[0]));
     }
     kq = ggml_reshape_2d(ctx, kq, kq->ne[0], n_cols);
 
@@ -147,10 +154,16 @@ static ggml_tensor * build_part(
 }
 
 std::vector<float> llama_kv_ragged_score(
-        llama_context & lctx, const llama_kv_ragged_source & src, const llama_kv_ragged_scoring & scoring, llama_kv_ragged_meter & meter) {
-    const auto & layer = src.layer;
-    const auto   obs   = find_observers(src.seq, scoring.window_sizes);
-    const auto   len   = src.seq.n_cells(src.i);
+        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring) {
+    const auto & layer   = seq.get_layers()[i];
+    const auto & hparams = lctx.get_model().hparams;
+    const auto & pool    = seq.cells[i].pool;
+    const auto   obs     = find_observers(seq, scoring.window_sizes);
+    const auto   len     = seq.n_cells(i);
+
+    ggml_tensor * queries = seq.observed.queries[i].tensor;
+
+    const attention attn = { llama_kv_ragged_scale(lctx, layer.il), hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, layer.n_gqa() };
 
     const int64_t n_gqa     = layer.n_gqa();
     const int64_t n_head_kv = layer.n_head_kv;
@@ -158,7 +171,7 @@ std::vector<float> llama_kv_ragged_score(
 
     const auto parts = make_parts(*std::max_element(len.begin(), len.end()), obs.n(), n_gqa, scoring.n_bytes_max);
 
-    llama_kv_ragged_compute graph(lctx, layer, meter, (16 + 16*parts.size())*(n_head_kv + 1));
+    llama_kv_ragged_compute graph(lctx, layer, seq.get_meter(), (16 + 16*parts.size())*(n_head_kv + 1));
     ggml_context * ctx = graph.get_ctx();
 
     // A learned sink takes a share of every query's attention. Where this backend cannot read the model's tensor, the scores
@@ -170,27 +183,26 @@ std::vector<float> llama_kv_ragged_score(
     ggml_tensor * idxs    = graph.input(GGML_TYPE_I32, obs.n(), n_gqa);
 
     // before the first compaction all heads hold the same positions
-    const int64_t n_masks = src.seq.cells[src.i].boundary == 0 ? 1 : n_head_kv;
+    const int64_t n_masks = seq.cells[i].boundary == 0 ? 1 : n_head_kv;
 
     std::vector<std::vector<float>> masks;
     std::vector<head_graph> heads(n_head_kv);
     for (int64_t ih = 0; ih < n_head_kv; ++ih) {
         if (ih < n_masks) {
-            masks.push_back(make_mask(src.seq.positions(src.i, ih), obs, n_gqa));
+            masks.push_back(make_mask(seq.positions(i, ih), obs, n_gqa));
             heads[ih].mask = masks.back().empty() ? nullptr : graph.input(GGML_TYPE_F32, masks.back().size()/(obs.n()*n_gqa), obs.n()*n_gqa);
         } else {
             heads[ih].mask = heads[0].mask;
         }
 
-        ggml_tensor * pool = src.pool.k;
-        ggml_tensor * k = ggml_view_2d(ctx, pool, layer.n_embd_head_k, len[ih], pool->nb[1], src.pool.first[ih]*pool->nb[1]);
-        ggml_tensor * q = ggml_view_3d(ctx, const_cast<ggml_tensor *>(src.queries), layer.n_embd_head_k, src.queries->ne[1], n_gqa,
-                src.queries->nb[1], src.queries->nb[2], ih*n_gqa*src.queries->nb[2]);
+        ggml_tensor * k = ggml_view_2d(ctx, pool.k, layer.n_embd_head_k, len[ih], pool.k->nb[1], pool.first[ih]*pool.k->nb[1]);
+        ggml_tensor * q = ggml_view_3d(ctx, queries, layer.n_embd_head_k, queries->ne[1], n_gqa,
+                queries->nb[1], queries->nb[2], ih*n_gqa*queries->nb[2]);
 
         q = ggml_reshape_2d(ctx, ggml_get_rows(ctx, q, idxs), layer.n_embd_head_k, obs.n()*n_gqa); // F32
 
         for (const part & cur : parts) {
-            ggml_tensor * sum = build_part(ctx, src, k, q, heads[ih].mask, weights, sinks, obs.n(), ih, cur);
+            ggml_tensor * sum = build_part(ctx, attn, k, q, heads[ih].mask, weights, sinks, obs.n(), ih, cur);
             heads[ih].sum = heads[ih].sum ? ggml_add(ctx, heads[ih].sum, sum) : sum;
         }
         ggml_set_output(heads[ih].sum);

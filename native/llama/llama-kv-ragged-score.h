@@ -2,14 +2,12 @@
 
 // Scores of the cells of one layer: the attention that observed queries pay to them. Graphs only, nothing is kept.
 
-#include "llama-kv-ragged-layer.h"
+#include "llama-kv-ragged-seq.h"
 
 #include <cstdint>
 #include <vector>
 
 struct llama_context;
-struct llama_hparams;
-struct llama_kv_ragged_seq;
 
 struct llama_kv_ragged_scoring {
     // observation windows in tokens: the last queries of the sequence, or those of them that were observed
@@ -23,16 +21,8 @@ struct llama_kv_ragged_scoring {
     int64_t n_bytes_max = INT32_MAX;
 };
 
-struct llama_kv_ragged_source {
-    const llama_hparams         & hparams;
-    const llama_kv_ragged_layer & layer;
-    const llama_kv_ragged_pool  & pool;
-    const ggml_tensor           * queries; // F16 [n_embd_head_k, n_rows, n_head]
-    const llama_kv_ragged_seq   & seq;
-    size_t                        i;       // of the layer in the sequence
-};
-
-// For one plane after the other the kv heads in turn, [n_cells] each; by query head for the kv heads in turn [n_gqa, n_cells].
+// Of one layer: for one plane after the other the kv heads in turn, [n_cells] each; by query head for the kv heads in turn
+// [n_gqa, n_cells].
 // Throws std::runtime_error if there is nothing to score or the graph fails.
 std::vector<float> llama_kv_ragged_score(
-        llama_context & lctx, const llama_kv_ragged_source & src, const llama_kv_ragged_scoring & scoring, llama_kv_ragged_meter & meter);
+        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring);

@@ -1,6 +1,7 @@
 #include "llama-kv-ragged-seq.h"
 
-#include "ggml.h"
+#include "llama-impl.h"
+#include "llama-kv-ragged-create.h"
 
 #include <algorithm>
 #include <numeric>
@@ -21,6 +22,7 @@ std::vector<int64_t> llama_kv_ragged_observed::observe(int32_t p0, uint32_t n_to
     const int32_t n = n_observed;
 
     std::vector<int64_t> res;
+    res.reserve(std::min<int64_t>(n, n_tokens)); // may throw, before anything changes
     for (int32_t p = p0 + std::max<int32_t>(0, int32_t(n_tokens) - n); p < p0 + int32_t(n_tokens); ++p) {
         // the oldest row that neither ends the prompt nor is one of the n - 1 before this query
         int64_t row = -1;
@@ -60,11 +62,16 @@ std::vector<int32_t> llama_kv_ragged_observed::find(int32_t p0) const {
 // llama_kv_ragged_seq
 //
 
-llama_kv_ragged_seq::llama_kv_ragged_seq(const std::vector<llama_kv_ragged_layer> & layers, uint32_t n_observed) : observed(n_observed) {
+llama_kv_ragged_seq::llama_kv_ragged_seq(
+        const std::vector<llama_kv_ragged_layer> & layers,
+              uint32_t                             n_pos_max,
+              uint32_t                             n_observed,
+              llama_kv_ragged_meter              & meter) : layers(&layers), n_pos_max(n_pos_max), meter(&meter) {
     for (const auto & layer : layers) {
         cells.emplace_back();
         cells.back().kept.resize(layer.n_head_kv);
     }
+    set_observed(n_observed);
 }
 
 int64_t llama_kv_ragged_seq::n_cells(size_t i, int64_t ih) const {
@@ -95,6 +102,52 @@ std::vector<int32_t> llama_kv_ragged_seq::positions(size_t i, int64_t ih) const 
     return res;
 }
 
+int64_t llama_kv_ragged_seq::n_read(size_t i, int64_t n) const {
+    // before the first compaction the stock length, so that the results are those of the stock cache bit for bit
+    return boundary == 0 ? std::max<int64_t>(256, GGML_PAD(n, 256)) : GGML_PAD(n, (*layers)[i].n_pad);
+}
+
+bool llama_kv_ragged_seq::has_room(size_t i, int64_t n_tokens) const {
+    for (size_t ih = 0; ih < cells[i].kept.size(); ++ih) {
+        if (n_cells(i, ih) + n_tokens > cells[i].pool.cap(ih)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool llama_kv_ragged_seq::has_room(int64_t n_tokens) const {
+    for (size_t i = 0; i < cells.size(); ++i) {
+        if (!has_room(i, n_tokens)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+int64_t llama_kv_ragged_seq::n_slack(size_t i, int64_t n_mean) const {
+    // a prompt that arrives in pieces doubles its pool in six steps, a compressed cache stays within 2 %; heads of
+    // different lengths grow by the same number of cells, because they fill together
+    return boundary == 0 ? n_mean/8 : std::max<int64_t>(cells[i].is_uniform() ? 0 : 16, n_mean/64);
+}
+
+void llama_kv_ragged_seq::reserve(int64_t n_tokens, bool exact) {
+    const int64_t n_more = int64_t(n_pos_max) - n_pos - n_tokens; // that could come behind these
+
+    for (size_t i = 0; i < cells.size(); ++i) {
+        if (has_room(i, n_tokens)) {
+            continue;
+        }
+        const auto & layer = (*layers)[i];
+        const auto   len   = n_cells(i);
+
+        const int64_t n_mean = std::accumulate(len.begin(), len.end(), int64_t(0))/layer.n_head_kv + n_tokens;
+        const int64_t slack  = exact ? 0 : std::min(n_slack(i, n_mean), std::max<int64_t>(0, n_more));
+
+        cells[i].pool = layer.copy_pool(cells[i].pool, layer.capacity(len, n_tokens + slack, boundary > 0), len, *meter);
+    }
+}
+
 std::vector<int64_t> llama_kv_ragged_seq::append(uint32_t n_tokens, bool may_be_prompt) {
     const auto rows = observed.observe(n_pos, n_tokens);
 
@@ -116,15 +169,60 @@ void llama_kv_ragged_seq::end_prompt() {
     prompt_begin      = -1;
 }
 
+void llama_kv_ragged_seq::compact(size_t i, llama_kv_ragged_cells && left) {
+    cells[i] = std::move(left);
+    boundary = n_pos;
+}
+
+std::vector<llama_kv_ragged_tensor> llama_kv_ragged_seq::make_queries(uint32_t n_observed) const {
+    std::vector<llama_kv_ragged_tensor> res;
+    for (const auto & layer : *layers) {
+        res.push_back(llama_kv_ragged_tensor::make(layer.buft, GGML_TYPE_F16, { layer.n_embd_head_k, 2*int64_t(n_observed), layer.n_head },
+                    format("ragged_queries_l%u", layer.il).c_str(), *meter));
+        if (res.back().empty()) {
+            llama_kv_ragged_refuse(format("no memory for %u observed queries of layer %u", n_observed, layer.il));
+        }
+    }
+    return res;
+}
+
+void llama_kv_ragged_seq::set_observed(uint32_t n_observed) {
+    n_observed = std::min(n_observed, n_pos_max); // there are no more
+    if (n_observed != observed.n_observed) {
+        observed = { n_observed, std::vector<int32_t>(2*n_observed, -1), 0, make_queries(n_observed) };
+    }
+}
+
 void llama_kv_ragged_seq::clear() {
     for (auto & cur : cells) {
         cur.boundary = 0;
+        cur.pool     = {};
         for (auto & kept : cur.kept) {
             kept.clear();
         }
     }
-    observed  = llama_kv_ragged_observed(observed.n_observed);
-    n_pos        = 0;
-    boundary     = 0;
-    prompt_begin = -1;
+    boundary = 0;
+    trim(0);
+}
+
+llama_kv_ragged_seq llama_kv_ragged_seq::copy(bool exact) const {
+    llama_kv_ragged_seq res(*layers, n_pos_max, observed.n_observed, *meter);
+    res.n_pos        = n_pos;
+    res.boundary     = boundary;
+    res.prompt_begin = prompt_begin;
+
+    for (size_t i = 0; i < cells.size(); ++i) {
+        const auto & layer = (*layers)[i];
+
+        res.cells[i].kept     = cells[i].kept;
+        res.cells[i].boundary = cells[i].boundary;
+        if (n_pos > 0) {
+            const auto len = n_cells(i);
+            res.cells[i].pool = layer.copy_pool(cells[i].pool, exact ? len : layer.capacity(len, 32, boundary > 0), len, *meter);
+        }
+        ggml_backend_tensor_copy(observed.queries[i].tensor, res.observed.queries[i].tensor);
+    }
+    res.observed.pos      = observed.pos;
+    res.observed.n_prompt = observed.n_prompt;
+    return res;
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-// What one sequence of the ragged KV cache holds: which positions, in which heads, and the queries that score them.
+// What one sequence of the ragged KV cache holds: its cells, in pools, and the queries that score them.
 
 #include "llama-kv-ragged-layer.h"
 
@@ -14,10 +14,12 @@ struct llama_kv_ragged_cells {
     std::vector<std::vector<int32_t>> kept;
     uint32_t boundary = 0;
 
+    llama_kv_ragged_pool pool; // with free rows for cells to come
+
     bool is_uniform() const; // all heads hold equally many cells
 };
 
-// Which queries are held: a row of the buffers each, found by its position. Twice n_observed rows, so that the last queries of a
+// Which queries are held: a row of the tensors each, found by its position. Twice n_observed rows, so that the last queries of a
 // prompt stay while as many of what was generated after it are observed: an answer can be taken back and the prompt scored again.
 struct llama_kv_ragged_observed {
     uint32_t n_observed = 0; // queries that a compaction can ask for
@@ -26,7 +28,7 @@ struct llama_kv_ragged_observed {
 
     uint32_t n_prompt = 0; // end of the last prompt, whose last n_observed queries stay
 
-    explicit llama_kv_ragged_observed(uint32_t n_observed = 0) : n_observed(n_observed), pos(2*n_observed, -1) {}
+    std::vector<llama_kv_ragged_tensor> queries; // [layers], F16 [n_embd_head_k, n_rows(), n_head]
 
     int64_t n_rows() const { return pos.size(); }
 
@@ -51,9 +53,16 @@ struct llama_kv_ragged_seq {
     // where several tokens came at once, if since then there was neither a compaction nor anybody who said that a prompt ends; else -1
     int32_t prompt_begin = -1;
 
-    // without layers or with as many as there are heads of each
-    llama_kv_ragged_seq() = default;
-    llama_kv_ragged_seq(const std::vector<llama_kv_ragged_layer> & layers, uint32_t n_observed);
+    // layers and meter have to outlive it; it holds n_pos_max positions at most
+    // everything that needs memory throws std::runtime_error if there is none
+    llama_kv_ragged_seq(
+            const std::vector<llama_kv_ragged_layer> & layers,
+                  uint32_t                             n_pos_max,
+                  uint32_t                             n_observed,
+                  llama_kv_ragged_meter              & meter);
+
+    const std::vector<llama_kv_ragged_layer> & get_layers() const { return *layers; }
+          llama_kv_ragged_meter              & get_meter()  const { return *meter; }
 
     int64_t n_cells(size_t i, int64_t ih) const; // cells of a head now
 
@@ -62,6 +71,15 @@ struct llama_kv_ragged_seq {
     std::vector<int32_t> n_cells() const; // of every (layer, kv head)
 
     std::vector<int32_t> positions(size_t i, int64_t ih) const; // of one head's cells, ascending
+
+    // cells that stock attention reads of a layer with n of them per head
+    int64_t n_read(size_t i, int64_t n) const;
+
+    // room for n_tokens more cells in every head
+    bool has_room(int64_t n_tokens) const;
+
+    // make it, with slack for more unless it has to be exact; moves cells to larger pools and changes nothing else
+    void reserve(int64_t n_tokens, bool exact);
 
     // add positions at the end, returns the rows of the queries that are observed of them; several may be a prompt that somebody
     // waits for the end of
@@ -75,5 +93,27 @@ struct llama_kv_ragged_seq {
     // the positions so far end a prompt
     void end_prompt();
 
+    // what a compaction left of a layer
+    void compact(size_t i, llama_kv_ragged_cells && left);
+
+    // resize the observed queries, which are forgotten
+    void set_observed(uint32_t n_observed);
+
     void clear();
+
+    // the same cells and queries; exact: without room for more
+    llama_kv_ragged_seq copy(bool exact) const;
+
+private:
+    const std::vector<llama_kv_ragged_layer> * layers;
+
+    uint32_t n_pos_max;
+
+    llama_kv_ragged_meter * meter;
+
+    bool has_room(size_t i, int64_t n_tokens) const; // of a layer
+
+    int64_t n_slack(size_t i, int64_t n_mean) const;
+
+    std::vector<llama_kv_ragged_tensor> make_queries(uint32_t n_observed) const;
 };

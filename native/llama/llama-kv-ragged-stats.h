@@ -2,7 +2,7 @@
 
 // What the ragged KV cache tells about itself.
 
-#include "ggml.h"
+#include "llama-kv-ragged-pool.h"
 
 #include <cstdint>
 
@@ -11,9 +11,12 @@ struct llama_kv_ragged_stats {
     ggml_type stock_type_k = GGML_TYPE_F16;
     ggml_type stock_type_v = GGML_TYPE_F16;
 
+    llama_kv_ragged_meter meter;
+
+    // those that evicted something, in all layers or in some
     int32_t n_compactions = 0;
 
-    // the last one
+    // the last one of them
     int64_t bytes_released = 0;
     double  t_score_ms     = 0.0;
     double  t_select_ms    = 0.0;

@@ -23,14 +23,18 @@ public:
     // the table of a device, I32 [(2 + N_TOKENS_MAX)*n_head_kv*n_layer]; nullptr if it has none
     ggml_tensor * find(ggml_backend_dev_t dev) const;
 
+    // the context that computes; called before set()
+    void bind(llama_context & lctx);
+
     // write a device's table in the order of its work: graphs before this one may still read it
-    void set(llama_context & lctx, ggml_backend_dev_t dev, const std::vector<int32_t> & data);
+    void set(ggml_backend_dev_t dev, const std::vector<int32_t> & data);
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const;
 
 private:
     struct table {
-        llama_kv_ragged_buffer buf;
+        llama_kv_ragged_tensor buf;
+        ggml_backend_t         backend = nullptr;
 
         // what was written last, which the device may read later: as many as there are graphs in flight
         std::array<std::vector<int32_t>, 4> data;

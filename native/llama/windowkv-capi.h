@@ -4,6 +4,7 @@
 
 #include "windowkv.h"
 
+#include "llama-context.h"
 #include "llama-kv-cache-ragged.h"
 #include "llama-kv-ragged-create.h"
 #include "policy/wkv-policy.h"
@@ -27,7 +28,7 @@ static int64_t wkv_guard(F fn) {
     } catch (const llama_kv_ragged_unsupported & err) {
         return wkv_fail(WKV_ERR_UNSUPPORTED, err.what());
     } catch (const std::exception & err) {
-        return wkv_fail(WKV_ERR_COMPUTE, err.what());
+        return wkv_fail(WKV_ERR_COMPUTE, llama_kv_ragged_reason(err));
     } catch (...) {
         return wkv_fail(WKV_ERR_COMPUTE, "an unknown failure");
     }
@@ -36,3 +37,25 @@ static int64_t wkv_guard(F fn) {
 // the policy of the inner code; throws std::invalid_argument for values that no enum of windowkv.h has, the rest is checked by
 // wkv::policy_error()
 wkv::policy wkv_convert(const struct wkv_policy & policy);
+
+// runs fn on the ragged cache of ctx
+template <typename F>
+static int64_t wkv_with_cache(llama_context * ctx, F fn) {
+    if (!ctx) {
+        return wkv_fail(WKV_ERR_ARGUMENT, "ctx is null");
+    }
+    auto * kv = llama_kv_ragged_find(ctx->get_memory());
+    if (!kv) {
+        return wkv_fail(WKV_ERR_NO_POLICY, "this context was created without a KV policy: call wkv_pending_set before creating it");
+    }
+    return wkv_guard([&] { return fn(*kv); });
+}
+
+// the same for calls that change it, refused while a selection runs
+template <typename F>
+static int64_t wkv_with_idle_cache(llama_context * ctx, F fn) {
+    return wkv_with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        llama_kv_ragged_check_idle(&kv);
+        return fn(kv);
+    });
+}

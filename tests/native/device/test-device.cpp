@@ -36,6 +36,10 @@ static test_device_stats stats; // of all devices
 
 static int64_t bytes_limit = 0; // for all buffers, 0 without
 
+// how many to come until one fails, -1 without
+static int64_t i_fail_buffer = -1;
+static int64_t i_fail_graph  = -1;
+
 static std::string get_kernel() {
     const char * name = getenv("TEST_DEVICE_KERNEL");
     for (const char * known : { "cpu", "cuda", "metal", "none" }) {
@@ -181,6 +185,9 @@ static const char * buft_get_name(ggml_backend_buffer_type_t buft) {
 static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
     std::lock_guard<std::recursive_mutex> lock(pages_mutex);
 
+    if (i_fail_buffer >= 0 && i_fail_buffer-- == 0) {
+        return nullptr;
+    }
     if (bytes_limit > 0 && stats.bytes_live + (int64_t) size > bytes_limit) {
         return nullptr;
     }
@@ -337,6 +344,10 @@ static void compute(ggml_backend_t cpu, ggml_cgraph * cgraph) {
 
 static ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * cgraph) {
     auto & ctx = *(backend_context *) backend->context;
+
+    if (i_fail_graph >= 0 && i_fail_graph-- == 0) {
+        return GGML_STATUS_FAILED;
+    }
 
     stats.n_graphs++;
     stats.n_graphs_new += is_new(ctx, cgraph);
@@ -519,6 +530,14 @@ void test_device_get_stats(test_device_stats * res) {
 
 void test_device_set_limit(int64_t bytes) {
     bytes_limit = bytes;
+}
+
+void test_device_fail_buffer(int64_t i) {
+    i_fail_buffer = i;
+}
+
+void test_device_fail_graph(int64_t i) {
+    i_fail_graph = i;
 }
 
 void test_device_reset(void) {

@@ -34,6 +34,12 @@ void test_device_get_stats(struct test_device_stats * stats);
 // buffers beyond this many bytes in all fail, 0 = no limit
 void test_device_set_limit(int64_t bytes);
 
+// of the buffers to come this one fails, counted from 0; -1 = none
+void test_device_fail_buffer(int64_t i);
+
+// of the graphs to come this one fails, counted from 0; -1 = none
+void test_device_fail_graph(int64_t i);
+
 // counts start at zero again, the peak at what exists
 void test_device_reset(void);
 

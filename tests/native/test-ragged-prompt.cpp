@@ -1,0 +1,195 @@
+// Tests of prompts: which queries are observed, where one ends, what their scores are.
+
+#include "test-ragged.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
+
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+static void test_trimmed_queries_are_forgotten(llama_model * model) {
+    auto ctx = make(model, 8);
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0); // 292 to 299 are observed
+    CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 295, -1));
+    CHECK(decode(ctx.get(), prompt(2, 3), 295) == 0);
+
+    std::vector<float> queries(8*256);
+    std::vector<int32_t> pos(8, -1);
+    CHECK(wkv_get_queries(ctx.get(), 0, 0, queries.data(), queries.size(), pos.data(), pos.size()) > 0);
+    CHECK((pos == std::vector<int32_t>{ 292, 293, 294, 295, 296, -1, -1, -1 }));
+
+    // fewer observed than asked for: the mean is over those that are left
+    std::vector<float> scores(4096);
+    const int64_t n = wkv_get_scores(ctx.get(), 0, 8, 0, scores.data(), scores.size());
+    CHECK(n == int64_t(stats(ctx.get()).n_head_kv)*297);
+    CHECK(std::fabs(std::accumulate(scores.begin(), scores.begin() + 297, 0.0f) - 1.0f) < 1e-3f);
+}
+
+// an answer of any length can be taken back, and the prompt's end is observed as before
+static void test_queries_of_the_prompt_stay(llama_model * model) {
+    auto ctx = make(model, 8);
+    llama_memory_t mem = llama_get_memory(ctx.get());
+
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+    CHECK(wkv_prompt_done(ctx.get()) == WKV_OK);
+    const auto want = scores(ctx.get(), 8);
+
+    for (const int n : { 3, 8, 50 }) {
+        for (int i = 0; i < n; ++i) {
+            CHECK(decode(ctx.get(), prompt(1, i), 300 + i) == 0);
+        }
+        CHECK(observed(ctx.get()).back() == 300 + n - 1);
+        CHECK(llama_memory_seq_rm(mem, 0, 300, -1));
+        CHECK(observed(ctx.get()).front() == 292 && observed(ctx.get()).back() == 299);
+        CHECK(scores(ctx.get(), 8) == want);
+    }
+
+    // the last token evaluated again, as llama-cpp-python does with a prompt that it knows
+    CHECK(llama_memory_seq_rm(mem, 0, 299, -1));
+    CHECK(decode(ctx.get(), { prompt(300).back() }, 299) == 0);
+    CHECK(wkv_prompt_done(ctx.get()) == WKV_OK);
+    for (int i = 0; i < 20; ++i) {
+        CHECK(decode(ctx.get(), prompt(1, i), 300 + i) == 0);
+    }
+    CHECK(llama_memory_seq_rm(mem, 0, 300, -1));
+    CHECK(observed(ctx.get()).front() == 292);
+
+    // a compaction declares the end as well, and the next prompt replaces it
+    const auto policy = windowkv();
+    CHECK(wkv_compact(ctx.get(), &policy, 40) > 0);
+    for (int i = 0; i < 20; ++i) {
+        CHECK(decode(ctx.get(), prompt(1, i), 300 + i) == 0);
+    }
+    CHECK(llama_memory_seq_rm(mem, 0, 300, -1));
+    CHECK(observed(ctx.get()).front() == 292);
+    CHECK(wkv_compact(ctx.get(), &policy, 30) > 0);
+    CHECK(decode(ctx.get(), prompt(30, 2), 300) == 0);
+    CHECK(wkv_prompt_done(ctx.get()) == WKV_OK);
+    CHECK(observed(ctx.get()).front() == 322);
+}
+
+struct prompt_log {
+    llama_context * ctx;
+    wkv_policy      policy;
+    int             n_cells = 0; // compact to, 0 = not at all
+    std::vector<int> at;         // positions when called
+};
+
+static void on_prompt(void * user) {
+    auto & log = *static_cast<prompt_log *>(user);
+    log.at.push_back(stats(log.ctx).n_past);
+    if (log.n_cells > 0) {
+        CHECK(wkv_compact(log.ctx, &log.policy, log.n_cells) > 0);
+    }
+}
+
+// whoever decodes: a prompt that nobody compacted is found before the first token behind it
+static void test_prompts_are_found(llama_model * model) {
+    auto ctx = make(model, 8);
+    prompt_log log = { ctx.get(), windowkv(), 40, {} };
+    CHECK(wkv_on_prompt(ctx.get(), on_prompt, &log) == WKV_OK);
+
+    CHECK(decode(ctx.get(), prompt(200), 0) == 0);
+    CHECK(decode(ctx.get(), prompt(100, 2), 200) == 0); // the rest of the prompt
+    llama_set_causal_attn(ctx.get(), false); // refused for that, which ends no prompt
+    CHECK(decode(ctx.get(), prompt(1), 300) == 1);
+    llama_set_causal_attn(ctx.get(), true);
+    CHECK(log.at.empty());
+    CHECK(decode(ctx.get(), prompt(1), 300) == 0);
+    CHECK((log.at == std::vector<int>{ 300 }));
+    CHECK(stats(ctx.get()).n_boundary == 300);
+    CHECK(positions(ctx.get(), 0, 0).size() == 41);
+    const auto want = logits(ctx.get());
+
+    CHECK(decode(ctx.get(), prompt(1), 301) == 0); // an answer is none
+    CHECK(log.at.size() == 1);
+
+    CHECK(decode(ctx.get(), prompt(5), 302) == 0); // a draft that is taken back
+    CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 302, -1));
+    CHECK(decode(ctx.get(), prompt(1), 302) == 0);
+    CHECK(log.at.size() == 1);
+    CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 302, -1));
+
+    CHECK(decode(ctx.get(), prompt(20), 302) == 0); // declared done before
+    CHECK(wkv_prompt_done(ctx.get()) == WKV_OK);
+    CHECK(decode(ctx.get(), prompt(1), 322) == 0);
+    CHECK(log.at.size() == 1);
+
+    log.n_cells = 0; // and it need not compact
+    CHECK(decode(ctx.get(), prompt(20), 323) == 0);
+    CHECK(decode(ctx.get(), prompt(1), 343) == 0);
+    CHECK((log.at == std::vector<int>{ 300, 343 }));
+    CHECK(stats(ctx.get()).n_boundary == 300);
+
+    CHECK(wkv_on_prompt(ctx.get(), nullptr, nullptr) == WKV_OK);
+    CHECK(decode(ctx.get(), prompt(20), 344) == 0);
+    CHECK(decode(ctx.get(), prompt(1), 364) == 0);
+    CHECK(log.at.size() == 2);
+
+    // nor does a piece of the prompt that is refused for want of room
+    auto full = make(model, 8);
+    prompt_log other = { full.get(), windowkv(), 40, {} };
+    CHECK(wkv_on_prompt(full.get(), on_prompt, &other) == WKV_OK);
+    CHECK(decode(full.get(), prompt(512), 0) == 0);
+    CHECK(decode(full.get(), prompt(400), 512) == 0);
+    CHECK(decode(full.get(), prompt(200), 912) == 1);
+    CHECK(other.at.empty());
+    CHECK(decode(full.get(), prompt(1), 912) == 0);
+    CHECK((other.at == std::vector<int>{ 912 }));
+
+    // the same as a compaction by hand
+    auto hand = make(model, 8);
+    CHECK(decode(hand.get(), prompt(200), 0) == 0);
+    CHECK(decode(hand.get(), prompt(100, 2), 200) == 0);
+    CHECK(wkv_compact(hand.get(), &log.policy, 40) > 0);
+    CHECK(decode(hand.get(), prompt(1), 300) == 0);
+    CHECK(logits(hand.get()) == want);
+}
+
+// attention weights that are too large for one tensor are computed in parts
+static void test_scores_in_parts(llama_model * model) {
+    auto ctx = make(model, 8);
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+
+    const auto & seq = llama_kv_ragged_find(ctx->get_memory())->get_seq();
+    for (const bool by_query_head : { false, true }) {
+        llama_kv_ragged_scoring scoring;
+        scoring.window_sizes  = by_query_head ? std::vector<int32_t>{ 8 } : std::vector<int32_t>{ 8, 3 };
+        scoring.by_query_head = by_query_head;
+        const auto want = llama_kv_ragged_score(*ctx, seq, 0, scoring);
+        for (const int64_t n_columns : { 8, 3, 1 }) {
+            scoring.n_bytes_max = n_columns*300*sizeof(float);
+            const auto got = llama_kv_ragged_score(*ctx, seq, 0, scoring);
+            CHECK(got.size() == want.size());
+            for (size_t i = 0; i < want.size(); ++i) {
+                CHECK(std::fabs(got[i] - want[i]) <= 1e-6f);
+            }
+        }
+    }
+}
+
+static void test_queries_older_than_every_cell(llama_model * model) {
+    auto ctx = make(model, 16);
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+    auto policy = windowkv();
+    CHECK(wkv_compact(ctx.get(), &policy, 4) > 0); // the last four stay, sixteen are still observed
+    CHECK(decode(ctx.get(), prompt(2, 3), 300) == 0);
+
+    std::vector<float> scores(64);
+    const int64_t n = wkv_get_scores(ctx.get(), 0, 16, 0, scores.data(), scores.size());
+    CHECK(n == int64_t(stats(ctx.get()).n_head_kv)*6);
+    for (int64_t i = 0; i < n; ++i) {
+        CHECK(std::isfinite(scores[i]));
+    }
+}
+
+void test_prompt(llama_model * model) {
+    test_trimmed_queries_are_forgotten(model);
+    test_queries_of_the_prompt_stay(model);
+    test_prompts_are_found(model);
+    test_scores_in_parts(model);
+    test_queries_older_than_every_cell(model);
+}
