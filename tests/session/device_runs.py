@@ -269,28 +269,83 @@ def out_of_memory(model: Path, policy: Any) -> Json:
 
 
 def compaction_out_of_memory(model: Path, policy: Any) -> list[Json]:
-    """A compaction that finds no memory, at once and with more and more of it; then one that has enough: what each raised, and what
-    the cache held behind it."""
+    """A compaction whose allocations fail, one after the other, each from the same cache: what it raised, what it left, what a second
+    one made of that; last of all without a failure."""
     from windowkv_edge import NativeError
+
+    def compact(llm: Any) -> Json:
+        before = llm.kv_stats()
+        try:
+            llm.kv_compact(40)
+            error = ""
+        except NativeError as failed:
+            error = str(failed)
+        library.test_device_fail_buffer(-1)
+        own, now = llm._kv.stats(), llm.kv_stats()
+        return {
+            "error": error,
+            "cells": now.cells.tolist(),
+            "n_compactions": now.n_compactions - before.n_compactions,
+            "freed": before.bytes_live - now.bytes_live,
+            "n_boundary": own.n_boundary,
+            "reported": [own.bytes_released, own.t_score_ms, own.t_gather_ms],
+        }
 
     res = []
     with session(model, 99, kv_policy=policy, kv_budget=1.0) as llm:
         llm.eval(tokens(300))
-        for spare in (*range(0, 200_000, 10_000), None):
-            library.test_device_set_limit(0 if spare is None else stats()["bytes_live"] + spare)
-            error = ""
-            try:
-                llm.kv_compact(40)
-            except NativeError as failed:
-                error = str(failed)
-            finally:
-                library.test_device_set_limit(0)
-            own = llm._kv.stats()
-            held = llm.kv_stats().cells
-            res.append({"error": error, "cells": held.tolist(), "n_boundary": own.n_boundary, "n_compactions": own.n_compactions})
-            if not error:
-                break
+        llm._kv.snapshot_save()
+        while not res or res[-1]["error"]:
+            llm._kv.snapshot_restore()
+            library.test_device_fail_buffer(len(res))
+            res.append(compact(llm))
+            assert np.isfinite(decode_below(llm, 3)).all()  # it can be used as it is
+            res[-1]["again"] = compact(llm)
         assert np.isfinite(decode(llm, 0, 3)[1:]).all()
+    return res
+
+
+def decode_below(llm: Any, n_tokens: int) -> np.ndarray:
+    """Logits [n_tokens, n_vocab] of tokens that are taken back."""
+    import llama_cpp as low
+
+    n_past, memory = llm.n_tokens, low.llama_get_memory(llm.ctx)
+    rows = []
+    for token in tokens(n_tokens):
+        low.Llama.eval(llm, [token])
+        rows.append(logits(llm))
+    assert low.llama_memory_seq_rm(memory, 0, n_past, -1)
+    llm.n_tokens = n_past
+    return np.array(rows)
+
+
+def failing_graphs(model: Path, policy: Any) -> Json:
+    """Graphs that fail, in a prompt, behind it and in a compaction: what each raised and left; logits at the end, and those of a
+    session where nothing failed."""
+    import llama_cpp as low
+
+    from windowkv_edge import NativeError
+
+    def held(llm: Any) -> tuple[int, int, list[list[int]]]:
+        found = llm.kv_stats()
+        return llm.n_tokens, low.llama_memory_seq_pos_max(low.llama_get_memory(llm.ctx), 0), found.cells.tolist()
+
+    res: Json = {"errors": [], "changed": []}
+    for name in ("none", "some"):
+        with session(model, 99, kv_policy=policy, kv_budget=1.0) as llm:
+            calls = [(0, lambda: llm.eval(tokens(100))), (0, lambda: llm.kv_compact(40)), (0, lambda: llm.eval([5]))]
+            for i, call in calls:
+                before = held(llm)
+                if name == "some":
+                    library.test_device_fail_graph(i)
+                    try:
+                        call()
+                    except NativeError as failed:
+                        res["errors"].append(str(failed))
+                    library.test_device_fail_graph(-1)
+                    res["changed"] += [before, held(llm)] if held(llm) != before else []
+                call()
+            res[name] = logits(llm)
     return res
 
 

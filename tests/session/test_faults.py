@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import pickle
 import weakref
@@ -293,6 +294,18 @@ def test_eval_says_why(tiny: Path, opened: Callable[..., Llama]) -> None:
     assert "position 200" not in str(caught.value) and "batch is invalid" in str(caught.value)
 
 
+def test_a_refused_batch_prints_nothing(
+    tiny: Path, opened: Callable[..., Llama], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """llama-cpp-python prints llama.cpp's warnings even with verbose=False; the error has the reason."""
+    llm = opened(tiny, n_ctx=256, kv_policy=SnapKV())
+    llm.eval(TOKENS[:200])
+    capfd.readouterr()
+    with pytest.raises(UnsupportedCallError, match="200 positions of 256 are taken, no room for 100 more"):
+        llm.eval(TOKENS[:100])
+    assert capfd.readouterr().err == ""
+
+
 def test_bench_says_why(tiny: Path) -> None:
     model = Model(tiny)
     session = Session(model, 256, "f16", SnapKV(), True, 1, 128)
@@ -427,6 +440,13 @@ def test_selections_cannot_meddle_below(
         memory = llama_cpp.llama_get_memory(llm.ctx)
         llama_cpp.llama_memory_clear(memory, True)
         llama_cpp.llama_memory_seq_cp(memory, 0, 1, -1, -1)
+        llama_cpp.llama_memory_seq_keep(memory, 1)
+        others = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # windows and recurrent states; the attention's cells are refused
+        size = llama_cpp.llama_state_seq_get_size_ext(llm.ctx, 0, others)
+        assert (size > 0) == (write is not tiny_model.write_llama)
+        state = (ctypes.c_uint8 * size)()
+        assert llama_cpp.llama_state_seq_get_data_ext(llm.ctx, state, size, 0, others) == size
+        assert llama_cpp.llama_state_seq_set_data_ext(llm.ctx, state, size, 0, others) == 0
         assert not llama_cpp.llama_memory_seq_rm(memory, -1, 0, -1)
         assert decode(llm, TOKENS[:1]) == 1
         seen.append(llama_cpp.llama_memory_seq_pos_max(memory, 0))
