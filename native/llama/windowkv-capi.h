@@ -32,7 +32,3 @@ static int64_t wkv_guard(F fn) {
         return wkv_fail(WKV_ERR_COMPUTE, "an unknown failure");
     }
 }
-
-// the policy of the inner code; throws std::invalid_argument for values that no enum of windowkv.h has, the rest is checked by
-// wkv::policy_error()
-wkv::policy wkv_convert(const struct wkv_policy & policy);
