@@ -8,15 +8,9 @@
 
 #include <stdint.h>
 
-#ifdef __cplusplus
-extern "C" {
-#endif
-
 // cdef: begin
 
-//
 // A policy: scoring, allocation, selection. What a choice does not use has to be 0.
-//
 
 // max-pooling of the scores of the tokens before the observation window
 enum wkv_pooling {
@@ -135,9 +129,5 @@ struct wkv_shapes {
 };
 
 // cdef: end
-
-#ifdef __cplusplus
-}
-#endif
 
 #endif // WINDOWKV_POLICY_H
