@@ -182,8 +182,8 @@ def by_all(p: Auto, v: View) -> Kept:
 
 
 def by_scores(p: SnapKV, v: View) -> Kept:
-    # the authors' accounting is the same where all heads hold equally many cells, as those of a prompt do
-    return snapkv.snapkv(v.scores, v.n_cells, window_size=p.window_size, kernel_size=p.kernel_size)
+    own = snapkv.published if p.accounting == "paper" else snapkv.snapkv
+    return own(v.scores, v.n_cells, window_size=p.window_size, kernel_size=p.kernel_size)
 
 
 def by_pyramid(p: PyramidKV, v: View) -> Kept:

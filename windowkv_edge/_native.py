@@ -1,4 +1,4 @@
-"""The C interface through cffi; ``include/windowkv.h`` is the only place where it is declared."""
+"""The C interface through cffi; the two headers in ``include/`` are the only place where it is declared."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Context", "budgets", "build_stamp", "decode_error", "ffi", "lib", "pending", "select"]
 
-HEADER = BUILT / "include" / "windowkv.h"
+HEADERS = [BUILT / "include" / name for name in ("windowkv-policy.h", "windowkv.h")]
+"""In the order of their includes."""
 
 
 def _declarations() -> str:
-    text = HEADER.read_text(encoding="utf-8")
-    body = text.split("// cdef: begin", 1)[1].split("// cdef: end", 1)[0]
+    texts = [path.read_text(encoding="utf-8") for path in HEADERS]
+    body = "".join(text.split("// cdef: begin", 1)[1].split("// cdef: end", 1)[0] for text in texts)
     return "struct llama_context;\n" + body.replace("WKV_API ", "")
 
 

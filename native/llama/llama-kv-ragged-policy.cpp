@@ -19,13 +19,13 @@ void llama_kv_ragged_check_request(const llama_kv_cache_ragged & kv, int32_t win
     }
 }
 
-wkv::shapes llama_kv_ragged_shapes(const llama_kv_cache_ragged & kv, const std::vector<int32_t> & cells) {
+wkv_shapes llama_kv_ragged_shapes(const llama_kv_cache_ragged & kv, const std::vector<int32_t> & cells) {
     const auto & layer = kv.get_layers()[0];
     return { (int32_t) kv.get_layers().size(), (int32_t) layer.n_head_kv, (int32_t) layer.n_gqa(), (int32_t) kv.get_seq().n_pos, cells.data() };
 }
 
 bool llama_kv_ragged_policy_request(
-        const llama_kv_cache_ragged & kv, const wkv::policy & policy, int64_t n_cells, llama_kv_ragged_request & request) {
+        const llama_kv_cache_ragged & kv, const wkv_policy & policy, int64_t n_cells, llama_kv_ragged_request & request) {
     const std::string error = wkv::policy_error(policy);
     if (!error.empty()) {
         throw std::invalid_argument("policy: " + error);
@@ -49,26 +49,25 @@ bool llama_kv_ragged_policy_request(
             return false;
         }
     } else {
-        std::vector<int32_t> budgets;
+        wkv::head_budgets budgets;
         wkv::budgets(wkv::cache_view(policy, shapes, nullptr, nullptr), n_cells, budgets);
-        if (budgets == cells) {
+        if (budgets.n_cells == cells) {
             return false;
         }
     }
 
-    // rankings of all heads that compete at once, measured; a layer or a head at a time takes next to nothing
-    request.n_bytes_cell = policy.allocation.competes_in_model() ? 6 : 0;
+    request.n_bytes_cell = wkv::budgets_bytes_per_cell(policy);
 
-    request.scoring.by_query_head = policy.scoring.query_heads == wkv::query_heads::each;
-    request.scoring.window_sizes = sizes;
+    request.scoring.by_query_head = policy.scoring.query_heads == WKV_QUERY_HEADS_EACH;
+    request.scoring.window_sizes  = sizes;
     request.select = [&kv, &policy, n_cells](const llama_kv_ragged_choice & choice) {
-        const wkv::shapes     shapes = llama_kv_ragged_shapes(kv, choice.cells);
+        const wkv_shapes      shapes = llama_kv_ragged_shapes(kv, choice.cells);
         const wkv::cache_view view(policy, shapes, choice.positions, choice.scores);
 
-        std::vector<int32_t> budgets;
+        wkv::head_budgets budgets;
         std::string refused = wkv::budgets(view, n_cells, budgets);
         if (refused.empty()) {
-            refused = wkv::select(view, budgets.data(), choice.keep);
+            refused = wkv::select(view, budgets, choice.keep);
         }
         if (!refused.empty()) {
             llama_kv_ragged_refuse_unsupported(refused);

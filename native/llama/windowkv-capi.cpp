@@ -106,10 +106,8 @@ int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy
         if (!policy) {
             return wkv_fail(WKV_ERR_ARGUMENT, "policy is null");
         }
-        const wkv::policy converted = wkv_convert(*policy);
-
         llama_kv_ragged_request request;
-        if (!llama_kv_ragged_policy_request(kv, converted, n_cells, request)) {
+        if (!llama_kv_ragged_policy_request(kv, *policy, n_cells, request)) {
             kv.end_prompt();
             return 0;
         }
@@ -127,13 +125,12 @@ int64_t wkv_compact_custom(struct llama_context * ctx, int32_t window_size, int6
         llama_kv_ragged_request request;
         request.scoring.window_sizes.assign(window_size > 0 ? 1 : 0, window_size);
         request.select = [&](const llama_kv_ragged_choice & choice) {
-            const wkv::shapes shapes = llama_kv_ragged_shapes(kv, choice.cells);
-            const wkv_shapes  given  = { shapes.n_layer, shapes.n_head_kv, shapes.n_gqa, shapes.n_past, shapes.cells };
+            const wkv_shapes shapes = llama_kv_ragged_shapes(kv, choice.cells);
 
-            if (fn(user, &given, n_cells, choice.positions, choice.scores, choice.keep) != 0) {
+            if (fn(user, &shapes, n_cells, choice.positions, choice.scores, choice.keep) != 0) {
                 throw std::invalid_argument("the selection was given up, nothing was evicted");
             }
-            const std::string error = wkv::selection_error(shapes, n_cells, choice.keep);
+            const std::string error = wkv::keep_error(shapes, n_cells, choice.keep);
             if (!error.empty()) {
                 throw std::invalid_argument(error);
             }

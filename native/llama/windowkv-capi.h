@@ -34,10 +34,6 @@ static int64_t wkv_guard(F fn) {
     }
 }
 
-// the policy of the inner code; throws std::invalid_argument for values that no enum of windowkv.h has, the rest is checked by
-// wkv::policy_error()
-wkv::policy wkv_convert(const struct wkv_policy & policy);
-
 // runs fn on the ragged cache of ctx
 template <typename F>
 static int64_t wkv_with_cache(llama_context * ctx, F fn) {

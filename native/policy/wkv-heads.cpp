@@ -1,6 +1,6 @@
-// What heads hold.
+// Allocation: what heads hold, and budgets() as a whole.
 
-#include "wkv-ranking.h"
+#include "wkv-parts.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,138 +8,308 @@
 
 namespace wkv {
 
-std::vector<int64_t> water_fill(
-                          double     base,
-        const std::vector<double>  & share,
-        const std::vector<int64_t> & lo,
-        const std::vector<int64_t> & hi,
-                         int64_t     total) {
-    const size_t n = share.size();
-
-    // Any scale will do, and powers of two keep the digits. With the largest weight near the end of a double's range, the level
-    // that fills a head of the smallest one is no more than a double holds.
-    int exponent = 0;
-    std::frexp(*std::max_element(share.begin(), share.end()), &exponent);
-    std::vector<double> weight(n);
-    for (size_t i = 0; i < n; ++i) {
-        weight[i] = std::ldexp(share[i], 900 - exponent);
-    }
-
-    const auto at = [&](double level, size_t i) {
-        return std::clamp(base + level*weight[i], double(lo[i]), double(hi[i]));
+std::vector<choice> heads_choices(const wkv_allocation & p) {
+    return {
+        { "heads",      p.heads,      WKV_HEADS_COUNT      },
+        { "across",     p.across,     WKV_ACROSS_COUNT     },
+        { "accounting", p.accounting, WKV_ACCOUNTING_COUNT },
     };
-    const auto spent = [&](double level) {
-        double sum = 0.0;
-        for (size_t i = 0; i < n; ++i) {
-            sum += at(level, i);
-        }
-        return sum;
-    };
+}
 
-    // the largest level that does not overspend
-    double least = 0.0; // of the weights over 0
-    double most  = 0.0;
-    for (size_t i = 0; i < n; ++i) {
-        if (weight[i] > 0.0) {
-            least = least > 0.0 ? std::min(least, weight[i]) : weight[i];
-        }
-        most = std::max(most, double(hi[i]));
-    }
-    double below = 0.0;
-    double above = least > 0.0 ? most/least : 0.0;
-    while (true) {
-        const double mid = below + 0.5*(above - below);
-        if (mid <= below || mid >= above) {
-            break; // neighbours, after some 1,100 steps at most
-        }
-        (spent(mid) <= double(total) ? below : above) = mid;
-    }
+bool competes_in_model(const wkv_allocation & p) {
+    return p.heads == WKV_HEADS_SCORE && p.across == WKV_ACROSS_MODEL;
+}
 
-    std::vector<int64_t> res(n);
-    std::vector<double>  part(n);
-    for (size_t i = 0; i < n; ++i) {
-        const double cur = at(below, i);
-        res[i]  = int64_t(std::floor(cur));
-        part[i] = cur - std::floor(cur);
+// by importance, before heads compete or instead of it
+static bool divides(const wkv_allocation & p) {
+    return p.heads == WKV_HEADS_IMPORTANCE || (competes_in_model(p) && p.beta > 0.0);
+}
+
+bool needs_scores_for_budgets(const wkv_policy & policy) {
+    return policy.allocation.heads == WKV_HEADS_SCORE;
+}
+
+// rankings of all heads that compete at once, measured; a layer or a head at a time takes next to nothing
+int64_t budgets_bytes_per_cell(const wkv_policy & policy) {
+    return competes_in_model(policy.allocation) ? 6 : 0;
+}
+
+static std::string beta_error(const wkv_allocation & p) {
+    const bool by_score = p.heads == WKV_HEADS_SCORE;
+    if (p.heads == WKV_HEADS_IMPORTANCE) {
+        return is_at_least(p.beta, 1.0) ? "" : range("beta", p.beta, "at least 1 and finite");
     }
+    if (competes_in_model(p)) {
+        return p.beta == 0.0 || is_at_least(p.beta, 1.0) ? "" : range("beta", p.beta, "0, or at least 1 and finite");
+    }
+    if (layers_use_beta(p) || p.beta == 0.0) {
+        return "";
+    }
+    return range("beta", p.beta, by_score ? "0: heads that compete divide by importance over the model only, across = model"
+                                          : "0, layers = pyramid and heads = importance alone use it");
+}
 
-    std::vector<size_t> order(n);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return part[a] > part[b]; });
+static std::string paper_error(const wkv_allocation & p, const wkv_selection & sel) {
+    if (p.across == WKV_ACROSS_MODEL || p.importance_floor != 0) {
+        return "accounting = paper knows neither across = model nor importance_floor";
+    }
+    if (p.heads == WKV_HEADS_SCORE && p.layers != WKV_LAYERS_FLAT) {
+        return "accounting = paper knows heads that compete with layers = flat only";
+    }
+    if (p.heads != WKV_HEADS_EQUAL && sel.kind == WKV_KIND_WINDOWS) {
+        return "accounting = paper knows windows with heads = equal only";
+    }
+    return "";
+}
 
-    int64_t rest = total - std::accumulate(res.begin(), res.end(), int64_t(0));
-    for (const size_t i : order) {
-        if (rest > 0 && part[i] > 0.0 && res[i] < hi[i]) {
-            res[i]++;
-            rest--;
+std::string heads_error(const wkv_policy & policy) {
+    const wkv_allocation & p        = policy.allocation;
+    const wkv_selection  & sel      = policy.selection;
+    const bool             by_score = p.heads == WKV_HEADS_SCORE;
+
+    if (by_score && sel.kind == WKV_KIND_RECENT) {
+        return "heads compete with scores, kind = recent has none: expected heads = equal or importance";
+    }
+    if (p.layers != WKV_LAYERS_FLAT && p.heads == WKV_HEADS_IMPORTANCE) {
+        return "importance decides what layers hold, heads = importance needs layers = flat";
+    }
+    if (p.layers != WKV_LAYERS_FLAT && competes_in_model(p)) {
+        return "heads that compete over the model decide what layers hold, across = model needs layers = flat";
+    }
+    if (!by_score && p.across != WKV_ACROSS_LAYER) {
+        return unused("across", "heads do not compete");
+    }
+    const std::string error = beta_error(p);
+    if (!error.empty()) {
+        return error;
+    }
+    if (by_score ? !is_share(p.alpha_safeguard) : p.alpha_safeguard != 0.0) {
+        return range("alpha_safeguard", p.alpha_safeguard, by_score ? "0 to 1" : "0, heads do not compete");
+    }
+    if (p.importance_floor < 0) {
+        return range("importance_floor", int64_t(p.importance_floor), "at least 0");
+    }
+    if (!divides(p) && (p.importance_floor != 0 || p.importance || p.n_importance != 0)) {
+        return unused("importance", "nothing is divided by it");
+    }
+    if (sel.kind == WKV_KIND_WINDOWS && sel.scope == WKV_SCOPE_LAYER && p.heads != WKV_HEADS_EQUAL) {
+        return "scope = layer gives all heads of a layer the same cells, head budgets need scope = head";
+    }
+    if (sel.whole_windows && p.heads != WKV_HEADS_EQUAL) {
+        return "whole_windows needs heads = equal";
+    }
+    return p.accounting == WKV_ACCOUNTING_PAPER ? paper_error(p, sel) : "";
+}
+
+std::string importance_error(const wkv_policy & policy, const wkv_shapes & shapes) {
+    const wkv_allocation & p = policy.allocation;
+    if (!divides(p)) {
+        return "";
+    }
+    const int64_t n = int64_t(shapes.n_layer)*shapes.n_head_kv;
+    if (!p.importance || p.n_importance != n) {
+        return "importance holds " + std::to_string(p.importance ? p.n_importance : 0) + " scores, expected " +
+            std::to_string(shapes.n_layer) + " layers x " + std::to_string(shapes.n_head_kv) + " kv heads";
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        if (!is_at_least(p.importance[i], 0.0)) {
+            return "importance of layer " + std::to_string(i/shapes.n_head_kv) + " is negative or not a number";
         }
     }
-    return apportion(res, lo, hi, total);
+    return "";
 }
 
 // HeadKV's authors round and cut, what exceeds a head is lost
-static std::vector<int64_t> paper_importance(const policy & policy, const std::vector<int64_t> & hi, int64_t n_cells) {
-    const allocation & p      = policy.allocation;
-    const int64_t      recent = policy.selection.n_recent;
-    const int64_t      mean   = n_cells - recent;
-    const double       sum    = std::accumulate(p.importance, p.importance + hi.size(), 0.0);
-    const bool         fits   = std::all_of(hi.begin(), hi.end(), [&](int64_t n) { return n < n_cells; });
+static std::vector<int64_t> paper_importance(const wkv_policy & policy, const std::vector<int64_t> & hi, int64_t n_cells) {
+    const wkv_allocation & p = policy.allocation;
+
+    const auto    weight = to_scale({ p.importance, p.importance + hi.size() }, 0);
+    const double  sum    = std::accumulate(weight.begin(), weight.end(), 0.0);
+    const int64_t recent = policy.selection.n_recent;
+    const int64_t mean   = n_cells - recent;
+    const bool    fits   = std::all_of(hi.begin(), hi.end(), [&](int64_t n) { return n < n_cells; });
 
     std::vector<int64_t> res(hi.size(), n_cells);
     if (mean > 0 && sum > 0.0 && !fits) {
         const int64_t divided = floor_div(mean, p.beta);
-        const double  pool    = double(divided)*double(hi.size());
+        const double  total   = double(divided)*double(hi.size());
         for (size_t i = 0; i < hi.size(); ++i) {
             // to even, as round() of Python does in the default rounding mode
-            res[i] = recent + std::llrint(std::min(p.importance[i]/sum*pool + double(mean - divided), double(hi[i])));
+            res[i] = recent + std::llrint(std::min(weight[i]/sum*total + double(mean - divided), double(hi[i])));
         }
     }
     for (size_t i = 0; i < hi.size(); ++i) {
-        res[i] = std::min(res[i], hi[i]);
+        res[i] = std::min(std::max<int64_t>(1, res[i]), hi[i]);
     }
     return res;
 }
 
-// HeadKV (arXiv 2410.19258, section 3.2): 1/beta of the cells is divided by importance, the rest equally
-std::vector<int64_t> importance_budgets(const policy & policy, const std::vector<int64_t> & hi, int64_t n_cells) {
-    const allocation & p = policy.allocation;
-    if (p.accounting == accounting::paper) {
+// HeadKV (arXiv 2410.19258, section 3.2): 1/beta of the cells is divided by importance, the rest equally, [n_layer*n_head_kv]
+static std::vector<int64_t> importance_budgets(const cache_view & view, int64_t n_cells) {
+    const wkv_policy     & policy = view.policy;
+    const wkv_allocation & p      = policy.allocation;
+    const size_t           n      = view.offsets.size() - 1;
+
+    const std::vector<int64_t> hi(view.shapes.cells, view.shapes.cells + n);
+    if (p.accounting == WKV_ACCOUNTING_PAPER) {
         return paper_importance(policy, hi, n_cells);
     }
 
-    std::vector<int64_t> lo(hi.size());
-    for (size_t i = 0; i < hi.size(); ++i) {
-        lo[i] = std::min({ int64_t(policy.selection.n_recent), n_cells, hi[i] });
+    std::vector<int64_t> lo(n);
+    for (size_t i = 0; i < n; ++i) {
+        lo[i] = std::min({ std::max<int64_t>(1, policy.selection.n_recent), n_cells, hi[i] });
     }
-    std::vector<double> weight(hi.size(), 0.0);
-    if (p.divides()) {
-        weight.assign(p.importance, p.importance + hi.size());
+    std::vector<double> weight(n, 0.0);
+    if (divides(p)) {
+        weight.assign(p.importance, p.importance + n);
     }
     const int64_t n_divided = std::max<int64_t>(0, n_cells - p.importance_floor);
     const double  share     = p.beta > 0.0 ? 1.0/p.beta : 0.0;
 
-    return water_fill(double(n_cells) - double(n_divided)*share, weight, lo, hi, n_cells*int64_t(hi.size()));
+    return water_fill(double(n_cells) - double(n_divided)*share, weight, lo, hi, n_cells*int64_t(n));
 }
 
-std::vector<int32_t> own_budgets(const cache_view & view, const int32_t * budgets) {
+// heads inside the budgets of their layers: equal ones, [n_layer*n_head_kv]
+static std::vector<int64_t> even_budgets(const cache_view & view, int64_t n_cells) {
+    const int64_t n_layer   = view.shapes.n_layer;
+    const int64_t n_head_kv = view.shapes.n_head_kv;
+
+    // heads that hold equally many go on doing so; heads that compete can use all that their layer holds
+    std::vector<int64_t> hi(n_layer);
+    for (int64_t il = 0; il < n_layer; ++il) {
+        const int32_t * first = view.shapes.cells + il*n_head_kv;
+        const int32_t * last  = first + n_head_kv;
+        hi[il] = view.policy.allocation.heads == WKV_HEADS_EQUAL ? *std::min_element(first, last)
+                                                                 : std::accumulate(first, last, int64_t(0))/n_head_kv;
+    }
+
+    const auto layers = layer_budgets(view.policy, hi, n_cells);
+
+    std::vector<int64_t> res(n_layer*n_head_kv);
+    for (size_t i = 0; i < res.size(); ++i) {
+        res[i] = layers[i/n_head_kv];
+    }
+    return res;
+}
+
+// AdaKV's authors let all cells before the observation window compete, those too that the safeguard keeps, and round
+static void paper_compete(const cache_view & view, int32_t il, int64_t n_cells, int32_t * res) {
+    const int32_t n_head_kv = view.shapes.n_head_kv;
+    const int32_t recent    = view.policy.selection.n_recent;
+    const double  safeguard = view.policy.allocation.alpha_safeguard;
+    const int64_t mean      = n_cells - recent;
+
+    std::vector<ranked_keys> keys(n_head_kv);
+    bool fits = true;
+    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+        keys[ih] = keys_tokens(view, il, ih);
+        keys[ih].n_stays = 0;
+        keys[ih].n_cells = keys[ih].place.size();
+
+        fits    = fits && mean > keys[ih].n_cells;
+        res[ih] = std::min<int64_t>(n_cells, view.n_cells(il, ih));
+    }
+    if (mean <= 0 || fits) {
+        return;
+    }
+
+    std::vector<int32_t> won(n_head_kv);
+    compete(keys.data(), std::vector<int32_t>(n_head_kv, mean).data(), n_head_kv, 0.0, 0, won.data());
+    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+        const volatile float part = float(won[ih])*float(1.0 - safeguard); // rounded by itself, not fused with the sum
+        const float          sum  = part + float(int64_t(mean*safeguard));
+        res[ih] = std::min<int64_t>(std::max<int64_t>(1, recent + std::llrint(sum)), view.n_cells(il, ih)); // to even
+    }
+}
+
+static void score_budgets(const cache_view & view, head_budgets & res) {
+    const wkv_allocation & p         = view.policy.allocation;
+    const int32_t          n_layer   = view.shapes.n_layer;
+    const int32_t          n_head_kv = view.shapes.n_head_kv;
+
+    const int32_t n_step = competes_in_model(p) ? n_layer : n_layers_ranked(view);
+
+    for (int32_t il0 = 0; il0 < n_layer; il0 += n_step) {
+        const int32_t il1 = std::min(n_layer, il0 + n_step);
+        const size_t  n   = size_t(il1 - il0)*n_head_kv;
+
+        std::vector<ranked_keys> keys(n);
+        rank_keys(view, res.own, il0, il1, keys.data());
+        for (const auto & k : keys) {
+            res.n_stays.push_back(k.n_stays);
+        }
+
+        const size_t i0      = view.index(il0, 0);
+        const size_t n_group = competes_in_model(p) ? n : n_head_kv;
+        for (size_t i = 0; i < n; i += n_group) {
+            compete(keys.data() + i, res.own.data() + i0 + i, n_group, p.alpha_safeguard, 1, res.n_cells.data() + i0 + i);
+        }
+    }
+}
+
+std::string budgets(const cache_view & view, int64_t n_cells, head_budgets & res) {
+    const wkv_allocation & p = view.policy.allocation;
+
+    n_cells = std::min<int64_t>(n_cells, INT32_MAX); // no head holds more
+
+    res = {};
+    if (view.policy.selection.kind == WKV_KIND_FULL) {
+        res.own.assign(view.shapes.cells, view.shapes.cells + view.offsets.size() - 1);
+        res.n_cells = res.own;
+        return "";
+    }
+    if (needs_scores_for_budgets(view.policy)) {
+        std::string error = scores_error(view);
+        if (error.empty()) {
+            error = selection_misfit(view);
+        }
+        if (!error.empty()) {
+            return error;
+        }
+    }
+
+    const bool over_model = p.heads == WKV_HEADS_IMPORTANCE || competes_in_model(p);
+    const auto own        = over_model ? importance_budgets(view, n_cells) : even_budgets(view, n_cells);
+    res.own.assign(own.begin(), own.end());
+    res.n_cells = res.own;
+
+    if (p.heads == WKV_HEADS_SCORE && p.accounting == WKV_ACCOUNTING_PAPER) {
+        for (int32_t il = 0; il < view.shapes.n_layer; ++il) {
+            paper_compete(view, il, n_cells, res.n_cells.data() + view.index(il, 0));
+        }
+    } else if (p.heads == WKV_HEADS_SCORE) {
+        score_budgets(view, res);
+    }
+    return "";
+}
+
+std::string given_budgets(const cache_view & view, const int32_t * n_cells, head_budgets & res) {
     const int64_t n_head_kv = view.shapes.n_head_kv;
     const size_t  n         = view.offsets.size() - 1;
 
-    std::vector<int32_t> res(budgets, budgets + n);
-    if (view.policy.allocation.heads != heads::score) {
-        return res;
+    res = {};
+    res.n_cells.assign(n_cells, n_cells + n);
+    for (size_t i = 0; i < n; ++i) {
+        if (n_cells[i] < 0) {
+            return "the budget of layer " + std::to_string(i/n_head_kv) + ", kv head " + std::to_string(i%n_head_kv) + " is " +
+                std::to_string(n_cells[i]) + ", expected at least 0";
+        }
     }
-    if (view.policy.allocation.competes_in_model()) {
-        const std::vector<int64_t> cells(view.shapes.cells, view.shapes.cells + n);
-        const int64_t total = std::accumulate(res.begin(), res.end(), int64_t(0));
-        const auto    own   = importance_budgets(view.policy, cells, total/int64_t(n));
-        res.assign(own.begin(), own.end());
-        return res;
+
+    res.own = res.n_cells;
+    if (competes_in_model(view.policy.allocation)) {
+        // what the heads hold together tells what each would hold by itself
+        const auto own = importance_budgets(view, std::accumulate(n_cells, n_cells + n, int64_t(0))/int64_t(n));
+        res.own.assign(own.begin(), own.end());
+    } else if (view.policy.allocation.heads == WKV_HEADS_SCORE) {
+        for (auto first = res.own.begin(); first != res.own.end(); first += n_head_kv) {
+            std::fill(first, first + n_head_kv, int32_t(std::accumulate(first, first + n_head_kv, int64_t(0))/n_head_kv));
+        }
     }
-    for (auto first = res.begin(); first != res.end(); first += n_head_kv) {
-        std::fill(first, first + n_head_kv, int32_t(std::accumulate(first, first + n_head_kv, int64_t(0))/n_head_kv));
+    for (size_t i = 0; i < n; ++i) {
+        res.n_cells[i] = std::min(res.n_cells[i], view.shapes.cells[i]);
     }
-    return res;
+    return "";
 }
 
 } // namespace wkv

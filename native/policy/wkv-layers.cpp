@@ -1,51 +1,36 @@
-// What layers hold.
+// Allocation: what layers hold.
 
-#include "wkv-ranking.h"
+#include "wkv-parts.h"
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 namespace wkv {
 
-std::vector<int64_t> apportion(
-        const std::vector<int64_t> & want,
-        const std::vector<int64_t> & lo,
-        const std::vector<int64_t> & hi,
-                         int64_t     total) {
-    const size_t n = want.size();
+std::vector<choice> layers_choices(const wkv_allocation & p) {
+    return { { "layers", p.layers, WKV_LAYERS_COUNT } };
+}
 
-    std::vector<int64_t> res(n);
-    for (size_t i = 0; i < n; ++i) {
-        res[i] = std::clamp(want[i], lo[i], hi[i]);
+bool layers_use_beta(const wkv_allocation & p) {
+    return p.layers == WKV_LAYERS_PYRAMID;
+}
+
+std::string layers_error(const wkv_policy & policy) {
+    const wkv_allocation & p = policy.allocation;
+
+    if (p.layers == WKV_LAYERS_ARITHMETIC && policy.selection.kind != WKV_KIND_WINDOWS) {
+        return "layers = arithmetic falls over groups of gamma layers, it needs kind = windows";
     }
-
-    const auto sum = [](const std::vector<int64_t> & v) { return std::accumulate(v.begin(), v.end(), int64_t(0)); };
-
-    total = std::clamp(total, sum(lo), sum(hi));
-
-    int64_t diff = total - sum(res);
-    while (diff != 0) {
-        const int64_t sign = diff > 0 ? 1 : -1;
-
-        std::vector<size_t> open;
-        for (size_t i = 0; i < n; ++i) {
-            if (sign > 0 ? res[i] < hi[i] : res[i] > lo[i]) {
-                open.push_back(i);
-            }
-        }
-
-        const int64_t share = std::max<int64_t>(1, sign*diff/int64_t(open.size()));
-        for (const size_t i : open) {
-            const int64_t room = sign > 0 ? hi[i] - res[i] : res[i] - lo[i];
-            const int64_t step = sign*std::min({ share, room, sign*diff });
-
-            res[i] += step;
-            diff   -= step;
-        }
+    if (p.layers == WKV_LAYERS_ARITHMETIC && !(p.lam > 0.0 && std::isfinite(p.lam))) {
+        return range("lam", p.lam, "a positive number, and a finite one");
     }
-
-    return res;
+    if (p.layers != WKV_LAYERS_ARITHMETIC && p.lam != 0.0) {
+        return range("lam", p.lam, "0, layers = arithmetic alone uses it");
+    }
+    if (p.layers == WKV_LAYERS_PYRAMID && !is_at_least(p.beta, 1.0)) {
+        return range("beta", p.beta, "at least 1 and finite");
+    }
+    return "";
 }
 
 // n values that fall linearly from first to last
@@ -58,7 +43,7 @@ static std::vector<int64_t> fall(int64_t first, int64_t last, int64_t n) {
 }
 
 // PyramidKV (arXiv 2406.02069, eq. 5): the recent tokens are on top of an arithmetic sequence over the layers
-static std::vector<int64_t> want_pyramid(const policy & policy, int64_t n_layer, int64_t n_cells) {
+static std::vector<int64_t> want_pyramid(const wkv_policy & policy, int64_t n_layer, int64_t n_cells) {
     const int64_t recent = std::min<int64_t>(policy.selection.n_recent, n_cells);
     const int64_t mean   = n_cells - recent;
     const int64_t last   = std::min(mean, int64_t(std::floor(double(mean)/policy.allocation.beta)));
@@ -71,7 +56,7 @@ static std::vector<int64_t> want_pyramid(const policy & policy, int64_t n_layer,
 }
 
 // The same as the authors' code has it: equal integer steps, and what the first layers cannot hold is given to the last ones
-static std::vector<int64_t> paper_pyramid(const policy & policy, const std::vector<int64_t> & hi, int64_t n_cells) {
+static std::vector<int64_t> paper_pyramid(const wkv_policy & policy, const std::vector<int64_t> & hi, int64_t n_cells) {
     const int64_t n_layer = hi.size();
     const int64_t recent  = policy.selection.n_recent;
     const int64_t mean    = n_cells - recent;
@@ -90,15 +75,12 @@ static std::vector<int64_t> paper_pyramid(const policy & policy, const std::vect
             res[il] = recent + first - il*step;
         }
     }
-    for (int64_t il = 0; il < n_layer; ++il) {
-        res[il] = std::min(res[il], hi[il]);
-    }
     return res;
 }
 
 // WindowKV (arXiv 2503.17922, section 3.4): one budget per group of gamma layers, falling over the groups
-static std::vector<int64_t> want_arithmetic(const policy & policy, int64_t n_layer, int64_t n_cells) {
-    const bool    paper    = policy.allocation.accounting == accounting::paper;
+static std::vector<int64_t> want_arithmetic(const wkv_policy & policy, int64_t n_layer, int64_t n_cells) {
+    const bool    paper    = policy.allocation.accounting == WKV_ACCOUNTING_PAPER;
     const double  lam      = policy.allocation.lam;
     const int64_t gamma    = policy.selection.gamma;
     const int64_t n_groups = (n_layer + gamma - 1)/gamma;
@@ -128,30 +110,29 @@ static std::vector<int64_t> want_arithmetic(const policy & policy, int64_t n_lay
     return res;
 }
 
-std::vector<int64_t> layer_budgets(const policy & policy, const std::vector<int64_t> & hi, int64_t n_cells) {
-    const selection & sel     = policy.selection;
-    const int64_t     n_layer = hi.size();
-    const bool        paper   = policy.allocation.accounting == accounting::paper;
+std::vector<int64_t> layer_budgets(const wkv_policy & policy, const std::vector<int64_t> & hi, int64_t n_cells) {
+    const wkv_selection & sel     = policy.selection;
+    const int64_t         n_layer = hi.size();
+    const bool            paper   = policy.allocation.accounting == WKV_ACCOUNTING_PAPER;
 
     std::vector<int64_t> want(n_layer, n_cells);
-    switch (policy.allocation.layers) {
-        case layers::flat:
+    switch (wkv_layers(policy.allocation.layers)) {
+        case WKV_LAYERS_PYRAMID:
+            want = paper ? paper_pyramid(policy, hi, n_cells) : want_pyramid(policy, n_layer, n_cells);
             break;
-        case layers::pyramid:
-            if (paper) {
-                return paper_pyramid(policy, hi, n_cells);
-            }
-            want = want_pyramid(policy, n_layer, n_cells);
-            break;
-        case layers::arithmetic:
+        case WKV_LAYERS_ARITHMETIC:
             want = want_arithmetic(policy, n_layer, n_cells);
+            break;
+        case WKV_LAYERS_FLAT:
+        case WKV_LAYERS_COUNT:
             break;
     }
 
-    if (paper && sel.kind == kind::windows) {
-        // the authors keep the observation window on top of the budget and do not correct the mean
+    if (paper) {
+        // no authors give to others what a layer does not hold; WindowKV's keep the observation window on top of the budget
+        const int64_t on_top = sel.kind == WKV_KIND_WINDOWS ? policy.scoring.window_size : 0;
         for (int64_t il = 0; il < n_layer; ++il) {
-            want[il] = std::min(want[il] + policy.scoring.window_size, hi[il]);
+            want[il] = std::min(std::max<int64_t>(1, want[il] + on_top), hi[il]);
         }
         return want;
     }
@@ -161,7 +142,6 @@ std::vector<int64_t> layer_budgets(const policy & policy, const std::vector<int6
     for (int64_t il = 0; il < n_layer; ++il) {
         lo[il] = std::min({ int64_t(sel.n_recent) + std::max(1, sel.omega), n_cells, hi[il] });
     }
-
     return apportion(want, lo, hi, n_cells*n_layer);
 }
 

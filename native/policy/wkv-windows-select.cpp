@@ -44,7 +44,7 @@ static ranking translate(const cache_view & view, int32_t il, int32_t ih, const 
 }
 
 std::string windows_misfit(const cache_view & view) {
-    for (int32_t il = 0; view.policy.selection.scope == scope::layer && il < view.shapes.n_layer; ++il) {
+    for (int32_t il = 0; view.policy.selection.scope == WKV_SCOPE_LAYER && il < view.shapes.n_layer; ++il) {
         const int32_t n = view.n_cells(il, 0);
         for (int32_t ih = 1; ih < view.shapes.n_head_kv; ++ih) {
             if (view.n_cells(il, ih) != n || !std::equal(view.pos(il, 0), view.pos(il, 0) + n, view.pos(il, ih))) {
@@ -59,15 +59,15 @@ std::string windows_misfit(const cache_view & view) {
 // calls fn(il, ih, ranking) for the heads of the layers il0 to il1 - 1, which are whole groups of gamma layers
 template <typename F>
 static void rank_groups(const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1, F fn) {
-    const selection & p         = view.policy.selection;
-    const int32_t     n_head_kv = view.shapes.n_head_kv;
-    const bool        per_layer = p.scope == scope::layer;
+    const wkv_selection & p         = view.policy.selection;
+    const int32_t         n_head_kv = view.shapes.n_head_kv;
+    const bool            per_layer = p.scope == WKV_SCOPE_LAYER;
 
     for (int32_t first = il0; first < il1; first += std::min(p.gamma, il1 - first)) {
         const int32_t last = first + std::min(p.gamma, il1 - first);
 
         for (int32_t is = 0; is < (per_layer ? 1 : n_head_kv); ++is) {
-            cell_set cells = p.share == share::mean ? mean_cells(view, first, last, is) : cells_of(view, first, is);
+            cell_set cells = p.share == WKV_SHARE_MEAN ? mean_cells(view, first, last, is) : cells_of(view, first, is);
 
             const std::vector<int32_t> set    = cells.pos;
             const ranking              shared = rank_windows(std::move(cells), view.policy, own[view.index(first, is)], true);
@@ -90,19 +90,10 @@ static void rank_groups(const cache_view & view, const std::vector<int32_t> & ow
 // tokens by the attention of more queries. Windows keep an answer whole, tokens what the text as a whole attends to. Returns the
 // cells of each head that come before single tokens; heads of the layers il0 to il1 - 1 compete for them.
 static std::vector<int32_t> cells_before_tokens(const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1) {
-    const policy    & policy    = view.policy;
-    const selection & p         = policy.selection;
-    const int32_t     n_head_kv = view.shapes.n_head_kv;
-    const bool        competes  = policy.allocation.heads == heads::score;
-
-    const size_t i0 = view.index(il0, 0);
-    const size_t n  = size_t(il1 - il0)*n_head_kv;
-
-    // select() asks again for what budgets() found
-    auto & found = view.before_tokens;
-    if (found.own.size() == own.size() && std::equal(own.begin() + i0, own.begin() + i0 + n, found.own.begin() + i0)) {
-        return { found.n_cells.begin() + i0, found.n_cells.begin() + i0 + n };
-    }
+    const wkv_policy    & policy    = view.policy;
+    const wkv_selection & p         = policy.selection;
+    const int32_t         n_head_kv = view.shapes.n_head_kv;
+    const bool            competes  = policy.allocation.heads == WKV_HEADS_SCORE;
 
     std::vector<int32_t>     res;
     std::vector<ranked_keys> keys;
@@ -117,13 +108,8 @@ static std::vector<int32_t> cells_before_tokens(const cache_view & view, const s
     }
     if (competes) {
         const std::vector<int32_t> first = res;
-        compete(keys.data(), first.data(), first.size(), policy.allocation.alpha_safeguard, res.data());
+        compete(keys.data(), first.data(), first.size(), policy.allocation.alpha_safeguard, 1, res.data());
     }
-
-    found.own.resize(own.size(), -1);
-    found.n_cells.resize(own.size());
-    std::copy_n(own.begin() + i0, n, found.own.begin() + i0);
-    std::copy_n(res.begin(), n, found.n_cells.begin() + i0);
     return res;
 }
 
@@ -144,38 +130,47 @@ static std::vector<int32_t> take_windows(
     return res;
 }
 
-// layers whose windows compete at the same time
-static int32_t n_step(const cache_view & view) {
-    return view.policy.allocation.competes_in_model() ? view.shapes.n_layer : 1;
+// windows, each as a whole but for the last one
+static void select_whole(const cache_view & view, const head_budgets & budgets, uint8_t * keep) {
+    rank_groups(view, budgets.own, 0, view.shapes.n_layer, [&](int32_t il, int32_t ih, const ranking & res) {
+        const size_t  i   = view.index(il, ih);
+        uint8_t     * own = keep + view.offsets[i];
+
+        const bool    whole = view.policy.selection.whole_windows;
+        const int32_t n     = whole ? res.n_whole : budgets.n_cells[i];
+        for (int32_t j = 0; j < n; ++j) {
+            own[res.order[j]] = 1;
+        }
+        if (whole && n == 0 && view.n_cells(il, ih) > 0) {
+            own[view.n_cells(il, ih) - 1] = 1; // it holds nothing of what the group keeps: its newest cell
+        }
+    });
 }
 
-void select_windows(const cache_view & view, const int32_t * budgets, uint8_t * keep) {
-    const selection & p         = view.policy.selection;
-    const int32_t     n_head_kv = view.shapes.n_head_kv;
-    const auto        own       = own_budgets(view, budgets);
-
-    if (p.token_share == 0.0) {
-        rank_groups(view, own, 0, view.shapes.n_layer, [&](int32_t il, int32_t ih, const ranking & res) {
-            const size_t  i = view.index(il, ih);
-            const int32_t n = p.whole_windows ? res.n_whole : std::clamp<int32_t>(budgets[i], 0, res.order.size());
-            for (int32_t j = 0; j < n; ++j) {
-                keep[view.offsets[i] + res.order[j]] = 1;
-            }
-        });
+void select_windows(const cache_view & view, const head_budgets & budgets, uint8_t * keep) {
+    if (view.policy.selection.token_share == 0.0) {
+        select_whole(view, budgets, keep);
         return;
     }
 
-    for (int32_t il0 = 0; il0 < view.shapes.n_layer; il0 += n_step(view)) {
-        const auto n_first = cells_before_tokens(view, own, il0, il0 + n_step(view));
-        for (size_t j = 0; j < n_first.size(); ++j) {
-            const int32_t il     = il0 + j/n_head_kv;
-            const int32_t ih     = j%n_head_kv;
-            const size_t  i      = view.index(il, ih);
-            const int32_t budget = std::clamp(budgets[i], 0, view.n_cells(il, ih));
-            const int32_t first  = std::min(n_first[j], budget);
+    const int32_t n_layer   = view.shapes.n_layer;
+    const int32_t n_head_kv = view.shapes.n_head_kv;
+    const int32_t n_step    = competes_in_model(view.policy.allocation) ? n_layer : 1;
 
-            auto rest = take_windows(view, il, ih, own[i], first, keep + view.offsets[i]);
-            take_best(view.token_score(il, ih), rest, budget - first, keep + view.offsets[i]);
+    // heads that competed were ranked for it, with what stays before single tokens
+    std::vector<int32_t> n_first = budgets.n_stays;
+    for (int32_t il = 0; il < n_layer && budgets.n_stays.empty(); il += n_step) {
+        const auto cur = cells_before_tokens(view, budgets.own, il, il + n_step);
+        n_first.insert(n_first.end(), cur.begin(), cur.end());
+    }
+    for (int32_t il = 0; il < n_layer; ++il) {
+        for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+            const size_t  i     = view.index(il, ih);
+            uint8_t     * own   = keep + view.offsets[i];
+            const int32_t first = std::min(n_first[i], budgets.n_cells[i]);
+
+            auto rest = take_windows(view, il, ih, budgets.own[i], first, own);
+            take_best(view.token_score(il, ih), rest, budgets.n_cells[i] - first, own);
         }
     }
 }
@@ -185,13 +180,11 @@ void keys_windows(const cache_view & view, const std::vector<int32_t> & own, int
     const size_t  i0        = view.index(il0, 0);
 
     if (view.policy.selection.token_share == 0.0) {
-        const auto cur = own_budgets(view, own.data());
-        rank_groups(view, cur, il0, il1, [&](int32_t il, int32_t ih, const ranking & res) { keys[view.index(il, ih) - i0] = res.keys; });
+        rank_groups(view, own, il0, il1, [&](int32_t il, int32_t ih, const ranking & res) { keys[view.index(il, ih) - i0] = res.keys; });
         return;
     }
 
-    const auto cur     = own_budgets(view, own.data());
-    const auto n_first = cells_before_tokens(view, cur, il0, il1);
+    const auto n_first = cells_before_tokens(view, own, il0, il1);
     for (size_t j = 0; j < n_first.size(); ++j) {
         const int32_t il = il0 + j/n_head_kv;
         const int32_t ih = j%n_head_kv;
@@ -203,7 +196,7 @@ void keys_windows(const cache_view & view, const std::vector<int32_t> & own, int
         res.place.reserve(res.n_cells - res.n_stays);
 
         std::vector<uint8_t> taken(res.n_cells, 0);
-        for (const int32_t i : take_windows(view, il, ih, cur[i0 + j], res.n_stays, taken.data())) {
+        for (const int32_t i : take_windows(view, il, ih, own[i0 + j], res.n_stays, taken.data())) {
             res.place.push_back(view.token_score(il, ih)[i]);
         }
         std::sort(res.place.begin(), res.place.end(), std::greater<float>());

@@ -8,6 +8,51 @@
 
 namespace wkv {
 
+std::string windows_error(const wkv_policy & policy) {
+    const wkv_selection & p      = policy.selection;
+    const int32_t         second = policy.scoring.token_window_size;
+
+    if (p.kind != WKV_KIND_WINDOWS) {
+        const bool given = p.omega != 0 || p.top_p != 0 || p.gamma != 0 || p.share != WKV_SHARE_FIRST || p.scope != WKV_SCOPE_LAYER ||
+            p.protect_first || p.whole_windows || p.recent_share != 0.0 || p.token_share != 0.0 || p.window_floor != 0 || second != 0;
+        return given ? unused("an option of windows", "kind is not windows") : "";
+    }
+    if (p.omega < 1) {
+        return range("omega", int64_t(p.omega), "at least 1");
+    }
+    if (p.top_p < 1 || p.top_p > p.omega) {
+        return range("top_p", int64_t(p.top_p), "1 to omega");
+    }
+    if (p.gamma < 1) {
+        return range("gamma", int64_t(p.gamma), "at least 1");
+    }
+    for (const auto & [name, flag] : { std::make_pair("protect_first", p.protect_first), { "whole_windows", p.whole_windows } }) {
+        if (flag != 0 && flag != 1) {
+            return range(name, int64_t(flag), "0 or 1");
+        }
+    }
+    if (!(p.recent_share > 0.0 && p.recent_share <= 1.0)) {
+        return range("recent_share", p.recent_share, "over 0 and up to 1");
+    }
+    if (!is_share(p.token_share)) {
+        return range("token_share", p.token_share, "0 to 1");
+    }
+    if (p.window_floor < 0) {
+        return range("window_floor", int64_t(p.window_floor), "at least 0");
+    }
+    if (p.token_share == 0.0) {
+        return p.window_floor != 0 ? unused("window_floor", "token_share is 0") :
+               second         != 0 ? unused("token_window_size", "token_share is 0") : "";
+    }
+    if (p.scope != WKV_SCOPE_HEAD || p.gamma != 1) {
+        return "token_share needs scope = head and gamma = 1";
+    }
+    if (p.whole_windows) {
+        return "whole_windows leaves nothing for single tokens, expected token_share = 0";
+    }
+    return second < 1 ? range("token_window_size", int64_t(second), "at least 1") : "";
+}
+
 struct window {
     int32_t i0; // first and one past the last cell
     int32_t i1;
@@ -15,8 +60,8 @@ struct window {
 };
 
 cell_set cells_of(const cache_view & view, int32_t il, int32_t ih) {
-    const bool    per_layer = view.policy.selection.scope == scope::layer;
-    const bool    each      = view.policy.scoring.query_heads == query_heads::each;
+    const bool    per_layer = view.policy.selection.scope == WKV_SCOPE_LAYER;
+    const bool    each      = view.policy.scoring.query_heads == WKV_QUERY_HEADS_EACH;
     const int32_t n         = view.n_cells(il, ih);
 
     cell_set res;
@@ -81,7 +126,7 @@ static double top_mean(std::vector<double> & score, int32_t top_p) {
 
 // Windows before the observation window, best first. They stand on a fixed grid of positions, so that what one compaction kept whole
 // stays together in the next.
-static std::vector<window> best_windows(const cell_set & cells, int32_t n_review, const selection & p) {
+static std::vector<window> best_windows(const cell_set & cells, int32_t n_review, const wkv_selection & p) {
     std::vector<window> res;
     std::vector<double> score;
     for (int32_t i0 = 0; i0 < n_review;) {
@@ -109,7 +154,7 @@ static std::vector<window> best_windows(const cell_set & cells, int32_t n_review
     return res;
 }
 
-int32_t n_recent_of(int32_t n, const selection & p, int32_t budget) {
+int32_t n_recent_of(int32_t n, const wkv_selection & p, int32_t budget) {
     return std::min({ n, p.n_recent, std::max(1, int32_t(budget*p.recent_share)) });
 }
 
@@ -126,18 +171,17 @@ static int32_t n_whole(const std::vector<window> & windows, int32_t n_review, in
     return res;
 }
 
-ranking rank_windows(cell_set cells, const policy & policy, int32_t budget, bool with_order) {
-    const selection & p = policy.selection;
+ranking rank_windows(cell_set cells, const wkv_policy & policy, int32_t budget, bool with_order) {
+    const wkv_selection & p = policy.selection;
 
     const int32_t n        = cells.pos.size();
     const int32_t n_review = std::max(0, n - policy.scoring.window_size);
     const int32_t n_recent = n_recent_of(n, p, budget);
 
     // what follows an attended token is often what the answer needs next
-    if (policy.scoring.kernel_size > 1) {
-        const auto pooled = max_pool(policy.scoring, cells.score.data(), n_review);
-        std::copy(pooled.begin(), pooled.end(), cells.score.begin());
-    }
+    const auto pooled = pool(policy.scoring, cells.score.data(), n_review);
+    std::copy(pooled.begin(), pooled.end(), cells.score.begin());
+
     const auto windows = best_windows(cells, n_review, p);
 
     ranking res;

@@ -2,7 +2,7 @@
 
 // Windows of one set of cells, inside wkv-windows*.cpp.
 
-#include "wkv-ranking.h"
+#include "wkv-parts.h"
 
 namespace wkv {
 
@@ -28,9 +28,9 @@ cell_set cells_of(const cache_view & view, int32_t il, int32_t ih);
 cell_set mean_cells(const cache_view & view, int32_t il0, int32_t il1, int32_t ih);
 
 // newest cells that stay of a head with n cells and this budget
-int32_t n_recent_of(int32_t n, const selection & p, int32_t budget);
+int32_t n_recent_of(int32_t n, const wkv_selection & p, int32_t budget);
 
 // with_order = false: keys alone. budget is that of the head whose cells they are
-ranking rank_windows(cell_set cells, const policy & policy, int32_t budget, bool with_order);
+ranking rank_windows(cell_set cells, const wkv_policy & policy, int32_t budget, bool with_order);
 
 } // namespace wkv

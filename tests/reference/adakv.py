@@ -11,17 +11,18 @@ from .common import Cache, Kept, Ranking, keep, sizes, split
 from .snapkv import rankings
 
 
-def compete(own: list[int], alpha_safeguard: float, ranked: list[Ranking]) -> list[int]:
+def compete(own: list[int], alpha_safeguard: float, ranked: list[Ranking], least: int = 1) -> list[int]:
     """Cells of heads that share the sum of their budgets (algorithm 1).
 
-    Each is sure of the cells that stay, and of the share alpha_safeguard of the rest of its own budget; what is left goes
-    to the best cells, whoever holds them. Of equal keys the one further ahead in its head's ranking wins, then the
-    earlier head.
+    Each is sure of the cells that stay, and of the share alpha_safeguard of the rest of its own budget, but (ours) of
+    least cells in any case; what is left goes to the best cells, whoever holds them. Of equal keys the one further ahead
+    in its head's ranking wins, then the earlier head.
     """
     sure = []
     for budget, (_, key) in zip(own, ranked, strict=True):
         stays = min(budget, key.count(math.inf))
-        sure.append(min(len(key), stays + math.floor((budget - stays) * alpha_safeguard)))
+        share = stays + math.floor((budget - stays) * alpha_safeguard)
+        sure.append(min(len(key), max(share, min(budget, least))))
     rest = sum(own) - sum(sure)
     open_ = sorted((-key[i], i, head) for head, (_, key) in enumerate(ranked) for i in range(sure[head], len(key)))
     for _, _, head in open_[:rest]:
@@ -70,6 +71,6 @@ def published(scores: Cache, n_cells: int, *, window_size: int, kernel_size: int
         if base <= 0 or base > max(len(order) for order, _ in review):
             res.append([n_cells] * len(layer))
         else:
-            won = compete([base] * len(layer), 0.0, review)
+            won = compete([base] * len(layer), 0.0, review, least=0)
             res.append([window_size + int(np.rint(np.float32(n) * weight + sure)) for n in won])
     return keep(ranked, res)

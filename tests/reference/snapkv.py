@@ -37,6 +37,7 @@ def snapkv(scores: Cache, n_cells: int, *, window_size: int, kernel_size: int) -
 
 
 def published(scores: Cache, n_cells: int, *, window_size: int, kernel_size: int) -> Kept:
-    """n_cells of every head; the observation window counts."""
+    """n_cells of every head, or all of a layer that holds fewer; the observation window counts."""
     ranked = rankings(scores, window_size=window_size, kernel_size=kernel_size)
-    return keep(ranked, [[n_cells] * len(layer) for layer in scores])
+    room = budgets.alike(sizes(scores))
+    return keep(ranked, [[min(n_cells, have)] * len(layer) for have, layer in zip(room, scores, strict=True)])

@@ -250,17 +250,22 @@ def windowkv(
 ) -> Kept:
     """WindowKV; windows: see :func:`rank` and :func:`shared_rankings`.
 
-    whole: windows stay or go as a whole, so that a head holds more cells than its budget, or fewer.
+    whole: windows stay or go as a whole, so that a head holds more cells than its budget, or fewer; one that holds nothing
+    of what its group keeps has its newest cell.
     """
     size = {"omega": omega, "window_size": window_size, "gamma": gamma}
     own = head_budgets(positions, n_cells, budget=budget, lam=lam, accounting=accounting, **size)
     if not whole:
         return keep(rankings(positions, scores, own, **size, **windows), own)
     found = shared_rankings(positions, scores, own, **size, **windows)
-    return [
+    res = [
         [np.isin(pos, shared[ranking.order[:n]]) for (ranking, n, shared), pos in zip(*layer, strict=True)]
         for layer in zip(found, positions, strict=True)
     ]
+    for layer in res:
+        for stays in layer:
+            stays[-1] |= not stays.any()
+    return res
 
 
 #

@@ -27,6 +27,13 @@ def test_sanitizers_are_clean(native_tests: Path, tmp_path: Path, shape: dict[st
     assert run.stdout.strip() == "ok"
 
 
+def test_policies_with_extreme_options(native_tests: Path) -> None:
+    """Of the largest and the smallest numbers, most are valid: nothing overflows, and every head keeps a cell."""
+    run = subprocess.run([native_tests / "test-policy", "30000"], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert int(run.stdout) > 15_000
+
+
 @pytest.mark.parametrize("program", ["test-backend-ops-ragged", "test-backend-ops-ragged-asan"])
 def test_ragged_attention(native_tests: Path, program: str) -> None:
     run = subprocess.run([native_tests / program, "test"], capture_output=True, text=True, timeout=1200)

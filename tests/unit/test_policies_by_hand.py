@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from reference.windowkv import published_budgets
 
-from windowkv_edge import AdaKV, HeadKV, HeadScores, NativeError, WindowAdaKV, WindowKV, _native
+from windowkv_edge import AdaKV, HeadKV, HeadScores, NativeError, SnapKV, WindowAdaKV, WindowKV, _native
+from windowkv_edge.errors import NativeArgumentError
 from windowkv_edge.heads import ModelHeads
 from windowkv_edge.policies.parts import Parts
 
@@ -123,13 +124,20 @@ def test_layer_scope_refuses_heads_that_differ() -> None:
         ({"query_heads": "each"}, "query_heads = each needs windows, kernel_size = 1"),
         ({"n_sink": 4}, "n_sink is given, but only kind = recent keeps sinks"),
         ({"layers": "arithmetic", "lam": 0.0}, "lam is 0.0.*, expected a positive number"),
+        ({"layers": "arithmetic", "lam": math.inf}, "lam is inf, expected a positive number, and a finite one"),
+        ({"layers": "arithmetic", "lam": math.nan}, "lam is nan, expected a positive number"),
         ({"lam": 14.0}, "lam is 14.0.*, expected 0, layers = arithmetic alone uses it"),
         ({"layers": "pyramid", "beta": 0.5}, "beta is 0.5.*, expected at least 1"),
+        ({"layers": "pyramid", "beta": math.inf}, "beta is inf, expected at least 1 and finite"),
+        ({"heads": "importance", "beta": math.nan}, "beta is nan, expected at least 1"),
+        ({"heads": "score", "across": "model", "beta": math.inf}, "beta is inf, expected 0, or at least 1 and finite"),
         ({"beta": 2.0}, "beta is 2.0.*, expected 0"),
+        ({"beta": math.nan}, "beta is nan, expected 0"),
         ({"heads": 7}, "heads is 7, expected a value of enum wkv_heads"),
         ({"heads": "importance", "beta": 0.5}, "beta is 0.5.*, expected at least 1"),
         ({"heads": "importance", "beta": 2.0}, "importance holds 0 scores, expected 1 layers x 1 kv heads"),
         ({"heads": "importance", "beta": 2.0, "importance": np.array([-1.0])}, "negative"),
+        ({"heads": "importance", "beta": 2.0, "importance": np.array([math.inf])}, "not a number"),
         ({"heads": "importance", "beta": 2.0, "layers": "pyramid"}, "heads = importance needs layers = flat"),
         ({"importance": np.array([1.0])}, "importance is given, but nothing is divided by it"),
         ({"heads": "score", "alpha_safeguard": -0.1}, "alpha_safeguard is -0.1.*, expected 0 to 1"),
@@ -153,6 +161,21 @@ def test_bad_policies_are_refused(change: dict[str, object], message: str) -> No
 
     with pytest.raises(NativeError, match=message):
         _native.budgets(Parts(*map(changed, WindowKV().parts())), [[10]], 5)
+
+
+def test_a_budget_below_zero_is_refused() -> None:
+    positions, scores = [[np.arange(9, dtype=np.int32)] * 2], [[np.zeros(9, dtype=np.float32)] * 2]
+    for policy in (WindowKV(), AdaKV()):
+        with pytest.raises(NativeArgumentError, match="the budget of layer 0, kv head 1 is -3, expected at least 0"):
+            _native.select(policy.parts(), [[4, -3]], positions, scores)
+        assert all(own.all() for own in _native.select(policy.parts(), [[9, 2**31 - 1]], positions, scores)[0])
+
+
+def test_the_authors_budgets_cut_what_a_layer_does_not_hold() -> None:
+    """The others do not get it, whichever policy it is: each head's number of cells is fixed before it is looked at."""
+    cells = [[5, 5], [40, 30], [100, 100]]
+    assert _native.budgets(SnapKV.published(window_size=4).parts(), cells, 20).tolist() == [[5, 5], [20, 20], [20, 20]]
+    assert _native.budgets(SnapKV(window_size=4).parts(), cells, 20).tolist() == [[5, 5], [28, 28], [27, 27]]
 
 
 def test_windows_stay_whole() -> None:

@@ -11,7 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from windowkv_edge import POLICIES, AdaKV, Auto, HeadKV, HeadScores, NativeError, PyramidKV, SnapKV, WindowAdaKV, WindowKV, _native
+from windowkv_edge import (
+    POLICIES,
+    AdaKV,
+    Auto,
+    HeadKV,
+    HeadScores,
+    NativeError,
+    PyramidKV,
+    SnapKV,
+    WindowAdaKV,
+    WindowKV,
+    _native,
+    get_policy,
+)
 from windowkv_edge.heads import ModelHeads
 from windowkv_edge.policies.parts import Parts
 
@@ -72,6 +85,75 @@ def test_importance_of_any_scale(tiny: float) -> None:
     parts = parts._replace(allocation=dataclasses.replace(parts.allocation, importance=importance))
     # a mean of 60: 120 cells equally, 30 each; 120 by importance, of which the first head takes 70 and the second the rest
     assert _native.budgets(parts, np.full((1, 4), 100), 60).tolist() == [[100, 80, 30, 30]]
+
+
+def test_importance_whose_sum_no_double_holds() -> None:
+    for policy in (HeadKV, HeadKV.published):
+        budget = []
+        for scale in (1.0, 2.0**1023):
+            importance = np.array([[1.0, 0.5, 0.25, 1.0]]) * scale
+            parts = policy(beta=1.0, window_size=1).parts()
+            parts = parts._replace(allocation=dataclasses.replace(parts.allocation, importance=importance))
+            budget.append(_native.budgets(parts, np.full((1, 4), 100), 23).tolist())
+        assert budget[0] == budget[1] and budget[0][0][0] > budget[0][0][1] > budget[0][0][2]
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 10**400, True, "2"], ids=["inf", "-inf", "nan", "huge", "bool", "str"])
+def test_numbers_that_no_double_holds(value: Any) -> None:
+    for policy, option in ((WindowKV, "lam"), (PyramidKV, "beta"), (HeadKV, "beta")):
+        with pytest.raises(ValueError, match=f"{option} is .*, expected a finite number of at least"):
+            policy(**{option: value})
+
+
+@pytest.mark.parametrize("value", [2**31, 2**63, 10**30, -(2**31)])
+def test_options_beyond_32_bits(value: int) -> None:
+    for policy, option in ((WindowKV, "omega"), (WindowKV, "carry"), (SnapKV, "window_size"), (Auto, "importance_floor")):
+        with pytest.raises(ValueError, match=f"{option} is {value}, expected an int of at least . and below 2"):
+            policy(**{option: value})
+
+
+def of_budgets(parts: Parts, positions: Any, scores: Any, n_cells: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Budgets, and how many cells of every head stay."""
+    budget = _native.budgets(parts, [[len(own) for own in layer] for layer in positions], n_cells, positions, scores, scores)
+    found = _native.select(parts, budget, positions, scores, scores)
+    return budget.tolist(), [[int(own.sum()) for own in layer] for layer in found]
+
+
+@pytest.mark.parametrize("lam", [1e-300, 1e9, 1.7e308])
+@pytest.mark.parametrize("accounting", ["native", "paper"])
+def test_budgets_that_fall_to_nothing_leave_a_cell(lam: float, accounting: str) -> None:
+    positions, scores = cache(6, 2, 90)
+    for spec in (f"windowkv(omega=2147483647, budget='arithmetic', lam={lam}", f"windowkv-paper(lam={lam}, gamma=1"):
+        budget, kept = of_budgets(get_policy(f"{spec}, accounting='{accounting}')").parts(), positions, scores, 20)
+        assert min(map(min, budget)) >= 1 and min(map(min, kept)) >= 1
+        if accounting == "native":
+            assert sum(map(sum, budget)) == 6 * 2 * 20
+
+
+@pytest.mark.parametrize("policy", [AdaKV(alpha_safeguard=0.0), AdaKV(alpha_safeguard=0.0, across="model"), HeadKV(beta=1.0)])
+def test_every_head_keeps_a_cell_without_recent_tokens(policy: Any) -> None:
+    """And its best one, where others could win or be given all of them."""
+    positions, scores = cache(2, 2, 90)
+    scores[1][1] *= 1e-9
+    parts = policy.parts()
+    importance = np.array([[1.0, 1.0], [1.0, 0.0]]) if isinstance(policy, HeadKV) else None
+    parts = parts._replace(
+        selection=dataclasses.replace(parts.selection, n_recent=0),
+        allocation=dataclasses.replace(parts.allocation, importance=importance),
+    )
+    budget, kept = of_budgets(parts, positions, scores, 10)
+    assert budget == kept and budget[1][1] == 1 and sum(map(sum, budget)) == 40
+
+
+@pytest.mark.parametrize("policy", [
+    WindowAdaKV(gamma=2, alpha_safeguard=0.0), WindowAdaKV(gamma=2, alpha_safeguard=0.0, across="model"), WindowKV(gamma=2, whole_windows=True),
+])  # fmt: skip
+def test_every_head_keeps_a_cell_of_a_group_whose_cells_it_lacks(policy: Any) -> None:
+    """The second layer holds none of the positions that stay in the first; heads of one layer hold different ones."""
+    positions, scores = cache(2, 2, 40)
+    positions[1] = [np.arange(100, 140, dtype=np.int32), np.arange(40, dtype=np.int32)]
+    budget, kept = of_budgets(policy.parts(), positions, scores, 10)
+    assert min(map(min, budget)) >= 1 and min(map(min, kept)) >= 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

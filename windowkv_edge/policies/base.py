@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
@@ -52,9 +53,9 @@ def share_of(name: str, value: object, *, over_zero: bool = False) -> None:
 
 
 def number_of(name: str, value: object, low: float) -> None:
-    """Raise ValueError unless value is a finite number >= low."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
-        raise ValueError(f"{name} is {value!r}, expected a number of at least {low:g}")
+    """Raise ValueError unless value is a number >= low that a finite float holds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= sys.float_info.max:
+        raise ValueError(f"{name} is {value!r}, expected a finite number of at least {low:g}")
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """What a native policy is composed of: a scoring, an allocation and a selection.
 
-Fields, choices and defaults are those of the structs in ``windowkv.h``: a choice such as ``layers="pyramid"`` is
+Fields, choices and defaults are those of the structs in ``windowkv-policy.h``: a choice such as ``layers="pyramid"`` is
 ``WKV_LAYERS_PYRAMID`` there. What a choice does not use stays at its default; the native code refuses anything else.
 """
 

@@ -1,0 +1,111 @@
+// Scoring: its options, which planes of scores it needs, and pooling.
+
+#include "wkv-parts.h"
+
+#include <algorithm>
+
+namespace wkv {
+
+std::vector<choice> scoring_choices(const wkv_scoring & p) {
+    return { { "pooling", p.pooling, WKV_POOLING_COUNT }, { "query_heads", p.query_heads, WKV_QUERY_HEADS_COUNT } };
+}
+
+std::string scoring_error(const wkv_policy & policy) {
+    const wkv_scoring   & p   = policy.scoring;
+    const wkv_selection & sel = policy.selection;
+
+    if (sel.kind == WKV_KIND_FULL || sel.kind == WKV_KIND_RECENT) {
+        return p.window_size == 0 && p.token_window_size == 0 && p.kernel_size == 0 && p.pooling == WKV_POOLING_MAX &&
+            p.query_heads == WKV_QUERY_HEADS_MEAN ? "" : unused("scoring", "this kind of selection looks at positions alone");
+    }
+    if (p.window_size < 1) {
+        return range("window_size", int64_t(p.window_size), "at least 1");
+    }
+    if (p.kernel_size < 1 || (p.pooling == WKV_POOLING_MAX && p.kernel_size % 2 == 0)) {
+        return range("kernel_size", int64_t(p.kernel_size), p.pooling == WKV_POOLING_MAX ? "an odd number" : "at least 1");
+    }
+    if (p.query_heads == WKV_QUERY_HEADS_EACH &&
+            (sel.kind != WKV_KIND_WINDOWS || p.kernel_size != 1 || sel.share != WKV_SHARE_FIRST || sel.token_share > 0.0)) {
+        return "query_heads = each needs windows, kernel_size = 1, share = first and token_share = 0";
+    }
+    return "";
+}
+
+std::vector<int32_t> window_sizes(const wkv_policy & policy) {
+    std::vector<int32_t> res;
+    for (const int32_t size : { policy.scoring.window_size, policy.scoring.token_window_size }) {
+        if (size > 0) {
+            res.push_back(size);
+        }
+    }
+    return res;
+}
+
+// the largest of those from `before` places before to `after` places behind
+template <typename T>
+static std::vector<T> max_pool(const T * score, int64_t n, int64_t before, int64_t after) {
+    if (before + after == 0) {
+        return { score, score + n };
+    }
+
+    std::vector<T> res(n);
+
+    // spans that begin with the first place
+    int64_t next = 0;
+    T       best = n > 0 ? score[0] : T(0);
+    for (int64_t i = 0; i < std::min(before, n); ++i) {
+        for (; next <= std::min(n - 1, i + after); ++next) {
+            best = std::max(best, score[next]);
+        }
+        res[i] = best;
+    }
+
+    // spans that end with the last one
+    next = n - 1;
+    best = n > 0 ? score[n - 1] : T(0);
+    for (int64_t i = n - 1; i >= std::max(before, n - after); --i) {
+        for (; next >= i - before; --next) {
+            best = std::max(best, score[next]);
+        }
+        res[i] = best;
+    }
+
+    // Whole spans: two that overlap, whose length is a power of two. Lengths are doubled in place, in loops that vectorise.
+    const int64_t span = before + after + 1;
+    if (n >= span) {
+        std::vector<T> cur(score, score + n);
+        int64_t length = 1;
+        for (; 2*length <= span; length *= 2) {
+            for (int64_t i = 0; i + length < n; ++i) {
+                cur[i] = std::max(cur[i], cur[i + length]);
+            }
+        }
+        for (int64_t i = before; i < n - after; ++i) {
+            res[i] = std::max(cur[i - before], cur[i + after + 1 - length]);
+        }
+    }
+    return res;
+}
+
+template <typename T>
+static std::vector<T> pool_of(const wkv_scoring & p, const T * score, int32_t n) {
+    switch (wkv_pooling(p.pooling)) {
+        case WKV_POOLING_MAX:
+            return max_pool<T>(score, n, p.kernel_size/2, p.kernel_size/2);
+        case WKV_POOLING_CARRY:
+            return max_pool<T>(score, n, p.kernel_size - 1, 0);
+        case WKV_POOLING_COUNT:
+            break; // refused by policy_error(), as in every switch over a choice
+    }
+    return {};
+}
+
+std::vector<float> pool(const wkv_scoring & scoring, const float * score, int32_t n) {
+    return pool_of(scoring, score, n);
+}
+
+std::vector<double> pool(const wkv_scoring & scoring, const double * score, int32_t n) {
+    return pool_of(scoring, score, n);
+}
+
+} // namespace wkv

@@ -1,0 +1,222 @@
+// Policies with random options, many of them extreme, run under the sanitizers: nothing overflows, every head keeps a cell, and the
+// cells that stay are as many as the budgets say.
+//
+//   test-policy [N_CASES [SEED]]
+
+#include "wkv-policy.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <random>
+
+static std::mt19937 rng;
+
+static int32_t below(int32_t n) {
+    return rng() % n;
+}
+
+static bool one_in(int32_t n) {
+    return below(n) == 0;
+}
+
+template <typename T>
+static T any(std::initializer_list<T> values) {
+    return values.begin()[below(values.size())];
+}
+
+// mostly valid
+static int32_t number(int32_t least) {
+    return one_in(100) ? any({ INT32_MIN, -1, 0 }) : one_in(3) ? any({ least, INT32_MAX, INT32_MAX - 1, 1 << 30 }) : least + below(20);
+}
+
+static int32_t choice(int32_t count) {
+    return one_in(300) ? any({ -1, count, INT32_MAX, INT32_MIN }) : below(count);
+}
+
+static double share() {
+    return one_in(100) ? any<double>({ -0.1, 1.1, NAN, INFINITY }) : any({ 5e-324, 1e-300, 1e-9, 0.1, 0.5, 1.0 - DBL_EPSILON, 1.0 });
+}
+
+static double at_least(double least) {
+    return one_in(100) ? any<double>({ -1.0, 0.0, NAN, INFINITY })
+                       : least + any({ 5e-324, 1e-300, DBL_EPSILON, 1e-9, 0.5, 14.0, 1e9, 1e300, DBL_MAX });
+}
+
+static void random_windows(wkv_scoring & sco, wkv_selection & sel) {
+    sel.omega         = number(1);
+    sel.top_p         = one_in(2) ? sel.omega : 1;
+    sel.recent_share  = share();
+    sel.scope         = choice(WKV_SCOPE_COUNT);
+    sel.protect_first = below(2);
+    sel.gamma         = 1;
+    if (sel.scope == WKV_SCOPE_HEAD && one_in(3)) {
+        sel.token_share       = share();
+        sel.window_floor      = number(0);
+        sco.token_window_size = number(1);
+        return;
+    }
+    sel.gamma         = number(1);
+    sel.share         = choice(WKV_SHARE_COUNT);
+    sel.whole_windows = one_in(3);
+    if (one_in(4)) {
+        sco.query_heads = WKV_QUERY_HEADS_EACH;
+        sco.kernel_size = 1;
+        sel.share       = WKV_SHARE_FIRST;
+    }
+}
+
+static void random_allocation(wkv_allocation & all, const wkv_selection & sel) {
+    const bool equal = sel.whole_windows || (sel.kind == WKV_KIND_WINDOWS && sel.scope == WKV_SCOPE_LAYER);
+
+    all.heads      = equal ? WKV_HEADS_EQUAL : choice(WKV_HEADS_COUNT);
+    all.across     = all.heads == WKV_HEADS_SCORE ? choice(WKV_ACROSS_COUNT) : 0;
+    all.accounting = one_in(3) ? WKV_ACCOUNTING_PAPER : WKV_ACCOUNTING_NATIVE;
+    if (all.heads == WKV_HEADS_EQUAL || (all.heads == WKV_HEADS_SCORE && all.across == WKV_ACROSS_LAYER && one_in(2))) {
+        all.layers = choice(WKV_LAYERS_COUNT);
+    }
+    if (all.heads == WKV_HEADS_SCORE) {
+        all.alpha_safeguard = one_in(3) ? 0.0 : share();
+    }
+    if (all.layers == WKV_LAYERS_ARITHMETIC) {
+        all.lam = at_least(0.0);
+    }
+    if (all.layers == WKV_LAYERS_PYRAMID || all.heads == WKV_HEADS_IMPORTANCE || (all.across == WKV_ACROSS_MODEL && one_in(2))) {
+        all.beta = at_least(1.0);
+        all.importance_floor = all.layers == WKV_LAYERS_PYRAMID || all.accounting == WKV_ACCOUNTING_PAPER ? 0 : number(0);
+    }
+}
+
+static wkv_policy random_policy() {
+    wkv_policy res = {};
+    auto & sco = res.scoring;
+    auto & sel = res.selection;
+
+    sel.kind = choice(WKV_KIND_COUNT);
+    if (sel.kind == WKV_KIND_RECENT) {
+        sel.n_sink = number(0);
+    }
+    if (sel.kind >= WKV_KIND_TOKENS) {
+        sco.window_size = number(1);
+        sco.pooling     = choice(WKV_POOLING_COUNT);
+        sco.kernel_size = number(1) | (sco.pooling == WKV_POOLING_MAX);
+        sel.n_recent    = one_in(3) ? 0 : one_in(2) ? sco.window_size : std::min(sco.window_size, number(0));
+    }
+    if (sel.kind == WKV_KIND_WINDOWS) {
+        random_windows(sco, sel);
+    }
+    if (sel.kind != WKV_KIND_FULL) {
+        random_allocation(res.allocation, sel);
+    }
+    return res;
+}
+
+// positions that ascend, up to the largest ones
+static std::vector<int32_t> random_positions(int32_t n) {
+    const int32_t step = any({ 1, 3, INT32_MAX/64 });
+    std::vector<int32_t> res(n);
+    for (int32_t i = 0; i < n; ++i) {
+        res[i] = i*step;
+    }
+    return res;
+}
+
+#define CHECK(cond)                                                                    \
+    do {                                                                               \
+        if (!(cond)) {                                                                 \
+            fprintf(stderr, "%s:%d: case %d: %s failed\n", __FILE__, __LINE__, i_case, #cond); \
+            exit(1);                                                                   \
+        }                                                                              \
+    } while (0)
+
+// a cache, and head scores if the policy divides by some
+struct inputs {
+    std::vector<int32_t> cells;
+    std::vector<int32_t> pos;
+    std::vector<double>  importance;
+    std::vector<float>   scores;
+
+    wkv_shapes shapes = {};
+
+    explicit inputs(wkv_policy & policy) {
+        shapes = { 1 + below(5), 1 + below(3), 1 + below(3), 1, nullptr };
+
+        const int32_t n_heads = shapes.n_layer*shapes.n_head_kv;
+        const bool    alike   = (policy.selection.kind == WKV_KIND_WINDOWS && policy.selection.scope == WKV_SCOPE_LAYER) || one_in(3);
+
+        const auto same = random_positions(1 + below(60));
+        for (int32_t i = 0; i < n_heads; ++i) {
+            const auto own = alike ? same : random_positions(1 + below(60));
+            cells.push_back(own.size());
+            pos.insert(pos.end(), own.begin(), own.end());
+        }
+        shapes.cells = cells.data();
+
+        auto & p = policy.allocation;
+        if (p.heads == WKV_HEADS_IMPORTANCE || (p.heads == WKV_HEADS_SCORE && p.beta > 0.0)) {
+            for (int32_t i = 0; i < n_heads; ++i) {
+                importance.push_back(any({ 0.0, 5e-324, 1e-300, 1e-3, 1.0, 1e300, DBL_MAX }));
+            }
+            if (one_in(100)) {
+                importance[0] = any<double>({ -1.0, NAN, INFINITY });
+            }
+            p.importance   = importance.data();
+            p.n_importance = n_heads;
+        }
+
+        scores.resize(pos.size()*(shapes.n_gqa + 1));
+        for (auto & s : scores) {
+            s = one_in(2) ? below(1000)/1000.0f : any({ 0.0f, 1e-45f, FLT_MIN, FLT_MAX, -FLT_MAX });
+        }
+    }
+};
+
+// whether the policy was valid
+static bool run(int i_case) {
+    wkv_policy   policy = random_policy();
+    const inputs in(policy);
+    if (!wkv::policy_error(policy).empty() || !wkv::shapes_error(policy, in.shapes).empty()) {
+        return false;
+    }
+
+    const wkv::cache_view view(policy, in.shapes, in.pos.data(), in.scores.data());
+
+    const int64_t n_heads = in.cells.size();
+    const int64_t n_cells = one_in(3) ? any<int64_t>({ 1, INT32_MAX, int64_t(INT32_MAX) + 1, int64_t(1) << 62, INT64_MAX }) : 1 + below(70);
+
+    wkv::head_budgets budgets;
+    CHECK(wkv::budgets(view, n_cells, budgets).empty());
+    if (policy.selection.kind != WKV_KIND_FULL && policy.allocation.accounting == WKV_ACCOUNTING_NATIVE && n_cells < INT32_MAX) {
+        CHECK(std::accumulate(budgets.n_cells.begin(), budgets.n_cells.end(), int64_t(0)) <= n_cells*n_heads);
+    }
+
+    // as the runtime selects, and from budgets alone
+    wkv::head_budgets given;
+    CHECK(wkv::given_budgets(view, budgets.n_cells.data(), given).empty());
+    std::vector<uint8_t> keep(in.pos.size(), 2), again(in.pos.size(), 2);
+    CHECK(wkv::select(view, budgets, keep.data()).empty());
+    CHECK(wkv::select(view, given, again.data()).empty());
+    CHECK(keep == again);
+
+    for (int64_t i = 0; i < n_heads; ++i) {
+        const int64_t n_kept = std::count(keep.begin() + view.offsets[i], keep.begin() + view.offsets[i + 1], 1);
+        CHECK(budgets.n_cells[i] >= 1 && budgets.n_cells[i] <= in.cells[i]);
+        CHECK(policy.selection.whole_windows ? n_kept >= 1 : n_kept == budgets.n_cells[i]);
+    }
+    return true;
+}
+
+int main(int argc, char ** argv) {
+    const int n_cases = argc > 1 ? atoi(argv[1]) : 100000;
+    rng.seed(argc > 2 ? atoi(argv[2]) : 1);
+
+    int n_valid = 0;
+    for (int i = 0; i < n_cases; ++i) {
+        n_valid += run(i);
+    }
+    printf("%d\n", n_valid);
+    return 0;
+}
