@@ -13,7 +13,9 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <memory>
+#include <new>
 #include <stdexcept>
 
 //
@@ -39,7 +41,7 @@ struct ragged_request {
 static thread_local ragged_request   pending;           // of the next context
 static thread_local ragged_request * current = nullptr; // while the memory of that context is created
 
-static thread_local std::string last_error;
+static thread_local char last_error[1024];
 
 // sets a variable until the end of a block
 template <typename T>
@@ -67,26 +69,26 @@ bool llama_kv_ragged_wanted() {
     return current && current->offered && !current->taken;
 }
 
-void llama_kv_ragged_set_error(const std::string & msg) {
-    last_error = msg;
+void llama_kv_ragged_set_error(const char * msg) {
+    snprintf(last_error, sizeof(last_error), "%s", msg);
 }
 
-const std::string & llama_kv_ragged_get_error() {
+const char * llama_kv_ragged_get_error() {
     return last_error;
 }
 
 void llama_kv_ragged_refuse_batch(const std::string & msg) {
-    llama_kv_ragged_set_error("kv_policy: " + msg);
+    llama_kv_ragged_set_error(("kv_policy: " + msg).c_str());
     LLAMA_LOG_ERROR("%s: %s\n", __func__, msg.c_str());
 }
 
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg) {
-    llama_kv_ragged_set_error("kv_policy: " + msg);
+    llama_kv_ragged_set_error(("kv_policy: " + msg).c_str());
     throw std::runtime_error(last_error);
 }
 
 [[noreturn]] void llama_kv_ragged_refuse_unsupported(const std::string & msg) {
-    llama_kv_ragged_set_error("kv_policy: " + msg);
+    llama_kv_ragged_set_error(("kv_policy: " + msg).c_str());
     throw llama_kv_ragged_unsupported(last_error);
 }
 
@@ -227,7 +229,13 @@ llama_memory_i * llama_kv_ragged_create_memory(
 
     const scoped_set<ragged_request *> creating(current, &request);
 
-    std::unique_ptr<llama_memory_i> res(model.create_memory(params, cparams));
+    std::unique_ptr<llama_memory_i> res;
+    try {
+        res.reset(model.create_memory(params, cparams));
+    } catch (const std::bad_alloc &) {
+        llama_kv_ragged_set_error("kv_policy: memory ran out while the cache was created");
+        throw;
+    }
     if (!request.taken) {
         check_kind(model, res.get());
     }

@@ -100,6 +100,6 @@ void llama_kv_ragged_refuse_batch(const std::string & msg);
 // refuses a model for the layers that the cache is going to hold
 void llama_kv_ragged_check_layers(const llama_model & model, const std::vector<uint32_t> & layers);
 
-// message of the last failure on this thread
-void                llama_kv_ragged_set_error(const std::string & msg);
-const std::string & llama_kv_ragged_get_error();
+// message of the last failure on this thread; setting it allocates nothing, a longer one is cut
+void         llama_kv_ragged_set_error(const char * msg);
+const char * llama_kv_ragged_get_error();

@@ -9,12 +9,18 @@
 #include "policy/wkv-policy.h"
 
 #include <exception>
+#include <new>
 #include <stdexcept>
 #include <string>
 
-static inline int wkv_fail(int status, const std::string & msg) {
+// allocates nothing, for where memory may have run out
+static inline int wkv_fail(int status, const char * msg) {
     llama_kv_ragged_set_error(msg);
     return status;
+}
+
+static inline int wkv_fail(int status, const std::string & msg) {
+    return wkv_fail(status, msg.c_str());
 }
 
 // no exception leaves the C interface
@@ -26,6 +32,8 @@ static int64_t wkv_guard(F fn) {
         return wkv_fail(WKV_ERR_ARGUMENT, err.what());
     } catch (const llama_kv_ragged_unsupported & err) {
         return wkv_fail(WKV_ERR_UNSUPPORTED, err.what());
+    } catch (const std::bad_alloc &) {
+        return wkv_fail(WKV_ERR_COMPUTE, "kv_policy: memory ran out");
     } catch (const std::exception & err) {
         return wkv_fail(WKV_ERR_COMPUTE, err.what());
     } catch (...) {
