@@ -21,7 +21,7 @@ class Crash(ctypes.Structure):
 
 Frames = tuple[int, ...]
 
-OWN = re.compile("ragged|wkv")
+OWN = re.compile("ragged(?!_decode)|wkv")  # not the one around llama_decode(), which is everywhere
 NOWHERE = re.compile(
     r"(.* )?(std::|__gnu_cxx)|operator new|(posix_)?mem|malloc|calloc|realloc|ggml_(malloc|calloc|aligned_malloc)"
 )

@@ -4,7 +4,6 @@
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache-ragged.h"
 #include "llama-kv-ragged-create.h"
-#include "llama-kv-ragged-decode.h"
 #include "llama-memory-hybrid.h"
 
 #include <algorithm>
@@ -72,7 +71,6 @@ bool llama_kv_cache_ragged_context::apply() {
         update();
         return true;
     }
-    llama_kv_ragged_decode_applies();
     if (!llama_kv_cache_context::apply()) {
         return false;
     }

@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <new>
 #include <numeric>
+#include <stdexcept>
 
 int64_t llama_kv_ragged_plan::n_released() const {
     return std::accumulate(before.begin(), before.end(), int64_t(0)) - std::accumulate(after.begin(), after.end(), int64_t(0));
@@ -200,7 +202,16 @@ void llama_kv_cache_ragged::commit(llama_context & lctx, const llama_kv_ragged_p
         const int32_t * n_after  = plan.after.data()  + i*layers[i].n_head_kv;
 
         std::vector<std::vector<int32_t>> kept;
-        pools[i] = llama_kv_ragged_gather(lctx, get_source(i), plan.keep.data() + i_keep, n_after, kept, meter);
+        try {
+            pools[i] = llama_kv_ragged_gather(lctx, get_source(i), plan.keep.data() + i_keep, n_after, kept, meter);
+        } catch (const std::exception & err) {
+            if (i == 0) {
+                throw;
+            }
+            const bool no_memory = dynamic_cast<const std::bad_alloc *>(&err);
+            throw std::runtime_error(format("%s. The compaction is half done: the layers before layer %u are compacted, %zu of %zu, and the others "
+                        "hold all their cells; compact again", no_memory ? "kv_policy: memory ran out" : err.what(), layers[i].il, i, layers.size()));
+        }
 
         // whatever happens to the next layers
         seq.cells[i] = { std::move(kept), seq.n_pos };

@@ -40,6 +40,7 @@ struct ragged_request {
 
 static thread_local ragged_request   pending;           // of the next context
 static thread_local ragged_request * current = nullptr; // while the memory of that context is created
+static thread_local bool             asked   = false;   // until it is created
 
 static thread_local char last_error[1024];
 
@@ -53,9 +54,16 @@ struct scoped_set {
 };
 
 void llama_kv_ragged_pending_set(uint32_t n_observed, int32_t type) {
+    asked   = n_observed > 0;
     pending = {};
     pending.n_observed = n_observed;
     pending.type       = type;
+}
+
+void llama_kv_ragged_no_context(const std::exception & err) {
+    if (asked && dynamic_cast<const std::bad_alloc *>(&err)) {
+        llama_kv_ragged_set_error("kv_policy: memory ran out while the context was created");
+    }
 }
 
 bool llama_kv_ragged_offer() {
@@ -229,13 +237,7 @@ llama_memory_i * llama_kv_ragged_create_memory(
 
     const scoped_set<ragged_request *> creating(current, &request);
 
-    std::unique_ptr<llama_memory_i> res;
-    try {
-        res.reset(model.create_memory(params, cparams));
-    } catch (const std::bad_alloc &) {
-        llama_kv_ragged_set_error("kv_policy: memory ran out while the cache was created");
-        throw;
-    }
+    std::unique_ptr<llama_memory_i> res(model.create_memory(params, cparams));
     if (!request.taken) {
         check_kind(model, res.get());
     }

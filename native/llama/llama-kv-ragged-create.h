@@ -94,6 +94,9 @@ struct llama_kv_ragged_unsupported : std::runtime_error {
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg);
 [[noreturn]] void llama_kv_ragged_refuse_unsupported(const std::string & msg);
 
+// a context was not created; where it was to have a ragged cache, the message of the last failure says that memory ran out
+void llama_kv_ragged_no_context(const std::exception & err);
+
 // says in the log and in the message of the last failure why a batch is not served
 void llama_kv_ragged_refuse_batch(const std::string & msg);
 

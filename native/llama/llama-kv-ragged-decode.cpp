@@ -5,33 +5,24 @@
 #include "llama-kv-cache-ragged.h"
 #include "llama-kv-ragged-create.h"
 
+#include <cstdio>
 #include <exception>
 #include <new>
 
-static thread_local bool applied = false;
-
-void llama_kv_ragged_decode_applies() {
-    applied = true;
-}
-
-// An exception may come from the middle of what the caches of a memory note about the positions of an ubatch. What they hold then cannot
-// be told, so that nothing of it stays; before that nothing has changed
+// An exception may come from the middle of what the caches of a memory note about positions, and upstream's note some for a trial while
+// they look for slots. What they hold then cannot be told, so that nothing of it stays
 static int thrown(llama_memory_i & mem, int status, const char * what) {
-    const char * rest = "nothing has changed";
-    if (applied) {
-        rest = "the cache was cleared, evaluate its tokens again";
-        try {
-            mem.clear(true);
-        } catch (const std::exception &) {
-            rest = "the cache could not be cleared, free the context";
-        }
-    }
+    const char * rest = "the cache was cleared, evaluate its tokens again";
     try {
-        llama_kv_ragged_set_error(format("kv_policy: %s while a batch was evaluated, %s", what, rest).c_str());
-    } catch (const std::bad_alloc &) {
-        llama_kv_ragged_set_error(rest);
+        mem.clear(true);
+    } catch (const std::exception &) {
+        rest = "the cache could not be cleared, free the context";
     }
-    LLAMA_LOG_ERROR("%s: %s while a batch was evaluated, %s\n", __func__, what, rest);
+
+    char msg[512];
+    snprintf(msg, sizeof(msg), "kv_policy: %s while a batch was evaluated, %s", what, rest);
+    llama_kv_ragged_set_error(msg);
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, msg);
     return status;
 }
 
@@ -42,7 +33,6 @@ static int decode(llama_context & lctx, const B & batch) {
         return lctx.decode(batch);
     }
 
-    applied = false;
     try {
         return lctx.decode(batch);
     } catch (const std::bad_alloc &) {

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -77,35 +77,45 @@ def clean(allocator: Allocator, steps: Steps, phases: Sequence[str], phase: str)
 
 
 def failing(allocator: Allocator, steps: Steps, phases: Sequence[str], phase: str, want: Clean, n: int) -> End:
+    stack = want.allocations[n - 1][1]
     before = None if phase == "load" else steps.held()
-    end = End("survived")
+    end = End("survived", stack=stack)
     allocator.arm(n)
     try:
         getattr(steps, phase)()
     except Exception as error:  # of whatever kind: steps.check() looks at it
         end.kind, end.said = "refused", f"{type(error).__name__}: {error}"
     allocator.disarm()
-    if end.said:
-        end.wrong += steps.check(phase, end.said, before, allocator.is_own(want.allocations[n - 1][1]))
-        if phase == "prompt":
-            steps.clear()
-        lost = phase in ("compaction", "tokens") and steps.held()[0] == 0
-        for one in phases[1 : phases.index(phase)] if lost else ():
-            getattr(steps, one)()
-        getattr(steps, phase)()
-    for one, mark in _finish(steps, phase, phases).items():
+    try:
+        if end.said:
+            end.wrong += steps.check(phase, end.said, before, allocator.is_own(stack))
+            _again(steps, phases, phase)
+        marks = _finish(steps, phase, phases)
+    except Exception as error:
+        end.wrong.append(f"cannot be used afterwards: {type(error).__name__}: {error}")
+        return end
+    for one, mark in marks.items():
         for name, got, expected in zip(steps.HELD, mark, want.marks[one], strict=True):
             if got != expected:
                 end.wrong.append(
-                    f"{name} behind the {one}" + ("" if name == "logits" else f": {got}, expected {expected}")
+                    f"{name} behind the {one}" + (f": {got}, expected {expected}" if name != "logits" else "")
                 )
-    left = Counter(allocator.stacks(allocator.live())) - want.left
-    at = allocator.caller(want.allocations[n - 1][1])
-    for n_bytes, frames in left.elements():
-        # what an upstream function loses that fails inside is upstream's: both were allocated below one call of ours, or of nobody of ours
-        if OWN.search(allocator.where(frames, 1)) or allocator.caller(frames) != at:
+    # what an upstream function loses that fails inside is upstream's: both were allocated below one call of ours, or of nobody of ours
+    caller = allocator.caller(stack)
+    for n_bytes, frames in (Counter(allocator.stacks(allocator.live())) - want.left).elements():
+        if OWN.search(allocator.where(frames, 1)) or allocator.caller(frames) != caller:
             end.wrong.append(f"left behind: {n_bytes} bytes of {allocator.where(frames)}")
     return end
+
+
+def _again(steps: Steps, phases: Sequence[str], phase: str) -> None:
+    """The phase that failed; before it what was lost with it."""
+    if phase == "prompt":
+        steps.clear()
+    lost = phase in ("compaction", "tokens") and steps.held()[0] == 0
+    for one in phases[1 : phases.index(phase)] if lost else ():
+        getattr(steps, one)()
+    getattr(steps, phase)()
 
 
 #
@@ -163,29 +173,46 @@ class Children:
             os._exit(status)
 
 
-def chosen(allocator: Allocator, stacks: Sequence[Frames], n_sample: int | None, functions: Sequence[str]) -> list[int]:
-    """Which allocations fail, from 1 on: of every stack that has a function of ours the first and the last one, and the first ones
-    of ``n_sample`` other stacks; None = all. With ``functions`` the first ones of all stacks whose innermost function is among them."""
+class Sample(NamedTuple):
+    """How many stacks of a phase are tried: of those with a function of ours, where None = all and each at its first and at its last
+    allocation, and of the others."""
+
+    ours: int | None
+    others: int
+
+
+def chosen(
+    allocator: Allocator, stacks: Sequence[Frames], sample: Sample | None, functions: Sequence[str]
+) -> list[int]:
+    """Which allocations fail, from 1 on; without a sample all. With ``functions`` the first ones of some
+    stacks whose innermost function is among them."""
     first: dict[Frames, int] = {}
     last: dict[Frames, int] = {}
     for i, frames in enumerate(stacks, 1):
         first.setdefault(frames, i)
         last[frames] = i
     if functions:
-        return [i for frames, i in first.items() if allocator.where(frames, 1) in functions]
-    if n_sample is None:
+        inner = {i: allocator.where(frames, 1) for frames, i in first.items()}
+        return sorted(i for one in functions for i in [i for i in inner if inner[i] == one][:4])
+    if sample is None:
         return list(range(1, len(stacks) + 1))
-    own = [frames for frames in first if allocator.is_own(frames)]
-    others = [first[frames] for frames in first if not allocator.is_own(frames)]
-    step = max(1, -(-len(others) // max(1, n_sample)))
-    return sorted({*(first[one] for one in own), *(last[one] for one in own), *others[::step]})
+    ours, others = [], []
+    for frames, i in first.items():
+        (ours if allocator.is_own(frames) else others).append(i)
+    res = set(_evenly(others, sample.others))
+    res |= set(_evenly(ours, sample.ours)) if sample.ours is not None else {*ours, *(last[stacks[i - 1]] for i in ours)}
+    return sorted(res)
+
+
+def _evenly(values: list[int], n: int) -> list[int]:
+    return values[:: max(1, -(-len(values) // max(1, n)))]
 
 
 def explore(
     allocator: Allocator,
     steps: Steps,
     phases: Sequence[str],
-    n_sample: int | None,
+    sample: Sample | None,
     functions: Sequence[str],
     n_jobs: int,
 ) -> Iterator[tuple[str, int, End]]:
@@ -194,12 +221,12 @@ def explore(
     for phase in phases:
         ((_, want),) = children.map(functools.partial(clean, allocator, steps, phases), [phase])
         assert isinstance(want, Clean), f"{phase}: {want}"
-        numbers = chosen(allocator, [frames for _, frames in want.allocations], n_sample, functions)
+        numbers = chosen(allocator, [frames for _, frames in want.allocations], sample, functions)
         for n, end in children.map(functools.partial(failing, allocator, steps, phases, phase, want), numbers):
             if not isinstance(end, End):
                 status, crash = end
-                end = End("hung" if status == -signal.SIGALRM else "crashed", f"status {status}", crash=crash)
-            end.stack = want.allocations[n - 1][1]
+                kind = "hung" if status == -signal.SIGALRM else "crashed"
+                end = End(kind, f"status {status}", stack=want.allocations[n - 1][1], crash=crash)
             yield phase, n, end
         getattr(steps, phase)()
     steps.close()
@@ -215,6 +242,10 @@ MODELS = {
     "lfm2": "snapkv(window_size=6)",
 }
 """Architectures and the policies they are tried with: a plain model, one with sliding windows, a hybrid."""
+
+
+SAME = {"ggml_gallocr_alloc_graph": "ggml_backend_sched_reserve"}
+"""Functions that call a static one of ggml in which they crash (ggml_gallocr_reserve_n_impl), ours and what stock calls."""
 
 
 @dataclass
@@ -255,7 +286,7 @@ def write_model(arch: str, folder: Path) -> Path:
     return write(folder / f"{arch}.gguf")
 
 
-def _fork(path: str, arch: str, steps: str, n_sample: int | None, functions: Sequence[str], n_jobs: int) -> Found:
+def _fork(path: str, arch: str, steps: str, sample: Sample | None, functions: Sequence[str], n_jobs: int) -> Found:
     """In a process with the allocator."""
     phases = PHASES
     own: Steps
@@ -268,7 +299,7 @@ def _fork(path: str, arch: str, steps: str, n_sample: int | None, functions: Seq
         policy = get_policy(MODELS[arch])
         own = Native(path, policy) if steps == "native" else Session(path, policy)
     allocator, res = Allocator(), Found()
-    for phase, _, end in explore(allocator, own, phases, n_sample, functions, n_jobs):
+    for phase, _, end in explore(allocator, own, phases, sample, functions, n_jobs):
         res.add(allocator, phase, end)
         if functions and end.kind == "crashed":
             res.beneath[allocator.where(end.stack, 1)] += 1
@@ -276,7 +307,7 @@ def _fork(path: str, arch: str, steps: str, n_sample: int | None, functions: Seq
 
 
 def _explored(
-    tests: Path, model: Path, arch: str, steps: str, n_sample: int | None, functions: Sequence[str], n_jobs: int
+    tests: Path, model: Path, arch: str, steps: str, sample: Sample | None, functions: Sequence[str], n_jobs: int
 ) -> Found:
     env = {
         **os.environ,
@@ -286,12 +317,12 @@ def _explored(
     }
     env |= {"GGML_NO_BACKTRACE": "1"} | ({"LLAMA_CPP_LIB_PATH": str(tests / "stock")} if steps == "stock" else {})
     with tempfile.NamedTemporaryFile() as file:
-        call = pickle.dumps((str(model), arch, steps, n_sample, functions, n_jobs))
+        call = pickle.dumps((str(model), arch, steps, sample, functions, n_jobs))
         subprocess.run([sys.executable, __file__, "--fork", file.name, call.hex()], env=env, check=True)
         return Found(**pickle.loads(Path(file.name).read_bytes()))
 
 
-def explored(tests: Path, model: Path, arch: str, steps: str, n_sample: int | None, n_jobs: int = 1) -> Found:
+def explored(tests: Path, model: Path, arch: str, steps: str, sample: Sample | None, n_jobs: int = 1) -> Found:
     """Everything about one model, in processes of their own.
 
     Args:
@@ -299,13 +330,14 @@ def explored(tests: Path, model: Path, arch: str, steps: str, n_sample: int | No
         model: the file.
         arch: one of MODELS.
         steps: "native", the C interface, or "session".
-        n_sample: stacks per phase beside those with functions of ours; None = every allocation.
+        sample: None = every allocation.
         n_jobs: processes at a time.
     """
-    res = _explored(tests, model, arch, steps, n_sample, (), n_jobs)
+    res = _explored(tests, model, arch, steps, sample, (), n_jobs)
     if res.beneath:
-        stock = _explored(tests, model, arch, "stock", n_sample, sorted(res.beneath), n_jobs).beneath
-        for function in res.beneath.keys() - stock.keys():
+        wanted = {function: SAME.get(function, function) for function in res.beneath}
+        stock = _explored(tests, model, arch, "stock", sample, sorted(wanted.values()), n_jobs).beneath
+        for function in (one for one in wanted if wanted[one] not in stock):
             res.faults[f"{function} crashes beneath ours, and stock does not there"] += res.beneath[function]
     return res
 
@@ -320,9 +352,7 @@ def main() -> None:
     parser.add_argument("--arch", choices=MODELS, action="append", help="models, all by default")
     parser.add_argument("--steps", choices=("native", "session"), action="append", help="both by default")
     parser.add_argument(
-        "--sample",
-        type=int,
-        help="so many stacks per phase beside those with functions of ours; all allocations by default",
+        "--stacks", action="store_true", help="every stack with a function of ours, not every allocation"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     args = parser.parse_args()
@@ -333,7 +363,14 @@ def main() -> None:
     n_faults = 0
     with tempfile.TemporaryDirectory() as folder:
         for arch, steps in itertools.product(args.arch or MODELS, args.steps or ("native", "session")):
-            found = explored(tests, write_model(arch, Path(folder)), arch, steps, args.sample, args.jobs)
+            found = explored(
+                tests,
+                write_model(arch, Path(folder)),
+                arch,
+                steps,
+                Sample(None, 20) if args.stacks else None,
+                args.jobs,
+            )
             print(report(arch, steps, found), flush=True)
             n_faults += found.faults.total()
     sys.exit(n_faults > 0)
