@@ -36,6 +36,8 @@ LONG = (
     "session/test_eval.py",
     "session/test_runtime.py",
     "session/test_windows.py",
+    "session/test_soak.py",
+    "session/test_allocations.py",
     "session/test_fuzz.py",
     "session/test_upstream.py",
     "session/test_cli.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import runpy
 import traceback
 import weakref
@@ -77,6 +78,11 @@ def clear_error() -> None:
     lib.wkv_clear_error()
 
 
+def out_of_memory() -> bool:
+    """Whether :func:`last_error` says that memory ran out."""
+    return re.search(r"\bno memory\b|\bmemory ran out\b", last_error()) is not None
+
+
 ERRORS: Mapping[int, type[NativeError]] = {
     lib.WKV_ERR_ARGUMENT: NativeArgumentError,
     lib.WKV_ERR_NO_POLICY: NativeCallError,
@@ -114,7 +120,7 @@ def decode_error(status: int, n_tokens: int) -> WindowKVError:
         n_tokens: tokens that were to be evaluated.
     """
     reason = last_error() or _DECODE.get(status, "see llama.cpp's log")
-    kind = UnsupportedCallError if status in (1, -1) else NativeError
+    kind = UnsupportedCallError if status in (1, -1) and not out_of_memory() else NativeError
     return kind(f"llama_decode of {n_tokens} tokens returned {status}: {reason}")
 
 

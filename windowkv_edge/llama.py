@@ -63,6 +63,7 @@ class Llama(PolicyEvaluation):
 
     Raises:
         UnsupportedModelError: the model, backend or parameters cannot be served with a policy; says why.
+        NativeError: there was no memory for the cache.
         MissingProfileError: the policy needs head scores and the model has none.
         OSError: files that the policy needs cannot be read.
         ValueError, TypeError: bad arguments.

@@ -12,7 +12,7 @@ import llama_cpp
 from . import _native
 from .budget import n_cells
 from .compaction import compact, n_observed
-from .errors import UnsupportedModelError, WindowKVError
+from .errors import NativeError, UnsupportedModelError, WindowKVError
 from .guard import Guard, Interrupts
 from .heads import ModelHeads
 from .policies import KVPolicy, Task
@@ -33,6 +33,7 @@ def ragged_cache(policy: KVPolicy | None, path: str, cells: str | None) -> Itera
     Raises:
         UnsupportedModelError: the cache refused the model, the backend or the parameters, so that what was called
             inside raised ValueError or WindowKVError.
+        NativeError: there was no memory for it.
     """
     if policy is None:
         yield
@@ -43,7 +44,8 @@ def ragged_cache(policy: KVPolicy | None, path: str, cells: str | None) -> Itera
         except (ValueError, WindowKVError) as error:
             reason = _native.last_error()
             if reason:
-                raise UnsupportedModelError(f"{path}: {reason}") from error
+                kind = NativeError if _native.out_of_memory() else UnsupportedModelError
+                raise kind(f"{path}: {reason}") from error
             raise
 
 

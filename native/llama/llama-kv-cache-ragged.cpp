@@ -411,7 +411,7 @@ bool llama_kv_ragged_no_slot(llama_memory_i * mem, uint32_t n_tokens) {
     if (n_pos + n_tokens > ragged->get_size()) {
         return !llama_kv_ragged_refuse_batch(format("%u positions of %u are taken, no room for %u more", n_pos, ragged->get_size(), n_tokens));
     }
-    return !llama_kv_ragged_get_error().empty();
+    return llama_kv_ragged_get_error()[0] != '\0';
 }
 
 void llama_kv_ragged_failed(llama_memory_i * mem, uint32_t n_tokens, ggml_status status) {

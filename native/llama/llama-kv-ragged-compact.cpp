@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <new>
 #include <numeric>
 #include <stdexcept>
 

@@ -13,6 +13,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -39,8 +40,9 @@ struct ragged_request {
 
 static thread_local ragged_request   pending;           // of the next context
 static thread_local ragged_request * current = nullptr; // while the memory of that context is created
+static thread_local bool             asked   = false;   // until it is created
 
-static thread_local std::string last_error;
+static thread_local char last_error[1024];
 
 // sets a variable until the end of a block
 template <typename T>
@@ -52,9 +54,16 @@ struct scoped_set {
 };
 
 void llama_kv_ragged_pending_set(uint32_t n_observed, int32_t type) {
+    asked   = n_observed > 0;
     pending = {};
     pending.n_observed = n_observed;
     pending.type       = type;
+}
+
+void llama_kv_ragged_no_context(const std::exception & err) {
+    if (asked && dynamic_cast<const std::bad_alloc *>(&err)) {
+        llama_kv_ragged_set_error("kv_policy: memory ran out while the context was created");
+    }
 }
 
 bool llama_kv_ragged_offer() {
@@ -68,31 +77,31 @@ bool llama_kv_ragged_wanted() {
     return current && current->offered && !current->taken;
 }
 
-void llama_kv_ragged_set_error(const std::string & msg) {
-    last_error = msg;
+void llama_kv_ragged_set_error(const char * msg) {
+    snprintf(last_error, sizeof(last_error), "%s", msg);
 }
 
-const std::string & llama_kv_ragged_get_error() {
+const char * llama_kv_ragged_get_error() {
     return last_error;
 }
 
 bool llama_kv_ragged_refuse_batch(const std::string & msg) {
-    llama_kv_ragged_set_error("kv_policy: " + msg);
+    llama_kv_ragged_set_error(("kv_policy: " + msg).c_str());
     LLAMA_LOG_ERROR("%s: %s\n", __func__, msg.c_str());
     return false;
 }
 
-std::string llama_kv_ragged_reason(const std::exception & err) {
+const char * llama_kv_ragged_reason(const std::exception & err) {
     return dynamic_cast<const std::bad_alloc *>(&err) ? "kv_policy: host memory ran out" : err.what();
 }
 
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg) {
-    llama_kv_ragged_set_error("kv_policy: " + msg);
+    llama_kv_ragged_set_error(("kv_policy: " + msg).c_str());
     throw std::runtime_error(last_error);
 }
 
 [[noreturn]] void llama_kv_ragged_refuse_unsupported(const std::string & msg) {
-    llama_kv_ragged_set_error("kv_policy: " + msg);
+    llama_kv_ragged_set_error(("kv_policy: " + msg).c_str());
     throw llama_kv_ragged_unsupported(last_error);
 }
 

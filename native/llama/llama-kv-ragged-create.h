@@ -108,15 +108,18 @@ struct llama_kv_ragged_unsupported : std::runtime_error {
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg);
 [[noreturn]] void llama_kv_ragged_refuse_unsupported(const std::string & msg);
 
+// a context was not created; where it was to have a ragged cache, the message of the last failure says that memory ran out
+void llama_kv_ragged_no_context(const std::exception & err);
+
 // says in the log and in the message of the last failure why a batch is not served; false
 bool llama_kv_ragged_refuse_batch(const std::string & msg);
 
-// an exception in words
-std::string llama_kv_ragged_reason(const std::exception & err);
+// an exception in words, valid as long as it is
+const char * llama_kv_ragged_reason(const std::exception & err);
 
 // refuses a model for the layers that the cache is going to hold
 void llama_kv_ragged_check_layers(const llama_model & model, const std::vector<uint32_t> & layers);
 
-// message of the last failure on this thread
-void                llama_kv_ragged_set_error(const std::string & msg);
-const std::string & llama_kv_ragged_get_error();
+// message of the last failure on this thread; setting it allocates nothing, a longer one is cut
+void         llama_kv_ragged_set_error(const char * msg);
+const char * llama_kv_ragged_get_error();

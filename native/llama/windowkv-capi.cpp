@@ -20,7 +20,7 @@ const char * wkv_build_stamp(void) {
 }
 
 const char * wkv_last_error(void) {
-    return llama_kv_ragged_get_error().c_str();
+    return llama_kv_ragged_get_error();
 }
 
 void wkv_clear_error(void) {
@@ -28,16 +28,18 @@ void wkv_clear_error(void) {
 }
 
 int wkv_pending_set(int32_t n_observed, int32_t type) {
-    if (n_observed < 1) {
-        return wkv_fail(WKV_ERR_ARGUMENT, format("n_observed is %d, expected at least 1", n_observed));
-    }
-    if (type >= 0 && type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_Q8_0 &&
-        type != GGML_TYPE_Q4_0) {
-        return wkv_fail(WKV_ERR_ARGUMENT, format("type is %d, expected f32, f16, bf16, q8_0, q4_0, or -1 for those of the context", type));
-    }
-    llama_kv_ragged_set_error("");
-    llama_kv_ragged_pending_set(n_observed, type);
-    return WKV_OK;
+    return wkv_guard([&] {
+        if (n_observed < 1) {
+            return wkv_fail(WKV_ERR_ARGUMENT, format("n_observed is %d, expected at least 1", n_observed));
+        }
+        if (type >= 0 && type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_Q8_0 &&
+            type != GGML_TYPE_Q4_0) {
+            return wkv_fail(WKV_ERR_ARGUMENT, format("type is %d, expected f32, f16, bf16, q8_0, q4_0, or -1 for those of the context", type));
+        }
+        llama_kv_ragged_set_error("");
+        llama_kv_ragged_pending_set(n_observed, type);
+        return int(WKV_OK);
+    });
 }
 
 void wkv_pending_clear(void) {

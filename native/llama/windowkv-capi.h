@@ -13,9 +13,14 @@
 #include <stdexcept>
 #include <string>
 
-static inline int wkv_fail(int status, const std::string & msg) {
+// allocates nothing, for where memory may have run out
+static inline int wkv_fail(int status, const char * msg) {
     llama_kv_ragged_set_error(msg);
     return status;
+}
+
+static inline int wkv_fail(int status, const std::string & msg) {
+    return wkv_fail(status, msg.c_str());
 }
 
 // no exception leaves the C interface
