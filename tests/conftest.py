@@ -18,7 +18,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import windowkv_edge  # noqa: E402
-from windowkv_edge import Llama, models  # noqa: E402
+from windowkv_edge import Llama, _files, models  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "ggml_patch")]
@@ -96,7 +96,7 @@ def upstream(request: pytest.FixtureRequest, real_sdist: Path) -> Path:
     assert request.config.cache is not None
     cache = Path(request.config.cache.mkdir("sdist"))
     name = "llama_cpp_python-0.3.36"
-    with models.lock(cache / "unpack.lock"):
+    with _files.lock(cache / "unpack.lock"):
         if not (cache / name).exists():  # complete: it comes here by a rename
             with tempfile.TemporaryDirectory(dir=cache) as half, tarfile.open(real_sdist) as archive:
                 archive.extractall(half, filter="data")

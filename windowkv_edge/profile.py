@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -30,16 +31,22 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from ._files import check_output, open_own, open_regular, owned, regular_size, writing
 from .errors import WindowKVError
 from .heads import METADATA_KEY, HeadScores, Kind
 from .llama import Llama
 from .policies import Full
 
-__all__ = ["EXAMPLES", "Example", "Outcome", "Plan", "ProfileError", "measure", "sha256", "word_f1", "write_gguf"]
+__all__ = [
+    "EXAMPLES", "Example", "Outcome", "Plan", "ProfileError", "check_copy", "measure", "sha256", "word_f1",
+    "write_gguf",
+]  # fmt: skip
 
 F1_FLOOR = 0.5
 DEPTHS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 LENGTHS = (500, 1000, 1500, 2000, 2500)
+
+_BATCH = 256  # tokens; prompts share whole batches, so that larger ones would share less
 
 
 class ProfileError(WindowKVError, RuntimeError):
@@ -153,7 +160,8 @@ class Outcome:
     earned: npt.NDArray[np.float64] | None = field(repr=False)
 
     def row(self) -> str:
-        earned = None if self.earned is None else [[float(f"{x:.5g}") for x in heads] for heads in self.earned]
+        """A line of JSON, from which :meth:`parse` makes the same, bit for bit."""
+        earned = None if self.earned is None else self.earned.tolist()
         return json.dumps({"case": self.case, "answer": self.answer, "earned": earned})
 
     @classmethod
@@ -166,7 +174,7 @@ class Outcome:
 def sha256(path: Path) -> str:
     """Hash of a file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -178,8 +186,15 @@ class _Watcher:
     def __init__(self, model: Path, plan: Plan, threads: int | None) -> None:
         n_ctx = max(plan.lengths) + 512
         self.llm = Llama(
-            str(model), n_ctx=n_ctx, kv_policy=Full(), n_threads=threads, n_threads_batch=threads, verbose=False
+            str(model),
+            n_ctx=n_ctx,
+            n_batch=_BATCH,
+            kv_policy=Full(),
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
         )
+        self.n_prompt = 0  # tokens of the last prompt; what was generated follows
         n_train = int(llama_cpp.llama_model_n_ctx_train(self.llm._model.model))
         if n_ctx > n_train:
             self.llm.close()
@@ -229,16 +244,18 @@ class _Watcher:
         return res
 
     def run(self, case: tuple[int, float, int], example: Example) -> Outcome:
+        """Ask, and watch the heads. The outcome does not depend on what was asked before, bit for bit."""
         length, depth, _ = case
         tokens, needle, answer = self.prompt(example, length, depth)
-        n = min(self.llm.n_tokens, len(tokens))
+        n = min(self.n_prompt, len(tokens) - 1)
         shared = int(np.cumprod(self.llm.input_ids[:n] == np.array(tokens[:n])).sum())
-        shared = min(shared, len(tokens) - 1)
+        shared -= shared % self.llm.n_batch  # whole batches: those that a session which begins here evaluates, too
         if self.llm._ctx.kv_cache_seq_rm(-1, shared, -1):
             self.llm.n_tokens = shared
         else:  # window and recurrent layers cannot go back that far
             self.llm.reset()
         self.llm.eval(tokens[self.llm.n_tokens :])
+        self.n_prompt = len(tokens)
 
         n_answer = answer.stop - answer.start
         got: list[int] = []
@@ -293,30 +310,13 @@ def measure(
 
     Raises:
         UnsupportedModelError: see :class:`windowkv_edge.Llama`.
-        ProfileError: model or text are too short for the lengths, or no answer of a kind was right.
+        ProfileError: model or text are too short for the lengths, no answer of a kind was right, or the disk is full.
+        FileError: ``part`` cannot be written, or another run is writing it.
     """
     plan = plan or Plan()
-    cases = list(plan.cases())
-    header = {"model_sha256": sha256(model), "plan": plan.digest()}
-    done = _read_part(part, header)
-    watcher = _Watcher(model, plan, threads)
-    try:
-        name = watcher.llm.metadata.get("general.name", model.stem)
-        with part.open("a", encoding="utf-8") as file:
-            if not done and file.tell() == 0:
-                file.write(json.dumps(header) + "\n")
-                file.flush()
-            report(len(done), len(cases), None)
-            for case in cases:
-                if case in done:
-                    continue
-                outcome = watcher.run(case, plan.examples[case[2]])
-                file.write(outcome.row() + "\n")
-                file.flush()
-                done[case] = outcome
-                report(len(done), len(cases), outcome)
-    finally:
-        watcher.close()
+    with owned(part, "--out"):
+        header = {"model_sha256": sha256(model), "plan": plan.digest()}
+        name, outcomes = _measure(model, part, plan, header, threads, report)
     about = {
         "model": name,
         "model_sha256": header["model_sha256"],
@@ -326,33 +326,83 @@ def measure(
         "lengths": list(plan.lengths),
         "depths": list(plan.depths),
     }
-    return _scores(plan, list(done.values()), about, str(model))
+    return _scores(plan, outcomes, about, str(model))
 
 
-def _read_part(part: Path, header: dict[str, str]) -> dict[tuple[int, float, int], Outcome]:
-    if not part.exists():
-        return {}
-    lines = part.read_text(encoding="utf-8").splitlines()
+def _measure(
+    model: Path,
+    part: Path,
+    plan: Plan,
+    header: dict[str, str],
+    threads: int | None,
+    report: Callable[[int, int, Outcome | None], None],
+) -> tuple[str, list[Outcome]]:
+    """The model's name, and the outcomes in the order of the plan."""
+    cases = list(plan.cases())
+    done, end = _read_part(part, header)
+    watcher = _Watcher(model, plan, threads)
     try:
-        same = bool(lines) and json.loads(lines[0]) == header
-    except json.JSONDecodeError:
-        same = False  # cut off while it was written
-    if not same:
-        # of another model or another plan
-        part.unlink()
-        return {}
-    found = {}
-    for line in lines[1:]:
+        name = watcher.llm.metadata.get("general.name", model.stem)
+        report(len(done), len(cases), None)
+        for case in cases:
+            if case not in done:
+                outcome = watcher.run(case, plan.examples[case[2]])
+                lines = outcome.row() + "\n" if end else f"{json.dumps(header)}\n{outcome.row()}\n"
+                end = _append(part, end, lines.encode())
+                done[case] = outcome
+                report(len(done), len(cases), outcome)
+    finally:
+        watcher.close()
+    return name, [done[case] for case in cases]
+
+
+def _append(part: Path, end: int, lines: bytes) -> int:
+    """Write lines behind the first ``end`` bytes of a file, in place of what stands there; return the new end."""
+    try:
+        with open_own(part, os.O_RDWR | os.O_CREAT, "r+b") as file:
+            file.truncate(end)
+            file.seek(end)
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ProfileError(
+            f"cannot write {part}: {error.strerror or error}; "
+            "make room and run the same command again, it goes on from there"
+        ) from error
+    return end + len(lines)
+
+
+def _read_part(part: Path, header: dict[str, str]) -> tuple[dict[tuple[int, float, int], Outcome], int]:
+    """Outcomes of an earlier run, and the bytes of their lines; none, and 0, if it was another model or plan.
+
+    Raises:
+        ProfileError: it cannot be read.
+    """
+    try:
+        with open_own(part) as file:
+            data = file.read()
+    except FileNotFoundError:
+        return {}, 0
+    except OSError as error:
+        got = error.strerror or error
+        raise ProfileError(f"cannot read {part}: {got}; remove it, or give another --out") from error
+    found: dict[tuple[int, float, int], Outcome] = {}
+    end = 0
+    for line in data.splitlines(keepends=True):
         try:
-            outcome = Outcome.parse(line)
-        except (KeyError, TypeError, ValueError):
-            continue  # cut off while it was written
-        found[outcome.case] = outcome
-    text = "".join(line + "\n" for line in [lines[0], *(o.row() for o in found.values())])
-    whole = part.with_name(part.name + ".tmp")
-    whole.write_text(text, encoding="utf-8")
-    whole.replace(part)
-    return found
+            if end == 0:
+                if json.loads(line) != header:
+                    break
+            else:
+                outcome = Outcome.parse(line.decode())
+                found[outcome.case] = outcome
+        except (KeyError, TypeError, ValueError, RecursionError):
+            break  # cut off while it was written
+        if not line.endswith(b"\n"):
+            break
+        end += len(line)
+    return found, end
 
 
 def _scores(plan: Plan, outcomes: list[Outcome], about: dict[str, Any], model: str) -> HeadScores:
@@ -377,25 +427,34 @@ def write_gguf(model: Path, scores: HeadScores, out: Path) -> None:
     """Write a copy of a GGUF file that carries the scores as metadata; an interrupted write leaves nothing at ``out``.
 
     Raises:
-        ProfileError: ``out`` is the model itself, or cannot be written.
+        ProfileError, FileError: ``out`` is the model itself, or cannot be written.
     """
     import gguf
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
+    check_copy(model, out)
+    try:
+        with writing(out) as part:
+            reader = gguf.GGUFReader(model, "r")
+            arch = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
+            writer = gguf.GGUFWriter(part, arch=arch, endianess=reader.endianess)
+            alignment = reader.get_field(gguf.Keys.General.ALIGNMENT)
+            if alignment is not None:
+                writer.data_alignment = alignment.contents()
+            new = {METADATA_KEY: MetadataDetails(gguf.GGUFValueType.STRING, scores.dumps())}
+            copy_with_new_metadata(reader, writer, new, [])
+    except OSError as error:
+        got = error.strerror or error
+        raise ProfileError(f"cannot write {out}: {got}; make room, or give another --gguf") from error
+
+
+def check_copy(model: Path, out: Path) -> None:
+    """See to it that :func:`write_gguf` can write, before anything is measured.
+
+    Raises:
+        ProfileError: ``out`` is the model itself.
+        FileError: it cannot be written, or there is no room for a copy.
+    """
     if out.exists() and out.samefile(model):
         raise ProfileError(f"{out} is the model itself; give another path for the copy that carries the scores")
-    part = out.with_name(out.name + ".part")
-    try:
-        reader = gguf.GGUFReader(model, "r")
-        arch = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
-        writer = gguf.GGUFWriter(part, arch=arch, endianess=reader.endianess)
-        alignment = reader.get_field(gguf.Keys.General.ALIGNMENT)
-        if alignment is not None:
-            writer.data_alignment = alignment.contents()
-        new = {METADATA_KEY: MetadataDetails(gguf.GGUFValueType.STRING, scores.dumps())}
-        copy_with_new_metadata(reader, writer, new, [])
-        part.replace(out)
-    except OSError as error:
-        raise ProfileError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    check_output(out, "--gguf", regular_size(model))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from windowkv_edge import models
+from windowkv_edge import _files, models
 from windowkv_edge.errors import ModelFetchError
 from windowkv_edge.models import ModelSpec, Part
 
@@ -53,12 +53,12 @@ class FakeIndex:
         wheel = self.folder / f"{name.replace('-', '_')}-1.0-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w", zipfile.ZIP_STORED) as file:
             file.writestr(member, content)
-        return Part(name, "1.0", wheel.stat().st_size, member)
+        return Part(name, "1.0", wheel.stat().st_size, member, len(content))
 
     def model(self, *contents: bytes) -> ModelSpec:
         parts = tuple(self.add(f"tiny-model-{i}", f"tiny_{i}/w.part{i}", c) for i, c in enumerate(contents))
         whole = b"".join(contents)
-        return ModelSpec("tiny.gguf", len(whole), hashlib.sha256(whole).hexdigest(), parts)
+        return ModelSpec("tiny.gguf", hashlib.sha256(whole).hexdigest(), parts)
 
     def install(self, part: Part, content: bytes) -> None:
         """Put the part where an installed package has it, below ``self.folder / "site"``."""
@@ -174,7 +174,7 @@ def test_installed_parts_are_joined_with_downloaded_ones(index: FakeIndex) -> No
 
 def test_a_wrong_hash_is_refused_and_nothing_is_kept(index: FakeIndex) -> None:
     good = index.model(CONTENT)
-    spec = ModelSpec(good.file_name, good.size, "0" * 64, good.parts)
+    spec = ModelSpec(good.file_name, "0" * 64, good.parts)
     with pytest.raises(ModelFetchError, match=rf"got 3000000 bytes .* expected 3000000 bytes with {'0' * 64}.*--model"):
         models.fetch(spec, progress=False)
     assert left_over() == {"tiny.lock"}
@@ -222,13 +222,105 @@ def test_an_unusable_cache_folder_is_reported(
 
 def test_a_wheel_of_another_kind_is_refused(index: FakeIndex) -> None:
     spec = index.model(CONTENT)
-    index.add("tiny-model-0", "elsewhere/w.gguf", CONTENT)
+    wheel = index.folder / "tiny_model_0-1.0-py3-none-any.whl"
+    index.add("tiny-model-0", "tiny_1/w.part0", CONTENT)  # as many bytes
     with pytest.raises(ModelFetchError, match="not the expected wheel.*no item named"):
         models.fetch(spec, progress=False)
-    (index.folder / "tiny_model_0-1.0-py3-none-any.whl").write_bytes(b"<html>")
+    wheel.write_bytes(b"<html>".ljust(wheel.stat().st_size))
     with pytest.raises(ModelFetchError, match="not the expected wheel"):
         models.fetch(spec, progress=False)
+    wheel.write_bytes(b"<html>")
+    with pytest.raises(ModelFetchError, match=r"the wheel tiny-model-0==1\.0 has 6 bytes, expected 3,000,126; "):
+        models.fetch(spec, progress=False)
     assert left_over() == {"tiny.lock"}
+
+
+def grown(spec: ModelSpec) -> tuple[str, dict[str, int]]:
+    """The error of a fetch, and the most bytes that it reported of a stage."""
+    most: dict[str, int] = {}
+    with pytest.raises(ModelFetchError) as failed:
+        models.fetch(spec, lambda stage, done, _: most.update({stage: max(done, most.get(stage, 0))}))
+    assert left_over() == {"tiny.lock"}
+    return str(failed.value), most
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_a_wheel_that_unpacks_to_more_writes_nothing(index: FakeIndex, method: int) -> None:
+    """64 MiB of zeros are a wheel of 64 kB; bzip2 would even unpack them into memory at once."""
+    wheel = index.folder / "tiny_model_0-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", method) as file:
+        file.writestr("w", bytes(64 << 20))
+    spec = ModelSpec("tiny.gguf", "0" * 64, (Part("tiny-model-0", "1.0", wheel.stat().st_size, "w", 1000),))
+    said, most = grown(spec)
+    assert ("w has 67,108,864 bytes, expected 1,000" if method == zipfile.ZIP_DEFLATED else "has compression 12") in said
+    assert "unpack" not in most
+
+
+def test_a_wheel_whose_list_says_less_than_it_unpacks_to(index: FakeIndex) -> None:
+    wheel = index.folder / "tiny_model_0-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("w", bytes(64 << 20))
+    size = (64 << 20).to_bytes(4, "little")
+    assert wheel.read_bytes().count(size) == 2
+    wheel.write_bytes(wheel.read_bytes().replace(size, (1000).to_bytes(4, "little")))
+    spec = ModelSpec("tiny.gguf", "0" * 64, (Part("tiny-model-0", "1.0", wheel.stat().st_size, "w", 1000),))
+    said, most = grown(spec)
+    assert "not the expected wheel: Bad CRC-32" in said and most.get("unpack", 0) <= 1000
+
+
+def test_a_wheel_larger_than_its_pin_is_not_downloaded_to_its_end(index: FakeIndex) -> None:
+    spec = index.model(CONTENT)
+    index.add("tiny-model-0", spec.parts[0].member, bytes(100_000_000))
+    (index.folder / "seconds").write_text("20")
+    start = time.monotonic()
+    said, most = grown(spec)
+    assert "the wheel tiny-model-0==1.0 has more than 3,000,126" in said
+    assert time.monotonic() - start < 15 and most["download"] <= spec.wheel_size
+
+
+def test_another_file_with_the_same_size_and_time_is_hashed(index: FakeIndex) -> None:
+    spec = index.model(CONTENT)
+    path = models.fetch(spec, progress=False)
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"evil")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert models.fetch(spec, progress=False).read_bytes() == CONTENT
+    other = path.with_name("other")
+    other.write_bytes(bytes(len(CONTENT)))
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+    assert models.fetch(spec, progress=False).read_bytes() == CONTENT
+    assert len(index.calls) == 3
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_what_stands_at_our_files_in_the_cache(index: FakeIndex, tmp_path: Path, kind: str) -> None:
+    """Links are not followed, FIFOs not waited for: the record is replaced, the lock refused."""
+    spec, victim = index.model(CONTENT), tmp_path / "victim"
+    victim.write_text("precious")
+    models.cache_dir().mkdir(parents=True)
+
+    def put(name: str) -> Path:
+        path = models.cache_dir() / name
+        if kind == "link":
+            path.symlink_to(victim)
+        else:
+            os.mkfifo(path)
+        return path
+
+    record = put("tiny.gguf.verified")
+    models.fetch(spec, progress=False)
+    assert not record.is_symlink() and record.is_file()
+    assert victim.read_text() == "precious"
+
+    (models.cache_dir() / "tiny.gguf").unlink()
+    (models.cache_dir() / "tiny.lock").unlink()
+    put("tiny.lock")
+    found = {"link": "a symbolic link", "fifo": "a FIFO"}[kind]
+    with pytest.raises(ModelFetchError, match=f"tiny.lock: it is {found}, expected a regular file; remove it, or"):
+        models.fetch(spec, progress=False)
+    assert victim.read_text() == "precious"
 
 
 def test_several_at_once_download_once(index: FakeIndex) -> None:
@@ -244,7 +336,7 @@ def test_without_locks_several_at_once_still_end_well(index: FakeIndex, monkeypa
     def no_lock(*_: object) -> None:
         raise OSError("this file system has no locks")
 
-    monkeypatch.setattr(models.fcntl, "flock", no_lock)
+    monkeypatch.setattr(_files.fcntl, "flock", no_lock)
     spec = index.model(CONTENT)
     (index.folder / "seconds").write_text("0.3")
     with ThreadPoolExecutor(3) as pool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import writing
 from ..errors import WindowKVError
 from .run import STOCK, Row
 
@@ -13,7 +14,7 @@ __all__ = ["check_plot", "plot"]
 
 
 def check_plot(path: Path) -> None:
-    """Raise WindowKVError unless a picture can be written to this path; before anything is measured."""
+    """Raise WindowKVError unless pictures can be drawn with this ending; before anything is measured."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -21,8 +22,6 @@ def check_plot(path: Path) -> None:
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in known:
         raise WindowKVError(f"--plot is {str(path)!r}, expected a name that ends in .{', .'.join(sorted(known))}")
-    if not path.absolute().parent.is_dir():
-        raise WindowKVError(f"--plot is {str(path)!r}, but there is no folder {path.absolute().parent}; create it")
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -46,7 +45,8 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         (axis.set_xlabel if len(lengths) == 1 else axis.set_ylabel)(label)
     if len(lengths) > 1:
         axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    with writing(path) as part:
+        figure.savefig(part, dpi=150)
 
 
 def _bars(axis: Any, names: list[str], rows: list[Row], value: Any) -> None:

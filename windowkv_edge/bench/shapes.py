@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from .._files import lock, writing
 from ..errors import WindowKVError
-from ..models import cache_dir, lock
+from ..models import cache_dir
 
 __all__ = ["SHAPES", "Shape", "fetch_shape", "write_shape"]
 
@@ -85,30 +85,26 @@ def fetch_shape(name: str, progress: Progress | None = None) -> Path:
     path = cache_dir() / f"shape-{name}.q4_0.gguf"
     if path.exists():
         return path
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path.with_suffix(".lock")):
             if not path.exists():
-                _write(shape, path, part, progress)
+                _write(shape, path, progress)
     except OSError as error:
         raise WindowKVError(
             f"cannot write {path}: {error.strerror or error}; set WINDOWKV_CACHE_DIR to a folder that can be written"
         ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
     return path
 
 
-def _write(shape: Shape, path: Path, part: Path, progress: Progress | None) -> None:
+def _write(shape: Shape, path: Path, progress: Progress | None) -> None:
     if (free := shutil.disk_usage(path.parent).free) < shape.n_bytes * 1.05:
         raise WindowKVError(
             f"{path.parent} has {free >> 20:,} MiB free, the shape {shape.name} needs {shape.n_bytes >> 20:,} MiB; "
             "free some space or set WINDOWKV_CACHE_DIR to another folder"
         )
-    write_shape(shape, part, progress)
-    part.replace(path)
+    with writing(path) as part:
+        write_shape(shape, part, progress)
 
 
 def write_shape(shape: Shape, path: Path, progress: Progress | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib import resources
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 import windowkv_edge
+from windowkv_edge._files import owned
 from windowkv_edge.bench import SHAPES, Bench, Plan, Row, fetch_shape, plot
 from windowkv_edge.bench.plot import check_plot
 from windowkv_edge.bench.run import STOCK_TYPES, fits
@@ -100,8 +102,17 @@ def bench(
     )
     if not plan.policies or not plan.budgets or not plan.types:
         raise CLIError("--policies, --budgets and --types need at least one entry each")
-    if plot_to is not None:
-        check_plot(plot_to)
+    with ExitStack() as stack:
+        if plot_to is not None:
+            check_plot(plot_to)
+            stack.enter_context(owned(plot_to, "--plot"))
+        _run(model, plan, gpu_layers, baselines is None, text, as_json, plot_to)
+
+
+def _run(
+    model: str, plan: Plan, gpu_layers: int, fit_baselines: bool, text: Path | None, as_json: bool, plot_to: Path | None
+) -> None:
+    """Measure, print, and draw."""
     prompt = read_text(text) if text is not None else _shipped_text()
 
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
@@ -112,7 +123,7 @@ def bench(
             progress.update(task, description=f"writing {model}", completed=done, total=total)
 
         info = read_info(fetch_shape(model, wrote)) if model in SHAPES else open_model(model)
-        if baselines is None:  # blocks of 32 values do not divide every head
+        if fit_baselines:  # blocks of 32 values do not divide every head
             plan = replace(plan, baselines=tuple(cells for cells in STOCK_TYPES if fits(info, cells)))
         weights = Model(info.path, gpu_layers)
         try:
@@ -135,7 +146,7 @@ def bench(
         try:
             plot(rows, about["title"], plot_to)
         except OSError as error:
-            raise CLIError(f"cannot write {plot_to}: {error.strerror or error}; give another path") from error
+            raise CLIError(f"cannot write {plot_to}: {error.strerror or error}; give another --plot") from error
 
 
 def _types(text: str, option: str) -> tuple[str, ...]:

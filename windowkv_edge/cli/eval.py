@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import windowkv_edge
+from windowkv_edge._files import owned, write_text, writing
 from windowkv_edge._native import build_stamp
 from windowkv_edge.bench.session import Model
 from windowkv_edge.budget import TYPES
@@ -40,8 +42,8 @@ from windowkv_edge.eval import ruler as rulers
 from windowkv_edge.eval.run import OWN
 from windowkv_edge.eval.tables import markdown
 from windowkv_edge.eval.page import html
-from windowkv_edge.eval.pictures import draw
-from windowkv_edge.eval.results import load
+from windowkv_edge.eval.pictures import png, why_none
+from windowkv_edge.eval.results import Results, load
 from windowkv_edge.gguf_info import GGUFInfo
 from windowkv_edge.profile import sha256
 
@@ -105,6 +107,21 @@ class _Run:
         n_ctx: int | None = None,
     ) -> None:
         """Build the prompts, run those that the results file lacks, print the tables."""
+        _make_folder(self.out.parent, "--out")
+        with owned(self.out, "--out"):
+            self._measure(about, prepare, n_ctx)
+        results = load([self.out])
+        console = Console()
+        console.print(
+            Markdown(markdown(results)) if console.is_terminal else markdown(results), markup=False, soft_wrap=True
+        )
+
+    def _measure(
+        self,
+        about: Mapping[str, Any],
+        prepare: Callable[[Model], Sequence[Case] | Sequence[FidelityCase]],
+        n_ctx: int | None,
+    ) -> None:
         model = Model(self.info.path, self.gpu_layers)
         try:
             cases = prepare(model)
@@ -125,11 +142,6 @@ class _Run:
                 self._loop(model, cases, records, n_ctx)
         finally:
             model.close()
-        results = load([self.out])
-        console = Console()
-        console.print(
-            Markdown(markdown(results)) if console.is_terminal else markdown(results), markup=False, soft_wrap=True
-        )
 
     def _loop(
         self, model: Model, cases: Sequence[Case] | Sequence[FidelityCase], records: Records, n_ctx: int | None
@@ -160,6 +172,13 @@ class _Run:
                     runner.run_fidelity(cases)  # type: ignore[arg-type]
                 else:
                     runner.run(cases)  # type: ignore[arg-type]
+
+
+def _make_folder(path: Path, option: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CLIError(f"cannot make the folder {path}: {error.strerror or error}; give another {option}") from error
 
 
 def _positions(case: Case | FidelityCase) -> int:
@@ -402,6 +421,8 @@ def all_suites(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """Needles in two texts, RULER, second questions, distances, and a report: what eval/README.md shows."""
+    if why := why_none():
+        typer.echo(f"the report will have no pictures: {why}", err=True)
     journey = Path(str(resources.files("windowkv_edge") / "data" / "journey.txt"))
     lengths, depths, short = ("600", "0.5", "600") if small else ("1000,2000,4000", "0.2,0.8", "1000,2000")
     common: dict[str, Any] = {
@@ -409,15 +430,18 @@ def all_suites(
         "gpu_layers": gpu_layers,
     }  # fmt: skip
     files = {name: to / f"{name}.jsonl" for name in ("needle-prose", "needle-journey", "ruler", "turns", "fidelity")}
-    needle(model, lengths, depths, first=0, out=files["needle-prose"], **common)
-    needle(model, lengths, depths, first=1, haystack=journey, out=files["needle-journey"], **common)
-    ruler(model, "1000" if small else "1000,2000", count=1 if small else 2, out=files["ruler"], **common)
-    turns(model, short, count=1 if small else 3, haystack=journey, out=files["turns"], **common)
-    text = to / "prose.txt"
-    text.write_text(prose(60_000, seed), encoding="utf-8")
-    size, windows = ("600", 1) if small else ("2000", 2)
-    fidelity(model, [journey, text], size, windows, out=files["fidelity"], **common)
-    report(list(files.values()), to)
+    open_model(model)  # before anything is written
+    with _folder_of_one_run(to):
+        text = to / "prose.txt"
+        with _tells_what_to_do(to):
+            write_text(text, prose(60_000, seed))
+        needle(model, lengths, depths, first=0, out=files["needle-prose"], **common)
+        needle(model, lengths, depths, first=1, haystack=journey, out=files["needle-journey"], **common)
+        ruler(model, "1000" if small else "1000,2000", count=1 if small else 2, out=files["ruler"], **common)
+        turns(model, short, count=1 if small else 3, haystack=journey, out=files["turns"], **common)
+        size, windows = ("600", 1) if small else ("2000", 2)
+        fidelity(model, [journey, text], size, windows, out=files["fidelity"], **common)
+        _write_report(load(files.values()), to)
 
 
 @app.command()
@@ -428,18 +452,41 @@ def report(
 ) -> None:
     """Tables and pictures of results: accuracy against bytes, by depth and as heatmaps, speed against bytes."""
     results = load(files)
-    text = markdown(results)
     if to is None:
-        print(text)
+        print(markdown(results))
         return
-    page = html(results)
+    with _folder_of_one_run(to):
+        _write_report(results, to)
+
+
+@contextmanager
+def _folder_of_one_run(to: Path) -> Iterator[None]:
+    """Make a folder, and be the one run that writes a report into it."""
+    _make_folder(to, "--to")
+    with owned(to / "report.md", "--to"):
+        yield
+
+
+@contextmanager
+def _tells_what_to_do(to: Path) -> Iterator[None]:
     try:
-        to.mkdir(parents=True, exist_ok=True)
-        (to / "report.md").write_text(text, encoding="utf-8")
-        (to / "report.html").write_text(page, encoding="utf-8")
-        for res in results:
-            for name, figure in draw(res).items():
-                figure.savefig(to / f"{res.title}-{name}.png", dpi=120)
+        yield
     except OSError as error:
-        raise CLIError(f"cannot write to {to}: {error.strerror or error}; give another --to") from error
-    print(f"report.md, report.html and pictures are in {to}{os.sep}")
+        raise CLIError(
+            f"cannot write to {to}: {error.strerror or error}; "
+            "make room and run the same command again, or give another --to"
+        ) from error
+
+
+def _write_report(results: Sequence[Results], to: Path) -> None:
+    """Tables, a page, and pictures if there is matplotlib."""
+    with _tells_what_to_do(to):
+        write_text(to / "report.md", markdown(results))
+        why = why_none()
+        drawn: list[dict[str, bytes]] = [{} if why else png(res) for res in results]
+        write_text(to / "report.html", html(results, drawn))
+        for res, pictures in zip(results, drawn, strict=True):
+            for name, data in pictures.items():
+                with writing(to / f"{res.title}-{name}.png") as part:
+                    part.write_bytes(data)
+    print(f"report.md, report.html {f'(no pictures: {why})' if why else 'and pictures'} are in {to}{os.sep}")

@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from windowkv_edge._files import check_output
 from windowkv_edge.heads import HeadScores, profile_beside
-from windowkv_edge.profile import DEPTHS, LENGTHS, Outcome, Plan, measure, write_gguf
+from windowkv_edge.profile import DEPTHS, LENGTHS, Outcome, Plan, check_copy, measure, write_gguf
 
 from .common import CLIError, open_model, parse_lengths, read_text, reports_errors
 
@@ -52,6 +53,9 @@ def profile(
     plan = Plan(tuple(all_lengths), _parse_depths(depths), text=None if text is None else read_text(text))
     target = profile_beside(info.path) if out is None else out
     part = target.with_name(target.name + ".measuring.jsonl")
+    check_output(target, "--out")
+    if gguf is not None:
+        check_copy(info.path, gguf)
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -72,7 +76,13 @@ def profile(
             progress.stop()
             console.print(f"interrupted; the same command goes on from {part}")
             raise typer.Exit(130) from None
-    scores.save(target)
+    try:
+        scores.save(target)
+    except OSError as error:
+        raise CLIError(
+            f"cannot write {target}: {error.strerror or error}; make room and run the same command again, "
+            "nothing is measured twice"
+        ) from error
     part.unlink(missing_ok=True)
     _print(console, scores, target)
     if gguf is not None:

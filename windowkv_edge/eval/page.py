@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .pictures import draw
 from .results import Results
 from .tables import about, by, fidelity_table, ranks, retention_table, summary, summary_text
 
@@ -54,23 +52,19 @@ def _cells(table: str) -> dict[str, Any]:
     return {"head": rows[0], "rows": rows[2:]}
 
 
-def html(results: Sequence[Results]) -> str:
-    """A page that stands alone: tables, pictures and conditions."""
+def html(results: Sequence[Results], drawn: Sequence[Mapping[str, bytes]]) -> str:
+    """A page that stands alone: tables, pictures (PNG files of every suite, by their names) and conditions."""
     import jinja2
 
     parts: list[dict[str, Any]] = []
     if len(results) > 1:
         table = {"name": "", **_cells(summary(results))}
         parts.append({"name": "Summary", "about": summary_text(results), "tables": [table], "pictures": []})
-    for res in results:
+    for res, files in zip(results, drawn, strict=True):
         tables = [{"name": "", **_cells(fidelity_table(res) if res.is_fidelity else retention_table(res))}]
         if not res.is_fidelity:
             tables.append({"name": "By kind", **_cells(by(res, "task"))})
-        pictures = []
-        for name, figure in draw(res).items():
-            data = io.BytesIO()
-            figure.savefig(data, format="png", dpi=110)
-            pictures.append({"name": name, "data": base64.b64encode(data.getvalue()).decode()})
+        pictures = [{"name": name, "data": base64.b64encode(data).decode()} for name, data in files.items()]
         parts.append(
             {"name": f"{res.suite}: {res.source}", "about": about(res), "tables": tables, "pictures": pictures}
         )

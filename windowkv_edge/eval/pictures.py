@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
 
-from .case import EvalError
 from .results import Results, budget_name
 from .run import FULL
 
-__all__ = ["draw"]
+__all__ = ["draw", "png", "why_none"]
+
+
+def why_none() -> str:
+    """Why no picture can be drawn; "" if they can."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError:
+        return 'they need matplotlib; pip install "windowkv-edge[eval]"'
+    return ""
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise EvalError('pictures need matplotlib; pip install "windowkv-edge[eval]"') from None
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -117,3 +124,13 @@ def draw(res: Results) -> dict[str, Any]:
         figures["depth"] = _depths(res)
         figures["heatmap"] = _heatmaps(res)
     return figures
+
+
+def png(res: Results) -> dict[str, bytes]:
+    """PNG files of one suite's figures by their names."""
+    files = {}
+    for name, figure in draw(res).items():
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=120)
+        files[name] = data.getvalue()
+    return files

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
+from .._files import open_regular
 from ..bench.session import Model
 from .case import EvalError
 from .prose import prose
@@ -21,7 +23,8 @@ _CHARS_PER_TOKEN = 8  # more than any text has on average
 def read_text(path: Path) -> str:
     """Content of a UTF-8 text file that is not empty."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            text = TextIOWrapper(file, encoding="utf-8").read()
     except OSError as error:
         raise EvalError(f"cannot read {path}: {error.strerror or error}; give the path of a text file") from error
     except UnicodeDecodeError as error:

@@ -18,6 +18,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._files import write_text
 from .features import CLOSE, OPEN
 
 __all__ = ["DATA", "Row", "dump", "main", "rows"]
@@ -315,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", metavar="FILE", type=Path, help="file to write")
     options = parser.parse_args(argv)
     made = rows()
-    options.file.write_text(dump(made), encoding="utf-8")
+    write_text(options.file, dump(made))
     print(f"{options.file}: {len(made)} prompts from {len({row.group for row in made})} templates")
     return 0
 

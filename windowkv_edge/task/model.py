@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .._files import writing
 from .features import Segment, gate_features, label_features, segments
 
 __all__ = ["BIAS", "WEIGHTS", "Model", "sigmoid"]
@@ -42,7 +43,8 @@ class Model:
         for name, weights in (("gate", self.gate), ("label", self.label)):
             arrays[name + "_names"] = np.frombuffer("\n".join(weights).encode(), np.uint8)
             arrays[name] = np.array(list(weights.values()), np.float16)
-        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+        with writing(path) as part:
+            np.savez_compressed(part, **arrays)  # type: ignore[arg-type]
 
     def score(self, text: str) -> float:
         """Return the log odds of "aggregation" against "localization" for the prompt `text`."""
