@@ -184,6 +184,8 @@ class ModelHeads:
         if isinstance(given, HeadScores):
             return given
         if given is not None:
+            if not isinstance(given, (str, os.PathLike)):  # an int would be read as a file descriptor
+                raise ValueError(f"importance is {given!r}, expected HeadScores or the path of a file of them")
             return HeadScores.load(given)
         if METADATA_KEY in self.metadata:
             return HeadScores.parse(self.metadata[METADATA_KEY], f"{self.path}, metadata {METADATA_KEY}")

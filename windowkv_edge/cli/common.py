@@ -13,6 +13,7 @@ import psutil
 import typer
 
 from windowkv_edge import KVPolicy, Llama, UnsupportedModelError, WindowKVError, get_policy
+from windowkv_edge._text import for_terminal
 from windowkv_edge.eval.sources import read_text
 from windowkv_edge.gguf_info import GGUFInfo, read_info
 from windowkv_edge.models import fetch_smollm2
@@ -51,7 +52,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except WindowKVError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(for_terminal(f"error: {error}"), err=True)
             raise typer.Exit(2) from None
 
     return run

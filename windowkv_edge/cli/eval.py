@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import windowkv_edge
 from windowkv_edge._native import build_stamp
+from windowkv_edge._text import for_terminal
 from windowkv_edge.bench.session import Model
 from windowkv_edge.budget import TYPES
 from windowkv_edge.eval import (
@@ -141,7 +142,7 @@ class _Run:
                 f"{self.info.n_ctx_train:,}; ask for shorter --lengths"
             )
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -150,10 +151,11 @@ class _Run:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("loading", total=len(cases))
             if records.n_old:
-                progress.console.print(f"{self.out} has {records.n_old} of {len(cases)} prompts, going on from there")
+                done = f"{self.out} has {records.n_old} of {len(cases)} prompts, going on from there"
+                progress.console.print(for_terminal(done), markup=False)
 
             def report(what: str) -> None:
-                progress.update(task, description=what, advance=1)
+                progress.update(task, description=for_terminal(what), advance=1)
 
             with Runner(model, self.plan, n_ctx, records, report) as runner:
                 if isinstance(cases[0], FidelityCase):
@@ -381,7 +383,7 @@ def tasks(
     def prepare(weights: Model) -> list[Case]:
         cases, skipped = tasks_cases(Style(weights, chat), file, n_ctx, limit)
         for reason, number in skipped.items():
-            typer.echo(f"skipped {number} x: {reason}", err=True)
+            typer.echo(for_terminal(f"skipped {number} x: {reason}"), err=True)
         about["sha256"], about["skipped"] = sha256(file), sum(skipped.values())
         return cases
 
@@ -442,4 +444,4 @@ def report(
                 figure.savefig(to / f"{res.title}-{name}.png", dpi=120)
     except OSError as error:
         raise CLIError(f"cannot write to {to}: {error.strerror or error}; give another --to") from error
-    print(f"report.md, report.html and pictures are in {to}{os.sep}")
+    print(for_terminal(f"report.md, report.html and pictures are in {to}{os.sep}"))
