@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from . import head_files
+from . import _json, head_files
 from .errors import HeadScoresError, MissingProfileError
 from .head_files import FORMAT, KINDS, MAX_SCORE, VERSION
 
@@ -123,7 +122,7 @@ class HeadScores:
         """The JSON text of a file, also the value of the GGUF metadata key."""
         # six digits are more than the measurement has
         scores = {kind: [[float(f"{x:.6g}") for x in row] for row in rows] for kind, rows in self.scores.items()}
-        return json.dumps({"format": FORMAT, "version": VERSION, "about": dict(self.about), "scores": scores})
+        return _json.dumps({"format": FORMAT, "version": VERSION, "about": dict(self.about), "scores": scores})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file; an interrupted write leaves what was there.

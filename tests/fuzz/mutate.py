@@ -97,7 +97,7 @@ def dump(value: Any, rng: random.Random) -> bytes:
 #
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+STRING, _ARRAY = 8, 9
 _KEYS = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
     "attention.key_length", "attention.value_length", "attention.key_length_mla", "attention.value_length_mla", "num_loops",
@@ -130,6 +130,12 @@ class Header:
         self.n_tensors = len(reader.tensors)
         self.tensors = data[first.offset : last.offset + sum(int(part.nbytes) for part in last.parts)]
         self.weights = data[reader.data_offset :]
+
+    def with_field(self, *field: Any) -> bytes:
+        """The whole file with one more key: its name, its type of GGUF, its value."""
+        head = struct.pack("<4sIQQ", b"GGUF", 3, self.n_tensors, len(self.fields) + 1) + b"".join(map(_encode, [*self.fields, field]))
+        head += self.tensors
+        return head + b"\0" * (-len(head) % 32) + self.weights
 
     def mutated(self, rng: random.Random) -> bytes:
         fields = list(self.fields)
@@ -186,12 +192,12 @@ def _value(rng: random.Random) -> tuple[int, Any]:
     if what == 5:
         return 7, rng.randrange(2)
     if what == 6:
-        return _STRING, rng.choice(("", "x", "\x1b]0;title\x07", "[/red]", "[bold", "a" * 5000, "\ud800", "$x^$", '{"99999999-0":[1]}', "{{ x }"))
+        return STRING, rng.choice(("", "x", "\x1b]0;title\x07", "[/red]", "[bold", "a" * 5000, "\ud800", "$x^$", '{"99999999-0":[1]}', "{{ x }"))
     if what == 7:
         depth = rng.choice((1, 2, 5000))
         return _ARRAY, (_ARRAY, 1, b"".join(struct.pack("<IQ", _ARRAY, 1) for _ in range(depth)) + struct.pack("<IQI", 4, 1, 7))
     item = rng.choice((0, 4, 5, 6, 7, 8, 10, 99))
-    items = [rng.choice((0, 1, 2, 7, 2**32 - 1)) if item != _STRING else "ab" for _ in range(rng.choice((0, 1, 3, 4, 5000)))]
+    items = [rng.choice((0, 1, 2, 7, 2**32 - 1)) if item != STRING else "ab" for _ in range(rng.choice((0, 1, 3, 4, 5000)))]
     claimed = len(items) if rng.random() < 0.7 else rng.choice((0, 1, 4097, 2**31, 2**40, 2**61, 2**64 - 1))
     return _ARRAY, (item, claimed, items)
 
@@ -202,7 +208,7 @@ def _encode(field: Field) -> bytes:
 
 
 def _payload(kind: int, value: Any) -> bytes:
-    if kind == _STRING:
+    if kind == STRING:
         return _text(str(value))
     if kind == _ARRAY:
         item, claimed, items = value

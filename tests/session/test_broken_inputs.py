@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fuzz import runner
+from fuzz.mutate import STRING, Header
 from fuzz.runner import Loader, run
 from fuzz.targets import TARGETS
+from typer.testing import CliRunner
 
-from windowkv_edge import HeadScores
+from windowkv_edge import HeadScores, Llama
+from windowkv_edge.cli import app
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -72,6 +77,25 @@ def test_a_load_that_dies_is_told_from_one_that_is_refused(tiny: Path, tmp_path:
             loader.child.kill()
             assert loader.load(tiny) == "died with -9"
             assert loader.load(tiny) == "ok"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("{{ x }", "error: cannot load .*templated.gguf: unexpected '}'"), ("{{ 1 // 0 }}", "is dropped: integer division")],
+)
+def test_a_chat_template_that_fails(template: str, message: str, tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "templated.gguf"
+    path.write_bytes(Header(tiny).with_field("tokenizer.chat_template", STRING, template))
+    chat = CliRunner().invoke(app, ["chat", str(path), "--ctx", "512", "--policy", "snapkv"], input="hello\n/quit\n")
+    assert re.search(message, " ".join(chat.output.split())), chat.output
+    demo = CliRunner().invoke(app, ["demo", "--model", str(path), "--chat"])
+    assert demo.exit_code == 2 and re.search("error: (cannot load|the chat template of) .*templated.gguf", demo.output)
+
+
+def test_an_observation_window_is_no_longer_than_the_context(tiny: Path, opened: Callable[..., Llama]) -> None:
+    """Its queries, twice, for 3 layers of 4 heads of 32 values in f16."""
+    llm = opened(tiny, n_ctx=512, kv_policy="snapkv(window_size=2000000000)")
+    assert llm.kv_stats().bytes_live <= 2 * 512 * 3 * 4 * 32 * 2
 
 
 def test_scores_of_the_fuzz_are_scores(tmp_path: Path) -> None:

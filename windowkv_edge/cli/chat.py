@@ -114,9 +114,9 @@ class Chat:
         attached, self.attached = self.attached, []
         try:
             reply, interrupted = self._reply()
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # chat templates raise what they like
             del self.messages[n_before:]
-            if isinstance(error, RuntimeError):  # an evaluation failed half-way
+            if not isinstance(error, ValueError):  # an evaluation may have failed half-way
                 self.llm.reset()
             self.note(f"the message was not answered and is dropped: {self._explain(error)}")
             return

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import jinja2
 import psutil
 import typer
 
@@ -143,7 +144,7 @@ def load(
         )
     except UnsupportedModelError:
         raise
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, jinja2.TemplateError) as error:  # also a chat template that cannot be read
         fix = f"the file may be damaged, or the memory too small for {n_ctx:,} positions"
         raise CLIError(f"cannot load {info.path}: {error}; {fix}") from error
 

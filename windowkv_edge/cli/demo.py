@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import jinja2
 import typer
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from llama_cpp.llama_cpp import llama_vocab_is_eog
@@ -167,7 +168,7 @@ def _prompt(info: GGUFInfo, text: str, asked: Question, chat: bool) -> list[int]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # llama.cpp warns that a vocabulary has no positions
             vocab = Llama(str(info.path), vocab_only=True, verbose=False)
-    except ValueError as error:
+    except (ValueError, jinja2.TemplateError) as error:
         raise CLIError(f"cannot load {info.path}: {error}; the file may be damaged") from error
     try:
         if not chat:
@@ -179,7 +180,10 @@ def _prompt(info: GGUFInfo, text: str, asked: Question, chat: bool) -> list[int]
         )
         template = vocab.metadata["tokenizer.chat_template"]
         formatter = Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
-        filled = formatter(messages=[{"role": "user", "content": f"{text.rstrip()}\n\n{asked.text}"}])
+        try:
+            filled = formatter(messages=[{"role": "user", "content": f"{text.rstrip()}\n\n{asked.text}"}])
+        except Exception as error:  # templates raise what they like
+            raise CLIError(f"the chat template of {info.path} cannot be rendered: {error}; leave out --chat") from error
         return list(vocab.tokenize(filled.prompt.encode(), add_bos=False, special=True))
     finally:
         vocab.close()
