@@ -119,7 +119,5 @@ def _numbers(values: list[Any], what: str) -> Array:
     """float64 [n] of numbers from 0 to 1e100."""
     for value in values:
         if type(value) not in (int, float) or not 0 <= value <= MAX_SCORE:
-            raise HeadScoresError(
-                f"{what}: scores are negative or not numbers, or above {MAX_SCORE:g}: {shown(value)}"
-            )
+            raise HeadScoresError(f"{what}: scores are negative or not numbers, or above {MAX_SCORE:g}: {shown(value)}")
     return np.array(values, dtype=np.float64)

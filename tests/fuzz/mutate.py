@@ -35,7 +35,9 @@ def damage(data: bytes, rng: random.Random) -> bytes:
         elif what == 3:
             del out[at:]
         elif what == 4:
-            out[at : at + 1] = rng.choice((b"\xff", b"\0", b"\n", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"[" * 5000, b"9" * 5000, b"-"))
+            out[at : at + 1] = rng.choice(
+                (b"\xff", b"\0", b"\n", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"[" * 5000, b"9" * 5000, b"-")
+            )
         elif at < len(out):
             out[at] ^= 1 << rng.randrange(8)
     return bytes(out)
@@ -110,7 +112,21 @@ _COMMON = (
     "general.name", "general.architecture", "general.file_type", "general.alignment", "tokenizer.chat_template",
     "tokenizer.ggml.model", "tokenizer.ggml.tokens", "windowkv.head_scores", "split.count",
 )  # fmt: skip
-_ARCHS = ("llama", "nanbeige", "gemma2", "gemma3", "gpt-oss", "qwen3next", "lfm2", "jamba", "baichuan", "mpt", "deepseek2", "glm4", "x")
+_ARCHS = (
+    "llama",
+    "nanbeige",
+    "gemma2",
+    "gemma3",
+    "gpt-oss",
+    "qwen3next",
+    "lfm2",
+    "jamba",
+    "baichuan",
+    "mpt",
+    "deepseek2",
+    "glm4",
+    "x",
+)
 
 Field = tuple[str, int, Any]  # key, type of GGUF, value; of an array (type of its items, number it claims, items)
 
@@ -133,7 +149,9 @@ class Header:
 
     def with_field(self, *field: Any) -> bytes:
         """The whole file with one more key: its name, its type of GGUF, its value."""
-        head = struct.pack("<4sIQQ", b"GGUF", 3, self.n_tensors, len(self.fields) + 1) + b"".join(map(_encode, [*self.fields, field]))
+        head = struct.pack("<4sIQQ", b"GGUF", 3, self.n_tensors, len(self.fields) + 1) + b"".join(
+            map(_encode, [*self.fields, field])
+        )
         head += self.tensors
         return head + b"\0" * (-len(head) % 32) + self.weights
 
@@ -166,14 +184,23 @@ class Header:
         return self._file(fields, counts, rng)
 
     def _file(self, fields: list[Field], counts: list[int], rng: random.Random) -> bytes:
-        head = struct.pack("<4sIQQ", b"GGUF", rng.choice((3,) * 20 + (1, 2, 4)), *counts) + b"".join(map(_encode, fields))
+        head = struct.pack("<4sIQQ", b"GGUF", rng.choice((3,) * 20 + (1, 2, 4)), *counts) + b"".join(
+            map(_encode, fields)
+        )
         if rng.random() < 0.2:
             head = damage(head, rng)
         head += self.tensors if rng.random() < 0.9 else damage(self.tensors, rng)
-        return head + b"\0" * (-len(head) % 32) + (self.weights if rng.random() < 0.9 else self.weights[: rng.randrange(4096)])
+        return (
+            head
+            + b"\0" * (-len(head) % 32)
+            + (self.weights if rng.random() < 0.9 else self.weights[: rng.randrange(4096)])
+        )
 
     def _renamed(self, fields: list[Field], arch: str) -> list[Field]:
-        renamed = [(f"{arch}.{key.removeprefix('llama.')}" if key.startswith("llama.") else key, kind, value) for key, kind, value in fields]
+        renamed = [
+            (f"{arch}.{key.removeprefix('llama.')}" if key.startswith("llama.") else key, kind, value)
+            for key, kind, value in fields
+        ]
         return [(key, kind, arch if key == "general.architecture" else value) for key, kind, value in renamed]
 
 
@@ -186,18 +213,39 @@ def _near(value: Any, rng: random.Random) -> Any:
 def _value(rng: random.Random) -> tuple[int, Any]:
     what = rng.randrange(10)
     if what < 4:
-        return rng.choice((4, 4, 5, 10, 11)), rng.choice((0, 1, -1, 2, 3, 64, 512, 513, 2**31 - 1, 2**31, 2**32 - 1, 2**63, rng.randrange(200)))
+        return rng.choice((4, 4, 5, 10, 11)), rng.choice(
+            (0, 1, -1, 2, 3, 64, 512, 513, 2**31 - 1, 2**31, 2**32 - 1, 2**63, rng.randrange(200))
+        )
     if what == 4:
         return rng.choice((6, 12)), rng.choice((0.0, -1.0, 8.0, 1e30, float("nan"), float("inf")))
     if what == 5:
         return 7, rng.randrange(2)
     if what == 6:
-        return STRING, rng.choice(("", "x", "\x1b]0;title\x07", "[/red]", "[bold", "a" * 5000, "\ud800", "$x^$", '{"99999999-0":[1]}', "{{ x }"))
+        return STRING, rng.choice(
+            (
+                "",
+                "x",
+                "\x1b]0;title\x07",
+                "[/red]",
+                "[bold",
+                "a" * 5000,
+                "\ud800",
+                "$x^$",
+                '{"99999999-0":[1]}',
+                "{{ x }",
+            )
+        )
     if what == 7:
         depth = rng.choice((1, 2, 5000))
-        return _ARRAY, (_ARRAY, 1, b"".join(struct.pack("<IQ", _ARRAY, 1) for _ in range(depth)) + struct.pack("<IQI", 4, 1, 7))
+        return _ARRAY, (
+            _ARRAY,
+            1,
+            b"".join(struct.pack("<IQ", _ARRAY, 1) for _ in range(depth)) + struct.pack("<IQI", 4, 1, 7),
+        )
     item = rng.choice((0, 4, 5, 6, 7, 8, 10, 99))
-    items = [rng.choice((0, 1, 2, 7, 2**32 - 1)) if item != STRING else "ab" for _ in range(rng.choice((0, 1, 3, 4, 5000)))]
+    items = [
+        rng.choice((0, 1, 2, 7, 2**32 - 1)) if item != STRING else "ab" for _ in range(rng.choice((0, 1, 3, 4, 5000)))
+    ]
     claimed = len(items) if rng.random() < 0.7 else rng.choice((0, 1, 4097, 2**31, 2**40, 2**61, 2**64 - 1))
     return _ARRAY, (item, claimed, items)
 

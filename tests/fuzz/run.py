@@ -24,12 +24,21 @@ from fuzz.targets import TARGETS  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; default: all")
     parser.add_argument("--n", type=int, default=10_000, help="inputs of each")
     parser.add_argument("--seed", default="0", help="of the random numbers")
-    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "windowkv-fuzz", help="folder for inputs that are findings")
-    parser.add_argument("--no-loads", action="store_true", help="load no headers; for an install without -DWINDOWKV_TESTS=ON")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "windowkv-fuzz",
+        help="folder for inputs that are findings",
+    )
+    parser.add_argument(
+        "--no-loads", action="store_true", help="load no headers; for an install without -DWINDOWKV_TESTS=ON"
+    )
     args = parser.parse_args()
     if unknown := set(args.targets) - set(TARGETS):
         parser.error(f"got {', '.join(sorted(unknown))}, expected some of {', '.join(TARGETS)}")

@@ -52,7 +52,9 @@ class Target:
 
 
 def _harmless(text: str) -> None:
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]", text), f"control characters in the output: {text[:200]!r}"
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]", text), (
+        f"control characters in the output: {text[:200]!r}"
+    )
 
 
 #
@@ -91,7 +93,12 @@ def _make_heads(_: Any, rng: random.Random) -> bytes:
             value[rng.choice(("99999999-0", "3000000-3000000", "-1-0", "1-01", "0-0-0", "é-1", "511-1023"))] = [1]
     else:
         rows = [[round(rng.random(), 4) for _ in range(n_head)] for _ in range(n_layer)]
-        value = {"format": "windowkv-edge head scores", "version": 1, "about": _ABOUT, "scores": {"r": rows, "r2": rows}}
+        value = {
+            "format": "windowkv-edge head scores",
+            "version": 1,
+            "about": _ABOUT,
+            "scores": {"r": rows, "r2": rows},
+        }
     return _json_input(value, rng)
 
 
@@ -131,7 +138,11 @@ def _make_spec(_: Any, rng: random.Random) -> bytes:
     if rng.random() < 0.6:  # options that the policy has, and mostly values that it may take
         name = rng.choice(list(POLICIES))
         names = tuple(own.name for own in fields(POLICIES[name]) if own.init) or _OPTIONS  # type: ignore[arg-type]
-        values = _LITERALS if rng.random() < 0.3 else ("1", "7", "16", "0.5", "2.0", "True", "'mean'", "'layer'", "'r2'", "'paper'")
+        values = (
+            _LITERALS
+            if rng.random() < 0.3
+            else ("1", "7", "16", "0.5", "2.0", "True", "'mean'", "'layer'", "'r2'", "'paper'")
+        )
     options = [f"{rng.choice(names)}={rng.choice(values)}" for _ in range(rng.choice((0, 1, 1, 2, 3)))]
     text = f"{name}({', '.join(options)})" if options or rng.random() < 0.5 else name
     data = text.encode("utf-8", "surrogatepass")

@@ -91,7 +91,14 @@ def test_files_are_read_within_bounds(tmp_path: Path) -> None:
 # results files
 #
 
-HEADER = {"format": "windowkv-edge eval", "version": 1, "model": "m.gguf", "model_sha256": "0" * 64, "package": "1", "seed": 0}
+HEADER = {
+    "format": "windowkv-edge eval",
+    "version": 1,
+    "model": "m.gguf",
+    "model_sha256": "0" * 64,
+    "package": "1",
+    "seed": 0,
+}
 FULL = {"policy": "full", "budget": None, "cells": "f16", "kv_bytes": 100, "score": 1.0, "decode_ms": 2.0}
 KEPT = {"policy": "snapkv", "budget": 0.12, "cells": "f16", "kv_bytes": 12, "score": 0.5, "decode_ms": None}
 ROW = {"case": "a", "suite": "needle", "task": "number", "length": 1000, "depth": 0.5, "results": [FULL, KEPT]}
@@ -139,7 +146,11 @@ def test_results_are_read(tmp_path: Path) -> None:
         ({}, {"results": [FULL | {"score": 2}]}, "'score' is 2, expected a number of 0 to 1"),
         ({}, {"results": [FULL | {"kv_bytes": -1}]}, "'kv_bytes' is -1, expected a number"),
         ({}, {"results": [FULL | {"decode_ms": "fast"}]}, "'decode_ms' is 'fast'"),
-        ({}, {"results": [FULL, *(KEPT | {"policy": f"p{i}"} for i in range(70))]}, "71 policies with 1 budgets in needle"),
+        (
+            {},
+            {"results": [FULL, *(KEPT | {"policy": f"p{i}"} for i in range(70))]},
+            "71 policies with 1 budgets in needle",
+        ),
     ],
 )
 def test_broken_results_name_file_and_line(
@@ -149,7 +160,9 @@ def test_broken_results_name_file_and_line(
         load([written(tmp_path / "a.jsonl", HEADER | header, ROW | row)])
 
 
-@pytest.mark.parametrize("line", ["[" * 100_000, '{"case": "b", "x": NaN}', '{"case": "b", "case": "c"}', "[]", "7", r'{"case": "\ud800"}'])
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"case": "b", "x": NaN}', '{"case": "b", "case": "c"}', "[]", "7", r'{"case": "\ud800"}']
+)
 def test_broken_lines_stop_reports_and_runs(tmp_path: Path, line: str) -> None:
     path = written(tmp_path / "a.jsonl", HEADER, ROW, line)
     for use in (load, lambda paths: Records(paths[0], HEADER)):
@@ -199,15 +212,24 @@ TASK = {"dataset": "hotpotqa", "context": "Ana lives in Rome.", "input": "Where?
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (r'{"dataset": "hotpotqa", "context": "\ud800", "input": "i", "answers": ["a"]}', "not JSON .line 2: half of a character"),
+        (
+            r'{"dataset": "hotpotqa", "context": "\ud800", "input": "i", "answers": ["a"]}',
+            "not JSON .line 2: half of a character",
+        ),
         ('{"a":' * 100_000, "not JSON .line 2: it is nested too deeply"),
         (json.dumps(TASK | {"context": 7}), "'context' is missing or not a str"),
         (json.dumps(TASK | {"answers": "Rome"}), "'answers' is missing or not a list"),
         (json.dumps(TASK | {"answers": [["Rome"]]}), "'answers' is empty or not a list of strings"),
         (json.dumps(TASK | {"dataset": ["x"]}), "'dataset' is missing or not a str"),
         (json.dumps(TASK | {"dataset": "x" * 5000}), "dataset 'xxx"),
-        (json.dumps(TASK | {"dataset": "trec", "all_classes": "abc"}), "'all_classes' is missing or not a list of strings"),
-        (json.dumps(TASK | {"dataset": "trec", "all_classes": [1]}), "'all_classes' is missing or not a list of strings"),
+        (
+            json.dumps(TASK | {"dataset": "trec", "all_classes": "abc"}),
+            "'all_classes' is missing or not a list of strings",
+        ),
+        (
+            json.dumps(TASK | {"dataset": "trec", "all_classes": [1]}),
+            "'all_classes' is missing or not a list of strings",
+        ),
         ("null", "not a JSON object"),
     ],
 )
