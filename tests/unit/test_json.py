@@ -160,6 +160,13 @@ def test_broken_results_name_file_and_line(
         load([written(tmp_path / "a.jsonl", HEADER | header, ROW | row)])
 
 
+@pytest.mark.parametrize("key", [key for key in ROW if key != "case"])
+def test_rows_are_whole(tmp_path: Path, key: str) -> None:
+    row = {own: value for own, value in ROW.items() if own != key}
+    with pytest.raises(EvalError, match=rf"a\.jsonl: line 2: '{key}' is None"):
+        load([written(tmp_path / "a.jsonl", HEADER, row)])
+
+
 @pytest.mark.parametrize(
     "line", ["[" * 100_000, '{"case": "b", "x": NaN}', '{"case": "b", "case": "c"}', "[]", "7", r'{"case": "\ud800"}']
 )

@@ -186,7 +186,7 @@ def _row_fault(row: Mapping[str, Any]) -> str | None:
     for key in ("length", "n_follow") if row["suite"] == "fidelity" else ("length",):
         if not _is_number(row.get(key)):
             return f"{key!r} is {shown(row.get(key))}, expected a number"
-    if not (depth is None or _is_number(depth, 0, 1)):
+    if "depth" not in row or not (depth is None or _is_number(depth, 0, 1)):
         return f"'depth' is {shown(depth)}, expected a share of 0 to 1, or null"
     if not isinstance(results, list) or not results or not all(isinstance(r, dict) for r in results):
         return f"'results' is {shown(results)}, expected a list of objects"
