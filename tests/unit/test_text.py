@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -23,6 +24,7 @@ from windowkv_edge._text import for_markdown, for_markup, for_plot, for_terminal
 from windowkv_edge.bench.plot import plot
 from windowkv_edge.bench.run import Row
 from windowkv_edge.cli import app
+from windowkv_edge.cli.chat import Chat
 
 NAMES = (
     "a$x^$.gguf", "$\\frac{$", "_hidden", "[red]a[/red]", "[/]", "[bold", "a\\", "\\[red]", "\x1b[31mred", "\x1b]0;title\x07", "a\rb",
@@ -99,6 +101,21 @@ def test_info_shows_a_hostile_header(tmp_path: Path, arch: str, keys: dict[str, 
     if code == 0:
         as_json = CliRunner().invoke(app, ["info", str(path), "--json"])
         assert json.loads(as_json.stdout)["name"] == EVIL
+
+
+def test_a_reply_cannot_steer_the_terminal() -> None:
+    pieces = [" red \x1b[31m", "[bold]\n", "\x1b]0;title\x07", " end"]
+    chunks = [{"choices": [{"text": text, "finish_reason": None}]} for text in pieces]
+    stats = SimpleNamespace(bytes_live=1, bytes_full=1)
+    llm: Any = SimpleNamespace(
+        metadata={}, reset=lambda: None, n_tokens=9, kv_stats=lambda: stats, create_completion=lambda *a, **k: iter(chunks)
+    )
+    out = io.StringIO()
+    talk = Chat(llm, Console(file=out, width=200))
+    talk.say("hello")
+    assert not re.search(CONTROL, out.getvalue())
+    assert out.getvalue().startswith("red \\x1b[31m[bold]\n\\x1b]0;title\\x07 end")
+    assert talk.messages[-1]["content"] == "".join(pieces)  # the model sees what it said
 
 
 def test_a_picture_of_a_bench_shows_any_name(tmp_path: Path) -> None:
