@@ -548,6 +548,11 @@ def test_the_keys_that_the_table_names_decide(tmp_path: Path, arch: str, keys: d
     assert not support(info_of(tmp_path, arch, **keys))[0]
 
 
+def test_no_model_has_more_layers(upstream: Path) -> None:
+    text = (upstream / "vendor" / "llama.cpp" / "src" / "llama-hparams.h").read_text(encoding="utf-8")
+    assert re.search(rf"#define LLAMA_MAX_LAYERS +{gguf_info._MAX_LAYERS}\n", text)
+
+
 def test_the_upstream_sources_leave_these_no_choice(upstream: Path) -> None:
     models_cpp = upstream / "vendor" / "llama.cpp" / "src" / "models"
     for arch in gguf_info._ALWAYS_MLA:
