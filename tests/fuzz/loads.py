@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 
@@ -30,4 +31,6 @@ for line in sys.stdin:
         said = "refused" if not isinstance(error, (UnicodeError, IndexError, KeyError)) else f"raw {error!r}"
     except Exception as error:
         said = f"raw {error!r}"
+    llm = None
+    gc.collect()  # what dies in a destructor dies of this model
     print(said.replace("\n", " "), flush=True)

@@ -167,6 +167,15 @@ def test_rows_are_whole(tmp_path: Path, key: str) -> None:
         load([written(tmp_path / "a.jsonl", HEADER, row)])
 
 
+@pytest.mark.parametrize("key", [*FULL, *KL])
+@pytest.mark.parametrize("at", [0, 1])
+def test_results_of_a_row_are_whole(tmp_path: Path, key: str, at: int) -> None:
+    row = FAR if key in KL else ROW
+    results = [{own: value for own, value in r.items() if own != key or i != at} for i, r in enumerate(row["results"])]
+    with pytest.raises(EvalError, match=r"a\.jsonl: line 2: "):
+        load([written(tmp_path / "a.jsonl", HEADER, row | {"results": results})])
+
+
 @pytest.mark.parametrize(
     "line", ["[" * 100_000, '{"case": "b", "x": NaN}', '{"case": "b", "case": "c"}', "[]", "7", r'{"case": "\ud800"}']
 )

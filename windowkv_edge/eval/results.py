@@ -202,7 +202,7 @@ def _result_fault(result: Mapping[str, Any], suite: str) -> str | None:
             return f"{key!r} of a result is {shown(result.get(key))}, expected text"
     budget = result.get("budget")
     is_number = type(budget) is int and _is_number(budget, 1) or type(budget) is float and 0 < budget <= 1
-    if not (budget is None if result["policy"] == FULL else is_number):
+    if "budget" not in result or not (budget is None if result["policy"] == FULL else is_number):
         return f"'budget' of {shown(result['policy'])} is {shown(budget)}, expected a share, a number of cells, or null"
     if not _is_number(result.get("kv_bytes")):
         return f"'kv_bytes' is {shown(result.get('kv_bytes'))}, expected a number"
