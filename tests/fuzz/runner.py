@@ -71,7 +71,7 @@ def run(name: str, n: int, seed: str, out: Path, loads: bool = False) -> Report:
                     path = folder / f"load{TARGETS[name].suffix}"
                     path.write_bytes(make(name, base, seed, i))
                     ours = (auto if i % (2 * LOAD_EVERY) else headkv).load(path)
-                    report.outcomes[f"loaded: {ours}" if ours == "ok" else "loaded: refused"] += 1
+                    report.outcomes[f"load {ours.split()[0]}"] += 1
                     if ours.startswith("died") and not stock.load(path).startswith("died"):
                         keep(i, f"ours {ours}, stock does not")
                     elif ours.startswith("raw") and stock.load(path) != ours:
