@@ -147,20 +147,19 @@ class Header:
         self.tensors = data[first.offset : last.offset + sum(int(part.nbytes) for part in last.parts)]
         self.weights = data[reader.data_offset :]
 
-    def with_field(self, *field: Any) -> bytes:
-        """The whole file with one more key: its name, its type of GGUF, its value."""
-        head = struct.pack("<4sIQQ", b"GGUF", 3, self.n_tensors, len(self.fields) + 1) + b"".join(
-            map(_encode, [*self.fields, field])
-        )
+    def whole(self, fields: list[Field]) -> bytes:
+        """The file with these keys, and nothing else changed."""
+        head = struct.pack("<4sIQQ", b"GGUF", 3, self.n_tensors, len(fields)) + b"".join(map(_encode, fields))
         head += self.tensors
         return head + b"\0" * (-len(head) % 32) + self.weights
 
     def mutated(self, rng: random.Random) -> bytes:
         fields = list(self.fields)
-        if rng.random() < 0.3:  # a model that may still load
+        if rng.random() < 0.5:  # a model that may still load
             at = rng.randrange(len(fields))
             fields[at] = (fields[at][0], fields[at][1], _near(fields[at][2], rng))
-            return self._file(fields, [self.n_tensors, len(fields)], rng)
+            new = (f"llama.{rng.choice(_KEYS)}", 4, rng.choice((0, 1, 2, 32, 64, 2**31, 2**32 - 1)))
+            return self.whole([*fields, new] if rng.random() < 0.3 and new[0] not in (key for key, _, _ in fields) else fields)
         if rng.random() < 0.4:
             fields = self._renamed(fields, rng.choice(_ARCHS))
         arch = next(value for key, _, value in fields if key == "general.architecture")

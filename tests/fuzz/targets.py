@@ -29,7 +29,7 @@ from windowkv_edge.eval.tasks import tasks_cases
 from windowkv_edge.gguf_info import cost_table, read_info, support
 from windowkv_edge.heads import METADATA_KEY, ModelHeads
 
-from .mutate import Header, damage, dump, restructure
+from .mutate import STRING, Header, damage, dump, restructure
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,10 @@ def _use_results(path: Path) -> None:
 
 
 def _header(folder: Path) -> Header:
-    return Header(tiny_model.write_llama(folder / "base.gguf", n_layer=2))
+    base = Header(tiny_model.write_llama(folder / "base.gguf", n_layer=2))
+    scores = HeadScores({"r": np.ones((2, 4)), "r2": np.ones((2, 4))})
+    base.fields.append((METADATA_KEY, STRING, scores.dumps()))
+    return base
 
 
 def _nothing(_: Path) -> None:

@@ -29,7 +29,7 @@ def test_three_hundred_inputs(name: str, tmp_path: Path, native_tests: Path) -> 
     assert report.findings == []
     assert report.outcomes["used"] > 20 and report.outcomes["refused"] > 60  # valid ones and broken ones were among them
     if name == "headers":
-        assert report.outcomes["load ok"] >= 1 and report.outcomes["load refused"] > 10
+        assert report.outcomes["load ok"] >= 4 and report.outcomes["load refused"] > 10
 
 
 def _raw(path: Path) -> None:
@@ -85,7 +85,8 @@ def test_a_load_that_dies_is_told_from_one_that_is_refused(tiny: Path, tmp_path:
 )
 def test_a_chat_template_that_fails(template: str, message: str, tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "templated.gguf"
-    path.write_bytes(Header(tiny).with_field("tokenizer.chat_template", STRING, template))
+    base = Header(tiny)
+    path.write_bytes(base.whole([*base.fields, ("tokenizer.chat_template", STRING, template)]))
     chat = CliRunner().invoke(app, ["chat", str(path), "--ctx", "512", "--policy", "snapkv"], input="hello\n/quit\n")
     assert re.search(message, " ".join(chat.output.split())), chat.output
     demo = CliRunner().invoke(app, ["demo", "--model", str(path), "--chat"])
