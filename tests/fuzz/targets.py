@@ -69,9 +69,10 @@ def _use_header(path: Path) -> None:
         rows = cost_table(info, [1000], [0.1], ["snapkv"])
     except UnsupportedModelError:
         rows = []
-    out = StringIO()
-    Console(file=out, width=200).print(_model_table(info, supported, reason, bool(rows)))
-    _harmless(out.getvalue())
+    if path.stat().st_size % 8 == 0:  # a table takes as long as all of the rest
+        out = StringIO()
+        Console(file=out, width=200).print(_model_table(info, supported, reason, bool(rows)))
+        _harmless(out.getvalue())
     text = dumps(asdict(info) | {"path": str(path), "costs": [asdict(row) for row in rows]})
     json.loads(text, parse_constant=lambda name: (_ for _ in ()).throw(AssertionError(name)))
     if supported:
