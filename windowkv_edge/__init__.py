@@ -17,6 +17,7 @@ from . import _native  # noqa: E402
 _native.check_stamp()
 
 from .errors import (  # noqa: E402
+    FormatError,
     HeadScoresError,
     LibraryMismatchError,
     MissingProfileError,
@@ -33,6 +34,7 @@ from .policies import *  # noqa: E402, F403 (what its __all__ lists: a new polic
 from .stats import KVStats  # noqa: E402
 
 __all__ = [
+    "FormatError",
     "HeadScores",
     "HeadScoresError",
     "KVStats",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "FormatError",
     "HeadScoresError",
     "LibraryMismatchError",
     "MissingProfileError",
@@ -37,7 +38,11 @@ class MissingProfileError(WindowKVError, LookupError):
     """The policy needs head scores and the model has none."""
 
 
-class HeadScoresError(WindowKVError, ValueError):
+class FormatError(WindowKVError, ValueError):
+    """A file or a text from outside does not hold what was expected."""
+
+
+class HeadScoresError(FormatError):
     """A text that should hold head scores holds none that can be used."""
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import struct
 import sys
@@ -25,8 +26,9 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, LlamaFileType
 
 from windowkv_edge._files import regular_size
+from windowkv_edge._json import shown
 from windowkv_edge.budget import TYPES, bits, n_cells
-from windowkv_edge.errors import UnsupportedModelError, WindowKVError
+from windowkv_edge.errors import FormatError, UnsupportedModelError, WindowKVError
 
 __all__ = [
     "PLAIN_ARCHITECTURES",
@@ -140,10 +142,22 @@ class CostRow:
     ratio: float  # n_bytes over stock's at the same length
 
 
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of the pinned llama.cpp
+
+
 class _HeaderReader(GGUFReader):
-    """GGUFReader that steps over long arrays and tensors: 0.05 s instead of 6 s for a vocabulary of 49,152."""
+    """GGUFReader that refuses what the file does not hold, and steps over long arrays and tensors: 0.05 s instead of
+    6 s for a vocabulary of 49,152."""
 
     _LONG = 4096  # no per-layer array is longer; vocabularies are
+
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> npt.NDArray[Any]:
+        self._holds(offset + int(count) * np.dtype(dtype).itemsize)  # a slice would be cut without a word
+        return super()._get(offset, dtype, count, override_order)
+
+    def _holds(self, end: int) -> None:
+        if end > len(self.data):
+            raise ValueError(f"its header goes on to byte {end:,} of {len(self.data):,}")
 
     def _get_field_parts(
         self, orig_offs: int, raw_type: int
@@ -152,18 +166,27 @@ class _HeaderReader(GGUFReader):
             return super()._get_field_parts(orig_offs, raw_type)
         item = GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
         count = int(self._get(orig_offs + 4, np.uint64)[0])
+        if item == GGUFValueType.ARRAY:  # llama.cpp has none either; thousands inside each other would end the stack
+            raise ValueError("an array of arrays")
+        is_text, end = item == GGUFValueType.STRING, orig_offs + 12
+        self._holds(end + count * (8 if is_text else np.dtype(self.gguf_scalar_to_np[item]).itemsize))
         if count <= self._LONG:
             return super()._get_field_parts(orig_offs, raw_type)
-        end = orig_offs + 12
-        if item == GGUFValueType.STRING:
+        if is_text:
             swapped = ">" if sys.byteorder == "little" else "<"
             length = struct.Struct("=Q" if self.byte_order == "I" else swapped + "Q")
             view = self.data.data
             for _ in range(count):
+                self._holds(end + 8)
                 end += 8 + length.unpack_from(view, end)[0]
+            self._holds(end)
         else:
             end += count * np.dtype(self.gguf_scalar_to_np[item]).itemsize
         return end - orig_offs, [], [], [GGUFValueType.ARRAY, item]
+
+    def _build_fields(self, offs: int, count: int) -> int:
+        self._holds(offs + int(count) * 13)  # a key's length, its type, a value of a byte
+        return super()._build_fields(offs, int(count))
 
     def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[Any]]:
         return offs, []
@@ -176,7 +199,8 @@ def read_info(path: str | Path) -> GGUFInfo:
     """Read the header of the GGUF file at ``path``; the weights are not touched.
 
     Raises:
-        WindowKVError: there is no such file, or it is not a complete GGUF header.
+        WindowKVError: the file cannot be opened.
+        FormatError: it is not a complete GGUF header, or its numbers are impossible.
     """
     path = Path(path)
     try:
@@ -186,47 +210,83 @@ def read_info(path: str | Path) -> GGUFInfo:
         return _info(path, size, set(fields), values)
     except OSError as err:
         raise WindowKVError(f"cannot read {path}: {err.strerror or err}; give the path of a GGUF file") from err
+    except FormatError:
+        raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as err:
-        raise WindowKVError(
-            f"{path} is not a readable GGUF file: got {type(err).__name__}: {err}; expected a GGUF version 2 or 3 "
-            "header; download the file again, or give another one"
+        raise FormatError(
+            f"{path} is not a readable GGUF file: got {type(err).__name__}: {str(err)[:400]}; expected a GGUF version "
+            "2 or 3 header; download the file again, or give another one"
         ) from err
 
 
+@dataclass(frozen=True)
+class _Keys:
+    """The values of a header by the name behind the architecture's, checked for their type as llama.cpp does."""
+
+    arch: str
+    values: Mapping[str, Any]
+
+    def get(self, key: str, default: Any = 0) -> Any:
+        return self.values.get(f"{self.arch}.{key}", default)
+
+    def number(self, key: str, default: int = 0) -> int:
+        return self.count(key, self.get(key, default))
+
+    def count(self, key: str, value: Any) -> int:
+        """A count: not negative, and 32 bits wide as llama.cpp's."""
+        if not isinstance(value, int) or not 0 <= value < 2**32:
+            raise ValueError(f"{key} is {shown(value)}, expected a number from 0 to 2^32 - 1")
+        return int(value)
+
+    def real(self, key: str) -> float:
+        value = self.get(key, 0.0)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{key} is {shown(value)}, expected a finite number")
+        return float(value)
+
+    def counts(self, key: str, value: Any, n: int) -> tuple[int, ...]:
+        """A count for each of n layers, from an array or one number for all."""
+        row = value if isinstance(value, list) else [value] * n
+        if len(row) < n:
+            raise ValueError(f"{key} has {len(row)} entries for {n} layers")
+        return tuple(self.count(key, item) for item in row[:n])
+
+
+def _text(values: Mapping[str, Any], key: str, default: str | None = None) -> str:
+    value = values[key] if default is None else values.get(key, default)
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is {shown(value)}, expected text")
+    return value
+
+
 def _info(path: Path, size: int, keys: set[str], values: dict[str, Any]) -> GGUFInfo:
-    arch = str(values["general.architecture"])
-
-    def get(key: str, default: Any = 0) -> Any:
-        return values.get(f"{arch}.{key}", default)
-
+    arch = _text(values, "general.architecture")
+    of = _Keys(arch, values)
     # nanbeige runs its layers num_loops times, each time with cells of its own.
-    loops = max(1, int(get("num_loops", 1))) if arch == "nanbeige" else 1
-    n_block = max(0, int(get("block_count")))
-    n_layer = max(0, n_block - int(get("nextn_predict_layers")))
-    if n_block > _HeaderReader._LONG:
-        raise ValueError(f"block_count is {n_block}")
+    loops = max(1, of.number("num_loops", 1)) if arch == "nanbeige" else 1
+    n_block = of.number("block_count")
+    n_layer = max(0, n_block - of.number("nextn_predict_layers"))
+    if n_block > _MAX_LAYERS or n_layer * loops > _MAX_LAYERS:
+        looped = f" and num_loops {loops}" if loops > 1 else ""
+        raise ValueError(f"block_count is {n_block}{looped}, llama.cpp has at most {_MAX_LAYERS} layers")
 
-    def per_layer(value: Any) -> tuple[int, ...]:
-        row = [int(v) for v in value] if isinstance(value, list) else [int(value)] * n_block
-        if len(row) < n_layer:
-            raise ValueError(f"a per-layer array has {len(row)} entries for {n_layer} layers")
-        return tuple(row[:n_layer] * loops)
-
-    n_head = per_layer(get("attention.head_count"))
-    n_embd = int(get("embedding_length"))
+    n_head = of.counts("attention.head_count", of.get("attention.head_count"), n_layer) * loops
+    given_kv = of.get("attention.head_count_kv", of.get("attention.head_count"))
+    n_head_kv = of.counts("attention.head_count_kv", given_kv, n_layer) * loops
+    n_embd = of.number("embedding_length")
     head_dim = n_embd // n_head[0] if n_head and n_head[0] else 0
-    dim_k, dim_v = (int(get(f"attention.{name}_length", head_dim)) for name in ("key", "value"))
-    n_head_kv = per_layer(get("attention.head_count_kv", get("attention.head_count")))
-    recurrent_layers = _recurrent(arch, n_head_kv, get)
-    window, window_layers = _window(arch, n_layer * loops, get)
+    dim_k, dim_v = (of.number(f"attention.{name}_length", head_dim) for name in ("key", "value"))
+    recurrent_layers = _recurrent(of, n_head_kv)
+    window, window_layers = _window(of, n_layer * loops)
     if window and arch in _WINDOW_HYBRIDS:  # all of the others
         window_layers = tuple(not recurrent for recurrent in recurrent_layers)
     fixed_alibi = 0.0 if arch == "baichuan" and n_layer != 40 else _ALIBI_FIXED.get(arch, 0.0)
-    sections = get("rope.dimension_sections", [])
+    sections = of.get("rope.dimension_sections", [])
+    sections = sections if isinstance(sections, list) else [sections]
     return GGUFInfo(
         path=path,
         architecture=arch,
-        name=str(values.get("general.name", path.stem)),
+        name=_text(values, "general.name", path.stem),
         file_size=size,
         file_type=_file_type_name(values.get("general.file_type")),
         n_layer=n_layer * loops,
@@ -235,63 +295,62 @@ def _info(path: Path, size: int, keys: set[str], values: dict[str, Any]) -> GGUF
         n_head_kv=n_head_kv,
         head_dim_k=dim_k,
         head_dim_v=dim_v,
-        head_dims_window=(int(get("attention.key_length_swa", dim_k)), int(get("attention.value_length_swa", dim_v))),
-        n_ctx_train=int(get("context_length")),
+        head_dims_window=(of.number("attention.key_length_swa", dim_k), of.number("attention.value_length_swa", dim_v)),
+        n_ctx_train=of.number("context_length"),
         sliding_window=window,
         window_layers=window_layers,
         recurrent_layers=recurrent_layers,
         has_chat_template="tokenizer.chat_template" in keys,
-        causal=bool(get("attention.causal", True)),
-        mla=get("attention.key_length_mla") > 0 and get("attention.value_length_mla") > 0,
-        kv_lora_rank=int(get("attention.kv_lora_rank")),
+        causal=bool(of.get("attention.causal", True)),
+        mla=of.number("attention.key_length_mla") > 0 and of.number("attention.value_length_mla") > 0,
+        kv_lora_rank=of.number("attention.kv_lora_rank"),
         recurrent_keys=tuple(sorted(k for k in keys if k.startswith(tuple(f"{arch}.{r}" for r in _RECURRENT_KEYS)))),
-        max_alibi_bias=float(get("attention.max_alibi_bias")) if arch in _ALIBI_BY_KEY else fixed_alibi,
-        attn_logit_softcap=float(get("attn_logit_softcapping", 0.0)),
-        rope_sections=tuple(int(s) for s in (sections if isinstance(sections, list) else [sections])),
-        shared_kv_layers=max(0, n_layer - 20) if arch == "gemma3n" else int(get("attention.shared_kv_layers")),
+        max_alibi_bias=of.real("attention.max_alibi_bias") if arch in _ALIBI_BY_KEY else fixed_alibi,
+        attn_logit_softcap=of.real("attn_logit_softcapping"),
+        rope_sections=tuple(of.count("rope.dimension_sections", s) for s in sections[:4]),
+        shared_kv_layers=max(0, n_layer - 20) if arch == "gemma3n" else of.number("attention.shared_kv_layers"),
     )
 
 
 def _file_type_name(value: Any) -> str:
     try:
         return LlamaFileType(int(value)).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    except (TypeError, ValueError):
-        return "unknown" if value is None else f"type {value}"
+    except (TypeError, ValueError, OverflowError):
+        return "unknown" if value is None else f"type {shown(value)}"
 
 
-def _recurrent(arch: str, n_head_kv: tuple[int, ...], get: Any) -> tuple[bool, ...]:
+def _recurrent(of: _Keys, n_head_kv: tuple[int, ...]) -> tuple[bool, ...]:
     """The layers that keep a recurrent state instead of KV cells, as the pinned llama.cpp applies them."""
-    if _GROUP_OF.get(arch) != "hybrid":
+    if _GROUP_OF.get(of.arch) != "hybrid":
         return (False,) * len(n_head_kv)
-    if arch not in _ATTENTION_INTERVAL:
+    if of.arch not in _ATTENTION_INTERVAL:
         return tuple(n == 0 for n in n_head_kv)
-    marks = get("attention.recurrent_layers", None)
+    marks = of.get("attention.recurrent_layers", None)
     if marks is not None:
-        row = marks if isinstance(marks, list) else [marks] * len(n_head_kv)
-        return tuple(bool(mark) for mark in row[: len(n_head_kv)])
-    interval = max(1, int(get("full_attention_interval", _ATTENTION_INTERVAL[arch])))
+        return tuple(map(bool, of.counts("attention.recurrent_layers", marks, len(n_head_kv))))
+    interval = max(1, of.number("full_attention_interval", _ATTENTION_INTERVAL[of.arch]))
     return tuple((il + 1) % interval != 0 for il in range(len(n_head_kv)))
 
 
-def _window(arch: str, n_layer: int, get: Any) -> tuple[int, tuple[bool, ...]]:
+def _window(of: _Keys, n_layer: int) -> tuple[int, tuple[bool, ...]]:
     """Window in positions and the layers it holds for, as the pinned llama.cpp applies them."""
-    key = get("attention.sliding_window", None)
+    arch, key = of.arch, "attention.sliding_window"
     window = 0
     if _GROUP_OF.get(arch) == "window":
-        window = int(_WINDOW_DEFAULT.get(arch, 0) if key is None else key)
+        window = of.number(key, _WINDOW_DEFAULT.get(arch, 0))
     elif arch == "exaone4":
-        window = int(_WINDOW_DEFAULT[arch] if key is None else key) if n_layer == 64 else 0
+        window = of.number(key, _WINDOW_DEFAULT[arch]) if n_layer == 64 else 0
     elif arch == "llama4":
-        window = 0 if key == 0 else _WINDOW_FORCED[arch]
-    elif (_GROUP_OF.get(arch) == "window-by-key" or arch in _WINDOW_HYBRIDS) and key:
-        window = _WINDOW_FORCED.get(arch, int(key))
+        window = 0 if of.get(key, None) == 0 else _WINDOW_FORCED[arch]
+    elif (_GROUP_OF.get(arch) == "window-by-key" or arch in _WINDOW_HYBRIDS) and of.number(key):
+        window = _WINDOW_FORCED.get(arch, of.number(key))
     if not window:
         return 0, (False,) * n_layer
     period, dense_first = _UPSTREAM["window_pattern"].get(arch, [1, False])
-    pattern = get("attention.sliding_window_pattern", period)
+    pattern = of.get("attention.sliding_window_pattern", period)
     if isinstance(pattern, list):
         return window, tuple(bool(p) for p in [*pattern, *[0] * n_layer][:n_layer])
-    period = int(pattern)
+    period = of.count("attention.sliding_window_pattern", pattern)
     full = 0 if dense_first else period - 1
     return window, tuple(period == 0 or il % period != full for il in range(n_layer))
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from . import _json
+from ._json import shown
 from .errors import HeadScoresError
 
 __all__ = ["FORMAT", "KINDS", "MAX_SCORE", "VERSION", "parse", "read"]
@@ -20,9 +20,6 @@ KINDS = ("r", "r2")
 
 FORMAT = "windowkv-edge head scores"
 VERSION = 1
-
-MAX_BYTES = 64 << 20
-"""Of a file. The authors' largest one, 1,024 heads with a score for every example, takes a tenth of it."""
 
 MAX_LAYERS, MAX_HEADS = 512, 1024
 """llama.cpp holds models of up to 512 layers (LLAMA_MAX_LAYERS); 128 query heads are the most in use."""
@@ -40,16 +37,10 @@ def read(path: str | os.PathLike[str]) -> str:
         OSError: it cannot be read.
         HeadScoresError: it is no file, too large, or not UTF-8.
     """
-    file = Path(path)
-    size = file.stat().st_size
-    if not file.is_file():
-        raise HeadScoresError(f"{file}: not a file, expected one with head scores")
-    if size > MAX_BYTES:
-        raise HeadScoresError(f"{file}: {size:,} bytes, expected head scores of at most {MAX_BYTES:,}")
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return _json.read_bytes(path, _json.MAX_BYTES, HeadScoresError).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise HeadScoresError(f"{file}: not a file of head scores: {error}") from None
+        raise HeadScoresError(f"{os.fspath(path)}: not a file of head scores: {error}") from None
 
 
 def parse(text: str, source: str) -> tuple[dict[str, Array], Mapping[str, Any]]:
@@ -63,14 +54,7 @@ def parse(text: str, source: str) -> tuple[dict[str, Array], Mapping[str, Any]]:
     Raises:
         HeadScoresError: the text is neither.
     """
-    if len(text) > MAX_BYTES:
-        raise HeadScoresError(f"{source}: {len(text):,} characters, expected head scores of at most {MAX_BYTES:,}")
-    try:
-        data = json.loads(text)
-    except RecursionError:
-        raise HeadScoresError(f"{source}: not a file of head scores: it is nested too deeply") from None
-    except ValueError as error:  # also numbers of more than 4,300 digits
-        raise HeadScoresError(f"{source}: not a file of head scores: {error}") from None
+    data = _json.loads(text, f"{source}: not a file of head scores", HeadScoresError)
     if not isinstance(data, dict):
         raise HeadScoresError(f"{source}: not a file of head scores: expected a JSON object, got {type(data).__name__}")
     if data.get("format") != FORMAT:
@@ -78,22 +62,13 @@ def parse(text: str, source: str) -> tuple[dict[str, Array], Mapping[str, Any]]:
 
     version, scores, about = data.get("version"), data.get("scores"), data.get("about", {})
     if type(version) is not int or version != VERSION:
-        raise HeadScoresError(f"{source}: version {_short(version)} of the format, expected {VERSION}")
+        raise HeadScoresError(f"{source}: version {shown(version)} of the format, expected {VERSION}")
     if not isinstance(scores, dict) or not isinstance(about, dict):
         raise HeadScoresError(f"{source}: expected 'scores' by kind and 'about' as JSON objects")
     if not scores or not set(scores) <= set(KINDS):
-        kinds = ", ".join(map(_short, sorted(scores)[:4]))
+        kinds = ", ".join(map(shown, sorted(scores)[:4]))
         raise HeadScoresError(f"{source}: kinds of scores are {kinds or 'none'}, expected 'r', 'r2' or both")
-    return {kind: _parse_rows(rows, f"{source}, scores of kind {_short(kind)}") for kind, rows in scores.items()}, about
-
-
-def _short(value: object) -> str:
-    """For messages; what holds other values is named by its type."""
-    if isinstance(value, (str, float, bool, type(None))):
-        return repr(value[:40] if isinstance(value, str) else value)
-    if isinstance(value, int) and abs(value) < 10**20:
-        return str(value)
-    return f"({type(value).__name__})"
+    return {kind: _parse_rows(rows, f"{source}, scores of kind {shown(kind)}") for kind, rows in scores.items()}, about
 
 
 def _parse_rows(rows: object, what: str) -> Array:
@@ -112,7 +87,7 @@ def _parse_authors(data: dict[str, Any], source: str) -> Array:
     at = {(int(match[1]), int(match[2])): key for key, match in keys.items() if match}
     if not at or len(at) != len(data):
         odd = next((key for key, match in keys.items() if not match), None)
-        got = "no key" if not keys else "the same head twice" if odd is None else f"the key {_short(odd)}"
+        got = "no key" if not keys else "the same head twice" if odd is None else f"the key {shown(odd)}"
         raise HeadScoresError(
             f"{source}: not a file of head scores: got {got}, expected keys such as '0-0' (layer-head) with lists of "
             f'scores, or "format": "{FORMAT}"'
@@ -144,7 +119,5 @@ def _numbers(values: list[Any], what: str) -> Array:
     """float64 [n] of numbers from 0 to 1e100."""
     for value in values:
         if type(value) not in (int, float) or not 0 <= value <= MAX_SCORE:
-            raise HeadScoresError(
-                f"{what}: scores are negative or not numbers, or above {MAX_SCORE:g}: {_short(value)}"
-            )
+            raise HeadScoresError(f"{what}: scores are negative or not numbers, or above {MAX_SCORE:g}: {shown(value)}")
     return np.array(values, dtype=np.float64)

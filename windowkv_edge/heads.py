@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from . import head_files
+from . import _json, head_files
 from ._files import write_text
 from .errors import HeadScoresError, MissingProfileError
 from .head_files import FORMAT, KINDS, MAX_SCORE, VERSION
@@ -124,7 +123,7 @@ class HeadScores:
         """The JSON text of a file, also the value of the GGUF metadata key."""
         # six digits are more than the measurement has
         scores = {kind: [[float(f"{x:.6g}") for x in row] for row in rows] for kind, rows in self.scores.items()}
-        return json.dumps({"format": FORMAT, "version": VERSION, "about": dict(self.about), "scores": scores})
+        return _json.dumps({"format": FORMAT, "version": VERSION, "about": dict(self.about), "scores": scores})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file; an interrupted write leaves what was there.
@@ -182,6 +181,8 @@ class ModelHeads:
         if isinstance(given, HeadScores):
             return given
         if given is not None:
+            if not isinstance(given, (str, os.PathLike)):  # an int would be read as a file descriptor
+                raise ValueError(f"importance is {given!r}, expected HeadScores or the path of a file of them")
             return HeadScores.load(given)
         if METADATA_KEY in self.metadata:
             return HeadScores.parse(self.metadata[METADATA_KEY], f"{self.path}, metadata {METADATA_KEY}")

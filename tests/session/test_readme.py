@@ -37,6 +37,7 @@ REDUCED = {
     "windowkv-edge eval needle": "--lengths 600 --depths 0.5 --kinds number",
     "windowkv-edge bench smollm2": "--lengths 300 --rounds 1 --fill --references 2",
     "python -m tests.gpu.check --table": "",
+    "python -m tests.fuzz.run": "--n 5 --no-loads",
 }
 OPTIONS_ONLY = (
     "windowkv-edge demo",  # tests/session/test_cli.py runs it

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import gguf
 import pytest
 
 from windowkv_edge import gguf_info, models
-from windowkv_edge.errors import UnsupportedModelError, WindowKVError
+from windowkv_edge.errors import FormatError, UnsupportedModelError, WindowKVError
 from windowkv_edge.gguf_info import GGUFInfo, architecture_table, cost_table, read_info, support
 
 BASE: dict[str, Any] = {
@@ -45,7 +47,7 @@ def write(folder: Path, arch: str, general: dict[str, Any] | None = None, **keys
         elif isinstance(value, float):
             writer.add_float32(key, value)
         elif value is not None:
-            writer.add_uint32(key, value)
+            (writer.add_int32 if value < 0 else writer.add_uint32)(key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -138,12 +140,89 @@ def test_every_truncated_header_is_refused(tmp_path: Path) -> None:
             read_info(path)
 
 
+HUGE = 2**32 - 1
+
+
 @pytest.mark.parametrize(
-    "keys", [{"block_count": 1 << 30}, {"attention__head_count_kv": [2, 2]}, {"block_count": "four"}]
+    ("arch", "keys", "message"),
+    [
+        ("llama", {"block_count": 1 << 30}, "block_count is 1073741824, llama.cpp has at most 512 layers"),
+        ("llama", {"block_count": HUGE}, "at most 512 layers"),
+        ("llama", {"block_count": "four"}, "block_count is 'four', expected a number"),
+        ("llama", {"block_count": -4}, "block_count is -4, expected a number from 0"),
+        ("nanbeige", {"num_loops": HUGE}, "num_loops 4294967295, llama.cpp has at most 512 layers"),
+        ("nanbeige", {"num_loops": 129}, "at most 512 layers"),
+        ("glm4moe", {"nextn_predict_layers": -1}, "nextn_predict_layers is -1"),
+        ("llama", {"attention__head_count_kv": [2, 2]}, "head_count_kv has 2 entries for 4 layers"),
+        ("llama", {"attention__head_count_kv": -1}, "head_count_kv is -1, expected a number from 0"),
+        ("llama", {"attention__head_count_kv": [2, 2, -1, 2]}, "head_count_kv is -1"),
+        ("llama", {"attention__head_count": ["4"] * 4}, "head_count is '4'"),
+        ("llama", {"attention__key_length": -16}, "key_length is -16"),
+        ("llama", {"context_length": "long"}, "context_length is 'long'"),
+        ("gemma3", {"attention__sliding_window": -512}, "sliding_window is -512"),
+        ("gemma3", {"attention__sliding_window": 512, "attention__sliding_window_pattern": -6}, "pattern is -6"),
+        ("qwen3next", {"full_attention_interval": -2}, "full_attention_interval is -2"),
+        ("minimax-01", {"attention__recurrent_layers": [True]}, "recurrent_layers has 1 entries for 4 layers"),
+        ("glm4", {"rope__dimension_sections": [8, -1, 0, 0]}, "dimension_sections is -1"),
+        ("llama", {"attn_logit_softcapping": float("nan")}, "attn_logit_softcapping is nan, expected a finite"),
+        ("mpt", {"attention__max_alibi_bias": float("inf")}, "max_alibi_bias is inf"),
+    ],
 )
-def test_nonsense_in_the_header_is_refused(tmp_path: Path, keys: dict[str, Any]) -> None:
-    with pytest.raises(WindowKVError, match="not a readable GGUF file"):
-        info_of(tmp_path, "llama", **keys)
+def test_nonsense_in_the_header_is_refused(tmp_path: Path, arch: str, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=f"not a readable GGUF file: got ValueError: .*{message}"):
+        info_of(tmp_path, arch, **keys)
+
+
+def test_numbers_that_llama_cpp_takes_cost_nothing_to_read(tmp_path: Path) -> None:
+    """Counts of heads and positions of 2^32 - 1 are only multiplied."""
+    keys = {f"attention__{name}": HUGE for name in ("head_count", "head_count_kv", "key_length", "value_length")}
+    info = info_of(tmp_path, "llama", block_count=512, context_length=HUGE, embedding_length=HUGE, **keys)
+    assert info.bytes_per_position == 512 * HUGE * 2 * HUGE * 2
+    assert not support(info)[0]  # odd sizes
+
+
+def raw(path: Path, kind: int, payload: bytes, n_kv: int = 1) -> Path:
+    """A header with one key; what it claims is up to the caller."""
+    path.write_bytes(struct.pack("<4sIQQQ3sI", b"GGUF", 3, 0, n_kv, 3, b"key", kind) + payload)
+    return path
+
+
+ARRAY, TEXT, UINT32 = 9, 8, 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "n_kv", "message"),
+    [
+        (ARRAY, struct.pack("<IQ", ARRAY, 1) * 5000 + struct.pack("<IQI", UINT32, 1, 7), 1, "an array of arrays"),
+        (ARRAY, struct.pack("<IQ", UINT32, 2**64 - 1), 1, "goes on to byte"),
+        (ARRAY, struct.pack("<IQ", UINT32, 2**62) + b"abcd" * 9, 1, "goes on to byte"),
+        (ARRAY, struct.pack("<IQ", TEXT, 2**61) + b"abcd" * 9, 1, "goes on to byte"),
+        (ARRAY, struct.pack("<IQ", TEXT, 5000) + struct.pack("<Q", 2**63) * 5000, 1, "goes on to byte"),
+        (ARRAY, struct.pack("<IQ", 99, 1), 1, "99 is not a valid GGUFValueType"),
+        (TEXT, struct.pack("<Q", 2**64 - 1) + b"text", 1, "goes on to byte"),
+        (TEXT, struct.pack("<Q", 5) + b"text", 1, "goes on to byte"),
+        (UINT32, struct.pack("<I", 7), 2**64 - 1, "goes on to byte"),
+        (UINT32, struct.pack("<I", 7), 2**32, "goes on to byte"),
+    ],
+)
+def test_what_a_header_promises_has_to_be_there(
+    tmp_path: Path, kind: int, payload: bytes, n_kv: int, message: str
+) -> None:
+    tracemalloc.start()
+    try:
+        start = time.perf_counter()
+        with pytest.raises(FormatError, match=message):
+            read_info(raw(tmp_path / "a.gguf", kind, payload, n_kv))
+        assert time.perf_counter() - start < 5
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(FormatError, match=r"pipe\.gguf is not a file; give the path"):
+        read_info(tmp_path / "pipe.gguf")
 
 
 def test_a_missing_file_and_a_folder_are_reported(tmp_path: Path) -> None:
@@ -467,6 +546,11 @@ def test_the_keys_that_the_table_names_decide(tmp_path: Path, arch: str, keys: d
     assert dict(verdicts(architecture_table()))[arch] == "its keys decide"
     assert support(info_of(tmp_path, arch))[0]
     assert not support(info_of(tmp_path, arch, **keys))[0]
+
+
+def test_no_model_has_more_layers(upstream: Path) -> None:
+    text = (upstream / "vendor" / "llama.cpp" / "src" / "llama-hparams.h").read_text(encoding="utf-8")
+    assert re.search(rf"#define LLAMA_MAX_LAYERS +{gguf_info._MAX_LAYERS}\n", text)
 
 
 def test_the_upstream_sources_leave_these_no_choice(upstream: Path) -> None:

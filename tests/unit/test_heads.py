@@ -136,6 +136,10 @@ HOSTILE = {
     "many-layers": OURS % ('{"r": [%s[1]]}' % ("[1]," * 600)),
     "many-heads": OURS % ('{"r": [[%s1]]}' % ("1," * 2000)),
     "many-kinds": OURS % ("{%s}" % ",".join(f'"{i}": [[1]]' for i in range(5000))),
+    "a-kind-twice": OURS % '{"r": [[1]], "r": [[2]]}',
+    "half-a-character": OURS % r'{"r": [[1]]}, "about": {"model": "\ud800"}',
+    "an-endless-note": OURS % '{"r": [[1]]}, "about": {"model": %s}' % HUGE,
+    "a-deep-note": OURS % ('{"r": [[1]]}, "about": {"a": %s%s}' % ("[" * 100, "]" * 100)),
     "cut": '{"0-0": [1',
     "a-number": "7",
     "nothing": "",
@@ -167,8 +171,8 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
         HeadScores.load(path)
     path.write_text('{"0-0": [1]}', encoding="utf-8-sig")
     assert HeadScores.load(path).shape == (1, 1)
-    path.write_bytes(b" " * (65 << 20))
-    with pytest.raises(HeadScoresError, match="a.json: 68,157,440 bytes, expected head scores of at most 67,108,864"):
+    path.write_bytes(b" " * (17 << 20))
+    with pytest.raises(HeadScoresError, match="a.json: 17,825,792 bytes, expected at most 16,777,216"):
         HeadScores.load(path)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -176,6 +180,13 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
         HeadScores.load(pipe)
     with pytest.raises(FileNotFoundError):
         HeadScores.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("given", [0, 1, True, 0.5, b"a.json", ["a.json"]])
+def test_scores_are_given_as_a_path(given: object) -> None:
+    """A number would be a file descriptor: 0 waits for the terminal."""
+    with pytest.raises(ValueError, match="importance is .*, expected HeadScores or the path"):
+        model().find(given)  # type: ignore[arg-type]
 
 
 def test_scores_whose_sum_would_overflow_are_refused() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import writing
+from .._text import for_plot
 from ..errors import WindowKVError
 from .run import STOCK, Row
 
@@ -32,7 +33,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     lengths = sorted({row.length for row in own})
     names = list(dict.fromkeys(row.session for row in own))
     figure = Figure(figsize=(11, 2 + (0.35 * len(names) if len(lengths) == 1 else 3.5)), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(for_plot(title))
     axes = figure.subplots(1, 2)
     for axis, label, value in (
         (axes[0], "decode, ms per token (median)", lambda row: row.decode_ms),
@@ -52,7 +53,8 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 def _bars(axis: Any, names: list[str], rows: list[Row], value: Any) -> None:
     values = {row.session: value(row) for row in rows}
     colours = ["0.65" if name.startswith(STOCK) else "C0" for name in names]
-    bars = axis.barh(names, [values[name] for name in names], color=colours)
+    bars = axis.barh(range(len(names)), [values[name] for name in names], color=colours)
+    axis.set_yticks(range(len(names)), [for_plot(name) for name in names])
     axis.bar_label(bars, fmt="%.1f", padding=3)
     axis.margins(x=0.15)
     axis.invert_yaxis()
@@ -63,7 +65,7 @@ def _lines(axis: Any, names: list[str], lengths: list[int], rows: list[Row], val
         points = {row.length: value(row) for row in rows if row.session == name}
         at = [n for n in lengths if n in points]
         style = "--" if name.startswith(STOCK) else "-"
-        axis.plot(at, [points[n] for n in at], style, marker="o", label=name)
+        axis.plot(at, [points[n] for n in at], style, marker="o", label=for_plot(name))
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(lengths, [f"{n:,}" for n in lengths])

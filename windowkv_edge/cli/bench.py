@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -19,6 +18,8 @@ from rich.table import Table
 
 import windowkv_edge
 from windowkv_edge._files import owned
+from windowkv_edge._json import dumps
+from windowkv_edge._text import for_markup, for_terminal
 from windowkv_edge.bench import SHAPES, Bench, Plan, Row, fetch_shape, plot
 from windowkv_edge.bench.plot import check_plot
 from windowkv_edge.bench.run import STOCK_TYPES, fits
@@ -115,12 +116,12 @@ def _run(
     """Measure, print, and draw."""
     prompt = read_text(text) if text is not None else _shipped_text()
 
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("loading", total=None)
 
         def wrote(done: int, total: int) -> None:
-            progress.update(task, description=f"writing {model}", completed=done, total=total)
+            progress.update(task, description=for_terminal(f"writing {model}"), completed=done, total=total)
 
         info = read_info(fetch_shape(model, wrote)) if model in SHAPES else open_model(model)
         if fit_baselines:  # blocks of 32 values do not divide every head
@@ -129,7 +130,7 @@ def _run(
         try:
             run = Bench(
                 weights, info, plan, weights.tokenize(prompt), is_random=model in SHAPES,
-                report=lambda what, steps: progress.update(task, description=what, advance=steps),
+                report=lambda what, steps: progress.update(task, description=for_terminal(what), advance=steps),
             )  # fmt: skip
             progress.update(task, description="gate", completed=0, total=run.n_steps)
             rows = run.run()
@@ -138,7 +139,7 @@ def _run(
 
     about = _about(info, plan, gpu_layers)
     if as_json:
-        print(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1))
+        print(dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1))
     else:
         console = Console()
         _print(console if console.is_terminal else Console(width=_WIDTH), rows, about)
@@ -192,7 +193,7 @@ def _about(info: GGUFInfo, plan: Plan, gpu_layers: int) -> dict[str, Any]:
 
 
 def _print(console: Console, rows: list[Row], about: dict[str, Any]) -> None:
-    console.print(about["title"], highlight=False, markup=False, soft_wrap=True)
+    console.print(for_terminal(about["title"]), highlight=False, markup=False, soft_wrap=True)
     for length in dict.fromkeys(row.length for row in rows):
         group = [row for row in rows if row.length == length]
         stock = next((row for row in group if row.session == "stock f16"), None)
@@ -205,7 +206,7 @@ def _print(console: Console, rows: list[Row], about: dict[str, Any]) -> None:
             table.add_column("GPU MiB", justify="right")
         for row in group:
             table.add_row(
-                row.session,
+                for_markup(row.session),
                 f"{row.n_cells:,.0f}",
                 "" if row.prefill_tokens_per_s is None else f"{row.prefill_tokens_per_s:,.1f}",
                 "" if row.compaction_ms is None else f"{row.compaction_ms:,.0f}",

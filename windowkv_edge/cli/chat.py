@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from windowkv_edge import POLICIES, Llama, WindowKVError
+from windowkv_edge._text import for_markup, for_terminal
 
 from .common import CLIError, load, mib, open_model, parse_budget, parse_policy, read_text, reports_errors
 
@@ -43,9 +44,8 @@ def chat(
     info = open_model(model)
     console = Console()
     if 0 < info.n_ctx_train < ctx:
-        typer.echo(
-            f"{info.path.name} was trained on {info.n_ctx_train:,} positions; --ctx is lowered to that", err=True
-        )
+        lowered = f"{info.path.name} was trained on {info.n_ctx_train:,} positions; --ctx is lowered to that"
+        typer.echo(for_terminal(lowered), err=True)
         ctx = info.n_ctx_train
     llm = load(Llama, info, ctx, threads, kv_policy, kv_budget)
     try:
@@ -114,9 +114,9 @@ class Chat:
         attached, self.attached = self.attached, []
         try:
             reply, interrupted = self._reply()
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # chat templates raise what they like
             del self.messages[n_before:]
-            if isinstance(error, RuntimeError):  # an evaluation failed half-way
+            if not isinstance(error, ValueError):  # an evaluation may have failed half-way
                 self.llm.reset()
             self.note(f"the message was not answered and is dropped: {self._explain(error)}")
             return
@@ -138,7 +138,7 @@ class Chat:
                     piece, finish = next(stream, ("", "stop"))
                 n_first, start = self.llm.n_tokens, time.perf_counter()
                 while True:
-                    self.console.out(piece if reply else piece.lstrip(" "), end="")
+                    self.console.out(for_terminal(piece if reply else piece.lstrip(" "), keep="\n\t"), end="")
                     reply += piece
                     following = next(stream, None)
                     if following is None:
@@ -207,7 +207,7 @@ class Chat:
         """Print what the cache holds."""
         stats = self.llm.kv_stats()
         table = Table(show_header=False)
-        table.add_row("policy", f"{stats.policy}, budget {self.llm.kv_budget}")
+        table.add_row("policy", for_markup(f"{stats.policy}, budget {self.llm.kv_budget}"))
         table.add_row("positions seen", f"{stats.n_past:,} of {self.llm.n_ctx():,}")
         cells = f"{stats.cells.min():,} min, {stats.cells.mean():,.1f} mean, {stats.cells.max():,} max"
         table.add_row("cells per head", cells)
@@ -262,7 +262,7 @@ class Chat:
         self.llm.reset()
 
     def note(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(for_terminal(text), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 COMMANDS = {
@@ -292,7 +292,7 @@ def _reader(console: Console) -> Callable[[], str]:
                 raise EOFError from None
             if not line:
                 raise EOFError
-            console.out(f"> {line}", end="")
+            console.out(for_terminal(f"> {line}", keep="\n\t"), end="")
             return line.rstrip("\n")
 
         return read

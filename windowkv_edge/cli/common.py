@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import jinja2
 import psutil
 import typer
 
 from windowkv_edge import KVPolicy, Llama, UnsupportedModelError, WindowKVError, get_policy
+from windowkv_edge._text import for_terminal
 from windowkv_edge.eval.sources import read_text
 from windowkv_edge.gguf_info import GGUFInfo, read_info
 from windowkv_edge.models import fetch_smollm2
@@ -51,7 +53,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except WindowKVError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(for_terminal(f"error: {error}"), err=True)
             raise typer.Exit(2) from None
 
     return run
@@ -142,7 +144,7 @@ def load(
         )
     except UnsupportedModelError:
         raise
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, jinja2.TemplateError) as error:  # also a chat template that cannot be read
         fix = f"the file may be damaged, or the memory too small for {n_ctx:,} positions"
         raise CLIError(f"cannot load {info.path}: {error}; {fix}") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shlex
 import statistics
 import threading
@@ -14,16 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import jinja2
 import typer
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from llama_cpp.llama_cpp import llama_vocab_is_eog
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from windowkv_edge import Llama
+from windowkv_edge import Llama, _json
 from windowkv_edge._memory import rss
+from windowkv_edge._text import for_markup, for_terminal
 from windowkv_edge.gguf_info import GGUFInfo, support
 from windowkv_edge.llama import DEFAULT_MIN_PROMPT
 from windowkv_edge.session import PolicyCache
@@ -127,24 +127,23 @@ def demo(
         res["question"] = res.pop("text")
         res |= {"n_prompt": len(tokens), "n_ctx": n_ctx, "threads": n_threads, "budget": kv_budget}
         res |= {"full": asdict(full), "policy": asdict(kept), "bytes_released": released, "decode_speedup": speedup}
-        print(json.dumps(res, indent=1))
+        print(_json.dumps(res, indent=1))
         return
 
     console = Console(highlight=False, soft_wrap=True)
     name = f"{file.name} and the question" if file else "the Keeper's Book of Skarvholm and the question"
-    console.print(
-        f"{info.path.name} on {n_threads} thread{'s' * (n_threads > 1)}; {name}: {len(tokens):,} tokens", markup=False
-    )
-    console.print(f"[bold]Question:[/] {escape(asked.text)}")
+    title = f"{info.path.name} on {n_threads} thread{'s' * (n_threads > 1)}; {name}: {len(tokens):,} tokens"
+    console.print(for_terminal(title), markup=False)
+    console.print(f"[bold]Question:[/] {for_markup(asked.text)}")
     if asked.lead:
-        console.print(f"[bold]Answer:[/]   {escape(asked.lead)} …")
+        console.print(f"[bold]Answer:[/]   {for_markup(asked.lead)} …")
     console.print(_table(full, kept, n_ctx, budget), soft_wrap=False)
     console.print(f"[bold]{_summary(released, speedup)}[/]")
     if (share := min(full.cpu_share, kept.cpu_share)) < _MIN_CPU_SHARE:
         console.print(
             f"The processor was busy: decoding got {100 * share:.0f} % of its threads' time, so the times are off"
         )
-    console.print(f"Talk to it: windowkv-edge chat {shlex.quote(model)}", markup=False)
+    console.print(for_terminal(f"Talk to it: windowkv-edge chat {shlex.quote(model)}"), markup=False)
 
 
 def _question(file: Path | None, question: str | None, chat: bool) -> Question:
@@ -154,7 +153,7 @@ def _question(file: Path | None, question: str | None, chat: bool) -> Question:
         return Question(question.strip())
     if question is not None and not question.strip():
         raise CLIError("--question is empty, expected a question; leave it out for the default one")
-    facts = json.loads((DATA / "facts.json").read_text(encoding="utf-8"))
+    facts = _json.loads((DATA / "facts.json").read_bytes(), "facts.json")
     for fact in facts:
         if question is None or question.strip().casefold() == fact["question"].casefold():
             return Question(fact["question"], "" if chat else fact["lead"], fact["answer"])
@@ -169,7 +168,7 @@ def _prompt(info: GGUFInfo, text: str, asked: Question, chat: bool) -> list[int]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # llama.cpp warns that a vocabulary has no positions
             vocab = Llama(str(info.path), vocab_only=True, verbose=False)
-    except ValueError as error:
+    except (ValueError, jinja2.TemplateError) as error:
         raise CLIError(f"cannot load {info.path}: {error}; the file may be damaged") from error
     try:
         if not chat:
@@ -181,7 +180,10 @@ def _prompt(info: GGUFInfo, text: str, asked: Question, chat: bool) -> list[int]
         )
         template = vocab.metadata["tokenizer.chat_template"]
         formatter = Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
-        filled = formatter(messages=[{"role": "user", "content": f"{text.rstrip()}\n\n{asked.text}"}])
+        try:
+            filled = formatter(messages=[{"role": "user", "content": f"{text.rstrip()}\n\n{asked.text}"}])
+        except Exception as error:  # templates raise what they like
+            raise CLIError(f"the chat template of {info.path} cannot be rendered: {error}; leave out --chat") from error
         return list(vocab.tokenize(filled.prompt.encode(), add_bos=False, special=True))
     finally:
         vocab.close()
@@ -259,7 +261,7 @@ def _run(
 def _prefill_bar(llm: Llama, n_tokens: int, console: Console) -> Iterator[None]:
     """A bar of the positions evaluated so far. Another thread reads them, because a prompt is one call."""
     name = "full cache" if llm.kv_policy is None else llm.kv_policy.name
-    columns = TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description:<12}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     done = threading.Event()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=n_tokens)
@@ -279,8 +281,9 @@ def _prefill_bar(llm: Llama, n_tokens: int, console: Console) -> Iterator[None]:
 
 def _table(full: Run, kept: Run, n_ctx: int, budget: str) -> Table:
     mark = {True: " [green]✓[/]", False: " [red]✗[/]", None: ""}
-    table = Table("", "full cache", f"{kept.policy}, budget {budget}")
-    table.add_row("answer", *(f"[bold]{escape(run.answer)}[/]{mark[run.correct]}" for run in (full, kept)))
+    table = Table("", "full cache", for_markup(f"{kept.policy}, budget {budget}"))
+    answers = [(for_markup(run.answer, keep="\n"), mark[run.correct]) for run in (full, kept)]
+    table.add_row("answer", *(f"[bold]{answer}[/]{right}" for answer, right in answers))
     spread = f" ({kept.cells_min:,} to {kept.cells_max:,})" if kept.cells_min < kept.cells_max else ""
     table.add_row("cells per head", f"{full.cells_mean:,.0f}", f"{kept.cells_mean:,.0f}{spread}")
     table.add_row("KV cache", f"{mib(full.bytes_full)} MiB", f"{mib(kept.bytes_live)} MiB")

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import windowkv_edge
 from windowkv_edge._files import owned, write_text, writing
 from windowkv_edge._native import build_stamp
+from windowkv_edge._text import for_terminal
 from windowkv_edge.bench.session import Model
 from windowkv_edge.budget import TYPES
 from windowkv_edge.eval import (
@@ -153,7 +154,7 @@ class _Run:
                 f"{self.info.n_ctx_train:,}; ask for shorter --lengths"
             )
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -162,10 +163,11 @@ class _Run:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("loading", total=len(cases))
             if records.n_old:
-                progress.console.print(f"{self.out} has {records.n_old} of {len(cases)} prompts, going on from there")
+                done = f"{self.out} has {records.n_old} of {len(cases)} prompts, going on from there"
+                progress.console.print(for_terminal(done), markup=False)
 
             def report(what: str) -> None:
-                progress.update(task, description=what, advance=1)
+                progress.update(task, description=for_terminal(what), advance=1)
 
             with Runner(model, self.plan, n_ctx, records, report) as runner:
                 if isinstance(cases[0], FidelityCase):
@@ -400,7 +402,7 @@ def tasks(
     def prepare(weights: Model) -> list[Case]:
         cases, skipped = tasks_cases(Style(weights, chat), file, n_ctx, limit)
         for reason, number in skipped.items():
-            typer.echo(f"skipped {number} x: {reason}", err=True)
+            typer.echo(for_terminal(f"skipped {number} x: {reason}"), err=True)
         about["sha256"], about["skipped"] = sha256(file), sum(skipped.values())
         return cases
 
@@ -485,8 +487,9 @@ def _write_report(results: Sequence[Results], to: Path) -> None:
         why = why_none()
         drawn: list[dict[str, bytes]] = [{} if why else png(res) for res in results]
         write_text(to / "report.html", html(results, drawn))
-        for res, pictures in zip(results, drawn, strict=True):
-            for name, data in pictures.items():
+        for res, files in zip(results, drawn, strict=True):
+            for name, data in files.items():
                 with writing(to / f"{res.title}-{name}.png") as part:
                     part.write_bytes(data)
-    print(f"report.md, report.html {f'(no pictures: {why})' if why else 'and pictures'} are in {to}{os.sep}")
+    pictures = f"(no pictures: {why})" if why else "and pictures"
+    print(for_terminal(f"report.md, report.html {pictures} are in {to}{os.sep}"))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from windowkv_edge import POLICIES, UnsupportedModelError
+from windowkv_edge._json import dumps
+from windowkv_edge._text import for_markup, for_terminal
 from windowkv_edge.gguf_info import CostRow, GGUFInfo, cost_table, support
 
 from .common import CLIError, mib, open_model, parse_lengths, reports_errors
@@ -45,7 +45,7 @@ def info(
         res["policies"] = {
             name: {"n_observed": n_observed(name), "query_bytes": query_bytes(header, name)} for name in policies
         }
-        print(json.dumps(res, indent=1))
+        print(dumps(res, indent=1))
         return
 
     console = Console()
@@ -53,7 +53,7 @@ def info(
     if rows:
         console.print("", _cost_table(header, rows, n_tokens, fractions))
     else:
-        console.print(why_no_cost, markup=False)
+        console.print(for_terminal(why_no_cost), markup=False)
     if supported:
         console.print("", _policy_table(header, policies))
 
@@ -85,10 +85,9 @@ def query_bytes(header: GGUFInfo, policy: str) -> int:
 def _model_table(header: GGUFInfo, supported: bool, reason: str, is_cost_known: bool) -> Table:
     heads = sorted(set(header.n_head_kv))
     table = Table(show_header=False, box=None)
-    table.add_row("file", escape(header.path.name))
-    table.add_row(
-        "model", f"{escape(header.name)} ({header.architecture}, {header.file_type}, {mib(header.file_size)} MiB)"
-    )
+    table.add_row("file", for_markup(header.path.name))
+    about = f"{header.name} ({header.architecture}, {header.file_type}, {mib(header.file_size)} MiB)"
+    table.add_row("model", for_markup(about))
     table.add_row("layers", f"{header.n_layer}")
     table.add_row("KV heads per layer", " to ".join(str(n) for n in {heads[0]: 0, heads[-1]: 0}) if heads else "none")
     table.add_row("head size K, V", f"{header.head_dim_k}, {header.head_dim_v}")
@@ -103,7 +102,7 @@ def _model_table(header: GGUFInfo, supported: bool, reason: str, is_cost_known: 
     if is_cost_known:
         table.add_row("KV cache (f16)", f"{header.bytes_per_position:,} bytes per position")
     table.add_row("chat template", "yes" if header.has_chat_template else "no")
-    table.add_row("policies", f"supported: {reason}" if supported else f"not supported: {reason}")
+    table.add_row("policies", for_markup(f"supported: {reason}" if supported else f"not supported: {reason}"))
     return table
 
 

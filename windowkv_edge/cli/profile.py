@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from windowkv_edge._files import check_output
+from windowkv_edge._text import for_terminal
 from windowkv_edge.heads import HeadScores, profile_beside
 from windowkv_edge.profile import DEPTHS, LENGTHS, Outcome, Plan, check_copy, measure, write_gguf
 
@@ -74,7 +75,7 @@ def profile(
             scores = measure(info.path, part, plan, threads, report, command)
         except KeyboardInterrupt:
             progress.stop()
-            console.print(f"interrupted; the same command goes on from {part}")
+            console.print(for_terminal(f"interrupted; the same command goes on from {part}"), markup=False)
             raise typer.Exit(130) from None
     try:
         scores.save(target)
@@ -87,7 +88,7 @@ def profile(
     _print(console, scores, target)
     if gguf is not None:
         write_gguf(info.path, scores, gguf)
-        console.print(f"{gguf} carries the scores")
+        console.print(for_terminal(f"{gguf} carries the scores"), markup=False)
 
 
 def _print(console: Console, scores: HeadScores, target: Path) -> None:
@@ -99,4 +100,4 @@ def _print(console: Console, scores: HeadScores, target: Path) -> None:
             share = rows.ravel()[order][: max(1, rows.size // 10)].sum() / max(rows.sum(), 1e-12)
             best = ", ".join(f"{i // rows.shape[1]}-{i % rows.shape[1]}" for i in order[:5])
             console.print(f"   a tenth of the heads holds {share:.0%} of the score; most: {best} (layer-head)")
-    console.print(f"written to {target}")
+    console.print(for_terminal(f"written to {target}"), markup=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .._json import dumps
+from .._text import for_terminal
 from .results import Results
-from .tables import about, by, fidelity_table, ranks, retention_table, summary, summary_text
+from .tables import Table, about, by, fidelity_table, ranks, retention_table, summary, summary_text
 
 __all__ = ["html"]
 
@@ -47,9 +48,12 @@ img { max-width: 100%; } pre { background: #f5f5f5; padding: 1rem; overflow: aut
 """
 
 
-def _cells(table: str) -> dict[str, Any]:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    return {"head": rows[0], "rows": rows[2:]}
+def _shown(value: Any) -> Any:
+    return for_terminal(value, keep="\n") if isinstance(value, str) else value
+
+
+def _cells(table: Table) -> dict[str, Any]:
+    return {"head": table.head, "rows": table.rows}
 
 
 def html(results: Sequence[Results], drawn: Sequence[Mapping[str, bytes]]) -> str:
@@ -78,6 +82,7 @@ def html(results: Sequence[Results], drawn: Sequence[Mapping[str, bytes]]) -> st
                 "pictures": [],
             }
         )
-    header = json.dumps([dict(res.header) for res in results], indent=1)
-    page = jinja2.Environment(autoescape=True).from_string(_PAGE)
-    return page.render(title=f"windowkv-edge eval: {results[0].header['model']}", parts=parts, header=header)
+    header = dumps([dict(res.header) for res in results], indent=1)
+    env = jinja2.Environment(autoescape=True, finalize=_shown)
+    title = f"windowkv-edge eval: {results[0].header['model']}"
+    return env.from_string(_PAGE).render(title=title, parts=parts, header=header)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .results import Results, budget_name
+from .._text import for_plot
+from .results import Line, Results, budget_name
 from .run import FULL
 
 __all__ = ["draw", "png", "why_none"]
@@ -26,6 +27,10 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _label(line: Line) -> str:
+    return for_plot(str(line))
 
 
 def _curves(res: Results) -> Any:
@@ -50,11 +55,11 @@ def _curves(res: Results) -> Any:
                 continue
             if line.policy == FULL:
                 if line.cells == "f16" and what != "kl":
-                    axes.axhline(points[0][1], color="black", linestyle=":", label=str(line))
+                    axes.axhline(points[0][1], color="black", linestyle=":", label=_label(line))
                 elif what != "kl":
-                    axes.plot(*zip(*points, strict=True), marker="x", color="black", linestyle="", label=str(line))
+                    axes.plot(*zip(*points, strict=True), marker="x", color="black", linestyle="", label=_label(line))
             else:
-                axes.plot(*zip(*sorted(points), strict=True), marker="o", label=str(line))
+                axes.plot(*zip(*sorted(points), strict=True), marker="o", label=_label(line))
         axes.set_xscale("log")
         axes.set_xlabel("KV cells, MiB (mean over prompts)")
         axes.set_ylabel(name)
@@ -62,7 +67,7 @@ def _curves(res: Results) -> Any:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.suptitle(f"{res.suite}: {res.header['model']}")
+    figure.suptitle(for_plot(f"{res.suite}: {res.header['model']}"))
     return figure
 
 
@@ -76,7 +81,7 @@ def _depths(res: Results) -> Any:
             if line.policy == FULL:
                 continue
             shares = [res.retention(line, budget, where=lambda row, d=d: row["depth"] == d) for d in depths]  # type: ignore[misc]
-            axes.plot(depths, [np.nan if s is None else s for s in shares], marker="o", label=str(line))
+            axes.plot(depths, [np.nan if s is None else s for s in shares], marker="o", label=_label(line))
         axes.set_title(budget_name(budget))
         axes.set_xlabel("depth")
         axes.set_ylim(-0.03, 1.05)
@@ -107,7 +112,7 @@ def _heatmaps(res: Results) -> Any:
             axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
             axes.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
             if r == 0:
-                axes.set_title(str(line), fontsize=9)
+                axes.set_title(_label(line), fontsize=9)
             if c == 0:
                 axes.set_ylabel(budget_name(budget))
     if image is not None:

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from .. import _json
+from .._json import shown
 from .case import EvalError
 
 __all__ = ["Records", "read_records"]
 
 FORMAT = "windowkv-edge eval"
 VERSION = 1
+MAX_BYTES = 1 << 30
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
     """Header, rows, and the length of the whole lines; a last line that was cut off is left out."""
     end = data.rfind(b"\n") + 1
-    lines = data[:end].splitlines()
-    rows = []
-    for i, line in enumerate(lines):
+    rows: list[dict[str, Any]] = []
+    for i, line in enumerate(data[:end].splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-            assert isinstance(rows[-1], dict)
-        except (ValueError, AssertionError):
-            raise EvalError(
-                f"{path}: line {i + 1} is not a JSON object; give another --out, or delete the file"
-            ) from None
+            row = _json.loads(line, f"{path}: line {i} is not a JSON object", EvalError)
+            if not isinstance(row, dict):
+                raise EvalError(f"{path}: line {i} is not a JSON object: got a {type(row).__name__}")
+            if rows and not isinstance(row.get("case"), str):
+                raise EvalError(f"{path}: line {i} is not the result of a prompt: 'case' is {shown(row.get('case'))}")
+        except EvalError as error:
+            raise EvalError(f"{error}; give another --out, or delete the file") from None
+        rows.append(row)
     if rows and rows[0].get("format") != FORMAT:
         raise EvalError(f"{path} is not a results file of windowkv-edge eval; give another --out")
     if rows and rows[0].get("version") != VERSION:
-        raise EvalError(f"{path} has version {rows[0].get('version')}, expected {VERSION}; run the evaluation again")
+        got = shown(rows[0].get("version"))
+        raise EvalError(f"{path} has version {got}, expected {VERSION}; run the evaluation again")
     return (rows[0], rows[1:], end) if rows else ({}, [], 0)
 
 
@@ -44,7 +48,7 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         EvalError: it cannot be read, is empty or is something else.
     """
     try:
-        header, rows, _ = _parse(path, path.read_bytes())
+        header, rows, _ = _parse(path, _json.read_bytes(path, MAX_BYTES, EvalError))
     except OSError as error:
         raise EvalError(f"cannot read {path}: {error.strerror}; give a file written by windowkv-edge eval") from error
     if not header:
@@ -70,16 +74,17 @@ class Records:
     def __init__(self, path: Path, header: Mapping[str, Any], free: Sequence[str] = ()) -> None:
         self.path = path
         full = {"format": FORMAT, "version": VERSION, **header}
-        full = json.loads(json.dumps(full))  # tuples become lists, as they are read
+        line = _json.dumps(full)
+        full = _json.loads(line, f"{path}: the header")  # tuples become lists, as they are read
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
         except OSError as error:
-            raise EvalError(f"cannot write {path}: {error.strerror}; give another --out") from error
+            raise EvalError(f"cannot write {path}: {error.strerror or error}; give another --out") from error
         try:
             data = self._file.read()
             old, self.rows, self._end = _parse(path, data)
-            if not old and not (json.dumps(full) + "\n").encode().startswith(data):
+            if not old and not (line + "\n").encode().startswith(data):
                 raise EvalError(f"{path} is not a results file of windowkv-edge eval; give another --out")
             if not self.rows:
                 old, self._end = {}, 0  # a run that stopped before its first prompt
@@ -114,7 +119,7 @@ class Records:
         self._done.add(row["case"])
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        data = (json.dumps(row) + "\n").encode()
+        data = (_json.dumps(row) + "\n").encode()
         try:
             self._file.write(data)
             self._file.flush()

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .._json import shown
+from .._text import for_terminal
 from .case import EvalError
 from .records import read_records
 from .run import FULL
@@ -20,6 +22,10 @@ Budget = Any
 """None for the full cache, a float or an int."""
 
 N_BOOTSTRAP = 2000
+
+SUITES = ("needle", "ruler", "turns", "fidelity", "tasks")
+MAX_LINES, MAX_BUDGETS = 64, 32
+MAX_VALUE = 1e15  # sums and plots stay finite
 
 
 @dataclass(frozen=True, order=True)
@@ -141,11 +147,75 @@ def load(paths: Iterable[Path]) -> list[Results]:
         header, rows = read_records(path)
         if not rows:
             raise EvalError(f"{path} holds no results yet; run its evaluation again, it goes on from there")
+        for i, fault in enumerate([_header_fault(header), *map(_row_fault, rows)], 1):
+            if fault:
+                raise EvalError(f"{path}: line {i}: {fault}; run its evaluation again with another --out")
         by_suite: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for row in rows:
             by_suite[row["suite"] + ("/" + row["task"] if row["suite"] == "turns" else "")].append(row)
-        res += [Results(header, suite, own, path.name) for suite, own in by_suite.items()]
+        res += [Results(header, suite, own, for_terminal(path.name)) for suite, own in by_suite.items()]
+        for own in res[-len(by_suite) :]:
+            if len(own.lines) > MAX_LINES or len(own.budgets) > MAX_BUDGETS:
+                raise EvalError(
+                    f"{path}: {len(own.lines)} policies with {len(own.budgets)} budgets in {own.suite}, "
+                    f"expected at most {MAX_LINES} with {MAX_BUDGETS}: no table or picture holds more"
+                )
     return res
+
+
+#
+# what a file has to hold, so that tables and pictures can be made of it
+#
+
+
+def _header_fault(header: Mapping[str, Any]) -> str | None:
+    for key in ("model", "model_sha256", "package"):
+        if not isinstance(header.get(key), str):
+            return f"{key!r} is {shown(header.get(key))}, expected text"
+    seed = header.get("seed")
+    return None if _is_number(seed, -MAX_VALUE) else f"'seed' is {shown(seed)}, expected a number"
+
+
+def _row_fault(row: Mapping[str, Any]) -> str | None:
+    """Why a line is not the result of a prompt."""
+    depth, results = row.get("depth"), row.get("results")
+    if not isinstance(row.get("suite"), str) or row["suite"] not in SUITES:
+        return f"'suite' is {shown(row.get('suite'))}, expected one of {', '.join(SUITES)}"
+    if not isinstance(row.get("task"), str):
+        return f"'task' is {shown(row.get('task'))}, expected text"
+    for key in ("length", "n_follow") if row["suite"] == "fidelity" else ("length",):
+        if not _is_number(row.get(key)):
+            return f"{key!r} is {shown(row.get(key))}, expected a number"
+    if "depth" not in row or not (depth is None or _is_number(depth, 0, 1)):
+        return f"'depth' is {shown(depth)}, expected a share of 0 to 1, or null"
+    if not isinstance(results, list) or not results or not all(isinstance(r, dict) for r in results):
+        return f"'results' is {shown(results)}, expected a list of objects"
+    if (results[0].get("policy"), results[0].get("cells")) != (FULL, "f16"):
+        return "the first of 'results' is not that of the full f16 cache"
+    return next((fault for fault in (_result_fault(r, row["suite"]) for r in results) if fault), None)
+
+
+def _result_fault(result: Mapping[str, Any], suite: str) -> str | None:
+    """Why one of the results of a prompt cannot be counted."""
+    for key in ("policy", "cells"):
+        if not isinstance(result.get(key), str):
+            return f"{key!r} of a result is {shown(result.get(key))}, expected text"
+    budget = result.get("budget")
+    is_number = type(budget) is int and _is_number(budget, 1) or type(budget) is float and 0 < budget <= 1
+    if "budget" not in result or not (budget is None if result["policy"] == FULL else is_number):
+        return f"'budget' of {shown(result['policy'])} is {shown(budget)}, expected a share, a number of cells, or null"
+    if not _is_number(result.get("kv_bytes")):
+        return f"'kv_bytes' is {shown(result.get('kv_bytes'))}, expected a number"
+    if suite != "fidelity" and not _is_number(result.get("score"), 0, 1):
+        return f"'score' is {shown(result.get('score'))}, expected a number of 0 to 1"
+    for key in ("kl", "top1", "nll_increase") if suite == "fidelity" else ("decode_ms",):
+        if key not in result or not (result[key] is None or _is_number(result[key], -MAX_VALUE)):
+            return f"{key!r} is {shown(result.get(key))}, expected a number or null"
+    return None
+
+
+def _is_number(value: object, low: float = 0, high: float = MAX_VALUE) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 def budget_name(budget: Budget) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from .._text import for_markdown
 from .results import Budget, Line, Results, budget_name
 from .run import FULL
 
 __all__ = [
+    "Table",
     "about",
     "by",
     "fidelity_table",
@@ -23,12 +26,24 @@ __all__ = [
 ]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+class Table(NamedTuple):
+    """Text as it is; :meth:`__str__` is Markdown, in which names from files stay names."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+    def __str__(self) -> str:
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        return "\n".join(
+            "| " + " | ".join(cell if row is lines[1] else for_markdown(cell) for cell in row) + " |" for row in lines
+        )
 
 
-def retention_table(res: Results) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    return Table(list(head), [list(row) for row in rows])
+
+
+def retention_table(res: Results) -> Table:
     rows = []
     for line in res.lines:
         if line.policy == FULL:
@@ -44,7 +59,7 @@ def retention_table(res: Results) -> str:
     return _table(["policy", *map(budget_name, res.budgets)], rows)
 
 
-def fidelity_table(res: Results) -> str:
+def fidelity_table(res: Results) -> Table:
     rows = []
     for line in res.lines:
         if line.policy == FULL:
@@ -61,7 +76,7 @@ def fidelity_table(res: Results) -> str:
     return _table(["policy", "", *map(budget_name, res.budgets)], rows)
 
 
-def _kl_by_text(res: Results) -> str:
+def _kl_by_text(res: Results) -> Table:
     texts = list(dict.fromkeys(row["task"] for row in res.rows))
     rows = []
     for line in (line for line in res.lines if line.policy != FULL):
@@ -73,7 +88,7 @@ def _kl_by_text(res: Results) -> str:
     return _table(["policy", *texts], rows)
 
 
-def by(res: Results, key: str) -> str:
+def by(res: Results, key: str) -> Table:
     """Retention by a field of the prompts, at every budget."""
     values = sorted({row[key] for row in res._counted() if row[key] is not None}, key=lambda v: (isinstance(v, str), v))
     rows = []
@@ -107,15 +122,15 @@ def about(res: Results) -> str:
 
 def markdown(results: Sequence[Results]) -> str:
     """All tables."""
-    parts = [f"## Summary\n\n{summary_text(results)}\n\n{summary(results)}"] if len(results) > 1 else []
+    parts = [f"## Summary\n\n{for_markdown(summary_text(results))}\n\n{summary(results)}"] if len(results) > 1 else []
     for res in results:
-        parts.append(f"## {res.suite}: {res.source}\n\n{about(res)}")
+        parts.append(f"## {for_markdown(f'{res.suite}: {res.source}')}\n\n{for_markdown(about(res))}")
         if res.is_fidelity:
-            parts.append(fidelity_table(res))
+            parts.append(str(fidelity_table(res)))
             if len({row["task"] for row in res.rows}) > 1:
                 parts.append(f"### KL by text, at {', '.join(map(budget_name, res.budgets))}\n\n{_kl_by_text(res)}")
             continue
-        parts.append(retention_table(res))
+        parts.append(str(retention_table(res)))
         for key, name in (("task", "kind"), ("length", "length"), ("depth", "depth")):
             if len({row[key] for row in res.rows if row[key] is not None}) > 1 and (
                 key != "depth" or res.suite == "needle"
@@ -123,7 +138,7 @@ def markdown(results: Sequence[Results]) -> str:
                 parts.append(f"### By {name}\n\n{by(res, key)}")
     table = ranks(results)
     if table:
-        parts.append("## Ranks\n\nPlaces among the policies (1 = best), mean over the suites\n\n" + table)
+        parts.append("## Ranks\n\nPlaces among the policies (1 = best), mean over the suites\n\n" + str(table))
     return "\n\n".join(parts) + "\n"
 
 
@@ -141,7 +156,7 @@ def summary_text(results: Sequence[Results]) -> str:
     )
 
 
-def summary(results: Sequence[Results]) -> str:
+def summary(results: Sequence[Results]) -> Table:
     """One row per policy: its share of every suite's score, at the budgets that all suites have."""
     budgets = _same_budgets(results)
     lines = [line for line in results[0].lines if line.policy != FULL and all(line in res.lines for res in results)]
@@ -191,14 +206,14 @@ def mean_ranks(results: Sequence[Results]) -> dict[Budget, dict[Line, float]]:
     return found
 
 
-def ranks(results: Sequence[Results]) -> str:
-    """Table of mean places, "" with fewer than two suites."""
+def ranks(results: Sequence[Results]) -> Table | None:
+    """Table of mean places, None with fewer than two suites."""
     if len({res.suite for res in results}) < 2:
-        return ""
+        return None
     found = mean_ranks(results)
     lines = list(dict.fromkeys(line for places in found.values() for line in places))
     if not lines:
-        return ""
+        return None
     rows = [
         [str(line), *(f"{found[b][line]:.1f}" if line in found[b] else "" for b in found)]
         for line in sorted(lines, key=lambda line: sum(found[b].get(line, 0) for b in found))

@@ -6,14 +6,14 @@ policies with each other and not with published tables.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from .. import _json
+from .._json import shown
 from .case import Case, EvalError
 from .metrics import DATASETS, FIRST_LINE
-from .sources import read_text
 from .style import Style
 
 __all__ = ["tasks_cases"]
@@ -27,6 +27,10 @@ _ASKS = {
     "passage_count": "How many different paragraphs are there?",
 }
 
+MAX_BYTES = 1 << 30
+_BROKEN = "not JSON"
+_MAX_REASONS = 20  # a file may name any number of datasets
+
 
 def _reason(row: Any) -> str | None:
     """Why a line cannot be scored."""
@@ -37,12 +41,24 @@ def _reason(row: Any) -> str | None:
             return f"{key!r} is missing or not a {kind.__name__}"
     if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
         return "'answers' is empty or not a list of strings"
-    name = row["dataset"].removesuffix("_e")
+    name, classes = row["dataset"].removesuffix("_e"), row.get("all_classes")
     if name not in DATASETS:
-        return f"dataset {row['dataset']!r} has no metric here"
-    if DATASETS[name][0] == "accuracy" and not row.get("all_classes"):
-        return "'all_classes' is missing"
+        return f"dataset {shown(row['dataset'])} has no metric here"
+    if DATASETS[name][0] == "accuracy" and not (
+        isinstance(classes, list) and classes and all(isinstance(label, str) for label in classes)
+    ):
+        return "'all_classes' is missing or not a list of strings"
     return None
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        data = _json.read_bytes(path, MAX_BYTES, EvalError)
+    except OSError as error:
+        raise EvalError(f"cannot read {path}: {error.strerror}; give the path of a file of JSON lines") from error
+    if not data.strip():
+        raise EvalError(f"{path} is empty, expected LongBench's JSON lines; give another file")
+    return data.split(b"\n")
 
 
 def _prompt(style: Style, row: dict[str, Any], room: int) -> list[int]:
@@ -77,29 +93,33 @@ def tasks_cases(style: Style, path: Path, n_ctx: int, limit: int | None = None) 
     cases: list[Case] = []
     skipped: Counter[str] = Counter()
     count: Counter[str] = Counter()
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    first_broken = ""
+    for number, line in enumerate(_lines(path), 1):
         if limit is not None and len(cases) >= limit:
             break
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError:
-            skipped[f"line {number} is not JSON"] += 1
+            row = _json.loads(line, f"{path}: line {number}", EvalError)
+        except EvalError as error:
+            first_broken = first_broken or str(error).removeprefix(f"{path}: ")
+            skipped[_BROKEN] += 1
             continue
         reason = _reason(row)
         if reason is not None:
-            skipped[reason] += 1
+            skipped[reason if reason in skipped or len(skipped) < _MAX_REASONS else "other reasons"] += 1
             continue
         name = row["dataset"].removesuffix("_e")
         metric, max_tokens = DATASETS[name]
         prompt = _prompt(style, row, n_ctx - max_tokens)
-        classes, first_line = tuple(row.get("all_classes") or ()), name in FIRST_LINE
+        classes, first_line = tuple(row["all_classes"]) if metric == "accuracy" else (), name in FIRST_LINE
         answers = tuple(row["answers"])
         cases.append(
             Case("tasks", name, 0, None, count[name], prompt, answers, metric, max_tokens, (), classes, first_line)
         )
         count[name] += 1
+    if _BROKEN in skipped:
+        skipped[f"{_BROKEN} ({first_broken})"] = skipped.pop(_BROKEN)
     if not cases:
         reasons = "; ".join(f"{n} x {why}" for why, n in skipped.most_common(3)) or "it has no lines"
         raise EvalError(f"{path} holds nothing to score ({reasons}); expected LongBench's JSON lines")

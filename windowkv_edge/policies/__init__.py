@@ -71,6 +71,9 @@ POLICIES: dict[str, type[KVPolicy]] = {
 ENTRY_POINTS = "windowkv_edge.policies"
 """Group of the entry points by which packages bring policies: ``name = "module:Class"``."""
 
+_MAX_SAID = 200  # characters of a spec in a message
+_MAX_SPEC = 2000  # characters; numbers in them stay printable, and Python's parser on its feet
+
 
 def policy_names() -> list[str]:
     """Names of all policies, those that installed packages bring included."""
@@ -121,8 +124,11 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
         raise TypeError(
             f"kv_policy is {policy!r}, expected None, a name or a KVPolicy object such as WindowKV(omega=8)"
         )
+    if len(policy) > _MAX_SPEC:
+        raise ValueError(f"kv_policy is a text of {len(policy):,} characters, expected at most {_MAX_SPEC:,}")
+    said = policy if len(policy) <= _MAX_SAID else policy[:_MAX_SAID] + "…"
     name, bracket, rest = policy.partition("(")
-    cls = _policy_class(name.strip(), policy)
+    cls = _policy_class(name.strip(), said)
     expected = "expected parameters such as 'windowkv(omega=8, recent_share=0.5)'"
     try:
         call = ast.parse(f"f({rest}" if bracket else "f()", mode="eval").body
@@ -133,12 +139,12 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
             expected = "expected every parameter once"
             raise ValueError
         parameters = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # brackets and signs by the thousand
-        raise ValueError(f"kv_policy is {policy!r}, {expected}") from None
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # {[]}, brackets and signs by the hundred
+        raise ValueError(f"kv_policy is {said!r}, {expected}") from None
     known: list[str] = [own.name for own in fields(cls) if own.init] if is_dataclass(cls) else []
     if not set(parameters) <= set(known):
-        raise ValueError(f"kv_policy is {policy!r}; {name.strip()} takes the parameters {', '.join(known) or 'none'}")
+        raise ValueError(f"kv_policy is {said!r}; {name.strip()} takes the parameters {', '.join(known) or 'none'}")
     try:
         return get_policy(cls(**parameters))
     except TypeError as error:
-        raise ValueError(f"kv_policy is {policy!r}: {error}") from None
+        raise ValueError(f"kv_policy is {said!r}: {error}") from None

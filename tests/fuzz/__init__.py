@@ -1,0 +1,1 @@
+"""Damaged inputs of all kinds; :mod:`fuzz.run` is the command."""
