@@ -6,7 +6,8 @@ import ctypes
 import runpy
 import traceback
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -117,19 +118,16 @@ def decode_error(status: int, n_tokens: int) -> WindowKVError:
     return kind(f"llama_decode of {n_tokens} tokens returned {status}: {reason}")
 
 
-class pending:
-    """Context manager: the llama_context created inside gets a ragged cache that observes ``n_observed`` queries.
+@contextmanager
+def pending(n_observed: int, cells: str | None = None) -> Iterator[None]:
+    """The llama_context created inside gets a ragged cache that observes ``n_observed`` queries.
 
     Its cells are of the type ``cells`` if the blocks of that divide the heads' rows, else of the context's types.
     """
-
-    def __init__(self, n_observed: int, cells: str | None = None) -> None:
-        self.n_observed, self.type = n_observed, -1 if cells is None else TYPES[cells]
-
-    def __enter__(self) -> None:
-        check(lib.wkv_pending_set(self.n_observed, self.type))
-
-    def __exit__(self, *exc: object) -> None:
+    try:
+        check(lib.wkv_pending_set(n_observed, -1 if cells is None else TYPES[cells]))
+        yield
+    finally:  # after Ctrl-C as well: the next context would be somebody else's
         lib.wkv_pending_clear()
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
 import re
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -16,7 +14,7 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from . import _native
 from .errors import UnsupportedCallError, UnsupportedModelError
-from .guard import Guard, Interrupts
+from .guard import Guard, Interrupts, interrupt_soon
 from .policies import KVPolicy, Task
 from .session import AfterPrompt, PolicyCache
 from .task import prompt_task
@@ -239,8 +237,7 @@ class PolicyEvaluation(llama_cpp.Llama):
     def _failed_below(self, error: BaseException) -> None:
         """What :meth:`_prompt_below` raised, which C cannot pass on."""
         if isinstance(error, KeyboardInterrupt):
-            # in this very callback it would be lost again; llama_decode returns to Python, and there it is raised
-            threading.Timer(0.005, _thread.interrupt_main).start()
+            interrupt_soon()
             return
         self._kv_failed[:] = [error]
         warnings.warn(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import sys
 import warnings
-from contextlib import ExitStack
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,7 @@ from . import _native
 from .budget import check_budget
 from .errors import UnsupportedCallError
 from .evaluation import PolicyEvaluation
-from .guard import Closed, Guard, Interrupts
+from .guard import Closed, Guard, Interrupts, interrupt_soon
 from .policies import Full, KVPolicy, get_policy
 from .session import AfterPrompt, PolicyCache, ragged_cache
 from .stats import KVStats
@@ -78,10 +82,14 @@ class Llama(PolicyEvaluation):
         kv_exact: bool = True,
         **kwargs: Any,
     ) -> None:
+        if "_kv_guard" in self.__dict__:  # a second time: nothing else would free the first one's memory
+            self.close()
         # close() and __del__ need these even if the arguments are refused
         self._stack = ExitStack()
         self._kv_guard = Guard()
         self._kv_cache: PolicyCache | None = None
+        self._kv_freed = False
+        _sessions.add(self)
 
         if kv_policy is None and kv_budget is not None:
             raise ValueError(
@@ -317,20 +325,32 @@ class Llama(PolicyEvaluation):
         Raises:
             UnsupportedCallError: another thread is inside a call, or a policy selects.
         """
-        if "_kv_guard" not in self.__dict__ or self._kv_guard.closed:  # without one: arguments that Python refused
+        if "_kv_guard" not in self.__dict__ or self._kv_freed:  # without one: arguments that Python refused
             return
         if self._kv_guard.forked:  # whichever call the parent was inside
-            self._kv_guard.closed = True
-            super().close()
+            self._free()
             return
-        with self._kv_guard.use("close()"):
-            self._kv_guard.closed = True
-            if self._kv_cache is not None:
-                self._kv_cache.kv.close()
-            super().close()
-            # their memory is gone, and stock's methods would read it
-            gone: Any = Closed()
-            self._ctx = self._model = self._batch = self.tokenizer_ = gone
+        with self._kv_guard.use("close()", closes=True):
+            self._free()
+
+    def _free(self) -> None:
+        self._kv_guard.closed = True
+        if self._kv_cache is not None:
+            self._kv_cache.kv.close()
+        super().close()
+        # their memory is gone, and stock's methods would read it
+        gone: Any = Closed()
+        self._ctx = self._model = self._batch = self.tokenizer_ = gone
+        self._kv_freed = True
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if is_finalizing():  # modules are gone, and the memory goes with the process
+            return
+        try:
+            self.close()
+        except KeyboardInterrupt:
+            self.close()
+            interrupt_soon()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
@@ -360,3 +380,15 @@ class Llama(PolicyEvaluation):
             raise UnsupportedCallError(
                 f"{what} is not supported with kv_policy={self._kv_cache.policy.name!r} yet; {instead}"
             )
+
+
+_sessions: weakref.WeakSet[Llama] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what a program leaves open, while the modules still exist that closing needs."""
+    for llm in list(_sessions):
+        if not llm._kv_guard.forked:
+            with suppress(UnsupportedCallError):  # a daemon thread is inside
+                llm.close()
