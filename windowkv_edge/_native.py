@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import runpy
 import traceback
 import weakref
@@ -183,6 +184,22 @@ def _clear_frames(error: BaseException) -> None:
             todo += [one.__cause__, one.__context__]
 
 
+def int32(name: str, value: Any) -> int:
+    """An int that fits the interface; integers of NumPy are fine.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it does not fit.
+    """
+    try:
+        res = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected an int") from None
+    if not -(2**31) <= res < 2**31:
+        raise NativeArgumentError(f"{name} is {res}, expected an int of at most 2^31 - 1")
+    return res
+
+
 class Context:
     """The ragged cache of one llama_context (a ctypes pointer owned by llama-cpp-python).
 
@@ -320,6 +337,7 @@ class Context:
 
     def positions(self, layer: int, head: int) -> npt.NDArray[np.int32]:
         """int32 [cells], ascending."""
+        layer, head = int32("layer", layer), int32("head", head)
         res = np.zeros(max(1, self.stats().n_past), dtype=np.int32)
         n = check(lib.wkv_get_positions(self._ctx, layer, head, ffi.from_buffer("int32_t[]", res), res.size))
         return res[:n]
@@ -353,6 +371,7 @@ class Context:
 
     def queries(self, layer: int, head: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Positions int32 [observed] and queries float32 [observed, head_dim] of one query head."""
+        layer, head = int32("layer", layer), int32("head", head)
         pos = np.full(self.stats().n_observed, -1, dtype=np.int32)
         res = np.zeros(pos.size * 1024, dtype=np.float32)
         rows, at = ffi.from_buffer("float[]", res), ffi.from_buffer("int32_t[]", pos)

@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _native
-from .budget import check_budget
+from .arguments import CheckedModel, check_numbers
+from .budget import check_budget, plain
 from .errors import UnsupportedCallError
 from .evaluation import PolicyEvaluation
 from .guard import Closed, Guard, Interrupts, interrupt_soon
 from .policies import Full, KVPolicy, get_policy
+from .policies.base import at_least, true_or_false
 from .session import AfterPrompt, PolicyCache, ragged_cache
 from .stats import KVStats
 
@@ -95,21 +97,26 @@ class Llama(PolicyEvaluation):
             raise ValueError(
                 f"kv_budget={kv_budget!r} without kv_policy has no effect; name a policy, e.g. kv_policy='auto'"
             )
-        if isinstance(kv_min_prompt, bool) or not isinstance(kv_min_prompt, int) or kv_min_prompt < 0:
-            raise ValueError(f"kv_min_prompt is {kv_min_prompt!r}, expected an int of at least 0 tokens")
+        kv_min_prompt, kv_exact = plain(kv_min_prompt), plain(kv_exact)
+        at_least("kv_min_prompt", kv_min_prompt, 0)
+        true_or_false("kv_exact", kv_exact)
+        check_numbers(kwargs)
         policy = None if kv_policy is None else get_policy(kv_policy)
-        self._kv_when = AfterPrompt(DEFAULT_BUDGET if kv_budget is None else check_budget(kv_budget), kv_min_prompt)
+        if kv_budget is not None:
+            kv_budget = check_budget(kv_budget)
+        self._kv_when = AfterPrompt(DEFAULT_BUDGET if kv_budget is None else kv_budget, kv_min_prompt)
 
         # what is absent stays absent in a copy: it may be resolved otherwise there
-        self._kv_given = {**kwargs, "kv_min_prompt": kv_min_prompt, "kv_exact": bool(kv_exact)}
+        self._kv_given = {**kwargs, "kv_min_prompt": kv_min_prompt, "kv_exact": kv_exact}
         if kv_budget is not None:
             self._kv_given["kv_budget"] = kv_budget
 
         self._start_evaluation()
         if policy is None:
             super().__init__(model_path, **kwargs)
+            self._model.__class__ = CheckedModel
             return
-        self._kv_create(model_path, policy, bool(kv_exact), kwargs)
+        self._kv_create(model_path, policy, kv_exact, kwargs)
 
     def _kv_create(self, model_path: str, policy: KVPolicy, exact: bool, kwargs: dict[str, Any]) -> None:
         for name, instead in REFUSED:
@@ -128,6 +135,7 @@ class Llama(PolicyEvaluation):
             with ragged_cache(policy, model_path, None if said else policy.cells):
                 with Interrupts():
                     super().__init__(model_path, **kwargs)
+            self._model.__class__ = CheckedModel
             self._check_text(policy)
             cache = PolicyCache(
                 self._ctx.ctx,
@@ -189,7 +197,8 @@ class Llama(PolicyEvaluation):
     @kv_budget.setter
     def kv_budget(self, budget: float | int) -> None:
         with self._use("setting kv_budget"):
-            before, self._kv_when.budget = self._kv_when.budget, check_budget(budget)
+            budget = check_budget(budget)
+            before, self._kv_when.budget = self._kv_when.budget, budget
             self._kv_given["kv_budget"] = budget
             cache = self._kv_cache
             changed = (type(budget), budget) != (type(before), before)  # 1 is a cell, 1.0 all of them
