@@ -298,19 +298,21 @@ class Llama(PolicyEvaluation):
         """Refused with a policy: saved states of compacted caches are not supported yet.
 
         Raises:
-            UnsupportedCallError: the session has a policy.
+            UnsupportedCallError: the session has a policy, or cannot be used now (see the class).
         """
-        self._refuse("save_state()", "keep the session open, or evaluate the prompt again")
-        return super().save_state()
+        with self._use("save_state()"):
+            self._refuse("save_state()", "keep the session open, or evaluate the prompt again")
+            return super().save_state()
 
     def load_state(self, state: Any) -> None:
         """Refused with a policy: saved states of compacted caches are not supported yet.
 
         Raises:
-            UnsupportedCallError: the session has a policy.
+            UnsupportedCallError: the session has a policy, or cannot be used now (see the class).
         """
-        self._refuse("load_state()", "evaluate the prompt instead")
-        super().load_state(state)
+        with self._use("load_state()"):
+            self._refuse("load_state()", "evaluate the prompt instead")
+            super().load_state(state)
 
     def reset(self) -> None:
         """Forget the sequence; with a policy its memory is released at once.
@@ -368,7 +370,8 @@ class Llama(PolicyEvaluation):
         changed = {name: state[name] for name in CHANGEABLE if state[name] != self._kv_initial[name]}
         if self._kv_cache.policy is not self._kv_first:
             # cells were chosen for the first policy; another one may prefer others
-            own = self._kv_cache.kv.stats()
+            with self._kv_guard.use("copying a session whose policy was changed", reads=True):
+                own = self._kv_cache.kv.stats()
             changed |= {"type_k": int(own.type_k), "type_v": int(own.type_v)}
         return {"model_path": self.model_path, **self._kv_given, **changed, "kv_policy": self._kv_cache.policy}
 
