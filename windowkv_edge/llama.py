@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import sys
 import warnings
-import weakref
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -91,7 +89,6 @@ class Llama(PolicyEvaluation):
         self._kv_guard = Guard()
         self._kv_cache: PolicyCache | None = None
         self._kv_freed = False
-        _sessions.add(self)
 
         if kv_policy is None and kv_budget is not None:
             raise ValueError(
@@ -355,13 +352,14 @@ class Llama(PolicyEvaluation):
         self._kv_freed = True
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if is_finalizing():  # modules are gone, and the memory goes with the process
-            return
         try:
             self.close()
         except KeyboardInterrupt:
             self.close()
             interrupt_soon()
+        except Exception:
+            if not is_finalizing():  # modules that closing needs may be gone; the memory goes with the process
+                raise
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
@@ -392,15 +390,3 @@ class Llama(PolicyEvaluation):
             raise UnsupportedCallError(
                 f"{what} is not supported with kv_policy={self._kv_cache.policy.name!r} yet; {instead}"
             )
-
-
-_sessions: weakref.WeakSet[Llama] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """Close what a program leaves open, while the modules still exist that closing needs."""
-    for llm in list(_sessions):
-        if not llm._kv_guard.forked:
-            with suppress(UnsupportedCallError):  # a daemon thread is inside
-                llm.close()
