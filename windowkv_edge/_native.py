@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import re
 import runpy
 import traceback
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -124,19 +126,16 @@ def decode_error(status: int, n_tokens: int) -> WindowKVError:
     return kind(f"llama_decode of {n_tokens} tokens returned {status}: {reason}")
 
 
-class pending:
-    """Context manager: the llama_context created inside gets a ragged cache that observes ``n_observed`` queries.
+@contextmanager
+def pending(n_observed: int, cells: str | None = None) -> Iterator[None]:
+    """The llama_context created inside gets a ragged cache that observes ``n_observed`` queries.
 
     Its cells are of the type ``cells`` if the blocks of that divide the heads' rows, else of the context's types.
     """
-
-    def __init__(self, n_observed: int, cells: str | None = None) -> None:
-        self.n_observed, self.type = n_observed, -1 if cells is None else TYPES[cells]
-
-    def __enter__(self) -> None:
-        check(lib.wkv_pending_set(self.n_observed, self.type))
-
-    def __exit__(self, *exc: object) -> None:
+    try:
+        check(lib.wkv_pending_set(n_observed, -1 if cells is None else TYPES[cells]))
+        yield
+    finally:  # after Ctrl-C as well: the next context would be somebody else's
         lib.wkv_pending_clear()
 
 
@@ -190,6 +189,22 @@ def _clear_frames(error: BaseException) -> None:
             seen.append(one)
             traceback.clear_frames(one.__traceback__)
             todo += [one.__cause__, one.__context__]
+
+
+def int32(name: str, value: Any) -> int:
+    """An int that fits the interface; integers of NumPy are fine.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it does not fit.
+    """
+    try:
+        res = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected an int") from None
+    if not -(2**31) <= res < 2**31:
+        raise NativeArgumentError(f"{name} is {res}, expected an int of at most 2^31 - 1")
+    return res
 
 
 class Context:
@@ -329,6 +344,7 @@ class Context:
 
     def positions(self, layer: int, head: int) -> npt.NDArray[np.int32]:
         """int32 [cells], ascending."""
+        layer, head = int32("layer", layer), int32("head", head)
         res = np.zeros(max(1, self.stats().n_past), dtype=np.int32)
         n = check(lib.wkv_get_positions(self._ctx, layer, head, ffi.from_buffer("int32_t[]", res), res.size))
         return res[:n]
@@ -362,6 +378,7 @@ class Context:
 
     def queries(self, layer: int, head: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Positions int32 [observed] and queries float32 [observed, head_dim] of one query head."""
+        layer, head = int32("layer", layer), int32("head", head)
         pos = np.full(self.stats().n_observed, -1, dtype=np.int32)
         res = np.zeros(pos.size * 1024, dtype=np.float32)
         rows, at = ffi.from_buffer("float[]", res), ffi.from_buffer("int32_t[]", pos)

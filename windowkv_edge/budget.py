@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import gguf
+import numpy as np
 
-__all__ = ["TYPES", "bits", "check_budget", "n_cells"]
+__all__ = ["TYPES", "bits", "check_budget", "n_cells", "plain"]
 
 FEW_CELLS = 16
 """A whole number below this is more likely to be meant as a share: observation windows alone are larger."""
@@ -22,15 +24,21 @@ def bits(*cells: str) -> float:
     return sum(8 * size / values for values, size in sizes) / len(sizes)
 
 
+def plain(value: Any) -> Any:
+    """A scalar of NumPy as the Python object of its value, so that both are checked and stored alike."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def check_budget(budget: float | int) -> float | int:
     """Return a valid budget: a float in (0, 1] is a fraction of the positions seen, an int >= 1 counts cells.
 
-    Warns of fewer than 16 cells.
+    Numbers of NumPy come back as Python's. Warns of fewer than 16 cells.
 
     Raises:
         TypeError: neither an int nor a float.
         ValueError: out of range.
     """
+    budget = plain(budget)
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise TypeError(
             f"kv_budget is {budget!r}, expected a fraction of the prompt (0.12) or a number of cells per head (512)"

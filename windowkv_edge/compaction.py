@@ -16,7 +16,7 @@ __all__ = ["compact", "n_observed"]
 
 def n_observed(policy: KVPolicy) -> int:
     """Queries at the end of the prompt that the cache keeps for a policy."""
-    return policy.n_observed
+    return int(policy.n_observed)
 
 
 def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "localization") -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
 import re
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,8 +13,9 @@ import llama_cpp
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from . import _native
+from .arguments import check_tokens, need_tokenizer
 from .errors import UnsupportedCallError, UnsupportedModelError
-from .guard import Guard, Interrupts
+from .guard import Guard, Interrupts, interrupt_soon
 from .policies import KVPolicy, Task
 from .session import AfterPrompt, PolicyCache
 from .task import prompt_task
@@ -57,6 +56,7 @@ class PolicyEvaluation(llama_cpp.Llama):
         """Evaluate tokens; a prompt is compacted afterwards (see the class).
 
         Raises:
+            ValueError: a token is outside of the vocabulary.
             UnsupportedCallError: there is no room, positions that were compacted would have to be removed, or the
                 session cannot be used now (see the class).
             NativeError: a computation failed or memory ran out.
@@ -68,6 +68,7 @@ class PolicyEvaluation(llama_cpp.Llama):
             if self._kv_cache is None:
                 super().eval(tokens)
                 return
+            check_tokens(tokens, self._n_vocab)
             is_prompt = self._kv_step == "prompt" or (self._kv_step is None and len(tokens) > 1)
             if self._kv_step == "prompt":
                 self._kv_step = "answer"
@@ -82,8 +83,11 @@ class PolicyEvaluation(llama_cpp.Llama):
         """See ``llama_cpp.Llama.generate``; what it evaluates first is the prompt.
 
         Raises:
-            UnsupportedCallError, NativeError, KeyboardInterrupt, Exception: see :meth:`eval`.
+            ValueError, UnsupportedCallError, NativeError, KeyboardInterrupt, Exception: see :meth:`eval`.
         """
+        if self._kv_cache is not None:
+            tokens = list(tokens)
+            check_tokens(tokens, self._n_vocab)  # before anything of the last prompt goes
         own = super().generate(tokens, *args, **kwargs)
         step: Literal["prompt", "answer"] | None = "prompt"
         sent = None
@@ -106,9 +110,31 @@ class PolicyEvaluation(llama_cpp.Llama):
         finally:
             own.close()
 
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """See ``llama_cpp.Llama.sample``.
+
+        Raises:
+            UnsupportedCallError: there are no logits to sample from, or the session cannot be used now (see the class).
+            AssertionError: nothing was evaluated (stock's).
+        """
+        with self._kv_guard.use("sample()", reads=True):
+            idx = kwargs.get("idx")
+            at = -1 if idx is None else idx - self.n_tokens
+            if self.n_tokens > 0 and not llama_cpp.llama_get_logits_ith(self.ctx, at):
+                raise UnsupportedCallError(
+                    f"sample(): there are no logits {'of the last token' if idx is None else f'at idx={idx}'}; "
+                    "evaluate tokens first (with logits_all=True for others than the last)"
+                )
+            return int(super().sample(*args, **kwargs))
+
     #
     # internals
     #
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("grammar") is not None:
+            need_tokenizer(self._model, "a grammar")
+        return super()._init_sampler(*args, **kwargs)
 
     def _use(self, call: str) -> AbstractContextManager[None]:
         self._raise_failed()
@@ -239,8 +265,7 @@ class PolicyEvaluation(llama_cpp.Llama):
     def _failed_below(self, error: BaseException) -> None:
         """What :meth:`_prompt_below` raised, which C cannot pass on."""
         if isinstance(error, KeyboardInterrupt):
-            # in this very callback it would be lost again; llama_decode returns to Python, and there it is raised
-            threading.Timer(0.005, _thread.interrupt_main).start()
+            interrupt_soon()
             return
         self._kv_failed[:] = [error]
         warnings.warn(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import get_ident, main_thread
 from typing import Any
 
 from .errors import UnsupportedCallError
 
-__all__ = ["Closed", "Guard", "Interrupts"]
+__all__ = ["Closed", "Guard", "Interrupts", "interrupt_soon"]
 
 CLOSED = "this session was closed, create a new one"
 
@@ -45,6 +47,19 @@ _CALLERS = frozenset(os.path.join(_FOLDER, name) for name in ("llama.py", "evalu
 _SELECTORS = frozenset(os.path.join(_FOLDER, name) for name in ("session.py", "compaction.py"))
 
 
+class _Hook:
+    """``sys.unraisablehook`` inside of an :class:`Interrupts`."""
+
+    def __init__(self, owner: Interrupts, before: Any) -> None:
+        self.owner, self.before = weakref.ref(owner), before
+
+    def __call__(self, unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            Interrupts._caught = True
+        else:
+            self.before(unraisable)
+
+
 class Interrupts:
     """Ctrl-C that meets a callback of llama.cpp, such as the one for its log lines: ctypes prints and forgets it there.
     Leaving this context manager raises it instead."""
@@ -53,8 +68,11 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         self._before: Any = None
-        if get_ident() == main_thread().ident:  # signals are raised nowhere else
-            self._before, sys.unraisablehook = sys.unraisablehook, self._catch
+        if threading.get_ident() == threading.main_thread().ident:  # signals are raised nowhere else
+            hook = sys.unraisablehook
+            while isinstance(hook, _Hook) and hook.owner() is None:
+                hook = hook.before  # left behind by a Ctrl-C while its owner was leaving
+            self._before, sys.unraisablehook = hook, _Hook(self, hook)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -62,17 +80,17 @@ class Interrupts:
             sys.unraisablehook = self._before
         self.check()
 
-    def _catch(self, unraisable: Any) -> None:
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            Interrupts._caught = True
-        else:
-            self._before(unraisable)
-
     def check(self) -> None:
         """Raise KeyboardInterrupt if there was one."""
         if self._before is not None and Interrupts._caught:
             Interrupts._caught = False
             raise KeyboardInterrupt
+
+
+def interrupt_soon() -> None:
+    """Raise KeyboardInterrupt in the main thread, for callers that no exception gets out of: an interrupt at once would
+    meet them, and be printed and forgotten."""
+    threading.Timer(0.005, _thread.interrupt_main).start()
 
 
 class Guard:
@@ -94,17 +112,18 @@ class Guard:
         """Whether this is a child of the process that created the session."""
         return os.getpid() != self._pid
 
-    def use(self, call: str, *, reads: bool = False) -> _Use:
+    def use(self, call: str, *, reads: bool = False, closes: bool = False) -> _Use:
         """Context manager around one call.
 
         Args:
             call: its name, for messages.
             reads: it changes nothing, so that a policy may call it while it selects.
+            closes: it goes on with closing what Ctrl-C left half closed.
 
         Raises:
             UnsupportedCallError: on entering, if the session cannot be used now; says why.
         """
-        return _Use(self, call, reads)
+        return _Use(self, call, reads, closes)
 
     @contextmanager
     def selecting(self, policy: str) -> Iterator[None]:
@@ -115,18 +134,18 @@ class Guard:
         finally:
             self._selecting = before
 
-    def check(self, call: str, reads: bool) -> None:
+    def check(self, call: str, reads: bool, closes: bool) -> None:
         """Raise UnsupportedCallError for what does not depend on other threads."""
         if self.forked:
             raise UnsupportedCallError(
                 f"{call}: this session was created in process {self._pid} and this is its child {os.getpid()}, where "
                 "its threads do not exist; create a session in the child, or start it with multiprocessing's 'spawn'"
             )
-        if self.closed:
+        if self.closed and not closes:
             raise UnsupportedCallError(f"{call}: {CLOSED}")
-        if self._selecting is not None and not _runs(get_ident(), _SELECTORS):
+        if self._selecting is not None and not _runs(threading.get_ident(), _SELECTORS):
             self._selecting = None  # left behind by a Ctrl-C while it was reset
-        if self._selecting is not None and not reads and self._inside.get(0) == get_ident():
+        if self._selecting is not None and not reads and self._inside.get(0) == threading.get_ident():
             raise UnsupportedCallError(
                 f"{call} was called while kv_policy={self._selecting!r} selects; a policy chooses cells and leaves its "
                 "session alone"
@@ -134,21 +153,21 @@ class Guard:
 
 
 class _Use:
-    __slots__ = ("before", "call", "guard", "nested", "reads")
+    __slots__ = ("before", "call", "closes", "guard", "nested", "reads")
 
-    def __init__(self, guard: Guard, call: str, reads: bool) -> None:
-        self.guard, self.call, self.reads = guard, call, reads
-        self.nested = guard._inside.get(0) == get_ident()
+    def __init__(self, guard: Guard, call: str, reads: bool, closes: bool) -> None:
+        self.guard, self.call, self.reads, self.closes = guard, call, reads, closes
+        self.nested = guard._inside.get(0) == threading.get_ident()
         self.before = guard._call
 
     def __enter__(self) -> None:
         guard = self.guard
         try:
-            guard.check(self.call, self.reads)
+            guard.check(self.call, self.reads, self.closes)
             owner = guard._inside.get(0)
-            if owner not in (None, get_ident()) and not _runs(owner, _CALLERS):
+            if owner not in (None, threading.get_ident()) and not _runs(owner, _CALLERS):
                 guard._inside.pop(0, None)  # left behind by a Ctrl-C while it was leaving
-            if guard._inside.setdefault(0, get_ident()) != get_ident():
+            if guard._inside.setdefault(0, threading.get_ident()) != threading.get_ident():
                 raise UnsupportedCallError(
                     f"{self.call}: another thread is inside {guard._call} of this session; let one call end before the "
                     "next begins (threading.Lock), or give every thread a session of its own"
@@ -163,7 +182,7 @@ class _Use:
 
     def _leave(self) -> None:
         guard = self.guard
-        if guard._inside.get(0) == get_ident():
+        if guard._inside.get(0) == threading.get_ident():
             guard._call = self.before
             if not self.nested:
                 guard._inside.pop(0, None)

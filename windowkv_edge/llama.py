@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _native
-from .budget import check_budget
+from .arguments import CheckedModel, check_numbers
+from .budget import check_budget, plain
 from .errors import UnsupportedCallError
 from .evaluation import PolicyEvaluation
-from .guard import Closed, Guard, Interrupts
+from .guard import Closed, Guard, Interrupts, interrupt_soon
 from .policies import Full, KVPolicy, get_policy
+from .policies.base import at_least, true_or_false
 from .session import AfterPrompt, PolicyCache, ragged_cache
 from .stats import KVStats
 
@@ -79,30 +83,38 @@ class Llama(PolicyEvaluation):
         kv_exact: bool = True,
         **kwargs: Any,
     ) -> None:
+        if "_kv_guard" in self.__dict__:  # a second time: nothing else would free the first one's memory
+            self.close()
         # close() and __del__ need these even if the arguments are refused
         self._stack = ExitStack()
         self._kv_guard = Guard()
         self._kv_cache: PolicyCache | None = None
+        self._kv_freed = False
 
         if kv_policy is None and kv_budget is not None:
             raise ValueError(
                 f"kv_budget={kv_budget!r} without kv_policy has no effect; name a policy, e.g. kv_policy='auto'"
             )
-        if isinstance(kv_min_prompt, bool) or not isinstance(kv_min_prompt, int) or kv_min_prompt < 0:
-            raise ValueError(f"kv_min_prompt is {kv_min_prompt!r}, expected an int of at least 0 tokens")
+        kv_min_prompt, kv_exact = plain(kv_min_prompt), plain(kv_exact)
+        at_least("kv_min_prompt", kv_min_prompt, 0)
+        true_or_false("kv_exact", kv_exact)
+        check_numbers(kwargs)
         policy = None if kv_policy is None else get_policy(kv_policy)
-        self._kv_when = AfterPrompt(DEFAULT_BUDGET if kv_budget is None else check_budget(kv_budget), kv_min_prompt)
+        if kv_budget is not None:
+            kv_budget = check_budget(kv_budget)
+        self._kv_when = AfterPrompt(DEFAULT_BUDGET if kv_budget is None else kv_budget, kv_min_prompt)
 
         # what is absent stays absent in a copy: it may be resolved otherwise there
-        self._kv_given = {**kwargs, "kv_min_prompt": kv_min_prompt, "kv_exact": bool(kv_exact)}
+        self._kv_given = {**kwargs, "kv_min_prompt": kv_min_prompt, "kv_exact": kv_exact}
         if kv_budget is not None:
             self._kv_given["kv_budget"] = kv_budget
 
         self._start_evaluation()
         if policy is None:
             super().__init__(model_path, **kwargs)
+            self._model.__class__ = CheckedModel
             return
-        self._kv_create(model_path, policy, bool(kv_exact), kwargs)
+        self._kv_create(model_path, policy, kv_exact, kwargs)
 
     def _kv_create(self, model_path: str, policy: KVPolicy, exact: bool, kwargs: dict[str, Any]) -> None:
         for name, instead in REFUSED:
@@ -121,6 +133,7 @@ class Llama(PolicyEvaluation):
             with ragged_cache(policy, model_path, None if said else policy.cells):
                 with Interrupts():
                     super().__init__(model_path, **kwargs)
+            self._model.__class__ = CheckedModel
             self._check_text(policy)
             cache = PolicyCache(
                 self._ctx.ctx,
@@ -182,7 +195,8 @@ class Llama(PolicyEvaluation):
     @kv_budget.setter
     def kv_budget(self, budget: float | int) -> None:
         with self._use("setting kv_budget"):
-            before, self._kv_when.budget = self._kv_when.budget, check_budget(budget)
+            budget = check_budget(budget)
+            before, self._kv_when.budget = self._kv_when.budget, budget
             self._kv_given["kv_budget"] = budget
             cache = self._kv_cache
             changed = (type(budget), budget) != (type(before), before)  # 1 is a cell, 1.0 all of them
@@ -282,19 +296,21 @@ class Llama(PolicyEvaluation):
         """Refused with a policy: saved states of compacted caches are not supported yet.
 
         Raises:
-            UnsupportedCallError: the session has a policy.
+            UnsupportedCallError: the session has a policy, or cannot be used now (see the class).
         """
-        self._refuse("save_state()", "keep the session open, or evaluate the prompt again")
-        return super().save_state()
+        with self._use("save_state()"):
+            self._refuse("save_state()", "keep the session open, or evaluate the prompt again")
+            return super().save_state()
 
     def load_state(self, state: Any) -> None:
         """Refused with a policy: saved states of compacted caches are not supported yet.
 
         Raises:
-            UnsupportedCallError: the session has a policy.
+            UnsupportedCallError: the session has a policy, or cannot be used now (see the class).
         """
-        self._refuse("load_state()", "evaluate the prompt instead")
-        super().load_state(state)
+        with self._use("load_state()"):
+            self._refuse("load_state()", "evaluate the prompt instead")
+            super().load_state(state)
 
     def reset(self) -> None:
         """Forget the sequence; with a policy its memory is released at once.
@@ -318,20 +334,33 @@ class Llama(PolicyEvaluation):
         Raises:
             UnsupportedCallError: another thread is inside a call, or a policy selects.
         """
-        if "_kv_guard" not in self.__dict__ or self._kv_guard.closed:  # without one: arguments that Python refused
+        if "_kv_guard" not in self.__dict__ or self._kv_freed:  # without one: arguments that Python refused
             return
         if self._kv_guard.forked:  # whichever call the parent was inside
-            self._kv_guard.closed = True
-            super().close()
+            self._free()
             return
-        with self._kv_guard.use("close()"):
-            self._kv_guard.closed = True
-            if self._kv_cache is not None:
-                self._kv_cache.kv.close()
-            super().close()
-            # their memory is gone, and stock's methods would read it
-            gone: Any = Closed()
-            self._ctx = self._model = self._batch = self.tokenizer_ = gone
+        with self._kv_guard.use("close()", closes=True):
+            self._free()
+
+    def _free(self) -> None:
+        self._kv_guard.closed = True
+        if self._kv_cache is not None:
+            self._kv_cache.kv.close()
+        super().close()
+        # their memory is gone, and stock's methods would read it
+        gone: Any = Closed()
+        self._ctx = self._model = self._batch = self.tokenizer_ = gone
+        self._kv_freed = True
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        try:
+            self.close()
+        except KeyboardInterrupt:
+            self.close()
+            interrupt_soon()
+        except Exception:
+            if not is_finalizing():  # modules that closing needs may be gone; the memory goes with the process
+                raise
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
@@ -340,7 +369,8 @@ class Llama(PolicyEvaluation):
         changed = {name: state[name] for name in CHANGEABLE if state[name] != self._kv_initial[name]}
         if self._kv_cache.policy is not self._kv_first:
             # cells were chosen for the first policy; another one may prefer others
-            own = self._kv_cache.kv.stats()
+            with self._kv_guard.use("copying a session whose policy was changed", reads=True):
+                own = self._kv_cache.kv.stats()
             changed |= {"type_k": int(own.type_k), "type_v": int(own.type_v)}
         return {"model_path": self.model_path, **self._kv_given, **changed, "kv_policy": self._kv_cache.policy}
 

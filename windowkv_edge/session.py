@@ -120,6 +120,10 @@ class PolicyCache:
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{self._path}: {error}") from None
         stats = self.kv.stats()
+        try:
+            policy.check_cells(cell_types(stats))
+        except ValueError as error:
+            raise UnsupportedModelError(f"{self._path}: {error}") from error
         n_layer, n_head_kv = int(llama_cpp.llama_model_n_layer(self._model)), int(stats.n_head_kv)
         n_head = n_head_kv * int(stats.n_gqa)
         return policy.bind(ModelHeads(self._path, self._metadata, n_layer, n_head_kv, self.kv.layers(), n_head=n_head))

@@ -1,5 +1,4 @@
-"""Who may use a session: not its policy while that selects, not two threads at once, no forked child, and nobody once
-it is closed."""
+"""Who may use a session: not its policy while that selects, not two threads at once, and no forked child."""
 
 from __future__ import annotations
 
@@ -27,8 +26,12 @@ from windowkv_edge import Llama, SnapKV, UnsupportedCallError
         (lambda llm: setattr(llm, "kv_budget", 5), "setting kv_budget"),
         (lambda llm: llm.kv_compact(10), r"kv_compact\(\)"),
         (lambda llm: llm.close(), r"close\(\)"),
+        (lambda llm: llm.embed("a"), r"embed\(\)"),
+        (lambda llm: llm.save_state(), r"save_state\(\)"),
+        (lambda llm: llm.load_state(None), r"load_state\(\)"),
+        (lambda llm: llm.__init__(llm.model_path, n_ctx=64), r"close\(\)"),
     ],
-    ids=["reset", "eval", "generate", "policy", "budget", "compact", "close"],
+    ids=["reset", "eval", "generate", "policy", "budget", "compact", "close", "embed", "save", "load", "init"],
 )
 def test_a_policy_leaves_its_session_alone(
     tiny: Path, opened: Callable[..., Llama], call: Callable[[Llama], object], name: str
@@ -42,6 +45,27 @@ def test_a_policy_leaves_its_session_alone(
     assert llm.kv_budget == 60 and llm.kv_policy is not None and llm.kv_policy.name == "script"
     llm.eval([1])
     assert (llm.kv_stats().cells == 401).all()
+
+
+def test_completions_while_a_policy_selects(smollm2: Path, opened: Callable[..., Llama]) -> None:
+    llm: Llama
+    said: list[str] = []
+
+    def action() -> None:
+        for call in (
+            lambda: llm("Hello", max_tokens=1),
+            lambda: llm.create_completion([1, 2], max_tokens=1),
+            lambda: next(llm.create_completion("Hello", max_tokens=1, stream=True)),
+            lambda: llm.create_chat_completion([{"role": "user", "content": "Hello"}], max_tokens=1),
+        ):
+            with pytest.raises(UnsupportedCallError) as caught:
+                call()
+            said.append(str(caught.value))
+
+    llm = opened(smollm2, kv_policy=Script(action=action), kv_budget=20, n_ctx=128)
+    llm.eval(TOKENS[:60])
+    assert len(said) == 4 and all("generate() was called while kv_policy='script' selects" in one for one in said)
+    assert (llm.kv_stats().cells == 20).all() and llm.n_tokens == 60
 
 
 def test_a_policy_may_look(tiny: Path, opened: Callable[..., Llama]) -> None:
@@ -73,8 +97,11 @@ def test_two_threads_at_once(tiny: Path, opened: Callable[..., Llama], policy: b
     thread.start()
     assert inside.wait(60)
     try:
-        for call in (lambda: llm.eval([1]), llm.kv_stats, llm.reset, llm.close, lambda: next(llm.generate([1, 2]))):
-            with pytest.raises(UnsupportedCallError, match=r"another thread is inside (eval|generate)\(\) of this session"):
+        for call in (
+            lambda: llm.eval([1]), lambda: next(llm.generate([1, 2])), llm.sample, lambda: llm.embed("a"), llm.kv_stats,
+            lambda: setattr(llm, "kv_budget", 5), llm.kv_compact, llm.save_state, llm.reset, llm.close,
+        ):  # fmt: skip
+            with pytest.raises(UnsupportedCallError, match=r"another thread is inside (eval|sample)\(\) of this session"):
                 call()
     finally:
         done.set()
@@ -92,10 +119,19 @@ def test_a_forked_child_is_told(tiny: Path, opened: Callable[..., Llama]) -> Non
     if child == 0:
         signal.alarm(60)  # a child that hangs dies
         said = b"nothing"
+        calls = (
+            lambda: next(llm.generate([1])), llm.kv_stats, lambda: llm.kv_positions(0, 0), llm.kv_compact, llm.reset, llm.sample,
+            lambda: setattr(llm, "kv_policy", "snapkv"), lambda: setattr(llm, "kv_budget", 5), llm.save_state, lambda: llm.eval([1]),
+        )  # fmt: skip
         try:
-            llm.eval([1])
-        except UnsupportedCallError as error:
-            said = str(error).encode()
+            for call in calls:
+                said = b"nothing"
+                try:
+                    call()
+                except UnsupportedCallError as error:
+                    said = str(error).encode()
+                if b"created in process" not in said:
+                    break
         finally:
             os.write(write, said)
             llm.close()
@@ -107,27 +143,8 @@ def test_a_forked_child_is_told(tiny: Path, opened: Callable[..., Llama]) -> Non
         said += part
     os.waitpid(child, 0)
     os.close(read)
-    assert b"created in process" in said and b"create a session in the child" in said and said.endswith(b"closed")
+    assert said.startswith(b"eval(): ") and b"created in process" in said and b"create a session in the child" in said and said.endswith(b"closed")
     llm.eval([1])
-
-
-@pytest.mark.parametrize("policy", ["snapkv", None])
-def test_a_closed_session(tiny: Path, opened: Callable[..., Llama], policy: str | None) -> None:
-    llm = opened(tiny, kv_policy=policy)
-    llm.close()
-    calls: list[Callable[[], object]] = [
-        lambda: llm.eval([1]), lambda: next(llm.generate([1, 2])), lambda: llm.create_completion("a"), llm.kv_stats,
-        lambda: llm.kv_positions(0, 0), lambda: llm.kv_compact(10), lambda: setattr(llm, "kv_policy", "snapkv"),
-        lambda: llm.tokenize(b"a"), lambda: llm.detokenize([1]), lambda: llm.embed("a"), llm.token_eos, llm.n_ctx,
-        lambda: llm.sample(), lambda: setattr(llm, "kv_budget", 0.5), lambda: llm.ctx,
-    ]  # fmt: skip
-    llm.n_tokens = 1
-    for call in calls:
-        with pytest.raises(UnsupportedCallError, match="this session was closed, create a new one"):
-            call()
-    llm.reset()
-    llm.close()
-    assert llm.n_tokens == 0
 
 
 def test_what_ctrl_c_leaves_behind_locks_nobody_out(tiny: Path, opened: Callable[..., Llama]) -> None:

@@ -79,9 +79,11 @@ def test_signals_at_any_time_of_a_compaction(
 def test_signals_while_evaluating(tmp_path: Path, opened: Callable[..., Llama], kind: str) -> None:
     """The positions of the cache and n_tokens agree at once, and the session goes on."""
     llm = opened(getattr(tiny_model, kind)(tmp_path / "model.gguf"), kv_policy=SnapKV(), kv_budget=60, n_batch=64)
-    start = time.perf_counter()
-    llm.eval(TOKENS)
-    took = time.perf_counter() - start
+    for _ in range(2):  # the first one reserves its graphs
+        llm.reset()
+        start = time.perf_counter()
+        llm.eval(TOKENS)
+        took = time.perf_counter() - start
     interrupted = 0
     for i in range(1, 31):
         llm.reset()

@@ -6,9 +6,10 @@ import ast
 from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
 
+from ..budget import plain
 from .adakv import AdaKV
 from .auto import Auto
-from .base import CacheView, KVPolicy, Positions, Scores, Task
+from .base import CacheView, KVPolicy, Positions, Scores, Task, at_least
 from .expected_attention import ExpectedAttention
 from .full import Full
 from .h2o import H2O
@@ -71,7 +72,6 @@ POLICIES: dict[str, type[KVPolicy]] = {
 ENTRY_POINTS = "windowkv_edge.policies"
 """Group of the entry points by which packages bring policies: ``name = "module:Class"``."""
 
-_MAX_SAID = 200  # characters of a spec in a message
 _MAX_SPEC = 2000  # characters; numbers in them stay printable, and Python's parser on its feet
 
 
@@ -80,12 +80,18 @@ def policy_names() -> list[str]:
     return list(dict.fromkeys([*POLICIES, *sorted(entry_points(group=ENTRY_POINTS).names)]))
 
 
+def _short(spec: str) -> str:
+    """Of what somebody gave, as much as a message should repeat."""
+    text = repr(spec)
+    return text if len(text) <= 200 else f"{text[:150]}... ({len(spec):,} characters)"
+
+
 def _policy_class(name: str, given: str) -> type[KVPolicy]:
     if name in POLICIES:
         return POLICIES[name]
     found = list(entry_points(group=ENTRY_POINTS, name=name))
     if not found:
-        raise ValueError(f"kv_policy is {given!r}, expected one of {', '.join(policy_names())}")
+        raise ValueError(f"kv_policy is {_short(given)}, expected one of {', '.join(policy_names())}")
     try:
         cls = found[0].load()
     except Exception as error:  # whatever the package raises
@@ -114,11 +120,9 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
         if not policy.in_python and type(policy).selection is KVPolicy.selection:
             raise TypeError(f"{type(policy).__name__} defines neither select() nor selection(), expected one of them")
         try:
-            n_observed = policy.n_observed
-        except NotImplementedError as error:
+            at_least(f"{type(policy).__name__}.n_observed", plain(policy.n_observed), 1)
+        except (NotImplementedError, ValueError) as error:
             raise TypeError(str(error)) from None
-        if not isinstance(n_observed, int) or n_observed < 1:
-            raise TypeError(f"{type(policy).__name__}.n_observed is {n_observed!r}, expected an int of at least 1")
         return policy
     if not isinstance(policy, str):
         raise TypeError(
@@ -126,9 +130,8 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
         )
     if len(policy) > _MAX_SPEC:
         raise ValueError(f"kv_policy is a text of {len(policy):,} characters, expected at most {_MAX_SPEC:,}")
-    said = policy if len(policy) <= _MAX_SAID else policy[:_MAX_SAID] + "…"
     name, bracket, rest = policy.partition("(")
-    cls = _policy_class(name.strip(), said)
+    cls = _policy_class(name.strip(), policy)
     expected = "expected parameters such as 'windowkv(omega=8, recent_share=0.5)'"
     try:
         call = ast.parse(f"f({rest}" if bracket else "f()", mode="eval").body
@@ -140,11 +143,12 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
             raise ValueError
         parameters = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # {[]}, brackets and signs by the hundred
-        raise ValueError(f"kv_policy is {said!r}, {expected}") from None
+        raise ValueError(f"kv_policy is {_short(policy)}, {expected}") from None
     known: list[str] = [own.name for own in fields(cls) if own.init] if is_dataclass(cls) else []
     if not set(parameters) <= set(known):
-        raise ValueError(f"kv_policy is {said!r}; {name.strip()} takes the parameters {', '.join(known) or 'none'}")
+        takes = f"{name.strip()} takes the parameters {', '.join(known) or 'none'}"
+        raise ValueError(f"kv_policy is {_short(policy)}; {takes}")
     try:
         return get_policy(cls(**parameters))
     except TypeError as error:
-        raise ValueError(f"kv_policy is {said!r}: {error}") from None
+        raise ValueError(f"kv_policy is {_short(policy)}: {error}") from None

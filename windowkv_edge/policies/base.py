@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from ..budget import plain
 from .parts import Allocation, Parts, Scoring, Selection
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "number_of",
     "one_of",
     "share_of",
+    "true_or_false",
 ]
 
 Task = Literal["localization", "aggregation"]
@@ -53,9 +55,16 @@ def share_of(name: str, value: object, *, over_zero: bool = False) -> None:
 
 
 def number_of(name: str, value: object, low: float) -> None:
-    """Raise ValueError unless value is a number >= low that a finite float holds."""
+    """Raise ValueError unless value is a finite number >= low."""
+    # ints are compared exactly, however large
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= sys.float_info.max:
         raise ValueError(f"{name} is {value!r}, expected a finite number of at least {low:g}")
+
+
+def true_or_false(name: str, value: object) -> None:
+    """Raise ValueError unless value is a bool: "no" and "False" are true in Python."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, expected True or False")
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -97,16 +106,30 @@ class CacheView:
         return len(self.positions[0])
 
     def keys(self, layer: int, head: int) -> npt.NDArray[np.float32]:
-        """K of one kv head as attention sees it, RoPE included: a copy, float32 [cells, head_dim]."""
+        """K of one kv head as attention sees it, RoPE included: a copy, float32 [cells, head_dim].
+
+        Raises:
+            ValueError: the session has no such layer or head, or the selection is over.
+            TypeError: layer or head is no int.
+            NativeError: memory ran out.
+        """
         return self._kv.rows(layer, head, "k")
 
     def values(self, layer: int, head: int) -> npt.NDArray[np.float32]:
-        """V of one kv head: a copy, float32 [cells, head_dim]."""
+        """V of one kv head: a copy, float32 [cells, head_dim].
+
+        Raises:
+            ValueError, TypeError, NativeError: see :meth:`keys`.
+        """
         return self._kv.rows(layer, head, "v")
 
     def queries(self, layer: int, head: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """The last queries of one *query* head, RoPE included: positions int32 [observed], a copy float32 [observed,
-        head_dim]; as many as the policy's ``n_observed``, or as the sequence has."""
+        head_dim]; as many as the policy's ``n_observed``, or as the sequence has.
+
+        Raises:
+            ValueError, TypeError, NativeError: see :meth:`keys`.
+        """
         at, rows = self._kv.queries(layer, head)
         seen = at >= self.n_past - self.n_observed
         return at[seen], rows[seen]
@@ -118,6 +141,9 @@ class KVPolicy:
     A subclass either composes what the native code knows (:meth:`scoring`, :meth:`allocation`, :meth:`selection`), as
     most of this package do, or chooses the cells in Python (:meth:`select`) and says how many queries it wants to see
     (:attr:`n_observed`).
+
+    Raises:
+        ValueError: an option is out of range, or does not fit the others.
     """
 
     name: ClassVar[str]
@@ -136,7 +162,10 @@ class KVPolicy:
     ragged: bool = False
 
     def __post_init__(self) -> None:
-        """Check the fields, then those of the next class: ``super().__post_init__()``."""
+        """Check the fields after those of the next class: ``super().__post_init__()``, which makes scalars of NumPy
+        Python's."""
+        for own in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, own.name, plain(getattr(self, own.name)))
 
     @property
     def n_observed(self) -> int:
@@ -190,6 +219,16 @@ class KVPolicy:
             layer that hold different numbers of cells need ``ragged = True``.
         """
         raise NotImplementedError
+
+    def check_cells(self, cell_types: tuple[str, str]) -> None:
+        """Called when a session gets the policy.
+
+        Args:
+            cell_types: of its K and V cells, see :class:`CacheView`.
+
+        Raises:
+            ValueError: the policy cannot select among them.
+        """
 
     def bind(self, model: ModelHeads) -> KVPolicy:
         """The policy for one model; head scores, if it needs any, are looked up here.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .base import CacheView, KVPolicy, Positions, Scores, at_least
+from .base import CacheView, KVPolicy, Positions, Scores, at_least, number_of, true_or_false
 
 if TYPE_CHECKING:
     from ..heads import ModelHeads
@@ -54,6 +54,10 @@ class ExpectedAttention(KVPolicy):
         at_least("n_observed", self.n_observed, 2)
         at_least("n_future", self.n_future, 1)
         at_least("n_sink", self.n_sink, 0)
+        if self.neox is not None:
+            true_or_false("neox", self.neox)
+        if self.freq_base is not None:
+            number_of("freq_base", self.freq_base, 1)
 
     def bind(self, model: ModelHeads) -> KVPolicy:
         """The policy for one model: what the arguments leave open about RoPE comes from its metadata.
@@ -70,9 +74,12 @@ class ExpectedAttention(KVPolicy):
         base = float(model.metadata.get(f"{arch}.rope.freq_base", 10000.0))
         return replace(self, freq_base=self.freq_base or base, neox=bool(self.neox))
 
+    def check_cells(self, cell_types: tuple[str, str]) -> None:
+        if not set(cell_types) <= {"f32", "f16", "bf16"}:
+            raise ValueError(f"{self.name} needs cells that are not rotated, got {cell_types}; use f16 cells")
+
     def select(self, scores: Scores, budget: int, ctx: CacheView) -> Positions:
-        if not set(ctx.cell_types) <= {"f32", "f16", "bf16"}:
-            raise ValueError(f"{self.name} needs cells that are not rotated, got {ctx.cell_types}; use f16 cells")
+        self.check_cells(ctx.cell_types)
         return [[self._best(budget, layer, head, ctx) for head in range(ctx.n_head_kv)] for layer in range(ctx.n_layer)]
 
     def _best(self, budget: int, layer: int, head: int, ctx: CacheView) -> npt.NDArray[np.int32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -44,6 +45,9 @@ class ByImportance(KVPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         number_of("beta", self.beta, 1)
+        if not isinstance(self.importance, (HeadScores, str, os.PathLike, type(None))):
+            got = reprlib.repr(self.importance)
+            raise ValueError(f"importance is {got}, expected HeadScores, a file of them, or None")
         one_of("kind", self.kind, ("r", "r2"))
         one_of("reduce", self.reduce, ("mean", "max"))
 

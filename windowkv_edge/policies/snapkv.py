@@ -39,7 +39,12 @@ class SnapKV(KVPolicy):
 
     @classmethod
     def published(cls, **options: Any) -> SnapKV:
-        """The policy that keeps the cells of its authors' code, totals included; the options are the policy's own."""
+        """The policy that keeps the cells of its authors' code, totals included; the options are the policy's own.
+
+        Raises:
+            ValueError: an option is out of range, or does not fit ``accounting="paper"``.
+            TypeError: there is no such option, or it is ``accounting``.
+        """
         return cls(accounting="paper", **options)
 
     def scoring(self, task: Task = "localization") -> Scoring:

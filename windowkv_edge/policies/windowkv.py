@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from .base import KVPolicy, Task, at_least, number_of, one_of, share_of
+from .base import KVPolicy, Task, at_least, number_of, one_of, share_of, true_or_false
 from .parts import Accounting, Allocation, Scope, Scoring, Selection, Share
 
 __all__ = ["WindowKV"]
@@ -95,6 +95,8 @@ class WindowKV(KVPolicy):
         one_of("budget", self.budget, ("arithmetic", "flat"))
         one_of("accounting", self.accounting, ("native", "paper"))
         one_of("query_heads", self.query_heads, ("mean", "each"))
+        true_or_false("protect_first", self.protect_first)
+        true_or_false("whole_windows", self.whole_windows)
         number_of("lam", self.lam, 0)
         if not self.lam > 0:
             raise ValueError(f"lam is {self.lam!r}, expected a positive number")
@@ -121,6 +123,10 @@ class WindowKV(KVPolicy):
                 windows whole, scored in every query head. "native" has the settings alone, under a budget that counts
                 every cell.
             options: of the policy, in place of the paper's settings.
+
+        Raises:
+            ValueError: there is no such model, or an option is out of range or does not fit the others.
+            TypeError: there is no such option.
         """
         one_of("model", model, ("qwen2.5-1.5b", "llama3-8b"))
         settings: dict[str, Any] = dict(
