@@ -47,7 +47,9 @@ SIMT_KERNEL(FATTN_N_THREADS, N_BLOCKS_SM_TILE) flash_attn_ragged_tile(
 template <int n_rows>
 SIMT_KERNEL(FATTN_N_THREADS, 1) flash_attn_ragged_combine(
         const fattn_args a, const int32_t * ranges, const float * sinks, const float * part, float * dst, const int32_t n_cells_tile) {
-    fattn_combine<n_rows>(a, SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst), n_cells_tile, simt_get_ids());
+    SIMT_SHARED_ARRAY(float, sh, FATTN_N_COMBINE);
+
+    fattn_combine<n_rows>(a, SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst), n_cells_tile, sh, simt_get_ids());
 }
 
 // tensors of the op on the device, shapes as in fattn_tensors

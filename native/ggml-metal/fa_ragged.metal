@@ -87,7 +87,9 @@ kernel void kernel_flash_attn_ragged_combine(
         ushort thread_index [[thread_index_in_threadgroup]],
         ushort simd         [[simdgroup_index_in_threadgroup]],
         ushort lane         [[thread_index_in_simdgroup]]) {
-    fattn_combine<n_rows>(args, SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst), n_cells_tile,
+    SIMT_SHARED_ARRAY(float, sh, FATTN_N_COMBINE);
+
+    fattn_combine<n_rows>(args, SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst), n_cells_tile, sh,
             fattn_ids(group, thread_index, simd, lane));
 }
 

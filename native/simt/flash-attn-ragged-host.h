@@ -73,8 +73,9 @@ static inline int fattn_vec_rows(const fattn_args & a) {
 // Work in equal shares, one for every block of the grid: n_busy at most, which keep the device busy, and not more than there can be
 // tiles. How many cells the heads have is known on the device alone; together they have no more than the pool has rows
 static inline void fattn_plan_shares(fattn_args & a, const ggml_tensor * dst, int n_rows_block, int n_cells_tile, int n_busy) {
-    a.n_row_blocks = (a.n_rows + n_rows_block - 1)/n_rows_block;
-    a.n_blocks     = std::min<int64_t>((dst->src[1]->ne[1]/n_cells_tile + a.n_head_kv)*a.n_row_blocks, n_busy);
+    GGML_ASSERT(a.n_rows <= n_rows_block);
+    a.n_row_blocks = 1;
+    a.n_blocks     = std::min<int64_t>(dst->src[1]->ne[1]/n_cells_tile + a.n_head_kv, n_busy);
     a.n_splits     = 0;
 }
 

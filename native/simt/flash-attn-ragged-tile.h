@@ -213,9 +213,9 @@ SIMT_FUNC void fattn_tile(fattn_args a, fattn_tensors t, fattn_tile_shared sh, s
     SIMT_GLOBAL(const char) v = t.v + first*a.nb_v; // [n_embd_v, cells]
 
     const int32_t n_visible = fattn_n_visible(a, t.ranges, ih, simt_min(a.n_rows, row0 + n_rows) - 1); // by one row at least
-    const int64_t n_tiles   = (n_visible + n_cells - 1)/n_cells;
-    const int32_t tile0     = (int32_t) fattn_split_begin(a, n_tiles, split);
-    const int32_t tile1     = (int32_t) fattn_split_begin(a, n_tiles, split + 1);
+    const int32_t n_tiles   = (n_visible + n_cells - 1)/n_cells;
+    const int32_t tile0     = fattn_split_begin(a, n_tiles, split);
+    const int32_t tile1     = fattn_split_begin(a, n_tiles, split + 1);
 
     const int32_t n_pad_k = fattn_pad16(a.n_embd_k);
     const int32_t n_pad_v = fattn_pad16(a.n_embd_v);

@@ -265,35 +265,18 @@ struct fattn_vec_steps {
     static SIMT_FUNC void write_row(fattn_args a, fattn_tensors t, fattn_piece piece, int r, SIMT_SHARED(float) sh, simt_ids id) {
         const int32_t row = piece.row0 + r;
 
-        float w_warp[FATTN_N_WARPS];
-        float max_block = FATTN_LOWEST;
-        float sum_block = 0.0f;
-        SIMT_UNROLL
-        for (int i = 0; i < FATTN_N_WARPS; ++i) {
-            w_warp[i] = sh[i*shape::LD + shape::LD - 2];
-            max_block = simt_max(max_block, w_warp[i]);
-        }
-        SIMT_UNROLL
-        for (int i = 0; i < FATTN_N_WARPS; ++i) {
-            w_warp[i]  = simt_exp2(w_warp[i] - max_block);
-            sum_block += sh[i*shape::LD + shape::LD - 1]*w_warp[i];
-        }
+        const fattn_warps warps = fattn_join_warps<shape::LD>(sh);
 
-        const float w_row = piece.whole ? fattn_row_weight(a, t.sinks, fattn_head_of(a, piece.ih, row), max_block, sum_block) : 1.0f;
+        const float w_row = piece.whole ? fattn_row_weight(a, t.sinks, fattn_head_of(a, piece.ih, row), warps.all.max, warps.all.sum) : 1.0f;
 
         SIMT_GLOBAL(float) y = piece.whole ? t.dst + fattn_dst(a, piece.ih, row) :
             t.part + fattn_part(a, id.block, piece.slot, n_rows, r);
         for (int32_t d = id.tid; d < a.n_embd_v; d += FATTN_N_THREADS) {
-            float res = 0.0f;
-            SIMT_UNROLL
-            for (int i = 0; i < FATTN_N_WARPS; ++i) {
-                res += sh[i*shape::LD + d]*w_warp[i];
-            }
-            y[d] = res*w_row;
+            y[d] = fattn_join_value<shape::LD>(sh, warps, d)*w_row;
         }
         if (!piece.whole && id.tid == 0) {
-            y[a.n_embd_v]     = max_block;
-            y[a.n_embd_v + 1] = sum_block;
+            y[a.n_embd_v]     = warps.all.max;
+            y[a.n_embd_v + 1] = warps.all.sum;
         }
     }
 };

@@ -65,18 +65,25 @@ template <typename row_t, int n_lanes, int n_rows>
 SIMT_FUNC void fattn_vec(fattn_args a, fattn_tensors t, SIMT_SHARED(float) sh, simt_ids id) {
     typedef fattn_vec_shape<n_lanes, n_rows> shape;
 
-    const fattn_share share = fattn_share_of(a, t.ranges, id.block, n_rows, shape::N_CELLS_TILE);
-    const bool        split = a.n_splits > 0; // one item
+    const fattn_share share = fattn_share_of(a, t.ranges, n_rows, shape::N_CELLS_TILE, id);
+    if (a.n_splits > 0) {
+        const int32_t n_tiles = fattn_n_tiles(a, t.ranges, share.item0, n_rows, shape::N_CELLS_TILE);
+        fattn_vec_attend<row_t, n_lanes, n_rows>(a, t, fattn_piece_of(a, share.item0, n_rows, share.begin, share.end, n_tiles), sh, id);
+        return;
+    }
 
-    int64_t before = 0; // tiles of the items before
-    for (int32_t item = share.item0; split ? item == share.item0 : item < a.n_head_kv*a.n_row_blocks && before < share.end; ++item) {
-        const int32_t n_tiles = fattn_n_tiles(a, t.ranges, item, n_rows, shape::N_CELLS_TILE);
-        const int32_t tile0   = (int32_t) simt_max((int64_t) 0, share.begin - before);
-        const int32_t tile1   = (int32_t) simt_min((int64_t) n_tiles, share.end - before);
-        before += n_tiles;
-        if (!split && tile0 >= tile1) {
-            continue; // a split without tiles is a part all the same
+    int32_t n_own  = 0; // tiles of one of 32 heads, a lane has one
+    int32_t before = 0; // of the heads before
+    for (int32_t ih = 0; ih < a.n_head_kv && before < share.end; ++ih) {
+        if (ih % 32 == 0) {
+            n_own = ih + id.lane < a.n_head_kv ? fattn_head_tiles(t.ranges, ih + id.lane, shape::N_CELLS_TILE) : 0;
         }
-        fattn_vec_attend<row_t, n_lanes, n_rows>(a, t, fattn_piece_of(a, item, n_rows, tile0, tile1, n_tiles), sh, id);
+        const int32_t n_tiles = simt_shuffle(n_own, ih % 32, 32, 0);
+        const int32_t tile0   = simt_max(0, share.begin - before);
+        const int32_t tile1   = simt_min(n_tiles, share.end - before);
+        before += n_tiles;
+        if (tile0 < tile1) {
+            fattn_vec_attend<row_t, n_lanes, n_rows>(a, t, fattn_piece_of(a, ih, n_rows, tile0, tile1, n_tiles), sh, id);
+        }
     }
 }

@@ -4,7 +4,7 @@
 // see, cut into tiles of cells; item = kv head*n_row_blocks + block of rows. There are two ways:
 //
 //   shares (n_splits = 0)  the tiles of all items, one item behind the other, are dealt out to the blocks in equal shares, so that
-//                          heads of very different lengths keep a device busy
+//                          heads of very different lengths keep a device busy; n_row_blocks = 1
 //   splits (n_splits > 0)  every item is cut into n_splits parts of equal length, block = item*n_splits + split
 //
 // An item that more than one block attends to is attended in parts, each with a maximum, a sum of weights and a weighted sum of
@@ -24,50 +24,71 @@ static SIMT_FUNC int32_t fattn_n_tiles(
     return (fattn_n_visible(a, ranges, ih, last) + n_cells_tile - 1)/n_cells_tile;
 }
 
-// tiles of all items
-static SIMT_FUNC int64_t fattn_total(fattn_args a, SIMT_GLOBAL(const int32_t) ranges, int32_t n_rows_block, int32_t n_cells_tile) {
-    int64_t res = 0;
-    for (int32_t item = 0; item < a.n_head_kv*a.n_row_blocks; ++item) {
-        res += fattn_n_tiles(a, ranges, item, n_rows_block, n_cells_tile);
+// tiles of a head: of it, of the heads before it, of all heads
+struct fattn_tiles {
+    int32_t own, before, total;
+};
+
+// Shares: an item is a kv head, whose last row sees all of its cells
+static SIMT_FUNC int32_t fattn_head_tiles(SIMT_GLOBAL(const int32_t) ranges, int32_t ih, int32_t n_cells_tile) {
+    return (ranges[2*ih + 1] + n_cells_tile - 1)/n_cells_tile;
+}
+
+// The same for all lanes of a warp, which count the tiles of a few heads each: a loop over all heads in every thread would wait for
+// memory again and again
+static SIMT_FUNC fattn_tiles fattn_count_tiles(
+        fattn_args a, SIMT_GLOBAL(const int32_t) ranges, int32_t ih, int32_t n_cells_tile, simt_ids id) {
+    fattn_tiles res;
+    res.own    = 0;
+    res.before = 0;
+    res.total  = 0;
+    for (int32_t i = id.lane; i < a.n_head_kv; i += 32) {
+        const int32_t n = fattn_head_tiles(ranges, i, n_cells_tile);
+        res.own    += i == ih ? n : 0;
+        res.before += i <  ih ? n : 0;
+        res.total  += n;
+    }
+    SIMT_UNROLL
+    for (int m = 1; m < 32; m *= 2) {
+        res.own    += simt_shuffle_xor(res.own,    m);
+        res.before += simt_shuffle_xor(res.before, m);
+        res.total  += simt_shuffle_xor(res.total,  m);
     }
     return res;
 }
 
-// first tile, of all, of a block's share
-static SIMT_FUNC int64_t fattn_begin(fattn_args a, int64_t total, int32_t block) {
-    return total*block/a.n_blocks;
+// Tiles of a block's share: the same for all, the last blocks may get fewer, or none. A part is never less than a tile, so that few
+// cells make few parts
+static SIMT_FUNC int32_t fattn_share_size(fattn_args a, int32_t total) {
+    return simt_max(1, (int32_t) ((uint32_t) (total + a.n_blocks - 1)/(uint32_t) a.n_blocks));
 }
 
 // first tile of a split, of those of its item
-static SIMT_FUNC int64_t fattn_split_begin(fattn_args a, int64_t n_tiles, int32_t split) {
-    return n_tiles*split/a.n_splits;
-}
-
-// the block whose share holds a tile: the last one that begins at it or before
-static SIMT_FUNC int32_t fattn_owner(fattn_args a, int64_t total, int64_t tile) {
-    return (int32_t) (((tile + 1)*a.n_blocks - 1)/total);
+static SIMT_FUNC int32_t fattn_split_begin(fattn_args a, int32_t n_tiles, int32_t split) {
+    return simt_min(n_tiles, split*((n_tiles + a.n_splits - 1)/a.n_splits));
 }
 
 // what a block attends to: tiles begin to end - 1, counted from the first one of item0
 struct fattn_share {
     int32_t item0;
-    int64_t begin, end;
+    int32_t begin, end;
 };
 
 static SIMT_FUNC fattn_share fattn_share_of(
-        fattn_args a, SIMT_GLOBAL(const int32_t) ranges, int32_t block, int32_t n_rows_block, int32_t n_cells_tile) {
+        fattn_args a, SIMT_GLOBAL(const int32_t) ranges, int32_t n_rows_block, int32_t n_cells_tile, simt_ids id) {
     fattn_share res;
     if (a.n_splits > 0) {
-        res.item0 = block/a.n_splits;
+        res.item0 = id.block/a.n_splits;
 
-        const int64_t n_tiles = fattn_n_tiles(a, ranges, res.item0, n_rows_block, n_cells_tile);
-        res.begin = fattn_split_begin(a, n_tiles, block%a.n_splits);
-        res.end   = fattn_split_begin(a, n_tiles, block%a.n_splits + 1);
+        const int32_t n_tiles = fattn_n_tiles(a, ranges, res.item0, n_rows_block, n_cells_tile);
+        res.begin = fattn_split_begin(a, n_tiles, id.block%a.n_splits);
+        res.end   = fattn_split_begin(a, n_tiles, id.block%a.n_splits + 1);
     } else {
-        const int64_t total = fattn_total(a, ranges, n_rows_block, n_cells_tile);
+        const int32_t total = fattn_count_tiles(a, ranges, 0, n_cells_tile, id).total;
+        const int32_t size  = fattn_share_size(a, total);
         res.item0 = 0;
-        res.begin = fattn_begin(a, total, block);
-        res.end   = fattn_begin(a, total, block + 1);
+        res.begin = simt_min(total, id.block*size);
+        res.end   = simt_min(total, res.begin + size);
     }
     return res;
 }

@@ -8,8 +8,8 @@
 //   SIMT_THREAD(T)                        reference to a variable of the thread, that is to registers: what takes one is inlined
 //   simt_ids                              block of the grid, thread of the block, warp and lane
 //   simt_barrier()                        all threads of a block
-//   simt_shuffle(x, i, n, lane0)          x of lane i of the own n lanes, the first of which is lane0; all lanes of a warp, as
-//                                         for the next two
+//   simt_shuffle(x, i, n, lane0)          x, a float or an int32_t, of lane i of the own n lanes, the first of which is lane0; all
+//                                         lanes of a warp, as for the next two
 //   simt_shuffle_xor(x, m)                x of the lane whose number differs in the bits m
 //   simt_any(x)                           whether x holds for any lane
 //   simt_load_u16, simt_load_u32x4        aligned loads from device memory
@@ -57,7 +57,8 @@ static __device__ __forceinline__ void simt_barrier() {
     __syncthreads();
 }
 
-static __device__ __forceinline__ float simt_shuffle(float x, int i, int n, int) {
+template <typename T>
+static __device__ __forceinline__ T simt_shuffle(T x, int i, int n, int) {
     return __shfl_sync(0xFFFFFFFF, x, i, n);
 }
 
@@ -65,7 +66,8 @@ static __device__ __forceinline__ bool simt_any(bool x) {
     return __any_sync(0xFFFFFFFF, x);
 }
 
-static __device__ __forceinline__ float simt_shuffle_xor(float x, int m) {
+template <typename T>
+static __device__ __forceinline__ T simt_shuffle_xor(T x, int m) {
     return __shfl_xor_sync(0xFFFFFFFF, x, m, 32);
 }
 

@@ -33,7 +33,8 @@ inline void simt_barrier() {
     threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-inline float simt_shuffle(float x, int i, int, int lane0) {
+template <typename T>
+inline T simt_shuffle(T x, int i, int, int lane0) {
     return simd_shuffle(x, (ushort) (lane0 + i));
 }
 
@@ -41,7 +42,8 @@ inline bool simt_any(bool x) {
     return simd_any(x);
 }
 
-inline float simt_shuffle_xor(float x, int m) {
+template <typename T>
+inline T simt_shuffle_xor(T x, int m) {
     return simd_shuffle_xor(x, (ushort) m);
 }
 

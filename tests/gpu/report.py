@@ -36,7 +36,7 @@ def targets(results: Json) -> list[Json]:
     if results.get("speed", {}).get("ok"):
         for size, kind, heads, n_tokens, cells, *_, share in results["speed"]["rows"]:
             bound = {"f16": 0.8, "q8_0": 0.6}.get(kind)
-            if (size, n_tokens, cells.split()[0]) == ("128", "1", str(8 * 131072)) and heads.startswith("8 ") and bound:
+            if (size, n_tokens, cells.split()[0]) == ("128", "1", str(8 * 131072)) and heads.startswith("8 ") and bound and share:
                 add(f"{kind} cells of {cells}: share of read speed", float(share.split()[0]) / 100, bound, True)
 
     filled = _rows(results, "sessions", "filled")
@@ -47,11 +47,13 @@ def targets(results: Json) -> list[Json]:
         if row["length"] == 131072:
             value = stock[16384]["decode_ms"] / row["decode_ms"]
             add(f"{row['session']}: speed at 128k by stock's at 16k", value, 0.9, True)
+        if "device_bytes" not in row:
+            continue  # noted by hand
         own, others = row["device_bytes"], stock[row["length"]]
         want = row["kv_bytes_start"] + others["device_bytes"] - others["kv_bytes_start"]
         add(f"{row['session']} at {row['length']}: device bytes by those reported", own / want, 1.02, False)
     for row in _rows(results, "sessions", "prompt"):
-        if row["compaction_ms"] is not None:
+        if row["compaction_ms"] is not None and "prefill_tokens_per_s" in row:
             value = row["compaction_ms"] / (1000 * row["length"] / row["prefill_tokens_per_s"])
             add(f"{row['session']}: compaction by prefill", value, 0.02, False)
     return res

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def compile_cuda(file: Path, archs: list[int], source: Path, cublas: Path, out: 
         str(NVCC), "-std=c++17", "-c", str(file), "-o", str(out / f"{file.stem}.o"), "-use_fast_math", "-extended-lambda",
         "-DGGML_CUDA_USE_GRAPHS", "-DGGML_SCHED_MAX_COPIES=4", "--threads", str(os.cpu_count() or 1),
         "-Xcompiler", "-Wall,-Wextra,-Wno-pedantic,-Wno-unused-function,-Wno-unused-parameter,-Wno-array-bounds",
-        "-Werror", "all-warnings",
+        "-Werror", "all-warnings", "--keep", "--keep-dir", str(out),
         *(f"-I{folder}" for folder in [*own, *upstream]),
         *(part for arch in archs for part in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")),
     ]  # fmt: skip
@@ -82,6 +83,14 @@ FILES = sorted((ROOT / "native" / "ggml-cuda").rglob("*.cu"))
 def test_our_files(file: Path, major: int, source: Path, cublas: Path, tmp_path: Path) -> None:
     # upstream's builds for any GPU hold older architectures too, where the toolkit still has them
     compile_cuda(file, [*([61] if major < 13 else []), 75, 86, 90, 120], source, cublas, tmp_path)
+
+    texts = [path.read_text() for path in tmp_path.glob(f"*{file.stem}*.ptx")]
+    assert len(texts) >= 4
+    for text in texts:
+        kernels = re.findall(r"\.entry (\w+)\(.*?\n}", text, re.S)
+        assert len(kernels) > 50
+        # a division of 64-bit integers is a loop of some hundred instructions
+        assert re.findall(r"\b(?:div|rem)\.[su]64\b.*", text) == []
 
 
 def test_patched_dispatch(source: Path, cublas: Path, tmp_path: Path) -> None:

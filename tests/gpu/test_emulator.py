@@ -20,6 +20,14 @@ def test_planted_faults_are_found(native_tests: Path) -> None:
     assert lines[-1] == "0 failed"
 
 
+def test_cost_of_a_token(native_tests: Path) -> None:
+    """Waits for memory, barriers and bytes of a token are within bounds that a loop over all parts would break."""
+    run = subprocess.run([native_tests / "test-simt-ragged", "cost"], capture_output=True, text=True, timeout=600)
+    failed = [line for line in run.stdout.splitlines() if "FAIL (" in line]
+    assert run.returncode == 0, "\n".join([*failed, run.stderr[-4000:]])
+    assert sum("rounds over parts: OK" in line for line in run.stdout.splitlines()) == 12
+
+
 @pytest.mark.parametrize("device", ["cuda", "metal"])
 def test_kernels_compute_the_op(native_tests: Path, device: str) -> None:
     """The cases of the CPU's kernel, those that the backend says it supports."""

@@ -2,6 +2,7 @@
 //
 //   test-simt-ragged cuda|metal [-p TEXT] [--part I/N]
 //   test-simt-ragged faults
+//   test-simt-ragged cost
 
 #include "ragged-cases.h"
 
@@ -19,6 +20,8 @@ struct result {
     std::vector<float> out;
     std::string        error;
     size_t             n_skipped = 0;
+
+    std::vector<simt::launch_cost> costs;
 };
 
 // the op of a graph whose tensors lie in host memory
@@ -49,6 +52,7 @@ static result compute(const simt_device & device, const ragged_graph & g, uint32
     }
     res.out.assign((float *) out.data, (float *) out.data + ggml_nelements(&out));
     res.n_skipped = machine.n_barriers_skipped;
+    res.costs     = machine.costs;
     return res;
 }
 
@@ -193,15 +197,75 @@ static void test_faults_of_our_kernels(const simt_device & device, ggml_backend_
     }
 }
 
+//
+// cost
+//
+
+// What a token costs on a device of 132 multiprocessors, as in tests/gpu/README.md's measurements. Bounds:
+//   rounds of the kernel for cells   a tile is a round, and 4 are for the table of heads, queries and the parts' ends
+//   rounds that combine parts        32 parts a round (4 warps, FATTN_N_PARTS_STEP each), and 4 for the table and the softmaxes.
+//                                    A loop over all parts in every thread, 2 rounds a part, took 70 to 174 of 90 to 190 us
+//   bytes                            cells are read once: 2 % for rows whose first and last bytes share a word with others
+static void test_cost(ggml_backend_t backend) {
+    const auto uniform = [](int64_t n_head_kv, int64_t n) { return std::vector<int64_t>(n_head_kv, n); };
+    const std::vector<int64_t> ragged = { 8192, 200, 4096, 1, 12000, 2048, 6000, 231 };
+
+    const std::vector<ragged_case> cases = {
+        { 128, 128, GGML_TYPE_F16,  GGML_TYPE_F16,  4, 1, uniform(8, 4096),  0.0f, false, true, 1 },
+        { 128, 128, GGML_TYPE_F16,  GGML_TYPE_F16,  4, 1, ragged,            0.0f, false, true, 1 },
+        { 128, 128, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, 4, 1, ragged,            0.0f, false, true, 1 },
+        { 64,  64,  GGML_TYPE_F16,  GGML_TYPE_F16,  3, 1, uniform(3, 16384), 0.0f, false, true, 1 },
+        { 64,  64,  GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, 3, 1, uniform(3, 491),   0.0f, false, true, 1 },
+        { 128, 128, GGML_TYPE_Q4_0, GGML_TYPE_Q4_0, 1, 1, uniform(40, 300),  0.0f, false, true, 1 },
+    };
+    for (const simt_device & device : DEVICES) {
+        simt_cuda_n_sm = 132;
+        for (const auto & tc : cases) {
+            rng.seed(1);
+            ragged_graph g   = build_graph(tc, backend);
+            const result res = compute(device, g, 1);
+            printf("%s %s\n", device.name, tc.vars().c_str());
+            if (res.costs.size() != 2) {
+                expect(false, "two kernels", res.error);
+                continue;
+            }
+            const simt::launch_cost & cells   = res.costs[0];
+            const simt::launch_cost & combine = res.costs[1];
+
+            int64_t n_cells = 0;
+            for (const int64_t n : tc.n_cells) {
+                n_cells += n;
+            }
+            const int64_t n_tile  = 64/(tc.hsk/8)*(tc.n_gqa > 4 ? 2 : 4)*2; // fattn_vec_shape::N_CELLS_TILE
+            const int64_t n_tiles = (n_cells/n_tile + (int64_t) tc.n_cells.size() + cells.n_blocks - 1)/cells.n_blocks + 1;
+            const int64_t n_parts = *std::max_element(tc.n_cells.begin(), tc.n_cells.end())*cells.n_blocks/n_cells + 2;
+
+            const auto at_most = [](const char * what, int64_t got, int64_t bound) {
+                expect(got <= bound, what, std::to_string(got) + ", at most " + std::to_string(bound));
+            };
+            at_most("rounds over cells", cells.n_rounds, n_tiles + 4);
+            at_most("rounds over parts", combine.n_rounds, (n_parts + 31)/32 + 4);
+            at_most("barriers of combine", combine.n_barriers, 1);
+            for (const char * pool : { "k", "v" }) {
+                const ggml_tensor * t = pool[0] == 'k' ? g.k : g.v;
+                at_most(pool, cells.bytes_read.at(pool), n_cells*t->nb[1]*102/100);
+            }
+        }
+    }
+}
+
 int main(int argc, char ** argv) {
     std::string text;
     int  part = 0, n_parts = 1;
     bool faults = false;
+    bool cost   = false;
     const simt_device * device = nullptr;
     for (int i = 1; i < argc; ++i) {
         const std::string arg = argv[i];
         if (arg == "faults") {
             faults = true;
+        } else if (arg == "cost") {
+            cost = true;
         } else if (arg == "cuda" || arg == "metal") {
             device = &DEVICES[arg == "metal"];
         } else if (arg == "-p" && i + 1 < argc) {
@@ -213,8 +277,8 @@ int main(int argc, char ** argv) {
             break;
         }
     }
-    if (!device && !faults) {
-        fprintf(stderr, "usage: %s cuda|metal [-p TEXT] [--part I/N]\n       %s faults\n", argv[0], argv[0]);
+    if (!device && !faults && !cost) {
+        fprintf(stderr, "usage: %s cuda|metal [-p TEXT] [--part I/N]\n       %s faults|cost\n", argv[0], argv[0]);
         return 1;
     }
 
@@ -224,6 +288,11 @@ int main(int argc, char ** argv) {
         for (const auto & own : DEVICES) {
             test_faults_of_our_kernels(own, backend.get());
         }
+    }
+    if (cost) {
+        test_cost(backend.get());
+    }
+    if (faults || cost) {
         printf("%d failed\n", n_failed);
         return n_failed == 0 ? 0 : 1;
     }

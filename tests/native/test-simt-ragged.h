@@ -17,5 +17,7 @@ struct simt_device {
     void   (*compute) (simt::machine & machine, ggml_tensor * op);
 };
 
+extern int simt_cuda_n_sm; // multiprocessors of the CUDA device
+
 simt_device simt_cuda();
 simt_device simt_metal();

@@ -5,6 +5,8 @@
 //   - an access outside of the block's memory, or a read of what nobody wrote
 //   - two accesses to the same bytes of shared or device memory by two threads without a barrier between, one of them a write
 //   - a barrier or a shuffle that not all threads of the block or warp come to
+// It counts what a launch costs, see launch_cost.
+//
 // Order: fibers of a block take turns in an order that a seed shuffles at every barrier, blocks run one after another.
 
 #pragma once
@@ -55,6 +57,8 @@ struct trace {
     int32_t write_epoch = -1;
     int32_t read_epoch  = -1;
 
+    int64_t fetched_by = 0; // the last block that read it
+
     static constexpr int64_t MANY = -1;
 
     // the thread whose access this one races with, or 0
@@ -81,12 +85,29 @@ struct thread {
     fiber_context           context;
     std::unique_ptr<char[]> stack;
 
-    int32_t id;
-    wait    waits = wait::none;
-    int     line  = 0;
-    float   value = 0.0f; // of a shuffle, before and after
-    int32_t mask  = 0; // what its exchange is told apart by
-    int32_t source = 0; // lane whose value it asks for
+    int32_t  id;
+    wait     waits  = wait::none;
+    int      line   = 0;
+    uint32_t value  = 0; // bits of what is shuffled, before and after
+    int32_t  mask   = 0; // what its exchange is told apart by
+    int32_t  source = 0; // lane whose value it asks for
+
+    // of its kernel so far, see launch_cost
+    int32_t n_rounds   = 0;
+    int32_t n_loads    = 0;
+    int32_t n_barriers = 0;
+    bool    used       = true; // it has used a value since its last load
+};
+
+// What makes a launch slow on a device, where a load takes hundreds of cycles and those behind it wait only if they need its value.
+// Of the slowest thread, and of all blocks together.
+struct launch_cost {
+    int32_t n_blocks   = 0;
+    int32_t n_rounds   = 0; // times that a thread waits for device memory: loads without a use of a value between them are one round
+    int32_t n_loads    = 0; // from device memory
+    int32_t n_barriers = 0; // of the block
+
+    std::map<std::string, int64_t> bytes_read; // of a region, in whole words; by every block that reads them once more
 };
 
 // memory of the device
@@ -117,11 +138,18 @@ public:
     size_t n_barriers_skipped = 0;
     std::function<bool(int line)> skip_barrier;
 
+    std::vector<launch_cost> costs; // of all launches
+
+    // the thread uses what it loaded before
+    void use() { current->used = true; }
+
     void launch(int n_blocks, int n_threads, const std::function<void()> & kernel) {
         if (n_threads % WARP != 0) {
             fail("%d threads are no whole warps of %d", n_threads, WARP);
         }
         n_launches++;
+        costs.push_back({});
+        costs.back().n_blocks = n_blocks;
         for (block = 0; block < n_blocks; ++block) {
             run_block(n_threads, kernel);
         }
@@ -153,17 +181,21 @@ public:
             n_barriers_skipped++;
             return;
         }
+        current->n_barriers++;
+        use();
         yield(wait::block, line);
     }
 
     // all lanes of a warp come here
     void converge(int line) { shuffle_xor(0.0f, 0, line); }
 
-    float shuffle_xor(float x, int mask, int line) {
+    template <typename T>
+    T shuffle_xor(T x, int mask, int line) {
         return exchange(x, current->id%WARP ^ mask, mask, line);
     }
 
-    float shuffle(float x, int i, int n, int lane0, int line) {
+    template <typename T>
+    T shuffle(T x, int i, int n, int lane0, int line) {
         if (i < 0 || i >= n || lane0 != current->id%WARP/n*n) {
             fail("thread %d of block %d asks for lane %d of %d from lane %d on", current->id, block, i, n, lane0);
         }
@@ -171,10 +203,11 @@ public:
     }
 
     bool any(bool x, int line) {
+        int32_t res = x;
         for (int m = 1; m < WARP; m *= 2) {
-            x = shuffle_xor(x, m, line) != 0.0f || x;
+            res |= shuffle_xor(res, m, line);
         }
-        return x;
+        return res;
     }
 
     char * shared_access(size_t offset, size_t size, size_t begin, size_t end, bool writes) {
@@ -227,6 +260,9 @@ public:
                     4*i, r->name.c_str(), thread_name(other).c_str());
             }
         }
+        if (!writes) {
+            count_load(*r, (p - r->data)/4, (p - r->data + size - 1)/4);
+        }
     }
 
 private:
@@ -251,6 +287,29 @@ private:
     std::vector<uint8_t>  written;
     std::vector<trace>    traces;
 
+    void count_load(region & r, size_t first, size_t last) {
+        current->n_loads++;
+        current->n_rounds += current->used;
+        current->used = false;
+
+        const int64_t self = ((int64_t) n_launches << 24 | block) + 1;
+        for (size_t i = first; i <= last; ++i) {
+            if (r.traces[i].fetched_by != self) {
+                r.traces[i].fetched_by = self;
+                costs.back().bytes_read[r.name] += 4;
+            }
+        }
+    }
+
+    void count_threads(int n_threads) {
+        launch_cost & cost = costs.back();
+        for (int i = 0; i < n_threads; ++i) {
+            cost.n_rounds   = std::max(cost.n_rounds,   threads[i]->n_rounds);
+            cost.n_loads    = std::max(cost.n_loads,    threads[i]->n_loads);
+            cost.n_barriers = std::max(cost.n_barriers, threads[i]->n_barriers);
+        }
+    }
+
     void yield(wait waits, int line) {
         current->waits = waits;
         current->line  = line;
@@ -258,12 +317,16 @@ private:
     }
 
     // all lanes of a warp come here with the same mask
-    float exchange(float x, int lane, int mask, int line) {
-        current->value  = x;
+    template <typename T>
+    T exchange(T x, int lane, int mask, int line) {
+        static_assert(sizeof(T) == sizeof(current->value));
+        memcpy(&current->value, &x, sizeof(x));
         current->mask   = mask;
         current->source = lane;
+        use();
         yield(wait::warp, line);
-        return current->value;
+        memcpy(&x, &current->value, sizeof(x));
+        return x;
     }
 
     static void enter();
@@ -280,7 +343,7 @@ private:
             if (!std::all_of(first, last, is_waiting)) {
                 continue;
             }
-            float value[WARP];
+            uint32_t value[WARP];
             for (int i = 0; i < WARP; ++i) {
                 value[i] = first[first[i]->source]->value;
             }
@@ -350,7 +413,11 @@ inline void machine::run_block(int n_threads, const std::function<void()> & fn) 
     std::vector<int> order(n_threads);
     std::iota(order.begin(), order.end(), 0);
     for (const int i : order) {
-        threads[i]->waits = wait::none;
+        threads[i]->waits      = wait::none;
+        threads[i]->n_rounds   = 0;
+        threads[i]->n_loads    = 0;
+        threads[i]->n_barriers = 0;
+        threads[i]->used       = true;
         threads[i]->context.start(threads[i]->stack.get(), STACK, enter);
     }
 
@@ -387,6 +454,7 @@ inline void machine::run_block(int n_threads, const std::function<void()> & fn) 
     if (!error.empty()) {
         throw failure(error);
     }
+    count_threads(n_threads);
 }
 
 } // namespace simt

@@ -50,9 +50,15 @@ inline simt_u32x4 simt_pack(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { re
 
 inline uint32_t simt_get(const simt_u32x4 & x, int i) { return x.x[i]; }
 
-inline simt_f32x2 simt_unpack_f16(uint32_t x) { return { ggml_fp16_to_fp32(x & 0xFFFF), ggml_fp16_to_fp32(x >> 16) }; }
+// what computes with loaded values says so, see launch_cost
+
+inline simt_f32x2 simt_unpack_f16(uint32_t x) {
+    simt::current_machine()->use();
+    return { ggml_fp16_to_fp32(x & 0xFFFF), ggml_fp16_to_fp32(x >> 16) };
+}
 
 inline float simt_bits_to_f32(uint32_t x) {
+    simt::current_machine()->use();
     float res;
     memcpy(&res, &x, sizeof(res));
     return res;
@@ -61,9 +67,15 @@ inline float simt_bits_to_f32(uint32_t x) {
 template <typename T> T simt_min(T a, T b) { return a < b ? a : b; }
 template <typename T> T simt_max(T a, T b) { return a > b ? a : b; }
 
-inline float simt_max(float a, float b) { return fmaxf(a, b); }
+inline float simt_max(float a, float b) {
+    simt::current_machine()->use();
+    return fmaxf(a, b);
+}
 
-inline float simt_exp2(float x) { return exp2f(x); }
+inline float simt_exp2(float x) {
+    simt::current_machine()->use();
+    return exp2f(x);
+}
 
 //
 // matrices: a lane holds eight consecutive elements of the 256

@@ -12,8 +12,7 @@
 
 typedef simt::machine * cudaStream_t;
 
-// as many blocks as a small GPU has at a time
-static constexpr int N_SM = 6;
+extern int simt_cuda_n_sm; // multiprocessors of the device
 
 static constexpr int GGML_CUDA_CC_VOLTA = 700;
 
@@ -24,9 +23,8 @@ struct ggml_cuda_device_info {
     } devices[1];
 };
 
-inline const ggml_cuda_device_info & ggml_cuda_info() {
-    static const ggml_cuda_device_info res = { { { GGML_CUDA_CC_VOLTA, N_SM } } };
-    return res;
+inline ggml_cuda_device_info ggml_cuda_info() {
+    return { { { GGML_CUDA_CC_VOLTA, simt_cuda_n_sm } } };
 }
 
 inline int ggml_cuda_highest_compiled_arch(int cc) {

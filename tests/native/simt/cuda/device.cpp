@@ -2,6 +2,8 @@
 
 #include "test-simt-ragged.h"
 
+int simt_cuda_n_sm = 6; // so that small cases fill the device
+
 simt_device simt_cuda() {
     return {
         "CUDA",
