@@ -441,7 +441,8 @@ def test_selections_cannot_meddle_below(
         llama_cpp.llama_memory_clear(memory, True)
         llama_cpp.llama_memory_seq_cp(memory, 0, 1, -1, -1)
         llama_cpp.llama_memory_seq_keep(memory, 1)
-        others = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # windows and recurrent states; the attention's cells are refused
+        # windows and recurrent states; a state of the attention's cells is refused in any case
+        others = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         size = llama_cpp.llama_state_seq_get_size_ext(llm.ctx, 0, others)
         assert (size > 0) == (write is not tiny_model.write_llama)
         state = (ctypes.c_uint8 * size)()
