@@ -409,7 +409,8 @@ bool llama_kv_ragged_no_slot(llama_memory_i * mem, uint32_t n_tokens) {
     }
     const uint32_t n_pos = ragged->get_seq().n_pos;
     if (n_pos + n_tokens > ragged->get_size()) {
-        return !llama_kv_ragged_refuse_batch(format("%u positions of %u are taken, no room for %u more", n_pos, ragged->get_size(), n_tokens));
+        return !llama_kv_ragged_refuse_batch(format("%u positions of %u are taken, no room for %u more",
+                    n_pos, ragged->get_size(), n_tokens));
     }
     return llama_kv_ragged_get_error()[0] != '\0';
 }

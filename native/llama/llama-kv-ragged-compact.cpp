@@ -24,7 +24,8 @@ int64_t llama_kv_ragged_plan::n_released(size_t i) const {
     return res;
 }
 
-llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_context & lctx, const llama_kv_ragged_seq & seq, const llama_kv_ragged_request & request) {
+llama_kv_ragged_plan llama_kv_ragged_make_plan(
+        llama_context & lctx, const llama_kv_ragged_seq & seq, const llama_kv_ragged_request & request) {
     const auto & layers = seq.get_layers();
 
     llama_kv_ragged_plan res;
@@ -241,12 +242,13 @@ void llama_kv_cache_ragged::commit(llama_context & lctx, const llama_kv_ragged_p
         stats.t_gather_ms    = (ggml_time_us() - t_start_us)/1000.0;
     }
 
-    LLAMA_LOG_DEBUG("%s: %zu of %zu layers compacted at position %u (%.2f MiB), scored in %.1f ms, selected in %.1f ms, moved in %.1f ms\n", __func__,
-            i, layers.size(), seq.n_pos, stats.bytes_released/1024.0/1024.0, stats.t_score_ms, stats.t_select_ms, stats.t_gather_ms);
+    LLAMA_LOG_DEBUG("%s: %zu of %zu layers compacted at position %u (%.2f MiB), scored in %.1f ms, selected in %.1f ms, moved in %.1f ms\n",
+            __func__, i, layers.size(), seq.n_pos, stats.bytes_released/1024.0/1024.0,
+            stats.t_score_ms, stats.t_select_ms, stats.t_gather_ms);
 
     if (i < layers.size()) {
-        throw std::runtime_error(format("%s. The compaction is half done: the layers before layer %u are compacted, %zu of %zu, and the others hold "
-                    "all their cells. The cache can be used as it is; compact again, with more free memory or for fewer cells, to complete it",
-                    error.c_str(), layers[i].il, i, layers.size()));
+        throw std::runtime_error(format("%s. The compaction is half done: the layers before layer %u are compacted, %zu of %zu, and the "
+                    "others hold all their cells. The cache can be used as it is; compact again, with more free memory or for fewer cells, "
+                    "to complete it", error.c_str(), layers[i].il, i, layers.size()));
     }
 }

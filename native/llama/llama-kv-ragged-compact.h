@@ -43,7 +43,8 @@ struct llama_kv_ragged_plan {
 
 // Score on the layers' backends, select on the host; nothing is changed.
 // Throws what select throws, and std::runtime_error if a graph fails, memory runs out or a device has no attention for the outcome.
-llama_kv_ragged_plan llama_kv_ragged_make_plan(llama_context & lctx, const llama_kv_ragged_seq & seq, const llama_kv_ragged_request & request);
+llama_kv_ragged_plan llama_kv_ragged_make_plan(
+        llama_context & lctx, const llama_kv_ragged_seq & seq, const llama_kv_ragged_request & request);
 
 // What the plan leaves of one layer, in a new pool with room for what comes next; throws std::runtime_error if memory runs out.
 llama_kv_ragged_cells llama_kv_ragged_gather(

@@ -43,7 +43,8 @@ bool llama_kv_ragged_buffer::alloc(ggml_backend_buffer_type_t buft, llama_kv_rag
 }
 
 llama_kv_ragged_tensor llama_kv_ragged_tensor::make(
-        ggml_backend_buffer_type_t buft, ggml_type type, const std::array<int64_t, 3> & ne, const char * name, llama_kv_ragged_meter & meter) {
+        ggml_backend_buffer_type_t buft, ggml_type type, const std::array<int64_t, 3> & ne, const char * name,
+        llama_kv_ragged_meter & meter) {
     llama_kv_ragged_tensor res;
     res.init(1);
     res.tensor = ggml_new_tensor_3d(res.ctx.get(), type, ne[0], ne[1], ne[2]);

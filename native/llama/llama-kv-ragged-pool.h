@@ -62,7 +62,8 @@ struct llama_kv_ragged_tensor : llama_kv_ragged_buffer {
 
     // empty if memory runs out
     static llama_kv_ragged_tensor make(
-            ggml_backend_buffer_type_t buft, ggml_type type, const std::array<int64_t, 3> & ne, const char * name, llama_kv_ragged_meter & meter);
+            ggml_backend_buffer_type_t buft, ggml_type type, const std::array<int64_t, 3> & ne, const char * name,
+            llama_kv_ragged_meter & meter);
 };
 
 // K and V of all kv heads of a layer
