@@ -251,8 +251,8 @@ def _use_results(path: Path) -> None:
 
 
 def _header(folder: Path) -> Header:
-    base = Header(tiny_model.write_llama(folder / "base.gguf", n_layer=2))
-    scores = HeadScores({"r": np.ones((2, 4)), "r2": np.ones((2, 4))})
+    base = Header(tiny_model.write_llama(folder / "base.gguf", n_layer=1, n_head=2, n_head_kv=1))
+    scores = HeadScores({"r": np.ones((1, 2)), "r2": np.ones((1, 2))})
     base.fields.append((METADATA_KEY, STRING, scores.dumps()))
     return base
 
