@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from windowkv_edge.eval import (
     tasks_cases,
     turns_cases,
 )
+from windowkv_edge.eval import metrics
 from windowkv_edge.eval import needle as needles
 from windowkv_edge.eval import ruler as rulers
 from windowkv_edge.eval.metrics import score
@@ -452,6 +454,18 @@ def test_chats_and_files(smollm2: Path, tmp_path: Path) -> None:
     )
     assert code == 0 and "tasks: l.jsonl" in text, err
     assert [row["task"] for row in untimed(tmp_path / "l.jsonl")[1:]] == ["hotpotqa", "trec"]
+
+
+@pytest.mark.parametrize(("module", "name"), [("rapidfuzz", "rapidfuzz"), ("rouge_score.rouge_scorer", "rouge-score")])
+def test_a_missing_package_is_found_before_the_work(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    metrics._rouge.cache_clear()
+    file = longbench(tmp_path / "all.jsonl")
+    code, _, err = call("tasks", smollm2, file, "--n-ctx", 600, "--out", tmp_path / "out.jsonl")
+    assert code == 2 and f'needs {name}; pip install "windowkv-edge[eval]"' in err
+    assert [path.name for path in tmp_path.iterdir()] == ["all.jsonl"]
 
 
 @pytest.mark.parametrize(
