@@ -41,6 +41,7 @@ LONG = (
     "session/test_fuzz.py",
     "session/test_upstream.py",
     "session/test_cli.py",
+    "session/test_eval_prompts.py",
     "session/test_device.py",
     "session/test_ragged.py",
     "session/test_off_is_stock.py",

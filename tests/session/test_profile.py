@@ -83,7 +83,8 @@ def test_interrupted_and_resumed(copy: Path, tmp_path: Path, monkeypatch: pytest
 
     plain_eval = Llama.eval
     monkeypatch.setattr(Llama, "eval", noted)
-    part, plan = tmp_path / "part.jsonl", replace(QUICK, lengths=(530,), depths=(0.97,))
+    part = tmp_path / "part.jsonl"
+    plan = replace(QUICK, lengths=(530,), depths=(0.97,), examples=QUICK.examples[::-1])  # scores with all digits first
 
     def stop_at_one(done: int, total: int, outcome: Outcome | None) -> None:
         assert total == 2

@@ -42,6 +42,7 @@ from windowkv_edge.eval import needle as needles
 from windowkv_edge.eval import ruler as rulers
 from windowkv_edge.eval.run import OWN
 from windowkv_edge.eval.tables import markdown
+from windowkv_edge.eval.metrics import score
 from windowkv_edge.eval.page import html
 from windowkv_edge.eval.pictures import png, why_none
 from windowkv_edge.eval.results import Results, load
@@ -403,6 +404,8 @@ def tasks(
         cases, skipped = tasks_cases(Style(weights, chat), file, n_ctx, limit)
         for reason, number in skipped.items():
             typer.echo(for_terminal(f"skipped {number} x: {reason}"), err=True)
+        for metric in dict.fromkeys(case.metric for case in cases):
+            score(metric, "", ("a",))  # a missing package is found here, not behind the first prompt
         about["sha256"], about["skipped"] = sha256(file), sum(skipped.values())
         return cases
 
