@@ -65,7 +65,7 @@ class Soak:
     def number(self, low: int, high: int) -> int:
         return int(self.rng.integers(low, high))
 
-    def prompt(self, low: int = 2, high: int = 60) -> list[int]:
+    def prompt(self, low: int = 2, high: int = 40) -> list[int]:
         n = self.number(low, high)
         at = self.number(0, len(self.tokens) - n)
         return self.tokens[at : at + n]
@@ -100,15 +100,15 @@ class Soak:
     def do_longer_prompt(self) -> None:
         """One that continues what is there."""
         ids = self.llm.input_ids[: self.llm.n_tokens].tolist()
-        answer(self.llm, [*ids[: N_CTX // 3], *self.prompt(2, 30)], self.number(1, 6))
+        answer(self.llm, [*ids[: N_CTX // 4], *self.prompt(2, 20)], self.number(1, 6))
 
     def do_text(self) -> None:
         at = self.number(0, len(self.words) - 30)
-        self.llm.create_completion(" ".join(self.words[at : at + self.number(4, 30)]), max_tokens=4, temperature=0.0)
+        self.llm.create_completion(" ".join(self.words[at : at + self.number(4, 20)]), max_tokens=4, temperature=0.0)
 
     def do_dropped_stream(self) -> None:
         at = self.number(0, len(self.words) - 30)
-        prompt = " ".join(self.words[at : at + self.number(4, 30)])
+        prompt = " ".join(self.words[at : at + self.number(4, 20)])
         stream = iter(self.llm.create_completion(prompt, max_tokens=16, temperature=0.0, stream=True))
         for _ in range(self.number(0, 3)):
             next(stream, None)
@@ -119,7 +119,7 @@ class Soak:
         messages: list[Any] = []
         for _ in range(self.number(1, 3)):
             at = self.number(0, len(self.words) - 20)
-            messages.append({"role": "user", "content": " ".join(self.words[at : at + self.number(2, 20)])})
+            messages.append({"role": "user", "content": " ".join(self.words[at : at + self.number(2, 10)])})
             reply: Any = self.llm.create_chat_completion(messages, max_tokens=4, temperature=0.0)
             messages.append(reply["choices"][0]["message"])
 
@@ -177,7 +177,7 @@ class Soak:
         before = self.llm.kv_policy
         self.llm.kv_policy = Script(action=fail)
         self.llm.kv_budget = 16
-        self.refused(lambda: answer(self.llm, self.prompt(20, 40)), ZeroDivisionError)
+        self.refused(lambda: answer(self.llm, self.prompt(20, 30)), ZeroDivisionError)
         assert before is not None
         self.llm.kv_policy = before
 
