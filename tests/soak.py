@@ -57,6 +57,7 @@ class Soak:
         text = (Path(windowkv_edge.__file__).parent / "data" / "document.txt").read_text(encoding="utf-8")
         self.words, self.tokens = text.split(), self.llm.tokenize(text.encode())
         self.last = ""
+        self.messages: list[Any] = []
         self.done: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
         own = [name for name in vars(Soak) if name.startswith("do_")]
@@ -65,7 +66,7 @@ class Soak:
     def number(self, low: int, high: int) -> int:
         return int(self.rng.integers(low, high))
 
-    def prompt(self, low: int = 2, high: int = 60) -> list[int]:
+    def prompt(self, low: int = 2, high: int = 32) -> list[int]:
         n = self.number(low, high)
         at = self.number(0, len(self.tokens) - n)
         return self.tokens[at : at + n]
@@ -95,20 +96,20 @@ class Soak:
     # what is done
 
     def do_prompt(self) -> None:
-        answer(self.llm, self.prompt(), self.number(1, 6))
+        answer(self.llm, self.prompt(), self.number(1, 4))
 
     def do_longer_prompt(self) -> None:
         """One that continues what is there."""
         ids = self.llm.input_ids[: self.llm.n_tokens].tolist()
-        answer(self.llm, [*ids[: N_CTX // 3], *self.prompt(2, 30)], self.number(1, 6))
+        answer(self.llm, [*ids[: N_CTX // 4], *self.prompt(2, 20)], self.number(1, 4))
 
     def do_text(self) -> None:
         at = self.number(0, len(self.words) - 30)
-        self.llm.create_completion(" ".join(self.words[at : at + self.number(4, 30)]), max_tokens=4, temperature=0.0)
+        self.llm.create_completion(" ".join(self.words[at : at + self.number(4, 12)]), max_tokens=3, temperature=0.0)
 
     def do_dropped_stream(self) -> None:
         at = self.number(0, len(self.words) - 30)
-        prompt = " ".join(self.words[at : at + self.number(4, 30)])
+        prompt = " ".join(self.words[at : at + self.number(4, 12)])
         stream = iter(self.llm.create_completion(prompt, max_tokens=16, temperature=0.0, stream=True))
         for _ in range(self.number(0, 3)):
             next(stream, None)
@@ -116,12 +117,13 @@ class Soak:
             stream.close()  # type: ignore[attr-defined]
 
     def do_chat(self) -> None:
-        messages: list[Any] = []
-        for _ in range(self.number(1, 3)):
-            at = self.number(0, len(self.words) - 20)
-            messages.append({"role": "user", "content": " ".join(self.words[at : at + self.number(2, 20)])})
-            reply: Any = self.llm.create_chat_completion(messages, max_tokens=4, temperature=0.0)
-            messages.append(reply["choices"][0]["message"])
+        """The next turn of a conversation of two."""
+        if len(self.messages) > 2:
+            self.messages = []
+        at = self.number(0, len(self.words) - 10)
+        self.messages.append({"role": "user", "content": " ".join(self.words[at : at + self.number(2, 8)])})
+        reply: Any = self.llm.create_chat_completion(self.messages, max_tokens=3, temperature=0.0)
+        self.messages.append(reply["choices"][0]["message"])
 
     def do_take_back(self) -> None:
         """As far as the cache can go, or a refusal. What was set is undone then."""
@@ -177,13 +179,13 @@ class Soak:
         before = self.llm.kv_policy
         self.llm.kv_policy = Script(action=fail)
         self.llm.kv_budget = 16
-        self.refused(lambda: answer(self.llm, self.prompt(20, 40)), ZeroDivisionError)
+        self.refused(lambda: answer(self.llm, self.prompt(20, 30)), ZeroDivisionError)
         assert before is not None
         self.llm.kv_policy = before
 
     def do_interrupt(self) -> None:
         with contextlib.suppress(KeyboardInterrupt), alarm(float(self.rng.uniform(0.001, 0.2))):
-            answer(self.llm, self.prompt(30), 4)
+            answer(self.llm, self.prompt(20), 4)
             return
         self.ends["KeyboardInterrupt"] += 1
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from . import _native
 from .arguments import CheckedModel, check_numbers
 from .budget import check_budget, plain
-from .errors import UnsupportedCallError
+from .errors import NativeError, UnsupportedCallError
 from .evaluation import PolicyEvaluation
 from .guard import Closed, Guard, Interrupts, interrupt_soon
 from .policies import Full, KVPolicy, get_policy
@@ -223,7 +223,10 @@ class Llama(PolicyEvaluation):
             budget = self.kv_budget if kv_budget is None else check_budget(kv_budget)
             self._agree(cache)
             cache.compact(cache.n_cells(budget), self._task(cache))
-            return self.kv_stats()
+            try:
+                return self.kv_stats()
+            except NativeError as error:
+                raise NativeError(f"the compaction is done, reading its statistics failed: {error}") from error
 
     def kv_stats(self) -> KVStats:
         """Cells, bytes and times of the cache now.

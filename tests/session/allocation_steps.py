@@ -49,7 +49,7 @@ def _said(phase: str, said: str, before: Any, n_pos: int, cells: Any, n_done: in
         yield "the message does not name memory"
     if phase == "tokens" and n_pos != N_PROMPT + n_done and not (n_pos == 0 and "was cleared" in said):
         yield f"{n_pos} positions behind {N_PROMPT + n_done} tokens"
-    if phase == "compaction" and cells != before[1] and not re.search("layers? ", said):
+    if phase == "compaction" and cells != before[1] and not re.search("compaction is (half )?done", said):
         yield f"cells before {before[1]}, behind {cells}"
 
 
