@@ -159,7 +159,9 @@ class Header:
             at = rng.randrange(len(fields))
             fields[at] = (fields[at][0], fields[at][1], _near(fields[at][2], rng))
             new = (f"llama.{rng.choice(_KEYS)}", 4, rng.choice((0, 1, 2, 32, 64, 2**31, 2**32 - 1)))
-            return self.whole([*fields, new] if rng.random() < 0.3 and new[0] not in (key for key, _, _ in fields) else fields)
+            return self.whole(
+                [*fields, new] if rng.random() < 0.3 and new[0] not in (key for key, _, _ in fields) else fields
+            )
         if rng.random() < 0.4:
             fields = self._renamed(fields, rng.choice(_ARCHS))
         arch = next(value for key, _, value in fields if key == "general.architecture")

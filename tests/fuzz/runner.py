@@ -9,11 +9,8 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import warnings
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,58 +122,32 @@ def _work(name: str, base: Any, seed: str, first: int, n: int, folder: Path, pip
 
 
 class Loader:
-    """A process that loads models with a policy, or with stock llama.cpp; started anew whenever a model kills it."""
+    """Loads models with a policy, or with stock llama.cpp (None)."""
 
     def __init__(self, policy: str | None) -> None:
-        self.policy = policy
-        self.child: subprocess.Popen[str] | None = None
+        env = dict(os.environ) if policy else os.environ | {"LLAMA_CPP_LIB_PATH": str(STOCK)}
+        command = [sys.executable, str(Path(__file__).with_name("loads.py")), str(SECONDS), str(LOAD_MIB), policy or ""]
+        self.child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+        )
+        self._read()
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._end()
+        self.child.communicate()  # the end of its input ends it
 
-    def _start(self) -> subprocess.Popen[str]:
-        env = dict(os.environ)
-        if self.policy is None:
-            env["LLAMA_CPP_LIB_PATH"] = str(STOCK)
-        command = [sys.executable, str(Path(__file__).with_name("loads.py")), str(LOAD_MIB), self.policy or ""]
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
-        )
-
-    def _end(self) -> int:
-        if self.child is None:
-            return 0
-        self.child.kill()
-        code = self.child.wait()
-        assert self.child.stdin is not None and self.child.stdout is not None
-        with suppress(BrokenPipeError):
-            self.child.stdin.close()
-        self.child.stdout.close()
-        self.child = None
-        return code
+    def _read(self) -> str:
+        assert self.child.stdout is not None
+        said = self.child.stdout.readline().strip()
+        if not said:
+            raise RuntimeError(f"the process that loads models ended with exit code {self.child.wait()}")
+        return said
 
     def load(self, path: Path) -> str:
         """ "ok", "refused", "raw ..." for an error of the wrong kind, or "died ..."."""
-        if self.child is None:
-            self.child = self._start()
-            assert self.child.stdout is not None
-            if self.child.stdout.readline() != "ready\n":
-                raise RuntimeError(f"the process that loads models does not start: exit code {self._end()}")
-        child = self.child
-        assert child.stdin is not None and child.stdout is not None
-        with suppress(BrokenPipeError):  # it died meanwhile; the answer is empty then
-            child.stdin.write(f"{path}\n")
-            child.stdin.flush()
-        alarm = threading.Timer(SECONDS, child.kill)
-        started = time.monotonic()
-        alarm.start()
-        said = child.stdout.readline()
-        alarm.cancel()
-        if said:
-            return said.strip()
-        child.wait()
-        code = self._end()
-        return f"died after {SECONDS} s" if time.monotonic() - started >= SECONDS else f"died with {code}"
+        assert self.child.stdin is not None
+        self.child.stdin.write(f"{path}\n")
+        self.child.stdin.flush()
+        return self._read()
