@@ -6,11 +6,11 @@ import json
 import math
 import os
 import re
-import stat
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from ._files import open_regular
 from .errors import FormatError, WindowKVError
 
 __all__ = ["MAX_BYTES", "MAX_DEPTH", "dumps", "loads", "read_bytes", "shown"]
@@ -24,23 +24,21 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_bytes(path: str | os.PathLike[str], max_bytes: int, error: type[WindowKVError] = FormatError) -> bytes:
-    """The content of a regular file; a pipe would wait for a writer, a device never ends.
+    """The content of a file.
 
     Raises:
-        OSError: it cannot be read.
-        FormatError, or the class given: it is no file, or larger than max_bytes.
+        OSError: it cannot be read, or is no regular file.
+        FormatError, or the class given: it is larger than max_bytes, or the path is none.
     """
     try:
-        opened = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+        opened = open_regular(path)
     except ValueError as fault:  # a path with a zero byte, or of halves of characters
         raise error(f"{os.fspath(path)!r} is no path: {fault}") from None
     with opened as file:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise error(f"{Path(path)}: not a file, expected one")
-        if about.st_size > max_bytes:
-            raise error(f"{Path(path)}: {about.st_size:,} bytes, expected at most {max_bytes:,}")
-        return file.read(about.st_size)  # a file that grows meanwhile cannot go beyond the bound
+        n_bytes = os.fstat(file.fileno()).st_size
+        if n_bytes > max_bytes:
+            raise error(f"{Path(path)}: {n_bytes:,} bytes, expected at most {max_bytes:,}")
+        return file.read(n_bytes)  # a file that grows meanwhile cannot go beyond the bound
 
 
 def loads(text: str | bytes, what: str, error: type[WindowKVError] = FormatError) -> Any:

@@ -34,8 +34,8 @@ def read(path: str | os.PathLike[str]) -> str:
     """The text of a file.
 
     Raises:
-        OSError: it cannot be read.
-        HeadScoresError: it is no file, too large, or not UTF-8.
+        OSError: it cannot be read, or is no regular file.
+        HeadScoresError: it is too large, or not UTF-8.
     """
     try:
         return _json.read_bytes(path, _json.MAX_BYTES, HeadScoresError).decode("utf-8-sig")

@@ -176,7 +176,7 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
         HeadScores.load(path)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(HeadScoresError, match="pipe: not a file"):
+    with pytest.raises(OSError, match="it is a FIFO, expected a regular file"):
         HeadScores.load(pipe)
     with pytest.raises(FileNotFoundError):
         HeadScores.load(tmp_path / "missing")

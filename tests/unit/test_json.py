@@ -77,7 +77,7 @@ def test_files_are_read_within_bounds(tmp_path: Path) -> None:
         tracemalloc.stop()
     os.mkfifo(tmp_path / "pipe")
     for odd in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(FormatError, match="not a file, expected one"):
+        with pytest.raises(OSError, match="it is a (FIFO|device), expected a regular file"):
             _json.read_bytes(odd, 10)
     for no_path in ("a\0b", "\ud800"):
         with pytest.raises(FormatError, match="is no path: "):
@@ -201,7 +201,7 @@ def test_results_that_are_no_numbers_stay_readable(tmp_path: Path) -> None:
 def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for use in (lambda p: read_records(p), lambda p: Records(p, HEADER), lambda p: tasks_cases(None, p, 512)):  # type: ignore[arg-type]
-        with pytest.raises(EvalError, match="not a file|not seekable"):
+        with pytest.raises(EvalError, match="expected a regular file|not seekable"):
             use(tmp_path / "pipe")
 
 

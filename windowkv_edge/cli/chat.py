@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from windowkv_edge import POLICIES, Llama, WindowKVError
+from windowkv_edge._files import open_own
 from windowkv_edge._text import for_markup, for_terminal
 
 from .common import CLIError, load, mib, open_model, parse_budget, parse_policy, read_text, reports_errors
@@ -308,6 +309,7 @@ def _history() -> History:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
+        open_own(path).close()  # not a link, not a FIFO
     except OSError:
         return InMemoryHistory()
     return FileHistory(str(path))
