@@ -38,7 +38,9 @@ def load(path: str) -> str:
         return f"raw {error!r}"
 
 
-print("ready", flush=True)
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # ggml prints a backtrace when it aborts
+print("ready", file=answers, flush=True)
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -46,8 +48,8 @@ for line in sys.stdin:
         resource.setrlimit(resource.RLIMIT_AS, (mib << 20, resource.RLIM_INFINITY))
         said = load(line.rstrip("\n"))
         gc.collect()  # what dies in a destructor dies of this model
-        print(said.replace("\n", " "), flush=True)
+        print(said.replace("\n", " "), file=answers, flush=True)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code:
-        print(f"died with {code}", flush=True)
+        print(f"died with {code}", file=answers, flush=True)

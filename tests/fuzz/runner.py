@@ -125,7 +125,9 @@ class Loader:
     """Loads models with a policy, or with stock llama.cpp (None)."""
 
     def __init__(self, policy: str | None) -> None:
-        env = dict(os.environ) if policy else os.environ | {"LLAMA_CPP_LIB_PATH": str(STOCK)}
+        env = os.environ | {"GGML_NO_BACKTRACE": "1"}  # it calls a debugger
+        if policy is None:
+            env["LLAMA_CPP_LIB_PATH"] = str(STOCK)
         command = [sys.executable, str(Path(__file__).with_name("loads.py")), str(SECONDS), str(LOAD_MIB), policy or ""]
         self.child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
