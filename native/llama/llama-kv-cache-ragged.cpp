@@ -96,7 +96,11 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx
         due = false;
         return std::make_unique<llama_kv_cache_ragged_context>(this, [this, fn = on_prompt] {
             end_prompt();
-            fn(); // a copy: it may ask for no more calls
+            {
+                const llama_kv_ragged_while guard(prompting);
+                fn(); // a copy: it may ask for no more calls
+            }
+            llama_kv_ragged_set_error(""); // what failed in there is no reason of this batch
         });
     }
 
@@ -119,6 +123,7 @@ void llama_kv_cache_ragged::clear(bool data) {
     seq.clear();
     llama_kv_ragged_trim();
     epoch++;
+    due = false;
 }
 
 // sequences other than 0 are empty
@@ -202,7 +207,7 @@ void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id
 bool llama_kv_cache_ragged::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1, const llama_kv_cache * swa) const {
     p0 = std::max(p0, 0);
 
-    if (busy) {
+    if (is_busy()) {
         LLAMA_LOG_ERROR("%s: a selection is running, nothing is removed\n", __func__);
         return false;
     }
@@ -280,8 +285,13 @@ void llama_kv_cache_ragged::snapshot_restore() {
     synchronize();
 
     auto next = snapshot->seq.copy(/*exact =*/ false); // nothing changes until it exists
-    for (const auto & restore : snapshot->others) {
-        restore();
+    try {
+        for (const auto & restore : snapshot->others) {
+            restore();
+        }
+    } catch (const std::exception &) {
+        snapshot->mem->clear(true); // some of its caches went back, and others did not
+        llama_kv_ragged_refuse("memory ran out while a snapshot was restored, the cache was cleared and the snapshot given up");
     }
     seq = std::move(next);
     epoch++;
@@ -415,9 +425,16 @@ bool llama_kv_ragged_no_slot(llama_memory_i * mem, uint32_t n_tokens) {
     return llama_kv_ragged_get_error()[0] != '\0';
 }
 
-void llama_kv_ragged_failed(llama_memory_i * mem, uint32_t n_tokens, ggml_status status) {
-    if (llama_kv_ragged_find(mem) && status != GGML_STATUS_ABORTED) {
-        llama_kv_ragged_refuse_batch(format("%s while %u tokens were computed; they are taken back, what was there before stays",
-                    status == GGML_STATUS_ALLOC_FAILED ? "memory ran out" : "the backend failed or found no memory", n_tokens));
+void llama_kv_ragged_failed(llama_memory_i * mem, llama_pos p0, uint32_t n_tokens, ggml_status status) {
+    if (!llama_kv_ragged_find(mem)) {
+        return;
     }
+    const char * what = status == GGML_STATUS_ABORTED      ? "evaluation was aborted" :
+                        status == GGML_STATUS_ALLOC_FAILED ? "memory ran out" : "the backend failed or found no memory";
+    const char * rest = "they are taken back, what was there before stays";
+    if (mem->seq_pos_max(0) >= p0) {
+        mem->clear(true);
+        rest = "a recurrent state cannot go back, the cache was cleared";
+    }
+    llama_kv_ragged_refuse_batch(format("%s while %u tokens were computed; %s", what, n_tokens, rest));
 }

@@ -11,6 +11,14 @@
 #include <memory>
 #include <vector>
 
+// true until the end of a block
+struct llama_kv_ragged_while {
+    bool & flag;
+
+    explicit llama_kv_ragged_while(bool & flag) : flag(flag) { GGML_ASSERT(!flag); flag = true; }
+    ~llama_kv_ragged_while() { flag = false; }
+};
+
 //
 // llama_kv_cache_ragged
 //
@@ -81,8 +89,11 @@ public:
     const llama_kv_ragged_seq                & get_seq()    const { return seq; }
     const llama_kv_ragged_stats              & get_stats()  const { return stats; }
 
-    // a compaction runs, so that nothing else may change the cache
-    bool is_busy() const { return busy; }
+    // a compaction runs, or what set_on_prompt() was given, so that nothing else may change the cache
+    bool is_busy() const { return selecting || prompting; }
+
+    // a compaction runs, which on_prompt may not do twice
+    bool is_selecting() const { return selecting; }
 
     // what seq_rm() will answer, of this cache and of one for the windows of the same sequence beside it
     bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1, const llama_kv_cache * swa = nullptr) const;
@@ -155,8 +166,9 @@ private:
 
     uint64_t epoch = 0; // bumped whenever a pool moves
 
-    bool busy = false;
-    bool due  = false; // a batch waits for on_prompt
+    bool selecting = false;
+    bool prompting = false; // on_prompt runs
+    bool due       = false; // a batch waits for it
 
     std::function<void()> on_prompt;
 

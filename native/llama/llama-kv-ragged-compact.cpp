@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <cstdio>
 #include <new>
 #include <numeric>
 #include <stdexcept>
@@ -185,19 +186,8 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
 // llama_kv_cache_ragged
 //
 
-namespace {
-
-struct busy_guard {
-    bool & busy;
-
-    explicit busy_guard(bool & busy) : busy(busy) { GGML_ASSERT(!busy); busy = true; }
-    ~busy_guard() { busy = false; }
-};
-
-} // namespace
-
 int64_t llama_kv_cache_ragged::compact(llama_context & lctx, const llama_kv_ragged_request & request) {
-    const busy_guard guard(busy);
+    const llama_kv_ragged_while guard(selecting);
 
     const auto plan = llama_kv_ragged_make_plan(lctx, seq, request);
     if (plan.n_released() == 0) {
@@ -214,7 +204,7 @@ void llama_kv_cache_ragged::commit(llama_context & lctx, const llama_kv_ragged_p
 
     size_t      i     = 0;
     bool        moved = false;
-    std::string error;
+    char        error[256] = ""; // memory may have run out
     try {
         for (; i < layers.size(); ++i) {
             if (plan.n_released(i) == 0 && seq.cells[i].boundary == seq.n_pos) {
@@ -228,7 +218,7 @@ void llama_kv_cache_ragged::commit(llama_context & lctx, const llama_kv_ragged_p
         if (i == 0) {
             throw;
         }
-        error = llama_kv_ragged_reason(err);
+        snprintf(error, sizeof(error), "%s", llama_kv_ragged_reason(err));
     }
 
     if (moved) {
@@ -249,6 +239,6 @@ void llama_kv_cache_ragged::commit(llama_context & lctx, const llama_kv_ragged_p
     if (i < layers.size()) {
         throw std::runtime_error(format("%s. The compaction is half done: the layers before layer %u are compacted, %zu of %zu, and the "
                     "others hold all their cells. The cache can be used as it is; compact again, with more free memory or for fewer cells, "
-                    "to complete it", error.c_str(), layers[i].il, i, layers.size()));
+                    "to complete it", error, layers[i].il, i, layers.size()));
     }
 }

@@ -63,6 +63,8 @@ void llama_kv_ragged_pending_set(uint32_t n_observed, int32_t type) {
 void llama_kv_ragged_no_context(const std::exception & err) {
     if (asked && dynamic_cast<const std::bad_alloc *>(&err)) {
         llama_kv_ragged_set_error("kv_policy: memory ran out while the context was created");
+    } else if (asked && last_error[0] == '\0') {
+        llama_kv_ragged_set_error(err.what());
     }
 }
 

@@ -86,8 +86,8 @@ bool llama_kv_ragged_no_batch(llama_memory_i * mem);
 // true if the memory has said why there is no slot for a batch
 bool llama_kv_ragged_no_slot(llama_memory_i * mem, uint32_t n_tokens);
 
-// an ubatch was not computed
-void llama_kv_ragged_failed(llama_memory_i * mem, uint32_t n_tokens, ggml_status status);
+// an ubatch was not computed, and was taken back from p0 on where that is possible; where it is not, the memory is cleared
+void llama_kv_ragged_failed(llama_memory_i * mem, llama_pos p0, uint32_t n_tokens, ggml_status status);
 
 // the context of a batch that has slots; that of a ragged cache fails if the batch does not follow what it holds
 llama_kv_cache_context * llama_kv_ragged_context_make(
@@ -108,7 +108,7 @@ struct llama_kv_ragged_unsupported : std::runtime_error {
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg);
 [[noreturn]] void llama_kv_ragged_refuse_unsupported(const std::string & msg);
 
-// a context was not created; where it was to have a ragged cache, the message of the last failure says that memory ran out
+// a context was not created; where it was to have a ragged cache, the message of the last failure says why
 void llama_kv_ragged_no_context(const std::exception & err);
 
 // says in the log and in the message of the last failure why a batch is not served; false

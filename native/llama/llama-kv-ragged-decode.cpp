@@ -6,39 +6,47 @@
 #include "llama-kv-ragged-create.h"
 
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <new>
 
 // An exception may come from the middle of what the caches of a memory note about positions, and upstream's note some for a trial while
 // they look for slots. What they hold then cannot be told, so that nothing of it stays
-static int thrown(llama_memory_i & mem, int status, const char * what) {
-    const char * rest = "the cache was cleared, evaluate its tokens again";
-    try {
-        mem.clear(true);
-    } catch (const std::exception &) {
-        rest = "the cache could not be cleared, free the context";
-    }
+struct llama_kv_ragged_decoding {
+    static int failed(llama_context & lctx, int status, const char * what) {
+        // the graph of the worst case, which knows the scales of the layers, may be half built
+        lctx.sched_need_reserve = true;
 
-    char msg[512];
-    snprintf(msg, sizeof(msg), "kv_policy: %s while a batch was evaluated, %s", what, rest);
-    llama_kv_ragged_set_error(msg);
-    LLAMA_LOG_ERROR("%s: %s\n", __func__, msg);
-    return status;
-}
+        llama_memory_i & mem = *lctx.get_memory();
+        try {
+            mem.clear(true);
+        } catch (...) {
+        }
+        const bool cleared = mem.seq_pos_max(0) < 0; // it is not while a selection runs
+
+        char msg[512]; // no memory is asked for here
+        snprintf(msg, sizeof(msg), "%s%s while a batch was evaluated, %s", strncmp(what, "kv_policy: ", 11) == 0 ? "" : "kv_policy: ", what,
+                cleared ? "the cache was cleared, evaluate its tokens again" : "the cache could not be cleared, free the context");
+        llama_kv_ragged_set_error(msg);
+        LLAMA_LOG_ERROR("%s\n", msg);
+        return status;
+    }
+};
 
 template <typename B>
 static int decode(llama_context & lctx, const B & batch) {
-    llama_memory_i * mem = lctx.get_memory();
-    if (!llama_kv_ragged_find(mem)) {
+    if (!llama_kv_ragged_find(lctx.get_memory())) {
         return lctx.decode(batch);
     }
 
     try {
         return lctx.decode(batch);
     } catch (const std::bad_alloc &) {
-        return thrown(*mem, -2, "memory ran out");
+        return llama_kv_ragged_decoding::failed(lctx, -2, "memory ran out");
     } catch (const std::exception & err) {
-        return thrown(*mem, -3, err.what());
+        return llama_kv_ragged_decoding::failed(lctx, -3, err.what());
+    } catch (...) {
+        return llama_kv_ragged_decoding::failed(lctx, -3, "an unknown failure");
     }
 }
 

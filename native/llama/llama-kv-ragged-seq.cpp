@@ -188,7 +188,9 @@ std::vector<llama_kv_ragged_tensor> llama_kv_ragged_seq::make_queries(uint32_t n
 
 void llama_kv_ragged_seq::set_observed(uint32_t n_observed) {
     n_observed = std::min(n_observed, n_pos_max); // there are no more
-    if (n_observed != observed.n_observed) {
+    if (n_observed == observed.n_observed) {
+        observed.trim(0);
+    } else {
         observed = { n_observed, std::vector<int32_t>(2*n_observed, -1), 0, make_queries(n_observed) };
     }
 }

@@ -58,7 +58,8 @@ private:
 };
 
 llama_kv_ragged_snapshot::llama_kv_ragged_snapshot(const llama_kv_ragged_seq & seq, llama_kv_cache & kv, llama_memory_i & mem) :
-    seq(seq.copy(/*exact =*/ true)), others({ llama_kv_ragged_copy::of(kv) }) {
+    seq(seq.copy(/*exact =*/ true)), mem(&mem) {
+    others.push_back(llama_kv_ragged_copy::of(kv));
     if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(&mem)) {
         others.push_back(llama_kv_ragged_copy::of(*iswa->get_swa()));
     } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(&mem)) {

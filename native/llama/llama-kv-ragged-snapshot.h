@@ -16,6 +16,8 @@ struct llama_kv_ragged_snapshot {
     // put back, to the bit, what the memory holds of upstream's caches
     std::vector<std::function<void()>> others;
 
+    llama_memory_i * mem; // of the context
+
     // kv: the cell metadata of the cache that holds seq, without layers of its own; mem: the memory of its context, whose windows and
     // recurrent states are part of the state
     // throws std::runtime_error if memory runs out

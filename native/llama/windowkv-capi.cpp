@@ -90,21 +90,21 @@ int wkv_set_attention(struct llama_context * ctx, int32_t attention) {
 }
 
 int wkv_prompt_done(struct llama_context * ctx) {
-    return wkv_with_idle_cache(ctx, [](llama_kv_cache_ragged & kv) {
+    return wkv_with_prompt(ctx, [](llama_kv_cache_ragged & kv) {
         kv.end_prompt();
         return int(WKV_OK);
     });
 }
 
 int wkv_on_prompt(struct llama_context * ctx, wkv_prompt_fn fn, void * user) {
-    return wkv_with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+    return wkv_with_prompt(ctx, [&](llama_kv_cache_ragged & kv) {
         kv.set_on_prompt(fn ? std::function<void()>([fn, user] { fn(user); }) : nullptr);
         return int(WKV_OK);
     });
 }
 
 int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells) {
-    return wkv_with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
+    return wkv_with_prompt(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         if (!policy) {
             return wkv_fail(WKV_ERR_ARGUMENT, "policy is null");
         }
@@ -118,7 +118,7 @@ int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy
 }
 
 int64_t wkv_compact_custom(struct llama_context * ctx, int32_t window_size, int64_t n_cells, wkv_select_fn fn, void * user) {
-    return wkv_with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
+    return wkv_with_prompt(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         if (!fn) {
             return wkv_fail(WKV_ERR_ARGUMENT, "fn is null");
         }

@@ -52,11 +52,22 @@ static int64_t wkv_with_cache(llama_context * ctx, F fn) {
     return wkv_guard([&] { return fn(*kv); });
 }
 
-// the same for calls that change it, refused while a selection runs
+// the same for calls that change it, refused while a selection or a wkv_prompt_fn runs
 template <typename F>
 static int64_t wkv_with_idle_cache(llama_context * ctx, F fn) {
     return wkv_with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
         llama_kv_ragged_check_idle(&kv);
+        return fn(kv);
+    });
+}
+
+// the same for what a wkv_prompt_fn may call
+template <typename F>
+static int64_t wkv_with_prompt(llama_context * ctx, F fn) {
+    return wkv_with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        if (kv.is_selecting()) {
+            llama_kv_ragged_check_idle(&kv);
+        }
         return fn(kv);
     });
 }

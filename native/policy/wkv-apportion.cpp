@@ -96,7 +96,7 @@ std::vector<int64_t> water_fill(
     while (true) {
         const double mid = below + 0.5*(above - below);
         if (mid <= below || mid >= above) {
-            break; // neighbours, after some 1,100 steps at most
+            break; // neighbours, after some 2,000 steps at most
         }
         (spent(mid) <= double(total) ? below : above) = mid;
     }

@@ -86,6 +86,32 @@ static void on_prompt(void * user) {
     }
 }
 
+static void meddle_on_prompt(void * user) {
+    auto * ctx = static_cast<llama_context *>(user);
+    CHECK(wkv_prompt_done(ctx) == WKV_OK);
+    CHECK(decode(ctx, prompt(1, 3), 300) != 0);
+    CHECK(wkv_reserve(ctx, 10) == WKV_ERR_ARGUMENT);
+    CHECK(wkv_set_observed(ctx, 4) == WKV_ERR_ARGUMENT);
+    CHECK(!llama_memory_seq_rm(llama_get_memory(ctx), 0, 299, -1));
+    llama_memory_clear(llama_get_memory(ctx), true);
+    CHECK(stats(ctx).n_past == 300);
+}
+
+// what is called there may compact, and change nothing else
+static void test_prompts_functions_cannot_meddle(llama_model * model) {
+    auto calm = make(model, 8);
+    CHECK(decode(calm.get(), prompt(300), 0) == 0);
+    CHECK(decode(calm.get(), prompt(1), 300) == 0);
+
+    auto ctx = make(model, 8);
+    CHECK(wkv_on_prompt(ctx.get(), meddle_on_prompt, ctx.get()) == WKV_OK);
+    CHECK(decode(ctx.get(), prompt(300), 0) == 0);
+    CHECK(decode(ctx.get(), prompt(1), 300) == 0);
+    CHECK(logits(ctx.get()) == logits(calm.get()));
+    CHECK(strcmp(wkv_last_error(), "") == 0);
+    CHECK(wkv_reserve(ctx.get(), 10) == WKV_OK);
+}
+
 // whoever decodes: a prompt that nobody compacted is found before the first token behind it
 static void test_prompts_are_found(llama_model * model) {
     auto ctx = make(model, 8);
@@ -189,6 +215,7 @@ static void test_queries_older_than_every_cell(llama_model * model) {
 void test_prompt(llama_model * model) {
     test_trimmed_queries_are_forgotten(model);
     test_queries_of_the_prompt_stay(model);
+    test_prompts_functions_cannot_meddle(model);
     test_prompts_are_found(model);
     test_scores_in_parts(model);
     test_queries_older_than_every_cell(model);

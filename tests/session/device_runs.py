@@ -349,6 +349,30 @@ def failing_graphs(model: Path, policy: Any) -> Json:
     return res
 
 
+def failing_graph_of_a_hybrid(model: Path, policy: Any) -> Json:
+    """A token that fails where a recurrent state cannot go back: what was raised, what is left, and logits as above."""
+    import llama_cpp as low
+
+    from windowkv_edge import NativeError
+
+    res: Json = {}
+    for name in ("none", "some"):
+        with session(model, 99, kv_policy=policy, kv_budget=1.0) as llm:
+            if name == "some":
+                llm.eval(tokens(100))
+                library.test_device_fail_graph(0)
+                try:
+                    llm.eval([5])
+                except NativeError as failed:
+                    res["error"] = str(failed)
+                library.test_device_fail_graph(-1)
+                res["left"] = llm.n_tokens, low.llama_memory_seq_pos_max(low.llama_get_memory(llm.ctx), 0)
+            llm.eval(tokens(100))
+            llm.eval([5])
+            res[name] = logits(llm)
+    return res
+
+
 def bench(model: Path, *options: str) -> list[Json]:
     """Rows of ``windowkv-edge bench`` with all layers on the device."""
     from typer.testing import CliRunner

@@ -199,6 +199,15 @@ def test_a_graph_that_fails_is_named(device: Run, model: Path, policy: Any) -> N
     assert np.array_equal(found["some"], found["none"])
 
 
+def test_a_recurrent_state_that_cannot_go_back(device: Run, tmp_path: Path) -> None:
+    """Upstream takes a failed token back; where it cannot, the cache is cleared, and not left with what was half computed."""
+    model = tiny_model.write_lfm2(tmp_path / "lfm2.gguf")
+    found = device("cuda", device_runs.failing_graph_of_a_hybrid, model, WINDOWKV)
+    assert "a recurrent state cannot go back, the cache was cleared" in found["error"]
+    assert tuple(found["left"]) == (0, -1)
+    assert np.array_equal(found["some"], found["none"])
+
+
 def test_a_device_without_the_op(device: Run, model: Path) -> None:
     found = device("none", device_runs.refusals, model)
     assert found["ragged"].startswith("UnsupportedModelError: ")
