@@ -18,7 +18,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -157,17 +157,21 @@ def lock(path: Path) -> Iterator[None]:
         yield
 
 
-def check_output(path: Path, option: str, n_bytes: int = 1) -> None:
+def check_output(path: Path, option: str, n_bytes: int = 1, *, keeps: Sequence[Path | None] = ()) -> None:
     """See to it that ``path`` can be written with ``n_bytes``, before the work whose results go there.
 
     Args:
         path: a file that is there, or will be; its folder has to be there.
         option: that the user gave for it, for the message.
         n_bytes: that will be written.
+        keeps: files that the run reads or writes beside it.
 
     Raises:
-        FileError: no such folder, one that cannot be written, a full disk, or no regular file.
+        FileError: no such folder, one that cannot be written, a full disk, no regular file, or one of those to keep.
     """
+    for other in keeps:
+        if other is not None and (path.resolve() == other.resolve() or _same(path, other)):
+            raise FileError(f"{option} {path} is a file that this run needs itself; give another {option}")
     try:
         folder = path.resolve().parent
         if path.exists():
@@ -184,6 +188,10 @@ def check_output(path: Path, option: str, n_bytes: int = 1) -> None:
         raise _unwritable(path, option, error) from error
 
 
+def _same(path: Path, other: Path) -> bool:
+    return path.exists() and other.exists() and path.samefile(other)
+
+
 def _unwritable(path: Path, option: str, error: OSError) -> FileError:
     folder = path.absolute().parent
     if not folder.is_dir():
@@ -193,7 +201,7 @@ def _unwritable(path: Path, option: str, error: OSError) -> FileError:
 
 
 @contextlib.contextmanager
-def owned(path: Path, option: str) -> Iterator[None]:
+def owned(path: Path, option: str, *, keeps: Sequence[Path | None] = ()) -> Iterator[None]:
     """Be the one run that writes ``path``, until the block ends. Also sees to what :func:`check_output` does.
 
     The owner is named in ``PATH.lock``, which goes away with it. A lock that a killed process left is held by nobody
@@ -202,7 +210,7 @@ def owned(path: Path, option: str) -> Iterator[None]:
     Raises:
         FileError: another run is writing it; or it cannot be written.
     """
-    check_output(path, option)
+    check_output(path, option, keeps=keeps)
     target = path.resolve()
     name = target.with_name(target.name + ".lock")
     with contextlib.ExitStack() as stack:

@@ -9,7 +9,7 @@ import re
 
 from rich.markup import escape
 
-__all__ = ["for_markdown", "for_markup", "for_plot", "for_terminal"]
+__all__ = ["for_file_name", "for_markdown", "for_markup", "for_plot", "for_terminal"]
 
 _TITLE = 200  # characters; matplotlib lays out a longer line for minutes, or refuses the picture
 
@@ -36,6 +36,11 @@ def for_plot(text: str) -> str:
     """For titles and labels of matplotlib, which reads formulas between dollars and hides labels that begin with _."""
     shown = for_terminal(text if len(text) <= _TITLE else text[: _TITLE - 1] + "…").replace("$", r"\$")
     return " " + shown if shown.startswith("_") else shown
+
+
+def for_file_name(text: str) -> str:
+    """For a part of a file's name: letters, digits and a few signs, not too many."""
+    return re.sub(r"[^\w.+-]+", "_", text)[:100]
 
 
 def for_markdown(text: str) -> str:

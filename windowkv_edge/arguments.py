@@ -14,11 +14,11 @@ from .budget import plain
 from .errors import UnsupportedModelError
 from .policies.base import at_least
 
-__all__ = ["CheckedModel", "check_numbers", "check_tokens", "need_tokenizer"]
+__all__ = ["CheckedModel", "check_grammar", "check_numbers", "check_tokens", "need_tokenizer"]
 
 _LEAST = {"n_ctx": 0, "n_batch": 1}
 
-_NUMBERS = {"F64", "I8", "I16", "I32", "I64"}  # tensors of these exist, cells do not
+_NO_CELLS = {"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"}  # tensors of these exist, cells do not
 
 
 def check_numbers(kwargs: Mapping[str, Any]) -> None:
@@ -26,7 +26,7 @@ def check_numbers(kwargs: Mapping[str, Any]) -> None:
     for name, low in _LEAST.items():
         if name in kwargs:
             at_least(name, plain(kwargs[name]), low)
-    known = {int(kind): kind.name for kind in gguf.GGMLQuantizationType if kind.name not in _NUMBERS}
+    known = {int(kind): kind.name for kind in gguf.GGMLQuantizationType if kind.name not in _NO_CELLS}
     for name in ("type_k", "type_v"):
         kind = plain(kwargs.get(name))
         if kind is not None and (isinstance(kind, bool) or kind not in known):
@@ -47,6 +47,18 @@ def need_tokenizer(model: _internals.LlamaModel, what: str) -> None:
         raise UnsupportedModelError(
             f"{what}: {model.path_model} has no tokenizer; give Llama one, or call eval() and generate() with ids"
         )
+
+
+def check_grammar(model: _internals.LlamaModel, grammar: Any) -> None:
+    """Raise ValueError for a grammar that llama.cpp cannot read."""
+    sampler = llama_cpp.llama_sampler_init_grammar(
+        model.vocab, grammar._grammar.encode("utf-8"), grammar._root.encode("utf-8")
+    )
+    if not sampler:
+        raise ValueError(
+            f"the grammar {grammar._grammar[:80]!r} with the root {grammar._root!r} cannot be read, expected GBNF"
+        )
+    llama_cpp.llama_sampler_free(sampler)
 
 
 class CheckedModel(_internals.LlamaModel):

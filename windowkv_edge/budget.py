@@ -25,8 +25,8 @@ def bits(*cells: str) -> float:
 
 
 def plain(value: Any) -> Any:
-    """A scalar of NumPy as the Python object of its value, so that both are checked and stored alike."""
-    return value.item() if isinstance(value, np.generic) else value
+    """A scalar of NumPy, or an array of one, as the Python object of its value: all are checked and stored alike."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0 else value
 
 
 def check_budget(budget: float | int) -> float | int:

@@ -13,7 +13,7 @@ import llama_cpp
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from . import _native
-from .arguments import check_tokens, need_tokenizer
+from .arguments import check_grammar, check_tokens, need_tokenizer
 from .errors import UnsupportedCallError, UnsupportedModelError
 from .guard import Guard, Interrupts, interrupt_soon
 from .policies import KVPolicy, Task
@@ -134,6 +134,7 @@ class PolicyEvaluation(llama_cpp.Llama):
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("grammar") is not None:
             need_tokenizer(self._model, "a grammar")
+            check_grammar(self._model, kwargs["grammar"])
         return super()._init_sampler(*args, **kwargs)
 
     def _use(self, call: str) -> AbstractContextManager[None]:

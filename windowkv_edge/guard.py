@@ -139,7 +139,8 @@ class Guard:
         if self.forked:
             raise UnsupportedCallError(
                 f"{call}: this session was created in process {self._pid} and this is its child {os.getpid()}, where "
-                "its threads do not exist; create a session in the child, or start it with multiprocessing's 'spawn'"
+                "its threads do not exist, nor do llama.cpp's; start the child with multiprocessing's 'spawn', "
+                "and create a session there"
             )
         if self.closed and not closes:
             raise UnsupportedCallError(f"{call}: {CLOSED}")

@@ -32,7 +32,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ._files import check_output, open_own, open_regular, owned, regular_size, writing
-from .errors import WindowKVError
+from ._json import loads
+from .errors import UnsupportedModelError, WindowKVError
 from .heads import METADATA_KEY, HeadScores, Kind
 from .llama import Llama
 from .policies import Full
@@ -166,9 +167,12 @@ class Outcome:
 
     @classmethod
     def parse(cls, text: str) -> Outcome:
-        row = json.loads(text)
+        row = loads(text, "not an outcome")
         length, depth, i = row["case"]
-        return cls((length, depth, i), row["answer"], None if row["earned"] is None else np.array(row["earned"]))
+        earned = None if row["earned"] is None else np.array(row["earned"], np.float64)
+        if earned is not None and (earned.ndim != 2 or not np.isfinite(earned).all()):
+            raise ValueError("earned is not a number per layer and head")
+        return cls((length, depth, i), row["answer"], earned)
 
 
 def sha256(path: Path) -> str:
@@ -185,15 +189,23 @@ class _Watcher:
 
     def __init__(self, model: Path, plan: Plan, threads: int | None) -> None:
         n_ctx = max(plan.lengths) + 512
-        self.llm = Llama(
-            str(model),
-            n_ctx=n_ctx,
-            n_batch=_BATCH,
-            kv_policy=Full(),
-            n_threads=threads,
-            n_threads_batch=threads,
-            verbose=False,
-        )
+        try:
+            self.llm = Llama(
+                str(model),
+                n_ctx=n_ctx,
+                n_batch=_BATCH,
+                kv_policy=Full(),
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
+            )
+        except UnsupportedModelError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            raise ProfileError(
+                f"cannot load {model}: {error}; the file may be damaged, "
+                f"or the memory too small for {n_ctx:,} positions"
+            ) from error
         self.n_prompt = 0  # tokens of the last prompt; what was generated follows
         n_train = int(llama_cpp.llama_model_n_ctx_train(self.llm._model.model))
         if n_ctx > n_train:
@@ -211,6 +223,12 @@ class _Watcher:
                 f"the text has {len(self.hay)} tokens, lengths up to {max(plan.lengths)} were asked for; "
                 "give a longer text or shorter lengths"
             )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and query heads of the model."""
+        stats = self.kv.stats()
+        return int(llama_cpp.llama_model_n_layer(self.llm._model.model)), int(stats.n_head_kv) * int(stats.n_gqa)
 
     def close(self) -> None:
         self.llm.close()
@@ -230,9 +248,7 @@ class _Watcher:
         return tokens, slice(at, start + len(answer) + len(rest)), slice(start, start + len(answer))
 
     def _next(self) -> int:
-        logits = np.ctypeslib.as_array(
-            llama_cpp.llama_get_logits_ith(self.llm.ctx, -1), shape=(self.llm.n_vocab(),)
-        )
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.llm.ctx, -1), shape=(self.llm.n_vocab(),))
         return int(logits.argmax())
 
     def _attention(self) -> npt.NDArray[np.float32]:
@@ -343,6 +359,9 @@ def _measure(
     watcher = _Watcher(model, plan, threads)
     try:
         name = watcher.llm.metadata.get("general.name", model.stem)
+        shapes = {outcome.earned.shape for outcome in done.values() if outcome.earned is not None}
+        if shapes - {watcher.shape}:
+            raise ProfileError(f"{part} holds scores of other heads than {model} has; remove it, or give another --out")
         report(len(done), len(cases), None)
         for case in cases:
             if case not in done:
@@ -397,7 +416,7 @@ def _read_part(part: Path, header: dict[str, str]) -> tuple[dict[tuple[int, floa
             else:
                 outcome = Outcome.parse(line.decode())
                 found[outcome.case] = outcome
-        except (KeyError, TypeError, ValueError, RecursionError):
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             break  # cut off while it was written
         if not line.endswith(b"\n"):
             break
@@ -448,13 +467,18 @@ def write_gguf(model: Path, scores: HeadScores, out: Path) -> None:
         raise ProfileError(f"cannot write {out}: {got}; make room, or give another --gguf") from error
 
 
-def check_copy(model: Path, out: Path) -> None:
+def check_copy(model: Path, out: Path, keeps: Sequence[Path | None] = ()) -> None:
     """See to it that :func:`write_gguf` can write, before anything is measured.
+
+    Args:
+        model: the model.
+        out: the copy.
+        keeps: other files that the run reads.
 
     Raises:
         ProfileError: ``out`` is the model itself.
-        FileError: it cannot be written, or there is no room for a copy.
+        FileError: it cannot be written, there is no room for a copy, or it is a file to keep.
     """
     if out.exists() and out.samefile(model):
         raise ProfileError(f"{out} is the model itself; give another path for the copy that carries the scores")
-    check_output(out, "--gguf", regular_size(model))
+    check_output(out, "--gguf", regular_size(model), keeps=keeps)

@@ -284,3 +284,24 @@ def test_arguments_that_python_refuses(tiny: Path, capsys: pytest.CaptureFixture
         Llama(str(tiny), "snapkv")  # type: ignore[misc]
     gc.collect()
     assert "ignored" not in capsys.readouterr().err
+
+
+def test_a_grammar_that_cannot_be_read(session: Callable[..., Llama]) -> None:
+    """llama.cpp gives no sampler then, and stock's chain follows the null pointer."""
+    llm = session(kv_policy=SnapKV())
+    for text in ("root := (", "other ::= [a-z]"):
+        with pytest.raises(ValueError, match="cannot be read, expected GBNF"):
+            llm("a", max_tokens=2, grammar=llama_cpp.LlamaGrammar.from_string(text, verbose=False))
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "yes"', verbose=False)
+    assert llm("a", max_tokens=4, grammar=grammar)["choices"][0]["text"] == "yes"
+
+
+@pytest.mark.parametrize("cells", [9, 15])
+def test_types_that_no_cells_have(tiny: Path, cells: int) -> None:
+    """Products of activations, in which stock crashes."""
+    with pytest.raises(ValueError, match=f"type_k is {cells}, expected None or a type of cells"):
+        Llama(str(tiny), type_k=cells, verbose=False)
+
+
+def test_arrays_of_one_number(tiny: Path, opened: Callable[..., Llama]) -> None:
+    assert opened(tiny, n_ctx=np.array(512)).n_ctx() == 512

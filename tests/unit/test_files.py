@@ -260,3 +260,28 @@ def test_room_for_what_will_be_written(tmp_path: Path) -> None:
         check_output(tmp_path / "nowhere" / "out", "--out")
     check_output(tmp_path / "out", "--out", 1 << 10)
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_run_needs_is_not_its_output(tmp_path: Path) -> None:
+    """``profile MODEL --out MODEL`` replaced the model."""
+    model, link, other = tmp_path / "model.gguf", tmp_path / "link.gguf", tmp_path / "other.json"
+    model.write_bytes(b"GGUF")
+    link.symlink_to(model)
+    for path, keeps in ((model, (model,)), (link, (None, model)), (other, (tmp_path / "x" / ".." / "other.json",))):
+        with pytest.raises(FileError, match="is a file that this run needs itself; give another --out"):
+            check_output(path, "--out", keeps=keeps)
+        with pytest.raises(FileError, match="is a file that this run needs itself"), owned(path, "--out", keeps=keeps):
+            pass
+    check_output(other, "--out", keeps=(model, None))
+    assert model.read_bytes() == b"GGUF"
+
+
+@pytest.mark.parametrize("command", [["profile", "MODEL", "--out", "MODEL"], ["bench", "MODEL", "--plot", "MODEL.png"]])
+def test_commands_keep_their_model(tiny: Path, tmp_path: Path, command: list[str]) -> None:
+    model = tmp_path / "model.png"  # a picture's ending, which plots want
+    data = tiny.read_bytes()
+    model.write_bytes(data)
+    args = [str(model) if part.startswith("MODEL") else part for part in command]
+    run = subprocess.run([sys.executable, "-m", "windowkv_edge.cli", *args], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and "needs itself" in run.stderr.replace("\n", " "), run.stderr
+    assert model.read_bytes() == data

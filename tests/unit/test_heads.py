@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from windowkv_edge import HeadScores, MissingProfileError
+from windowkv_edge._files import FileError
 from windowkv_edge.errors import HeadScoresError
 from windowkv_edge.heads import METADATA_KEY, ModelHeads, profile_beside
 from windowkv_edge.profile import EXAMPLES, Example, Outcome, Plan, ProfileError, word_f1, write_gguf
@@ -271,6 +272,6 @@ def test_a_gguf_carries_its_scores(tiny: Path, tmp_path: Path) -> None:
         assert s.name == t.name and s.tensor_type == t.tensor_type and np.array_equal(s.data, t.data)
     with pytest.raises(ProfileError, match="is the model itself"):
         write_gguf(tiny, scores, tiny)
-    with pytest.raises(ProfileError, match="cannot write"):
+    with pytest.raises(FileError, match="there is no folder .*missing; create it, or give another --gguf"):
         write_gguf(tiny, scores, tmp_path / "missing" / "with.gguf")
     assert list(tmp_path.iterdir()) == [out]

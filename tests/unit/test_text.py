@@ -20,7 +20,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from windowkv_edge import get_policy
-from windowkv_edge._text import for_markdown, for_markup, for_plot, for_terminal
+from windowkv_edge._text import for_file_name, for_markdown, for_markup, for_plot, for_terminal
 from windowkv_edge.bench.plot import plot
 from windowkv_edge.bench.run import Row
 from windowkv_edge.cli import app
@@ -193,3 +193,9 @@ def test_hostile_specs_are_refused_in_words(spec: str) -> None:
         get_policy(spec)
     assert type(caught.value) is ValueError
     assert len(str(caught.value)) < 5000
+
+
+def test_names_of_files() -> None:
+    assert for_file_name("needle-prose") == "needle-prose"
+    assert for_file_name("a\0b\n\x1b[31m<script>/../c") == "a_b_31m_script_.._c"
+    assert len(for_file_name("x" * 300)) == 100

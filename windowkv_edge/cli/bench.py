@@ -106,7 +106,7 @@ def bench(
     with ExitStack() as stack:
         if plot_to is not None:
             check_plot(plot_to)
-            stack.enter_context(owned(plot_to, "--plot"))
+            stack.enter_context(owned(plot_to, "--plot", keeps=(None if model in SHAPES else Path(model), text)))
         _run(model, plan, gpu_layers, baselines is None, text, as_json, plot_to)
 
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import windowkv_edge
 from windowkv_edge._files import owned, write_text, writing
 from windowkv_edge._native import build_stamp
-from windowkv_edge._text import for_terminal
+from windowkv_edge._text import for_file_name, for_terminal
 from windowkv_edge.bench.session import Model
 from windowkv_edge.budget import TYPES
 from windowkv_edge.eval import (
@@ -492,7 +492,7 @@ def _write_report(results: Sequence[Results], to: Path) -> None:
         write_text(to / "report.html", html(results, drawn))
         for res, files in zip(results, drawn, strict=True):
             for name, data in files.items():
-                with writing(to / f"{res.title}-{name}.png") as part:
+                with writing(to / f"{for_file_name(res.title)}-{name}.png") as part:
                     part.write_bytes(data)
     pictures = f"(no pictures: {why})" if why else "and pictures"
     print(for_terminal(f"report.md, report.html {pictures} are in {to}{os.sep}"))

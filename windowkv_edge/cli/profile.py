@@ -26,7 +26,7 @@ def _parse_depths(text: str) -> tuple[float, ...]:
         depths = tuple(float(part) for part in text.split(","))
     except ValueError:
         depths = ()
-    if not depths or min(depths) < 0 or max(depths) > 1:
+    if not depths or not all(0 <= depth <= 1 for depth in depths):  # nan is none of these
         raise CLIError(f"--depths is {text!r}, expected shares of 0 to 1 with commas between them")
     return depths
 
@@ -54,9 +54,9 @@ def profile(
     plan = Plan(tuple(all_lengths), _parse_depths(depths), text=None if text is None else read_text(text))
     target = profile_beside(info.path) if out is None else out
     part = target.with_name(target.name + ".measuring.jsonl")
-    check_output(target, "--out")
+    check_output(target, "--out", keeps=(info.path, text, gguf))
     if gguf is not None:
-        check_copy(info.path, gguf)
+        check_copy(info.path, gguf, keeps=(text,))
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
 
@@ -134,7 +135,9 @@ def get_policy(policy: str | KVPolicy) -> KVPolicy:
     cls = _policy_class(name.strip(), policy)
     expected = "expected parameters such as 'windowkv(omega=8, recent_share=0.5)'"
     try:
-        call = ast.parse(f"f({rest}" if bracket else "f()", mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # about a text that is refused
+            call = ast.parse(f"f({rest}" if bracket else "f()", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError
         names = [word.arg for word in call.keywords]
