@@ -168,7 +168,7 @@ class Soak:
             self.refused(lambda policy=policy: setattr(self.llm, "kv_policy", policy), ValueError, TypeError)  # type: ignore[misc]
 
     def do_bad_token(self) -> None:
-        self.refused(lambda: self.llm.eval([1, 10**6]), UnsupportedCallError)
+        self.refused(lambda: self.llm.eval([1, 10**6]), ValueError)
 
     def do_failing_policy(self) -> None:
         """In Python, and it raises."""

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -61,9 +62,16 @@ void llama_kv_ragged_pending_set(uint32_t n_observed, int32_t type) {
 }
 
 void llama_kv_ragged_no_context(const std::exception & err) {
-    if (asked && dynamic_cast<const std::bad_alloc *>(&err)) {
-        llama_kv_ragged_set_error("kv_policy: memory ran out while the context was created");
-    } else if (asked && last_error[0] == '\0') {
+    if (!asked) {
+        return;
+    }
+    // upstream throws a text where a buffer cannot be had
+    const bool no_memory = dynamic_cast<const std::bad_alloc *>(&err) || strstr(err.what(), "failed to allocate");
+    if (no_memory) {
+        char msg[512];
+        snprintf(msg, sizeof(msg), "kv_policy: memory ran out while the context was created (%s)", err.what());
+        llama_kv_ragged_set_error(msg);
+    } else if (last_error[0] == '\0') {
         llama_kv_ragged_set_error(err.what());
     }
 }

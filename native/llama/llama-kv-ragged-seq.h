@@ -4,6 +4,7 @@
 
 #include "llama-kv-ragged-layer.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -95,6 +96,9 @@ struct llama_kv_ragged_seq {
 
     // what a compaction left of a layer
     void compact(size_t i, llama_kv_ragged_cells && left);
+
+    // whether the queries of the last n tokens can be asked for, as far as there are positions
+    bool observes(int32_t n) const { return n >= 0 && int64_t(std::min<uint32_t>(n, n_pos_max)) <= observed.n_observed; }
 
     // resize the observed queries, which are forgotten
     void set_observed(uint32_t n_observed);

@@ -109,7 +109,7 @@ int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy
             return wkv_fail(WKV_ERR_ARGUMENT, "policy is null");
         }
         llama_kv_ragged_request request;
-        if (!llama_kv_ragged_policy_request(kv, *policy, n_cells, request)) {
+        if (!llama_kv_ragged_policy_request(kv.get_seq(), *policy, n_cells, request)) {
             kv.end_prompt();
             return 0;
         }
@@ -122,12 +122,12 @@ int64_t wkv_compact_custom(struct llama_context * ctx, int32_t window_size, int6
         if (!fn) {
             return wkv_fail(WKV_ERR_ARGUMENT, "fn is null");
         }
-        llama_kv_ragged_check_request(kv, window_size, n_cells);
+        llama_kv_ragged_check_request(kv.get_seq(), window_size, n_cells);
 
         llama_kv_ragged_request request;
         request.scoring.window_sizes.assign(window_size > 0 ? 1 : 0, window_size);
         request.select = [&](const llama_kv_ragged_choice & choice) {
-            const wkv_shapes shapes = llama_kv_ragged_shapes(kv, choice.cells);
+            const wkv_shapes shapes = llama_kv_ragged_shapes(kv.get_seq(), choice.cells);
 
             if (fn(user, &shapes, n_cells, choice.positions, choice.scores, choice.keep) != 0) {
                 throw std::invalid_argument("the selection was given up, nothing was evicted");
