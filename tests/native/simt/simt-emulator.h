@@ -117,6 +117,8 @@ struct region {
     std::string name;
 
     std::vector<trace> traces;
+
+    int64_t bytes_read = 0; // by the launch that runs
 };
 
 class machine {
@@ -124,7 +126,7 @@ public:
     // threads of blocks are numbered from 0; seed of the order in which they run
     explicit machine(uint32_t seed = 0) : rng(seed) {}
 
-    void add(const void * data, size_t size, const std::string & name) { regions[(uintptr_t) data] = { (char *) data, size, name, std::vector<trace>(size/4 + 1) }; }
+    void add(const void * data, size_t size, const std::string & name) { regions[(uintptr_t) data] = { (char *) data, size, name, std::vector<trace>(size/4 + 1), 0 }; }
     void remove(const void * data) { regions.erase((uintptr_t) data); }
     void clear() { regions.clear(); }
 
@@ -152,6 +154,10 @@ public:
         costs.back().n_blocks = n_blocks;
         for (block = 0; block < n_blocks; ++block) {
             run_block(n_threads, kernel);
+        }
+        for (auto & [_, r] : regions) {
+            costs.back().bytes_read[r.name] = r.bytes_read;
+            r.bytes_read = 0;
         }
     }
 
@@ -296,7 +302,7 @@ private:
         for (size_t i = first; i <= last; ++i) {
             if (r.traces[i].fetched_by != self) {
                 r.traces[i].fetched_by = self;
-                costs.back().bytes_read[r.name] += 4;
+                r.bytes_read += 4;
             }
         }
     }
