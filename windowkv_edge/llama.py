@@ -85,11 +85,11 @@ class Llama(PolicyEvaluation):
     ) -> None:
         if "_kv_guard" in self.__dict__:  # a second time: nothing else would free the first one's memory
             self.close()
-        # close() and __del__ need these even if the arguments are refused
+        # close() and __del__ need these even if the arguments are refused; with a guard all of them are there
         self._stack = ExitStack()
-        self._kv_guard = Guard()
         self._kv_cache: PolicyCache | None = None
         self._kv_freed = False
+        self._kv_guard = Guard()
 
         if kv_policy is None and kv_budget is not None:
             raise ValueError(
