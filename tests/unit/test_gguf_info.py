@@ -221,7 +221,7 @@ def test_what_a_header_promises_has_to_be_there(
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
-    with pytest.raises(FormatError, match=r"pipe\.gguf is not a file; give the path"):
+    with pytest.raises(WindowKVError, match=r"pipe\.gguf: it is a FIFO, expected a regular file; give the path"):
         read_info(tmp_path / "pipe.gguf")
 
 
