@@ -52,15 +52,24 @@ def test_no_held_out_prompt_was_trained_on(heldout: list[dict[str, str]]) -> Non
             assert overlap <= 0.5, row["text"]
 
 
-def test_under_a_millisecond() -> None:
-    text = ("The harbour was quiet and the boats lay in rows. " * 2500) + "\n\nQuestion: Who owns the red boat?\nAnswer:"
-    assert len(text) > 120_000
-    times = []
+def test_a_call_costs_as_much_as_a_short_loop() -> None:
+    """0.62 ms on an idle core (the loop: 0.9), however long the prompt is. Beside other processes every core is slower, and so is the loop."""
+    sentence, question = "The harbour was quiet and the boats lay in rows. ", "\n\nQuestion: Who owns the red boat?\nAnswer:"
+    long, short = sentence * 2500 + question, sentence * 25 + question
+    calls = {
+        "loop": lambda: sum(i * i for i in range(32_000)),
+        "long": lambda: classify(long),
+        "short": lambda: classify(short),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(300):
-        start = time.perf_counter()
-        classify(text)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1e-3  # the best of many, because other processes may use the cores
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    best = {name: min(values) for name, values in times.items()}
+    assert len(long) > 120_000 and best["long"] < 1.3 * best["short"], best
+    assert best["long"] < best["loop"], best
 
 
 def test_odd_input() -> None:
