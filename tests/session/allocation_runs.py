@@ -2,15 +2,16 @@
 
     python tests/session/allocation_runs.py         # every allocation, of three models, in C and in Python: see --help
 
-The phases are a load, a prompt, a compaction and 64 tokens. A child goes on from the state before its phase with one
-allocation of that phase failing, then once more without, and finishes; logits, cells and bytes have to be those of a run
-in which nothing failed, and what is left behind, too.
+The phases are a load, a prompt, a compaction and 64 tokens, some at a time. A child goes on from the state before its phase with
+one allocation of that phase failing, then once more without, and finishes; logits, cells and bytes have to be those of a run in
+which nothing failed, and what is left behind, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import itertools
 import os
 import pickle
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from allocation_steps import PHASES, Native, Session, Steps  # noqa: E402
+from allocation_steps import N_TOKENS, PHASES, Native, Session, Steps  # noqa: E402
 from failing_alloc import OWN, Allocator, Frames  # noqa: E402
 
 SECONDS = 60  # a child that takes longer hangs
@@ -58,25 +59,30 @@ class Clean:
     left: Counter[tuple[int, Frames]]
 
 
-def _finish(steps: Steps, phase: str, phases: Sequence[str]) -> dict[str, Any]:
-    """What is held behind each phase from this one on, which was done; closes."""
+def _finish(steps: Steps, phase: str, phases: Sequence[str], n_tokens: int) -> dict[str, Any]:
+    """What is held behind each phase from this one on, which was done, and behind n_tokens more tokens; closes."""
     marks = {phase: steps.held()}
-    for one in phases[phases.index(phase) + 1 :]:
+    for one in phases[phases.index(phase) + 1 : -1]:
         getattr(steps, one)()
         marks[one] = steps.held()
+    steps.n_wanted += n_tokens
+    steps.tokens()
+    marks["end"] = steps.held()
     steps.close()
     return marks
 
 
-def clean(allocator: Allocator, steps: Steps, phases: Sequence[str], phase: str) -> Clean:
+def clean(allocator: Allocator, steps: Steps, phases: Sequence[str], n_tokens: int, phase: str) -> Clean:
     allocator.arm(0)
     getattr(steps, phase)()
     count = allocator.disarm()
-    marks = _finish(steps, phase, phases)
+    marks = _finish(steps, phase, phases, n_tokens)
     return Clean(allocator.stacks(range(count)), marks, Counter(allocator.stacks(allocator.live())))
 
 
-def failing(allocator: Allocator, steps: Steps, phases: Sequence[str], phase: str, want: Clean, n: int) -> End:
+def failing(
+    allocator: Allocator, steps: Steps, phases: Sequence[str], n_tokens: int, phase: str, want: Clean, n: int
+) -> End:
     stack = want.allocations[n - 1][1]
     before = None if phase == "load" else steps.held()
     end = End("survived", stack=stack)
@@ -90,7 +96,7 @@ def failing(allocator: Allocator, steps: Steps, phases: Sequence[str], phase: st
         if end.said:
             end.wrong += steps.check(phase, end.said, before, allocator.is_own(stack))
             _again(steps, phases, phase)
-        marks = _finish(steps, phase, phases)
+        marks = _finish(steps, phase, phases, n_tokens)
     except Exception as error:
         end.wrong.append(f"cannot be used afterwards: {type(error).__name__}: {error}")
         return end
@@ -128,6 +134,7 @@ class Children:
 
     def __init__(self, allocator: Allocator, n_jobs: int) -> None:
         self._allocator, self._n_jobs = allocator, n_jobs
+        gc.freeze()  # a collection in a child would copy every page
 
     def map(self, fn: Callable[[Any], Any], values: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
         """Pairs of a value and what became of it, as they come: what the function returned, or the status of a child that crashed
@@ -218,11 +225,15 @@ def explore(
 ) -> Iterator[tuple[str, int, End]]:
     """Phase, number and end of all allocations that :func:`chosen` names."""
     children = Children(allocator, n_jobs)
-    for phase in phases:
-        ((_, want),) = children.map(functools.partial(clean, allocator, steps, phases), [phase])
+    # where every allocation is tried, children that start close before it and stop soon after take a third of the time
+    n_tokens = 4 if sample is None and not functions else N_TOKENS
+    for phase in [*phases[:-1], *[phases[-1]] * (N_TOKENS // n_tokens)]:
+        steps.n_wanted += n_tokens if phase == "tokens" else 0
+        common = (allocator, steps, phases, n_tokens if phase != "tokens" else 4, phase)
+        ((_, want),) = children.map(lambda _, own=common: clean(*own), [phase])  # type: ignore[misc]
         assert isinstance(want, Clean), f"{phase}: {want}"
         numbers = chosen(allocator, [frames for _, frames in want.allocations], sample, functions)
-        for n, end in children.map(functools.partial(failing, allocator, steps, phases, phase, want), numbers):
+        for n, end in children.map(functools.partial(failing, *common, want), numbers):
             if not isinstance(end, End):
                 status, crash = end
                 kind = "hung" if status == -signal.SIGALRM else "crashed"
@@ -278,12 +289,12 @@ class Found:
             self.faults[f"{where} {end.kind} ({end.said}): {wrong}"] += 1
 
 
-def write_model(arch: str, folder: Path) -> Path:
+def write_model(arch: str, folder: Path, **kwargs: Any) -> Path:
     """A tiny model of one of MODELS."""
     import tiny_model
 
     write = {"llama": tiny_model.write_llama, "gpt-oss": tiny_model.write_gpt_oss, "lfm2": tiny_model.write_lfm2}[arch]
-    return write(folder / f"{arch}.gguf")
+    return write(folder / f"{arch}.gguf", **kwargs)
 
 
 def _fork(path: str, arch: str, steps: str, sample: Sample | None, functions: Sequence[str], n_jobs: int) -> Found:

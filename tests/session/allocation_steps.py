@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.ctypeslib
 
 __all__ = ["PHASES", "Native", "Session", "Steps"]
 
 N_CTX, N_UBATCH, N_PROMPT, N_CELLS, N_TOKENS = 256, 32, 80, 24, 64
 N_VOCAB = 128  # of tiny_model
-TOKENS = np.random.default_rng(7).integers(0, N_VOCAB, N_PROMPT + N_TOKENS).tolist()
+TOKENS = np.random.default_rng(7).integers(0, N_VOCAB, N_PROMPT + 2 * N_TOKENS).tolist()
 PHASES = ("load", "prompt", "compaction", "tokens")
 
 
@@ -26,6 +27,12 @@ class Steps:
     """The phases, and what is held between them."""
 
     HELD = ("positions", "cells", "stats", "logits")
+
+    n_done = 0
+    """Tokens evaluated behind the prompt."""
+
+    n_wanted = 0
+    """Tokens that :meth:`tokens` goes on to."""
 
     def load(self) -> None: ...
     def prompt(self) -> None: ...
@@ -53,6 +60,14 @@ def _said(phase: str, said: str, before: Any, n_pos: int, cells: Any, n_done: in
         yield f"cells before {before[1]}, behind {cells}"
 
 
+def _logits(ctx: Any) -> bytes:
+    """Of the last token; b"" if no token's were computed, as behind a part of a prompt."""
+    import llama_cpp
+
+    row = llama_cpp.llama_get_logits_ith(ctx, -1)
+    return numpy.ctypeslib.as_array(row, shape=(N_VOCAB,)).tobytes() if row else b""
+
+
 class Native(Steps):
     """The C interface, as a program would use it. Without ``policy`` stock's functions alone."""
 
@@ -65,7 +80,8 @@ class Native(Steps):
             from windowkv_edge import _native
 
             self.last_error = _native.last_error
-        self.n_done = 0
+            for name in ("struct wkv_policy *", "struct wkv_stats *", "struct llama_context *", "double *", "int32_t[]"):
+                _native.ffi.typeof(name)  # parsed once, not in every child
         self._no_log = llama_cpp.llama_log_callback(lambda level, text, user: None)
         llama_cpp.llama_log_set(self._no_log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
@@ -112,7 +128,7 @@ class Native(Steps):
         self.kv.compact(_native.policy_struct(self.policy.parts("localization")), N_CELLS)
 
     def tokens(self) -> None:
-        while self.n_done < N_TOKENS:
+        while self.n_done < self.n_wanted:
             self._decode([TOKENS[N_PROMPT + self.n_done]])
             self.n_done += 1
 
@@ -129,10 +145,7 @@ class Native(Steps):
         return int(self.low.llama_memory_seq_pos_max(self.low.llama_get_memory(self.ctx), 0)) + 1
 
     def held(self) -> Any:
-        n_pos, logits = self.n_pos(), b""
-        if n_pos:
-            row = self.low.llama_get_logits_ith(self.ctx, -1)
-            logits = np.ctypeslib.as_array(row, shape=(N_VOCAB,)).tobytes()
+        n_pos, logits = self.n_pos(), _logits(self.ctx)
         if self.kv is None:
             return n_pos, None, None, logits
         own = self.kv.stats()
@@ -161,7 +174,6 @@ class Session(Steps):
         import windowkv_edge
 
         self.package, self.path, self.policy, self.llm = windowkv_edge, model, policy, None
-        self.n_done = 0
 
     def load(self) -> None:
         self.llm = self.package.Llama(
@@ -182,7 +194,7 @@ class Session(Steps):
         self._own().kv_compact(N_CELLS)
 
     def tokens(self) -> None:
-        while self.n_done < N_TOKENS:
+        while self.n_done < self.n_wanted:
             self._own().eval([TOKENS[N_PROMPT + self.n_done]])
             self.n_done += 1
 
@@ -194,13 +206,10 @@ class Session(Steps):
             self._own().close()
 
     def held(self) -> Any:
-        import llama_cpp
-
         llm = self._own()
-        stats, logits = llm.kv_stats(), b""
-        if llm.n_tokens:
-            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(N_VOCAB,)).tobytes()
-        return llm.n_tokens, stats.cells.tolist(), (stats.n_past, stats.bytes_live, stats.bytes_other), logits
+        stats = llm.kv_stats()
+        own = (stats.n_past, stats.bytes_live, stats.bytes_other)
+        return llm.n_tokens, stats.cells.tolist(), own, _logits(llm.ctx) if llm.n_tokens else b""
 
     def check(self, phase: str, said: str, before: Any, ours: bool) -> Iterator[str]:
         kind = said.split(": ", 1)[0]

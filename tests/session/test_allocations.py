@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from allocation_runs import PHASES, Sample, explored, report, write_model
+from allocation_runs import PHASES, Found, Sample, explored, report, write_model
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the allocator stands on glibc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the allocator stands on glibc")
+
+
 @pytest.mark.parametrize(
     ("arch", "steps", "sample"),
     [
@@ -21,8 +23,18 @@ from allocation_runs import PHASES, Sample, explored, report, write_model
 )
 def test_any_allocation_may_fail(native_tests: Path, tmp_path: Path, arch: str, steps: str, sample: Sample) -> None:
     """Every one of them: ``python tests/session/allocation_runs.py``."""
-    model = write_model(arch, tmp_path)
-    found = explored(native_tests, model, arch, steps, sample)
+    check(explored(native_tests, write_model(arch, tmp_path), arch, steps, sample), arch, steps)
+
+
+@pytest.mark.slow
+def test_every_allocation_may_fail(native_tests: Path, tmp_path: Path) -> None:
+    """Of a load, a prompt, a compaction and 64 tokens, with one layer."""
+    found = explored(native_tests, write_model("llama", tmp_path, n_layer=1), "llama", "native", None)
+    check(found, "llama", "native")
+    assert sum(counts["tried"] for counts in found.counts.values()) > 5000
+
+
+def check(found: Found, arch: str, steps: str) -> None:
     said = report(arch, steps, found)
     print(said)
     assert not found.faults, said
