@@ -37,6 +37,9 @@ IMPORTED = (
     "rich", "typing-extensions",
 )  # fmt: skip
 
+# what every machine has
+SYSTEM = r"lib(c|m|dl|rt|pthread|gcc_s|stdc\+\+)\.so\.\d+|ld-linux.*"
+
 Json = dict[str, Any]
 
 
@@ -116,6 +119,26 @@ def _copy_program(source: Path, to: Path, ours: bool = True) -> None:
         subprocess.run(["strip", "--strip-unneeded", to], check=True)
 
 
+def needed_by(file: Path) -> set[str]:
+    """Names of the libraries that a library or program is linked with."""
+    text = subprocess.run(["readelf", "-d", file], capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"\(NEEDED\).*\[(.*)\]", text))
+
+
+def _check_needed(own: Path, there: Sequence[str]) -> None:
+    """Raise ArchiveError if a library would be missing: not in the archive, not of the system, and not said to be there."""
+    files = [*(own / "lib").iterdir(), *(own / "_tests").iterdir()]
+    known = {path.name for path in files} | set(there)
+    missing = sorted(
+        f"{name} (of {path.name})"
+        for path in files
+        for name in needed_by(path) - known
+        if not re.fullmatch(SYSTEM, name)
+    )
+    if missing:
+        raise ArchiveError(f"the archive would lack {', '.join(missing)}")
+
+
 def pack(
     file: Path,
     built: Built,
@@ -130,7 +153,7 @@ def pack(
     Args:
         file: to write, a .tar.xz.
         built: the native side.
-        about: commit and the like.
+        about: commit and the like; "needed" are libraries that the other machine has.
         libraries: further ones, of others.
         modules: what the programs can load.
         model: left out if there is no room.
@@ -152,6 +175,7 @@ def pack(
             _copy_program(path, own / "_tests" / path.name)
         for path in libraries:
             _copy_program(path, own / "lib" / path.name, ours=False)
+        _check_needed(own, about.get("needed", ()))
         for path in sorted(built.include.glob("windowkv*.h")):
             shutil.copy2(path, own / "include")
         shutil.copy2(built.stamp, own / "_stamp.py")
@@ -163,6 +187,7 @@ def pack(
         if model is not None and model.stat().st_size < max_bytes - _n_bytes(top) // 3:
             (top / "models").mkdir()
             shutil.copy2(model, top / "models")
+            about["model"] = model.name
         (top / "archive.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         file.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(file, "w:xz", preset=PRESET) as archive:

@@ -118,19 +118,16 @@ def cuda_options(folder: Path, arch: str | None) -> list[str]:
     return options
 
 
-def cuda_runtime() -> list[Path]:
-    """Libraries of the toolkit that the GPU backend needs and that are small: they travel with it."""
+def runtime_libraries() -> list[Path]:
+    """Small libraries that the build is linked with and another machine may lack: CUDA's runtime, and OpenMP's."""
+    res = []
     nvcc = find_nvcc()
-    if nvcc is None:
-        return []
-    major = major_of(nvcc)
-    found = [
-        path
-        for name in ("lib64", "lib")
-        for path in [toolkit_of(nvcc) / name / f"libcudart.so.{major}"]
-        if path.exists()
-    ]
-    return found[:1]
+    if nvcc is not None:
+        name = f"libcudart.so.{major_of(nvcc)}"
+        res += [path for part in ("lib64", "lib") if (path := toolkit_of(nvcc) / part / name).exists()][:1]
+    command = [os.environ.get("CC", "cc"), "-print-file-name=libgomp.so.1"]
+    openmp = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    return [*res, *([openmp] if openmp.is_absolute() else [])]
 
 
 def build(run: Run, folder: Path, source: Path | None, arch: str | None = None, jobs: int | None = None) -> None:

@@ -125,10 +125,10 @@ def built_in(folder: Path) -> Built:
     return Built(folder / "bin", ROOT / "native/include", folder / "_stamp.py", folder / "tests/native")
 
 
-def linked_package(built: Built, folder: Path) -> Path | Failed:
-    """A folder for PYTHONPATH: this folder's package with the libraries of a build, or why there is none."""
+def linked_package(built: Built, folder: Path) -> Path:
+    """A folder for PYTHONPATH: this folder's package with the libraries of a build."""
     if missing := built.missing(programs=False):
-        return Failed(f"no {', '.join(missing)}; run the step build first")
+        raise Failed(f"no {', '.join(missing)}; run the step build first")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     own = archive.add_package(folder)
@@ -144,9 +144,7 @@ def target_here(folder: Path, programs: Path | None, args: argparse.Namespace) -
         own = programs.parent
         built = Built(own / "lib", own / "include", own / "_stamp.py", programs)
     where = programs or built.programs
-    needs_package = {"sessions", "model"} & set(args.steps)
-    package = linked_package(built, folder / "package") if needs_package else Failed("no package")
-    return Target(where, package, args.backend, folder, args.model)
+    return Target(where, lambda: linked_package(built, folder / "package"), args.backend, folder, args.model)
 
 
 def target_of_archive(top: Path, folder: Path, args: argparse.Namespace) -> Target:
@@ -154,12 +152,13 @@ def target_of_archive(top: Path, folder: Path, args: argparse.Namespace) -> Targ
     package = top / "package"
     model = args.model or next(iter(sorted((top / "models").glob("*.gguf"))), None)
     needed = tuple(archive.about(top).get("needed", ()))
-    return Target(package / "windowkv_edge/_tests", package, args.backend, folder, model, needed=needed)
+    programs = package / "windowkv_edge/_tests"
+    return Target(programs, lambda: package, args.backend, folder, model, python_path=[package], needed=needed)
 
 
 def run_build(folder: Path, args: argparse.Namespace) -> Json:
     """Build; for a named architecture, pack as well."""
-    runner = Target(folder, Failed(""), "", folder, deadline=time.monotonic() + BUILD_SECONDS)
+    runner = Target(folder, lambda: folder, "", folder, deadline=time.monotonic() + BUILD_SECONDS)
     build.build(runner.run, folder, args.source, args.arch, args.jobs)
     if not args.arch:
         return {}
@@ -168,7 +167,7 @@ def run_build(folder: Path, args: argparse.Namespace) -> Json:
     assert nvcc is not None
     about = {"commit": commit_here(), "backend": "CUDA0", "arch": args.arch}
     about["needed"] = ["libcuda.so.1", f"libcublas.so.{build.major_of(nvcc)}"]
-    return archive.pack(file, built_in(folder), about, build.cuda_runtime(), model=args.model)
+    return archive.pack(file, built_in(folder), about, build.runtime_libraries(), model=args.model)
 
 
 def commit_here() -> str:
@@ -180,8 +179,9 @@ def commit_here() -> str:
 
 def gpu_name() -> str:
     """As its driver says, or this machine's processor."""
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    smi = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path="/usr/local/nvidia/bin")
+    if smi:
+        command = [smi, "--query-gpu=name", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0 and done.stdout.strip():
             return done.stdout.splitlines()[0].strip()
@@ -257,6 +257,8 @@ def build_for_another(args: argparse.Namespace) -> int:
         print(f"build: FAILED: {error}", flush=True)
         return 1
     print(f"{made['file']}: {made['bytes'] / (1 << 20):.1f} MiB")
+    if args.model and "model" not in made:
+        print(f"There was no room for {args.model.name}: bring it along, for --model")
     return 0
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,21 +148,23 @@ class Target:
 
     Attributes:
         programs: folder of the test programs.
-        package: folder for PYTHONPATH with the package, or why there is none.
+        package: gives the folder for PYTHONPATH with the package, when a step needs it.
         backend: ggml's name of the device, such as CUDA0.
         folder: for files of the run.
         model: a real model, or None.
         sizes: how much to do.
+        python_path: folders of Python packages that all steps may import.
         needed: libraries that must be there at run time; the loader is told where they are.
         deadline: when the step that runs now has to be over, time.monotonic().
     """
 
     programs: Path
-    package: Path | Failed
+    package: Callable[[], Path]
     backend: str
     folder: Path
     model: Path | None = None
     sizes: Sizes = FULL
+    python_path: Sequence[Path] = ()
     needed: Sequence[str] = ()
     deadline: float = field(default=float("inf"))
 
@@ -216,14 +218,16 @@ class Target:
         Raises:
             Failed: it failed; with what it had found before.
         """
-        if isinstance(self.package, Failed):
-            raise self.package
-        path = os.pathsep.join(part for part in (str(self.package), os.environ.get("PYTHONPATH", "")) if part)
         command = [sys.executable, HERE / script, json.dumps(wanted)]
         try:
-            return _json_lines(self.run(command, {"PYTHONPATH": path, **(env or {})}))
+            return _json_lines(self.run(command, {"PYTHONPATH": path_of([self.package()]), **(env or {})}))
         except Failed as error:
             raise Failed(str(error), _json_lines(error.output)) from error
+
+
+def path_of(folders: Sequence[Path]) -> str:
+    """A PYTHONPATH that begins with these folders."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -341,10 +345,8 @@ def tiny_models(target: Target) -> list[Path]:
             "    tiny_model.write_llama(part, n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim)\n"
             "    part.rename(path)\n"
         )
-        package = [] if isinstance(target.package, Failed) else [str(target.package)]
-        path = os.pathsep.join([str(HERE.parent), *package, *filter(None, [os.environ.get("PYTHONPATH")])])
         made = json.dumps([(str(path), shapes[path.stem]) for path in wanted])
-        target.run([sys.executable, "-c", script, made], {"PYTHONPATH": path})
+        target.run([sys.executable, "-c", script, made], {"PYTHONPATH": path_of([HERE.parent, *target.python_path])})
     return wanted
 
 

@@ -29,7 +29,14 @@ import steps
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "tests/gpu/README.md"
-ABOUT = {"commit": "abc1234", "backend": "CPU", "arch": "none", "needed": []}
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="archives are for Linux")
+
+ABOUT = {"commit": "abc1234", "backend": "CPU", "arch": "none"}
+
+
+def sanitizers(native_tests: Path) -> list[str]:
+    """Libraries of the compiler that the installed test programs need, and those for a GPU do not."""
+    return sorted(name for name in archive.needed_by(native_tests / "test-ragged") if "san.so" in name)
 
 
 def built_by(native_tests: Path) -> archive.Built:
@@ -47,7 +54,14 @@ def hardly_compressed() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def packed(native_tests: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("archive") / "windowkv-gpu-90.tar.xz"
-    about = archive.pack(file, built_by(native_tests), ABOUT, modules=[native_tests / "test-device.so"])
+    needed = {"needed": sanitizers(native_tests)}
+    about = archive.pack(
+        file,
+        built_by(native_tests),
+        {**ABOUT, **needed},
+        build.runtime_libraries(),
+        modules=[native_tests / "test-device.so"],
+    )
     assert about["bytes"] == file.stat().st_size < 40 << 20
     return file
 
@@ -154,9 +168,16 @@ def test_nothing_in_it_is_compiled_for_one_python(packed: Path) -> None:
 
 
 def test_an_archive_that_is_too_large_is_refused(native_tests: Path, tmp_path: Path) -> None:
+    about = {**ABOUT, "needed": ["libgomp.so.1", *sanitizers(native_tests)]}
     with pytest.raises(archive.ArchiveError, match="the archive has 1?[0-9] MiB, at most 1 travel"):
-        archive.pack(tmp_path / "a.tar.xz", built_by(native_tests), ABOUT, max_bytes=1 << 20)
+        archive.pack(tmp_path / "a.tar.xz", built_by(native_tests), about, max_bytes=1 << 20)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_library_that_would_be_missing_is_named(native_tests: Path, tmp_path: Path) -> None:
+    """OpenMP's here, as if nobody had thought of it."""
+    with pytest.raises(archive.ArchiveError, match=r"would lack libgomp\.so\.1 \(of libggml-base\.so\.0\)"):
+        archive.pack(tmp_path / "a.tar.xz", built_by(native_tests), {**ABOUT, "needed": sanitizers(native_tests)})
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive"])
@@ -177,7 +198,7 @@ def test_what_is_no_archive_is_named(content: bytes, tmp_path: Path) -> None:
 
 
 def target(folder: Path, **values: Any) -> steps.Target:
-    return steps.Target(folder, steps.Failed("no package"), "CUDA0", folder, **values)
+    return steps.Target(folder, lambda: folder, "CUDA0", folder, **values)
 
 
 def test_a_step_ends_in_time_with_its_children(tmp_path: Path) -> None:
@@ -343,7 +364,12 @@ def test_the_linker_gets_a_driver_library(tmp_path: Path) -> None:
 
 @needs_nvcc
 def test_a_build_for_another_machine(
-    native_tests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    native_tests: Path,
+    tiny: Path,
+    smollm2: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """CMake is told so, and what it made is packed with CUDA's runtime; cmake itself and the libraries are not run here."""
     folder = tmp_path / "build"
@@ -358,7 +384,12 @@ def test_a_build_for_another_machine(
     cmake = tmp_path / "cmake"
     cmake.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" >> {tmp_path}/args\n")
     cmake.chmod(0o755)
-    assert check.main(["--steps", "build", "--arch", "90", "--build", str(folder)]) == 0
+    needed_by, of_tests = archive.needed_by, set(sanitizers(native_tests))
+    monkeypatch.setattr(archive, "needed_by", lambda path: needed_by(path) - of_tests)
+    command = ["--steps", "build", "--arch", "90", "--build", str(folder), "--model"]
+    assert check.main([*command, str(smollm2)]) == 0
+    assert f"There was no room for {smollm2.name}" in capsys.readouterr().out
+    assert check.main([*command, str(tiny)]) == 0
     given = (tmp_path / "args").read_text().split()
     for option in (
         "GGML_CUDA=ON",
@@ -382,4 +413,5 @@ def test_a_build_for_another_machine(
         and re.match(r"libcublas\.so\.1\d", about["needed"][1])
     )
     assert list((top / "package/windowkv_edge/lib").glob("libcudart.so.1*"))
+    assert (top / "models" / tiny.name).read_bytes() == tiny.read_bytes() and about["model"] == tiny.name
     assert not list(tmp_path.glob("*.json"))

@@ -74,6 +74,18 @@ def test_sessions_need_no_installation(
     assert "auto 25 % f16: compaction by prefill" in names
 
 
+def test_steps_follow_a_build(build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the build makes is looked for when a step needs it, not before."""
+    made, later = tmp_path / "later", build.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(check.build, "build", lambda *args: made.symlink_to(later))
+    monkeypatch.setattr(check, "gpu_name", lambda: "Test 6")
+    common = ["--small", "--backend", "CPU", "--build", str(made), "--results", str(tmp_path)]
+    assert check.main(["--steps", "build,sessions,identities", *common]) == 0
+    found = json.loads((tmp_path / "test-6.json").read_text())
+    assert found["build"]["ok"] and found["identities"]["models"] == ["gqa2-64.gguf"]
+    assert len(found["sessions"]["filled"]["rows"]) == 6
+
+
 def test_the_sanitizer_has_cases(native_tests: Path) -> None:
     for case in steps.SANITIZED:
         program = [native_tests / "test-backend-ops-ragged", "test", "-b", "CPU", "-p", case]
