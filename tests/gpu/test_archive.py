@@ -158,6 +158,18 @@ def test_on_a_device_with_a_model(packed: Path, bare_python: Path, smollm2: Path
     assert "full: 1 of 1 needles" in report.table([found])
 
 
+def test_from_a_checkout(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README says, too: the archive's programs, and its commit in the results."""
+    assert "--prebuilt windowkv-gpu-90.tar.xz" in README.read_text(encoding="utf-8")
+    monkeypatch.setattr(check, "gpu_name", lambda: "Test 7")
+    command = ["--prebuilt", str(packed), "--steps", "ops", "--small", "--backend", "CPU"]
+    for _ in range(2):  # what an earlier one left is in nobody's way
+        assert check.main([*command, "--build", str(tmp_path / "build"), "--results", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "test-7.json").read_text())
+    assert found["ops"]["tested"] >= 1 and found["ops"]["commit"] == "abc1234"
+    assert (tmp_path / "build/prebuilt/windowkv-gpu/archive.json").exists()
+
+
 def test_nothing_in_it_is_compiled_for_one_python(packed: Path) -> None:
     with tarfile.open(packed) as file:
         names = [member.name.removeprefix("windowkv-gpu/package/") for member in file if member.isfile()]
