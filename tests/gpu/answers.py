@@ -1,11 +1,10 @@
 """Needles of windowkv_edge.eval and the cells that a compaction keeps as JSON, for tests.gpu.check: a process of its own.
 
-    python answers.py '{"model": FILE, "gpu_layers": N, "work": FOLDER, "kept": KEPT, "needles": NEEDLES}'
-    python answers.py '{"compare": [FILE, FILE]}'
+    python answers.py '{"model": FILE, "gpu_layers": N, "work": FOLDER, "kept": KEPT, "name": NAME, "needles": NEEDLES}'
 
-KEPT has the length of a prompt, a policy, a budget and the file for the positions that stay; NEEDLES has lengths, depths, policies,
-budgets and, if not all are asked for, kinds. Writes lines: ``{"kept": {"cells": N}}``, and ``{"needles": {...}}`` after every prompt.
-The second form says how many cells of the first file are in the second: ``{"mean": SHARE, "least_head": SHARE}``.
+KEPT has the length of a prompt, a policy, a budget, the file for the positions that stay, and "compare": the file of an earlier
+run, or none. NEEDLES has lengths, depths, policies, budgets and, if not all are asked for, kinds. Writes lines: how many of the
+cells the earlier run has, ``{"cells_shared": {...}}``, and ``{NAME: {"n": N, "found": {...}}}`` after every prompt.
 """
 
 from __future__ import annotations
@@ -52,20 +51,22 @@ def keep(model: Model, wanted: Json) -> None:
     finally:
         branches.close()
     np.savez(wanted["file"], **kept)
-    print(json.dumps({"kept": {"cells": sum(len(own) for own in kept.values())}}), flush=True)
+    if "compare" in wanted:
+        about = {key: wanted[key] for key in ("length", "policy", "budget")}
+        print(json.dumps({"cells_shared": {**about, **compare(wanted["file"], wanted["compare"])}}), flush=True)
 
 
-def ask(model: Model, wanted: Json, work: Path) -> None:
+def ask(model: Model, wanted: Json, work: Path, name: str) -> None:
     """Found needles by policy and budget; those that the full cache does not find are not asked with less."""
     policies = {name: get_policy(name) for name in wanted["policies"]}
     cases = cases_of(model, wanted)
     n_ctx = max(len(case.prompt) + case.max_tokens + 1 for case in cases)
     plan = Plan(policies, tuple(wanted["budgets"]), ("f16",), N_THREADS)
-    file = work / f"needles-{model.n_gpu_layers}.jsonl"
+    file = work / f"{name}.jsonl"
     with Records(file, {}) as records, Runner(model, plan, n_ctx, records, lambda what: None) as runner:
         for case in cases:
             runner.run([case])
-            print(json.dumps({"needles": tally(read_records(file)[1])}), flush=True)
+            print(json.dumps({name: tally(read_records(file)[1])}), flush=True)
 
 
 def tally(rows: list[Json]) -> Json:
@@ -78,6 +79,7 @@ def tally(rows: list[Json]) -> Json:
 
 
 def compare(first: str, second: str) -> Json:
+    """How many cells of the first file are in the second: of all, and of the head that shares least."""
     with np.load(first) as one, np.load(second) as other:
         if set(one) != set(other):
             raise ValueError("the files have other heads")
@@ -89,14 +91,11 @@ def compare(first: str, second: str) -> Json:
 
 def main(text: str) -> None:
     wanted = json.loads(text)
-    if "compare" in wanted:
-        print(json.dumps(compare(*wanted["compare"])))
-        return
     load_backends()
     model = Model(Path(wanted["model"]), wanted["gpu_layers"])
     try:
         keep(model, wanted["kept"])
-        ask(model, wanted["needles"], Path(wanted["work"]))
+        ask(model, wanted["needles"], Path(wanted["work"]), wanted["name"])
     finally:
         model.close()
 

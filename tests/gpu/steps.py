@@ -267,10 +267,23 @@ def folder_of_library(name: str) -> Path | None:
 
 def ops(target: Target) -> Json:
     """All cases of the op against a reference in double precision."""
-    text = target.run([target.op, "test", "-b", target.backend, "-p", target.sizes.ops])
-    tested, failed, refused = (int(n) for n in re.findall(r"\d+", text.splitlines()[-1]))
-    worst = max(float(x) for x in re.findall(r"OK \(([0-9.e+-]+)\)", text))
-    return {"tested": tested, "failed": failed, "not_supported": refused, "worst_nmse": worst}
+    command = [target.op, "test", "-b", target.backend, "-p", target.sizes.ops]
+    try:
+        found = _counts(target.run(command))
+    except Failed as error:
+        raise Failed(str(error), _counts(error.output)) from error
+    if not found:
+        raise Failed("the cases were not counted")
+    return found
+
+
+def _counts(text: str) -> Json:
+    """The last line of the cases and the worst error, {} if they did not end."""
+    last = re.search(r"^(\d+) tested, (\d+) failed, (\d+) not supported$", text, re.M)
+    if last is None:
+        return {}
+    worst = max((float(x) for x in re.findall(r"OK \(([0-9.e+-]+)\)", text)), default=0.0)
+    return {"tested": int(last[1]), "failed": int(last[2]), "not_supported": int(last[3]), "worst_nmse": worst}
 
 
 def speed(target: Target) -> Json:
@@ -304,30 +317,27 @@ def model(target: Target) -> Json:
     """A real model: speed, needles on the device and on the CPU, and how many of the CPU's cells the device chooses."""
     if target.model is None:
         raise Skipped("no --model")
-    plans = target.sizes.model
+    plans, found = target.sizes.model, {"model": target.model.name}
     layers = -1 if target.on_device else 0
-    found: Json = {"model": target.model.name}
     with tempfile.TemporaryDirectory() as work:
+        device, cpu = (str(Path(work) / f"kept-{where}.npz") for where in ("device", "cpu"))
         common = {"model": str(target.model), "work": work}
-        kept = {where: Path(work) / f"kept-{where}.npz" for where in ("device", "cpu")}
-        # neither its layers nor large products go to the GPU
+        on_device = {**common, "gpu_layers": layers, "name": "needles", "needles": plans["needles"]}
+        on_device["kept"] = {**plans["kept"], "file": device}
+        on_cpu = {**common, "gpu_layers": 0, "name": "needles_cpu", "needles": plans["needles_cpu"]}
+        on_cpu["kept"] = {**plans["kept"], "file": cpu, "compare": device}
+        # neither layers nor large products go to the GPU then
         no_device: dict[str, str | None] = {"CUDA_VISIBLE_DEVICES": "", "GGML_BACKEND_PATH": None}
-        try:
-            on_device = {"needles": plans["needles"], "kept": {**plans["kept"], "file": str(kept["device"])}}
-            found |= target.python("answers.py", {**common, **on_device, "gpu_layers": layers})
-            own = {"model": str(target.model), "gpu_layers": layers, "plans": {"speed": plans["speed"]}, "common": {}}
-            found |= target.python("sessions.py", own)
-            on_cpu = {"needles": plans["needles_cpu"], "kept": {**plans["kept"], "file": str(kept["cpu"])}}
-            there = target.python("answers.py", {**common, **on_cpu, "gpu_layers": 0}, no_device)
-            found["needles_cpu"] = there["needles"]
-        except Failed as error:
-            raise Failed(str(error), {**found, **error.found}) from error
-        finally:
-            if all(path.exists() for path in kept.values()):
-                found["cells_shared"] = {
-                    **plans["kept"],
-                    **target.python("answers.py", {"compare": [str(kept["cpu"]), str(kept["device"])]}),
-                }
+        own_speed = {"model": str(target.model), "gpu_layers": layers, "plans": {"speed": plans["speed"]}, "common": {}}
+        for script, wanted, env in (
+            ("answers.py", on_device, None),
+            ("sessions.py", own_speed, None),
+            ("answers.py", on_cpu, no_device),
+        ):
+            try:
+                found |= target.python(script, wanted, env)
+            except Failed as error:
+                raise Failed(str(error), {**found, **error.found}) from error
     return found
 
 
