@@ -1,21 +1,30 @@
 """Prove and measure the GPU kernels on the GPU of this machine; one file of results per GPU.
 
-    python -m tests.gpu.check [--source DIR] [--steps build,ops,identities,sanitizer,speed,sessions]
+    python -m tests.gpu.check [--steps build,ops,speed,...] [--source PATH] [--model FILE]
+    python -m tests.gpu.check --steps build --arch 90
+    python -m tests.gpu.check --prebuilt ARCHIVE [--model FILE]
 
-Every step writes what it found into tests/gpu/results/<gpu>.json at once, so that steps may be run by several calls:
+Every step writes what it found into tests/gpu/results/<gpu>.json at once, so that steps may be run by several calls; the most
+telling come first, each has a time of its own, and one that fails does not stop the next:
 
-build        the libraries and test programs for this GPU, in --build; without network --source names a folder with the
-             pinned llama.cpp: CMakeLists.txt, LICENSE, cmake, ggml, include, licenses, src and vendor
+build        the libraries and test programs for this GPU, in --build; without network --source names the pinned llama.cpp, a folder
+             (CMakeLists.txt, LICENSE, cmake, ggml, include, licenses, src and vendor) or llama-cpp-python's source distribution
 ops          all cases of the op against a reference in double precision
-identities   a session with a policy that evicts nothing gives stock's logits, compaction moves the right rows
-sanitizer    compute-sanitizer (memory, races, barriers) over cases of the op
 speed        the op beside ggml_flash_attn_ext, and the share of the speed at which the device copies
 sessions     what `windowkv-edge bench` measures, with all layers on the GPU: 16k and 128k positions with random cells, a prompt of
              32k. Runs this folder's package with the libraries of the build
+model        a real model, if --model names one: its speed, needles on the GPU and the CPU, and the cells they choose
+identities   a session with a policy that evicts nothing gives stock's logits, compaction moves the right rows
+sanitizer    compute-sanitizer (memory, races, barriers) over cases of the op
+profile      time, bandwidth and registers of the kernels by ncu
 
-``--table`` prints the table of all results and what they say about the targets, ``--readme FILE`` writes the table into a README.
-Needs Python alone; identities numpy and gguf, unless the models are there; sessions what the package imports
-(llama-cpp-python, cffi, gguf, numpy, platformdirs, psutil, rich), but not the package.
+With --arch the build is for another machine: it needs no GPU, and packs all that the other steps need into one archive. There
+--prebuilt runs them within four minutes, without a network, a compiler, or more of Python than numpy and cffi. What such
+a machine wrote, --take writes into the results here; steps that were not measured stay as they are.
+
+--table prints the table of all results and what they say about the targets, --readme FILE writes the table into a README.
+Needs Python alone; identities numpy and gguf; sessions and model what the package imports (llama-cpp-python, cffi, gguf, numpy,
+platformdirs, psutil, rich), but not the package.
 """
 
 from __future__ import annotations
@@ -23,199 +32,156 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from report import RESULTS, STEPS, Json, all_results, table, target_lines, targets, write_readme
+import archive
+import build
+import steps
+from archive import ArchiveError, Built
+from report import RESULTS, STEPS, Json, all_results, file_name, table, take, target_lines, targets, write_readme
+from steps import Failed, Skipped, Target
 
 ROOT = Path(__file__).parents[2]
-# few cells each: a sanitizer is some hundred times slower
-SANITIZED = ("n_tokens=8,n_cells=[45", "n_tokens=1,n_cells=[38", "n_gqa=8,n_tokens=40,n_cells=[9]", "n_cells=[0,0,0]")
-
-# The address sanitizer's shadow covers addresses that CUDA wants; what a driver never frees is not ours
-ASAN_ON_DEVICE = "protect_shadow_gap=0:detect_leaks=0"
-
-# Plans for windowkv_edge.bench. Random weights, so no head scores but made-up ones
-SESSIONS: Json = {
-    "model": "llama-8b",
-    "plans": {
-        "filled": {"lengths": [16384, 131072], "fill": True},
-        "prompt": {"lengths": [32768], "baselines": ["f16"], "references": [], "rounds": 8},
-    },
-    "common": {"policies": ["auto", "windowkv", "headkv-r2"], "budgets": [0.12]},
+BUILD_SECONDS = 4 * 3600
+MINUTES, MINUTES_PREBUILT = 60.0, 4.0
+# of the minutes that all have, at most; on an H100 they need less
+SHARES = {
+    "ops": 0.2,
+    "speed": 0.35,
+    "sessions": 0.45,
+    "model": 0.4,
+    "identities": 0.2,
+    "sanitizer": 0.2,
+    "profile": 0.2,
 }
-
-
-class Failed(Exception):
-    """A step found something wrong; its message says what."""
 
 
 class Check:
     """The steps on one machine.
 
     Args:
-        build: folder of the build.
-        programs: folder of the test programs: that of the build, or the one of an installed package.
-        backend: ggml's name of the device, such as CUDA0.
-        source: llama.cpp of the pinned version; None = download.
+        target: what they run.
         results: file of the results.
+        commit: of the sources.
+        minutes: for all steps but the build.
+        builder: the step build.
     """
 
-    def __init__(self, build: Path, programs: Path, backend: str, source: Path | None, results: Path) -> None:
-        self.folder, self.programs, self.backend, self.source, self.file = build, programs, backend, source, results
+    def __init__(self, target: Target, results: Path, commit: str, minutes: float, builder: Callable[[], Json]) -> None:
+        self.target, self.file, self.commit, self.builder = target, results, commit, builder
+        self.seconds, self.left = 60 * minutes, 60 * minutes
         self.results: Json = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
-
-    @property
-    def on_device(self) -> bool:
-        return self.backend != "CPU"
-
-    def run(self, command: Sequence[str | Path], timeout: float = 3600, **env: str) -> str:
-        """Output of a command that has to succeed; ``env`` is added to the environment."""
-        done = subprocess.run(
-            [str(part) for part in command], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env}
-        )
-        if done.returncode != 0:
-            lines = [line for line in done.stdout.splitlines() if "FAIL" in line] or done.stdout.splitlines()[-5:]
-            raise Failed(f"{command[0]} gave {done.returncode}: " + "\n".join([*lines[:20], done.stderr[-2000:]]))
-        return done.stdout
 
     def step(self, name: str) -> bool:
         """Run a step and record it; whether it found nothing wrong."""
-        action: Callable[[], Json] = getattr(self, name)
+        start = time.monotonic()
+        limit = BUILD_SECONDS if name == "build" else min(self.left, SHARES[name] * self.seconds)
+        self.target.deadline = start + limit
         try:
-            found = {"ok": True, **action()}
-        except (Failed, OSError, subprocess.TimeoutExpired) as error:
-            found = {"ok": False, "error": str(error)}
+            if limit <= 0:
+                raise Skipped(f"the {self.seconds / 60:g} minutes were over")
+            found = {"ok": True, **(self.builder() if name == "build" else getattr(steps, name)(self.target))}
+        except Skipped as reason:
+            print(f"{name}: not run: {reason}", flush=True)
+            return True
+        except Failed as error:
+            found = {"ok": False, "error": str(error), **error.found}
+        except (ArchiveError, OSError, subprocess.SubprocessError, ValueError, LookupError) as error:
+            found = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        seconds = time.monotonic() - start
+        if name != "build":
+            self.left -= seconds
         found["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        found["commit"] = _commit()
-        self.results = {
-            **self.results,
-            name: found,
-            "gpu": gpu_name(),
-            "backend": self.backend,
-            "host": platform.platform(),
-        }
-        self.results["targets"] = targets(self.results)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-        print(f"{name}: {'ok' if found['ok'] else 'FAILED: ' + found['error']}", flush=True)
+        found["commit"] = self.commit
+        found["seconds"] = round(seconds, 1)
+        self._write(name, found)
+        print(f"{name}: {'ok' if found['ok'] else 'FAILED: ' + found['error']} ({seconds:.0f} s)", flush=True)
         return bool(found["ok"])
 
-    #
-    # steps
-    #
+    def _write(self, name: str, found: Json) -> None:
+        about = {"gpu": gpu_name(), "backend": self.target.backend, "host": platform.platform()}
+        self.results = {**self.results, name: found, **about}
+        self.results["targets"] = targets(self.results)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        part.rename(self.file)
 
-    def build(self) -> Json:
-        options = ["-DGGML_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=native"] if sys.platform != "darwin" else []
-        if self.source:
-            options.append(f"-DLLAMA_CPP_SOURCE_DIR={self.source.resolve()}")
-        self.run(
-            ["cmake", "-S", ROOT, "-B", self.folder, "-DCMAKE_BUILD_TYPE=Release", "-DWINDOWKV_TESTS=ON", *options]
-        )
-        jobs = str(os.cpu_count() or 4)
-        self.run(["cmake", "--build", self.folder, "-j", jobs, "--target", "test-backend-ops-ragged", "test-ragged"])
+
+#
+# what the steps run
+#
+
+
+def built_in(folder: Path) -> Built:
+    """The native side that CMake left in a build folder."""
+    return Built(folder / "bin", ROOT / "native/include", folder / "_stamp.py", folder / "tests/native")
+
+
+def linked_package(built: Built, folder: Path) -> Path:
+    """A folder for PYTHONPATH: this folder's package with the libraries of a build."""
+    if missing := built.missing(programs=False):
+        raise Failed(f"no {', '.join(missing)}; run the step build first")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    own = archive.add_package(folder)
+    for name, path in {"lib": built.lib, "include": built.include, "_stamp.py": built.stamp}.items():
+        (own / name).symlink_to(path.resolve())
+    return folder
+
+
+def target_here(folder: Path, programs: Path | None, args: argparse.Namespace) -> Target:
+    """The build of this machine, or an installed package's programs."""
+    built = built_in(folder)
+    if programs and (programs.parent / "_stamp.py").exists():
+        own = programs.parent
+        built = Built(own / "lib", own / "include", own / "_stamp.py", programs)
+    where = programs or built.programs
+    return Target(where, lambda: linked_package(built, folder / "package"), args.backend, folder, args.model)
+
+
+def target_of_archive(top: Path, folder: Path, args: argparse.Namespace) -> Target:
+    """An unpacked archive."""
+    package = top / "package"
+    model = args.model or next(iter(sorted((top / "models").glob("*.gguf"))), None)
+    needed = tuple(archive.about(top).get("needed", ()))
+    programs = package / "windowkv_edge/_tests"
+    return Target(programs, lambda: package, args.backend, folder, model, python_path=[package], needed=needed)
+
+
+def run_build(folder: Path, args: argparse.Namespace) -> Json:
+    """Build; for a named architecture, pack as well."""
+    runner = Target(folder, lambda: folder, "", folder, deadline=time.monotonic() + BUILD_SECONDS)
+    build.build(runner.run, folder, args.source, args.arch, args.jobs)
+    if not args.arch:
         return {}
-
-    def ops(self) -> Json:
-        text = self.run([self.programs / "test-backend-ops-ragged", "test", "-b", self.backend])
-        tested, failed, refused = (int(n) for n in re.findall(r"\d+", text.splitlines()[-1]))
-        worst = max(float(x) for x in re.findall(r"OK \(([0-9.e+-]+)\)", text))
-        return {"tested": tested, "failed": failed, "not_supported": refused, "worst_nmse": worst}
-
-    def identities(self) -> Json:
-        models = sorted((self.folder / "models").glob("*.gguf"))
-        if not models:
-            models = _write_models(self.folder / "models")
-        layers = "99" if self.on_device else "0"
-        options = [os.environ.get("ASAN_OPTIONS", ""), ASAN_ON_DEVICE if self.on_device else ""]
-        env = {"ASAN_OPTIONS": ":".join(option for option in options if option)}
-        for model in models:
-            if self.run([self.programs / "test-ragged", model, layers], **env).strip() != "ok":
-                raise Failed(f"test-ragged {model.name} did not say ok")
-        return {"models": [model.name for model in models]}
-
-    def sanitizer(self) -> Json:
-        if not shutil.which("compute-sanitizer"):
-            raise Failed("compute-sanitizer is not there, it comes with the CUDA toolkit")
-        for tool in ("memcheck", "racecheck", "synccheck"):
-            for case in SANITIZED:
-                program = [self.programs / "test-backend-ops-ragged", "test", "-b", self.backend, "-p", case]
-                self.run(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program])
-        return {"tools": ["memcheck", "racecheck", "synccheck"], "cases": list(SANITIZED)}
-
-    def speed(self) -> Json:
-        text = self.run([self.programs / "test-backend-ops-ragged", "perf", "-b", self.backend])
-        rows = [
-            [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
-        ]
-        if len(rows) < 3:
-            raise Failed("perf printed no rows")
-        return {"columns": rows[0], "rows": rows[2:]}
-
-    def sessions(self) -> Json:
-        plans = json.dumps({**SESSIONS, "gpu_layers": -1 if self.on_device else 0})
-        path = os.pathsep.join(part for part in (str(self.package()), os.environ.get("PYTHONPATH", "")) if part)
-        return dict(json.loads(self.run([sys.executable, ROOT / "tests/gpu/sessions.py", plans], PYTHONPATH=path)))
-
-    def package(self) -> Path:
-        """Folder with a copy of this folder's package that has the libraries of the build, or of the programs' package."""
-        own = self.programs.parent
-        built = {"lib": own / "lib", "include": own / "include", "_stamp.py": own / "_stamp.py"}
-        if not built["_stamp.py"].exists():
-            built = {
-                "lib": self.folder / "bin",
-                "include": ROOT / "native" / "include",
-                "_stamp.py": self.folder / "_stamp.py",
-            }
-        if missing := [str(path) for path in built.values() if not path.exists()]:
-            raise Failed(f"no {', '.join(missing)}; run the step build first")
-        folder = self.folder / "package"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(
-            ROOT / "windowkv_edge",
-            folder / "windowkv_edge",
-            ignore=shutil.ignore_patterns("__pycache__", "_tests", *built),
-        )
-        for name, path in built.items():
-            (folder / "windowkv_edge" / name).symlink_to(path.resolve())
-        # its version is asked for when it is imported
-        about = folder / "windowkv_edge-0+check.dist-info" / "METADATA"
-        about.parent.mkdir()
-        about.write_text("Metadata-Version: 2.1\nName: windowkv-edge\nVersion: 0+check\n", encoding="utf-8")
-        return folder
+    file = args.archive or folder / f"{archive.NAME}-{args.arch}.tar.xz"
+    nvcc = build.find_nvcc()
+    assert nvcc is not None
+    about = {"commit": commit_here(), "backend": "CUDA0", "arch": args.arch}
+    about["needed"] = ["libcuda.so.1", f"libcublas.so.{build.major_of(nvcc)}"]
+    return archive.pack(file, built_in(folder), about, build.runtime_libraries(), model=args.model)
 
 
-def _commit() -> str:
+def commit_here() -> str:
+    if (ROOT / "archive.json").exists():
+        return str(archive.about(ROOT)["commit"])
     done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
 
 
-def _write_models(folder: Path) -> list[Path]:
-    """Tiny models with random weights, of head sizes that GPU kernels know; needs gguf."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        import tiny_model
-    except ImportError as error:
-        raise Failed(f"no models in {folder} and {error}; copy them there, or install gguf and numpy") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes = {"gqa2-64": (4, 2, 64), "mqa-128": (3, 1, 128), "mha-64": (4, 4, 64)}
-    return [
-        tiny_model.write_llama(folder / f"{name}.gguf", n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim)
-        for name, (n_head, n_head_kv, head_dim) in shapes.items()
-    ]
-
-
 def gpu_name() -> str:
     """As its driver says, or this machine's processor."""
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    smi = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path="/usr/local/nvidia/bin")
+    if smi:
+        command = [smi, "--query-gpu=name", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0 and done.stdout.strip():
             return done.stdout.splitlines()[0].strip()
@@ -234,19 +200,70 @@ def default_backend() -> str:
     return "CUDA0"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+#
+# command line
+#
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", default=",".join(STEPS))
-    parser.add_argument("--source", type=Path)
-    parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu")
+    parser.add_argument("--steps", help=f"some of {','.join(STEPS)}; default: all, without build of what is built")
+    parser.add_argument("--source", type=Path, help="pinned llama.cpp: a folder, or the source distribution")
+    parser.add_argument(
+        "--build", type=Path, default=ROOT / "build" / "gpu", help="folder of the build and of files of the run"
+    )
+    parser.add_argument("--arch", help="build for this CUDA architecture, such as 90, and pack an archive")
+    parser.add_argument("--archive", type=Path, help="file of the archive; default: in the folder of the build")
+    parser.add_argument("--jobs", type=int, help="compilers at a time; default: one per core")
+    parser.add_argument("--prebuilt", type=Path, help="an archive, or the folder of an unpacked one")
     parser.add_argument(
         "--programs", type=Path, help="folder of test programs, or of a package's; default: the build's"
     )
+    parser.add_argument(
+        "--model", type=Path, help="a GGUF file for the step model; with --arch packed if there is room"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help=f"for all steps; default: {MINUTES:g}, with --prebuilt {MINUTES_PREBUILT:g}"
+    )
+    parser.add_argument("--small", action="store_true", help="little of everything, to see that it runs")
     parser.add_argument("--backend", help="ggml's name of the device; default: the first GPU")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--readme", type=Path)
+    parser.add_argument(
+        "--take", type=Path, metavar="FILE", help="write the steps of this results file into the results"
+    )
+    parser.add_argument("--table", action="store_true", help="print the results")
+    parser.add_argument("--readme", type=Path, help="write the table of the results into this file")
     args = parser.parse_args(argv)
+    if args.prebuilt is None and (ROOT / "archive.json").exists():
+        args.prebuilt = ROOT  # this file lies in an unpacked archive
+    default = ["build"] if args.arch else [name for name in STEPS if name != "build" or args.prebuilt is None]
+    args.steps = args.steps.split(",") if args.steps else default
+    if unknown := [name for name in args.steps if name not in STEPS]:
+        parser.error(f"--steps has {', '.join(unknown)}, expected some of {', '.join(STEPS)}")
+    if args.arch and args.steps != ["build"]:
+        parser.error("--arch builds for another machine: only --steps build runs here")
+    if args.prebuilt and "build" in args.steps:
+        parser.error("--prebuilt brings what the step build makes")
+    if args.model and not args.model.is_file():
+        parser.error(f"there is no model {args.model}")
+    return args
+
+
+def build_for_another(args: argparse.Namespace) -> int:
+    """Build and pack, without results of this machine."""
+    try:
+        made = run_build(args.build, args)
+    except (Failed, ArchiveError, OSError, subprocess.SubprocessError) as error:
+        print(f"build: FAILED: {error}", flush=True)
+        return 1
+    print(f"{made['file']}: {made['bytes'] / (1 << 20):.1f} MiB")
+    if args.model and "model" not in made:
+        print(f"There was no room for {args.model.name}: bring it along, for --model")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
     if args.table:
         found = all_results(args.results)
         print(table(found))
@@ -255,18 +272,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.readme:
         write_readme(args.readme)
         return 0
-    steps = args.steps.split(",")
-    if unknown := [name for name in steps if name not in STEPS]:
-        raise SystemExit(f"--steps has {', '.join(unknown)}, expected some of {', '.join(STEPS)}")
-    name = re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
-    check = Check(
-        args.build,
-        args.programs or args.build / "tests" / "native",
-        args.backend or default_backend(),
-        args.source,
-        args.results / f"{name}.json",
-    )
-    return 0 if all([check.step(name) for name in steps]) else 1
+    if args.take:
+        print(take(args.take, args.results))
+        return 0
+    if args.arch:
+        return build_for_another(args)
+
+    args.backend = args.backend or default_backend()
+    commit, minutes = commit_here(), args.minutes or MINUTES
+    if args.prebuilt:
+        try:
+            top = archive.unpack(args.prebuilt, args.build / "prebuilt")
+        except ArchiveError as error:
+            raise SystemExit(str(error)) from error
+        target = target_of_archive(top, args.build, args)
+        commit, minutes = archive.about(top)["commit"], args.minutes or MINUTES_PREBUILT
+    else:
+        target = target_here(args.build, args.programs, args)
+    target.sizes = steps.SMALL if args.small else steps.FULL
+    check = Check(target, args.results / file_name(gpu_name()), commit, minutes, lambda: run_build(args.build, args))
+    return 0 if all([check.step(step) for step in args.steps]) else 1
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import check
 import pytest
 import report
+import steps
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +57,8 @@ def test_sessions_need_no_installation(
         "prompt": {"lengths": [300], "references": [64]},
     }
     common = {"policies": ["auto", "windowkv"], "budgets": [0.25], "baselines": ["f16"], "rounds": 4, "references": []}
-    monkeypatch.setattr(check, "SESSIONS", {"model": str(tiny), "plans": plans, "common": common})
+    own = {"model": str(tiny), "plans": plans, "common": common}
+    monkeypatch.setattr(steps, "FULL", replace(steps.FULL, sessions=own))
     assert (
         check.main(["--steps", "sessions", "--backend", "CPU", "--build", str(build), "--results", str(tmp_path)]) == 0
     )
@@ -71,8 +74,20 @@ def test_sessions_need_no_installation(
     assert "auto 25 % f16: compaction by prefill" in names
 
 
+def test_steps_follow_a_build(build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the build makes is looked for when a step needs it, not before."""
+    made, later = tmp_path / "later", build.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(check.build, "build", lambda *args: made.symlink_to(later))
+    monkeypatch.setattr(check, "gpu_name", lambda: "Test 6")
+    common = ["--small", "--backend", "CPU", "--build", str(made), "--results", str(tmp_path)]
+    assert check.main(["--steps", "build,sessions,identities", *common]) == 0
+    found = json.loads((tmp_path / "test-6.json").read_text())
+    assert found["build"]["ok"] and found["identities"]["models"] == ["gqa2-64.gguf"]
+    assert len(found["sessions"]["filled"]["rows"]) == 6
+
+
 def test_the_sanitizer_has_cases(native_tests: Path) -> None:
-    for case in check.SANITIZED:
+    for case in steps.SANITIZED:
         program = [native_tests / "test-backend-ops-ragged", "test", "-b", "CPU", "-p", case]
         run = subprocess.run(program, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0 and " 0 failed" in run.stdout, case + run.stdout
@@ -126,16 +141,32 @@ def test_targets_follow_from_what_was_measured() -> None:
         (1.0, True), (0.92, True), (1.0364, False),  # bytes at 16k, speed and bytes at 128k
         (0.0213, False),  # of 8 s
     ]  # fmt: skip
+    own = [row("stock f16", 4042, None, decode_ms=1.24), row("auto 12 % f16", 4042, 0.12, decode_ms=2.18)]
+    (token,) = report.targets({"model": {"ok": True, "model": "m.gguf", "speed": {"rows": own}}})
+    assert (token["name"], token["value"], token["met"]) == (
+        "m.gguf, auto 12 % f16: time of a token by stock's",
+        1.7581,
+        False,
+    )
     text = report.target_lines([{"gpu": "Test 3", "targets": found}])
     assert text.count("MISSED") == 3 and "0.59 (>= 0.6): MISSED" in text
     assert report.targets({"speed": {"ok": False, "error": "x"}}) == []
 
 
-def test_unknown_steps_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--steps has speeed, expected some of build, ops"):
+def test_unknown_steps_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
         check.main(["--steps", "speeed", "--backend", "CPU", "--results", str(tmp_path)])
+    assert "--steps has speeed, expected some of build, ops" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_readme_has_the_table_of_the_results() -> None:
     text = (ROOT / "tests" / "gpu" / "README.md").read_text(encoding="utf-8")
     assert text.split(report.BEGIN)[1].split(report.END)[0].strip() == report.table(report.all_results())
+
+
+def test_the_targets_in_the_results_follow_from_them() -> None:
+    found = report.all_results()
+    assert found
+    for res in found:
+        assert report.targets(res) == res["targets"], res["gpu"]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
+import build
 import platformdirs
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-CUBLAS = {13: "nvidia-cublas==13.1.0.3", 12: "nvidia-cublas-cu12==12.9.1.4"}  # headers of the toolkit's major version
+NVCC = build.find_nvcc()
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: install the CUDA toolkit to compile the CUDA kernels")
 
@@ -24,29 +22,18 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: install the CUDA 
 def major() -> int:
     """Version of the toolkit."""
     assert NVCC is not None
-    text = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
-    return int(text.split("release ")[1].split(".")[0])
+    return build.major_of(NVCC)
 
 
 @pytest.fixture(scope="session")
 def cublas(major: int) -> Path:
     """Folder of cuBLAS' headers, which toolkits without libraries lack; fetched once."""
     assert NVCC is not None
-    own = Path(NVCC).resolve().parents[1] / "include"
-    if (own / "cublas_v2.h").exists():
-        return own
-    folder = Path(platformdirs.user_cache_dir("windowkv-edge")) / "cublas" / CUBLAS[major].replace("==", "-")
-    if not (folder / "cublas_v2.h").exists():
-        wheels = folder / "wheel"
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels), CUBLAS[major]]
-        subprocess.run(command, check=True)
-        (wheel,) = wheels.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                if "/include/" in name and name.endswith(".h"):
-                    (folder / Path(name).name).write_bytes(archive.read(name))
-        shutil.rmtree(wheels)
-    return folder
+    toolkit = build.toolkit_of(NVCC)
+    if build.has_cublas(toolkit):
+        return toolkit / "include"
+    cache = Path(platformdirs.user_cache_dir("windowkv-edge")) / "cublas"
+    return build.fetch_cublas(major, cache, libraries=False) / "include"
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,8 @@ OPTIONS_ONLY = (
     "windowkv_edge/_tests/test-backend-ops-ragged perf",
     "python tests/measure/eval_costs.py",
     "python -m tests.gpu.check",
+    "tar xf windowkv-gpu",  # tests/gpu/test_archive.py runs these two, of an archive
+    "python windowkv-gpu/",
     "python ggml_patch/patchq.py",  # tests/patch runs its commands
     "cmake",
     "pip install",
@@ -145,7 +147,7 @@ def check_options(command: list[str]) -> None:
         check_typer(args)
     elif program == "python":
         rest = args[1:] if args[0] == "-m" else args
-        file = ROOT / (rest[0].replace(".", "/") + ".py" if args[0] == "-m" else rest[0])
+        file = ROOT / (rest[0].replace(".", "/") + ".py" if args[0] == "-m" else rest[0].removeprefix("windowkv-gpu/"))
         assert file.is_file(), file
         sub = [word for word in rest[1:2] if file.name == "patchq.py"]
         assert_options(rest[1:], help_of(str(file), *sub))
@@ -160,6 +162,8 @@ def check_options(command: list[str]) -> None:
         assert args[0] == "install"
         for extra in re.findall(r"\[(\w+)\]", " ".join(args)):
             assert extra in project["optional-dependencies"], extra
+    elif program == "tar":
+        assert args[0] == "xf"
     elif program == "pytest":
         assert all((ROOT / arg).exists() for arg in args if arg.endswith(".py"))
     else:
