@@ -24,13 +24,24 @@ ggml_backend_t llama_kv_ragged_backend(llama_context & lctx, ggml_backend_dev_t 
 bool llama_kv_ragged_workspace::alloc(ggml_backend_t backend, ggml_cgraph * gf) {
     auto it = std::find_if(parts.begin(), parts.end(), [&](const part & cur) { return cur.backend == backend; });
     if (it == parts.end()) {
-        it = parts.insert(it, { backend, ggml_gallocr_ptr(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend))) });
+        it = parts.insert(it, { backend, nullptr, {} });
     }
 
-    // graphs of two layers may differ, so the places of their tensors are found anew; the buffer stays if it is large enough
-    const int64_t n_before = ggml_gallocr_get_buffer_size(it->galloc.get(), 0);
-    const bool    ok       = ggml_gallocr_reserve(it->galloc.get(), gf) && ggml_gallocr_alloc_graph(it->galloc.get(), gf);
-    claim.add(int64_t(ggml_gallocr_get_buffer_size(it->galloc.get(), 0)) - n_before);
+    // the places of tensors are those of the last graph if that was built alike; an allocator cannot tell by itself
+    std::vector<ggml_op> ops;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        ops.push_back(ggml_graph_node(gf, i)->op);
+    }
+    const auto n_bytes = [&] { return it->galloc ? int64_t(ggml_gallocr_get_buffer_size(it->galloc.get(), 0)) : 0; };
+
+    const int64_t n_before = n_bytes();
+    if (it->ops != ops) {
+        it->galloc.reset();
+        it->galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
+        it->ops = std::move(ops);
+    }
+    const bool ok = ggml_gallocr_alloc_graph(it->galloc.get(), gf);
+    claim.add(n_bytes() - n_before);
     return ok;
 }
 

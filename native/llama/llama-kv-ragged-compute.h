@@ -21,8 +21,9 @@ public:
 
 private:
     struct part {
-        ggml_backend_t   backend;
-        ggml_gallocr_ptr galloc;
+        ggml_backend_t       backend;
+        ggml_gallocr_ptr     galloc;
+        std::vector<ggml_op> ops; // of the last graph
     };
 
     llama_kv_ragged_claim claim;

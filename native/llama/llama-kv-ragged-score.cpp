@@ -159,21 +159,22 @@ static ggml_tensor * columns(ggml_context * ctx, ggml_tensor * cur, int64_t i0, 
     return n == cur->ne[1] ? cur : ggml_view_2d(ctx, cur, cur->ne[0], n, cur->nb[1], i0*cur->nb[1]);
 }
 
-// F32 [ne1, ne0, ne2] of [ne0, ne1, ne2], tile by tile: the CPU's copy goes through the memory in steps of a whole row
+// F32 [ne1, ne0, ne2] of [ne0, ne1, ne2] in tiles of 16 x 16, which are whole cache lines on both sides; the CPU's copy goes value by
+// value
 static void transpose(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
     const ggml_tensor * src = dst->src[0];
 
     const int64_t n_rows  = src->ne[1];
     const int64_t n_cells = src->ne[0];
-    const int64_t n_tiles = (n_cells + 63)/64; // of 64 x 8
+    const int64_t n_tiles = (n_cells + 15)/16;
     for (int64_t it = ith; it < n_tiles*src->ne[2]; it += nth) {
         const float * from = (const float *) src->data + it/n_tiles*n_cells*n_rows;
         float       * to   = (float       *) dst->data + it/n_tiles*n_cells*n_rows;
 
-        const int64_t ic0 = it%n_tiles*64;
-        const int64_t ic1 = std::min(n_cells, ic0 + 64);
-        for (int64_t ir0 = 0; ir0 < n_rows; ir0 += 8) {
-            const int64_t ir1 = std::min(n_rows, ir0 + 8);
+        const int64_t ic0 = it%n_tiles*16;
+        const int64_t ic1 = std::min(n_cells, ic0 + 16);
+        for (int64_t ir0 = 0; ir0 < n_rows; ir0 += 16) {
+            const int64_t ir1 = std::min(n_rows, ir0 + 16);
             for (int64_t ic = ic0; ic < ic1; ++ic) {
                 for (int64_t ir = ir0; ir < ir1; ++ir) {
                     to[ic*n_rows + ir] = from[ir*n_cells + ic];
