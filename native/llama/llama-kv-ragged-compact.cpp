@@ -25,71 +25,93 @@ int64_t llama_kv_ragged_plan::n_released(size_t i) const {
     return res;
 }
 
-llama_kv_ragged_plan llama_kv_ragged_make_plan(
-        llama_context & lctx, const llama_kv_ragged_seq & seq, const llama_kv_ragged_request & request) {
+//
+// llama_kv_ragged_choice
+//
+
+llama_kv_ragged_choice::llama_kv_ragged_choice(
+        llama_context & lctx, const llama_kv_ragged_seq & seq, const llama_kv_ragged_scoring & scoring) :
+    cells(seq.n_cells()), keep(cells.data(), cells.size()), lctx(lctx), seq(seq), scoring(scoring), claim(seq.get_meter()) {
+}
+
+const float * llama_kv_ragged_choice::score(size_t il0, size_t il1) {
     const auto & layers = seq.get_layers();
 
-    llama_kv_ragged_plan res;
-    res.n_head_kv = layers[0].n_head_kv;
-    res.before    = seq.n_cells();
+    const auto   first    = cells.begin() + il0*layers[0].n_head_kv;
+    const auto   last     = cells.begin() + il1*layers[0].n_head_kv;
+    const size_t n_cells  = std::accumulate(first, last, size_t(0))*(scoring.by_query_head ? layers[0].n_gqa() : 1);
+    const size_t n_planes = std::max<size_t>(1, scoring.window_sizes.size());
 
-    const size_t  n_cells   = std::accumulate(res.before.begin(), res.before.end(), size_t(0));
-    const int64_t n_head_kv = res.n_head_kv;
-    const size_t  n_rep     = request.scoring.by_query_head ? layers[0].n_gqa() : 1;
-    const size_t  n_planes  = std::max<size_t>(1, request.scoring.window_sizes.size());
+    // host memory of a compaction is part of the peak
+    const size_t n_before = scores.size();
+    claim.add(int64_t(n_cells*n_planes*sizeof(float)) - int64_t(n_before*sizeof(float)));
+    if (n_cells*n_planes != n_before) {
+        scores = {}; // before there is another one
+        scores.resize(n_cells*n_planes, 0.0f);
+    }
+    if (scoring.window_sizes.empty()) {
+        return scores.data();
+    }
+
+    const int64_t t_start_us = ggml_time_us();
+
+    if (!workspace) {
+        workspace = std::make_unique<llama_kv_ragged_workspace>(seq.get_meter());
+    }
+    float * dst = scores.data();
+    for (size_t i = il0; i < il1; ++i) {
+        dst += llama_kv_ragged_score(lctx, seq, i, scoring, *workspace, dst, n_cells);
+    }
+
+    if (il1 == layers.size()) {
+        workspace.reset();
+    }
+    t_score_us += ggml_time_us() - t_start_us;
+    return scores.data();
+}
+
+int32_t llama_kv_ragged_choice::n_threads() const {
+    // a thread needs memory for the head it is at: 1/16 of the heads take a byte for every cell at most
+    return std::clamp<int64_t>(lctx.n_threads_batch(), 1, std::max<int64_t>(1, cells.size()/16));
+}
+
+llama_kv_ragged_plan llama_kv_ragged_make_plan(
+        llama_context & lctx, const llama_kv_ragged_seq & seq, const llama_kv_ragged_request & request) {
+    const auto & layers  = seq.get_layers();
+    const auto & scoring = request.scoring;
 
     for (const auto & layer : layers) {
-        if (request.scoring.by_query_head && (n_planes > 1 || layer.n_gqa() != layers[0].n_gqa())) {
+        if (scoring.by_query_head && (scoring.window_sizes.size() > 1 || layer.n_gqa() != layers[0].n_gqa())) {
             llama_kv_ragged_refuse_unsupported(format("scores by query head need one observation window, and as many query heads in all layers: "
                     "layer %u has %" PRId64 ", layer %u %" PRId64, layers[0].il, layers[0].n_head, layer.il, layer.n_head));
         }
     }
 
-    // host memory of the selection is part of the peak
-    llama_kv_ragged_claim claim(seq.get_meter(), n_cells*(sizeof(int32_t) + n_rep*n_planes*sizeof(float) + sizeof(uint8_t) + request.n_bytes_cell));
+    llama_kv_ragged_plan res;
+    res.n_head_kv = layers[0].n_head_kv;
+    res.before    = seq.n_cells();
+    res.claim     = std::make_unique<llama_kv_ragged_claim>(seq.get_meter(), wkv::marks::n_bytes(res.before.data(), res.before.size()));
 
     lctx.synchronize();
 
     const int64_t t_start_us = ggml_time_us();
 
-    std::vector<int32_t> pos;
-    pos.reserve(n_cells);
-    std::vector<float> scores(n_cells*n_rep*n_planes, 0.0f);
-    for (size_t i = 0; i < layers.size(); ++i) {
-        const size_t i0 = pos.size();
-        for (int64_t ih = 0; ih < n_head_kv; ++ih) {
-            const auto cur = seq.positions(i, ih);
-            pos.insert(pos.end(), cur.begin(), cur.end());
-        }
-        if (request.scoring.window_sizes.empty()) {
-            continue;
-        }
-        const auto   cur = llama_kv_ragged_score(lctx, seq, i, request.scoring);
-        const size_t n   = (pos.size() - i0)*n_rep;
-        for (size_t ip = 0; ip < n_planes; ++ip) {
-            std::copy_n(cur.begin() + ip*n, n, scores.begin() + (ip*n_cells + i0)*n_rep);
-        }
-    }
+    llama_kv_ragged_choice choice(lctx, seq, scoring);
+    request.select(choice);
 
-    const int64_t t_select_us = ggml_time_us();
-
-    res.keep.assign(n_cells, 0);
-    request.select({ res.before, pos.data(), scores.data(), res.keep.data() });
-
-    auto first = res.keep.begin();
-    for (const int32_t n : res.before) {
-        res.after.push_back(n - std::count(first, first + n, 0));
-        first += n;
+    res.keep = std::move(choice.keep);
+    for (size_t i = 0; i < res.before.size(); ++i) {
+        res.after.push_back(res.keep.count(i));
     }
     for (size_t i = 0; i < layers.size(); ++i) {
-        const auto * n = res.after.data() + i*n_head_kv;
-        if (std::any_of(n, n + n_head_kv, [&](int32_t cur) { return cur != *n; })) {
+        const auto * n = res.after.data() + i*res.n_head_kv;
+        if (std::any_of(n, n + res.n_head_kv, [&](int32_t cur) { return cur != *n; })) {
             layers[i].check_ragged();
         }
     }
 
-    res.t_score_ms  = (t_select_us - t_start_us)/1000.0;
-    res.t_select_ms = (ggml_time_us() - t_select_us)/1000.0;
+    res.t_score_ms  = choice.get_t_score_us()/1000.0;
+    res.t_select_ms = (ggml_time_us() - t_start_us - choice.get_t_score_us())/1000.0;
     return res;
 }
 
@@ -104,7 +126,8 @@ static ggml_tensor * alias_i32(ggml_context * ctx, ggml_tensor * pool) {
 static void move_rows(
         llama_context & lctx, const llama_kv_ragged_layer & layer, const llama_kv_ragged_pool & src, const llama_kv_ragged_pool & dst,
         const std::vector<int32_t> & rows, llama_kv_ragged_meter & meter) {
-    llama_kv_ragged_compute graph(lctx, layer, meter, 8);
+    llama_kv_ragged_workspace workspace(meter);
+    llama_kv_ragged_compute   graph(lctx, layer, workspace, 8);
 
     ggml_tensor * idxs = graph.input(GGML_TYPE_I32, rows.size());
     for (const auto & [from, to] : { std::make_pair(src.k, dst.k), std::make_pair(src.v, dst.v) }) {
@@ -142,9 +165,7 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
     const auto & pool  = seq.cells[i].pool;
     const auto   len   = seq.n_cells(i);
 
-    const auto   n_before = plan.before.begin() + i*plan.n_head_kv;
-    const auto   n_after  = plan.after.begin()  + i*plan.n_head_kv;
-    const auto * keep     = plan.keep.data() + std::accumulate(plan.before.begin(), n_before, size_t(0));
+    const auto   n_after = plan.after.begin() + i*plan.n_head_kv;
 
     const std::vector<int64_t> len_next(n_after, n_after + layer.n_head_kv);
 
@@ -163,14 +184,13 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
     for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
         auto & kept = res.kept[ih];
 
-        const auto pos = seq.positions(i, ih);
+        kept.reserve(len_next[ih]);
         for (int64_t ic = 0; ic < len[ih]; ++ic) {
-            if (keep[ic]) {
+            if (plan.keep.get(i*plan.n_head_kv + ih, ic)) {
                 rows[res.pool.first[ih] + kept.size()] = pool.first[ih] + ic;
-                kept.push_back(pos[ic]);
+                kept.push_back(seq.cells[i].position(ih, ic));
             }
         }
-        keep += len[ih];
         GGML_ASSERT((int64_t) kept.size() == len_next[ih]);
     }
 

@@ -3,18 +3,42 @@
 // Compaction of a sequence: a plan says which cells stay, gathering moves them to new pools.
 
 #include "llama-kv-ragged-score.h"
+#include "policy/wkv-marks.h"
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <vector>
 
-// Arrays of one selection, for every (layer, kv head) in turn its cells.
-struct llama_kv_ragged_choice {
-    const std::vector<int32_t> & cells; // [n_layer*n_head_kv]
+// What a selection is told and says, for every (layer, kv head) in turn.
+class llama_kv_ragged_choice {
+public:
+    llama_kv_ragged_choice(llama_context & lctx, const llama_kv_ragged_seq & seq, const llama_kv_ragged_scoring & scoring);
 
-    const int32_t * positions; // ascending
-    const float   * scores;    // one such plane per window, by query head [n_gqa, cells] for every kv head; zeros without windows
-    uint8_t       * keep;      // comes as 0, becomes 1 where a cell stays
+    const std::vector<int32_t> cells; // [n_layer*n_head_kv]
+
+    wkv::marks keep; // nothing at first
+
+    // Scores of the layers il0 to il1 - 1, computed now: one plane per window, of every (layer, kv head) [cells], by query head
+    // [n_gqa, cells]; zeros without windows. Valid until the next call.
+    const float * score(size_t il0, size_t il1);
+
+    // those of the context, as far as memory allows
+    int32_t n_threads() const;
+
+    int64_t get_t_score_us() const { return t_score_us; }
+
+private:
+    llama_context                 & lctx;
+    const llama_kv_ragged_seq     & seq;
+    const llama_kv_ragged_scoring & scoring;
+
+    llama_kv_ragged_claim claim;
+    std::vector<float>    scores;
+
+    std::unique_ptr<llama_kv_ragged_workspace> workspace; // until the last layer is scored
+
+    int64_t t_score_us = 0;
 };
 
 // what a compaction asks for
@@ -22,17 +46,17 @@ struct llama_kv_ragged_request {
     llama_kv_ragged_scoring scoring; // no windows: positions alone decide
 
     // what it throws leaves the cache as it was
-    std::function<void(const llama_kv_ragged_choice &)> select;
-
-    int64_t n_bytes_cell = 0; // host memory that select takes for a moment, bytes per cell
+    std::function<void(llama_kv_ragged_choice &)> select;
 };
 
 struct llama_kv_ragged_plan {
     int64_t n_head_kv = 0; // of every layer
 
-    std::vector<uint8_t> keep;   // [cells of all (layer, kv head)]
+    wkv::marks           keep;   // of every (layer, kv head)
     std::vector<int32_t> before; // [n_layer*n_head_kv], cells held
     std::vector<int32_t> after;  // [n_layer*n_head_kv], cells that stay
+
+    std::unique_ptr<llama_kv_ragged_claim> claim;
 
     double t_score_ms  = 0.0;
     double t_select_ms = 0.0;

@@ -4,6 +4,8 @@
 #include "llama-impl.h"
 #include "llama-kv-ragged-create.h"
 
+#include <algorithm>
+
 ggml_backend_t llama_kv_ragged_backend(llama_context & lctx, ggml_backend_dev_t dev) {
     ggml_backend_sched_t sched = lctx.get_sched();
     for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
@@ -15,9 +17,41 @@ ggml_backend_t llama_kv_ragged_backend(llama_context & lctx, ggml_backend_dev_t 
     return nullptr;
 }
 
+//
+// llama_kv_ragged_workspace
+//
+
+bool llama_kv_ragged_workspace::alloc(ggml_backend_t backend, ggml_cgraph * gf) {
+    auto it = std::find_if(parts.begin(), parts.end(), [&](const part & cur) { return cur.backend == backend; });
+    if (it == parts.end()) {
+        it = parts.insert(it, { backend, nullptr, {} });
+    }
+
+    // the places of tensors are those of the last graph if that was built alike; an allocator cannot tell by itself
+    std::vector<ggml_op> ops;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        ops.push_back(ggml_graph_node(gf, i)->op);
+    }
+    const auto n_bytes = [&] { return it->galloc ? int64_t(ggml_gallocr_get_buffer_size(it->galloc.get(), 0)) : 0; };
+
+    const int64_t n_before = n_bytes();
+    if (it->ops != ops) {
+        it->galloc.reset();
+        it->galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
+        it->ops = std::move(ops);
+    }
+    const bool ok = ggml_gallocr_alloc_graph(it->galloc.get(), gf);
+    claim.add(n_bytes() - n_before);
+    return ok;
+}
+
+//
+// llama_kv_ragged_compute
+//
+
 llama_kv_ragged_compute::llama_kv_ragged_compute(
-        llama_context & lctx, const llama_kv_ragged_layer & layer, llama_kv_ragged_meter & meter, size_t n_tensors) :
-    claim(meter), backend(llama_kv_ragged_backend(lctx, layer.dev)) {
+        llama_context & lctx, const llama_kv_ragged_layer & layer, llama_kv_ragged_workspace & workspace, size_t n_tensors) :
+    workspace(workspace), backend(llama_kv_ragged_backend(lctx, layer.dev)) {
     if (!backend) {
         llama_kv_ragged_refuse(format("the context has no backend for the device of layer %u", layer.il));
     }
@@ -29,7 +63,6 @@ llama_kv_ragged_compute::llama_kv_ragged_compute(
     };
     ctx.reset(ggml_init(params));
     gf = ggml_new_graph_custom(ctx.get(), n_tensors, false);
-    galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
 }
 
 ggml_tensor * llama_kv_ragged_compute::input(ggml_type type, int64_t ne0, int64_t ne1) {
@@ -50,10 +83,9 @@ void llama_kv_ragged_compute::alloc() {
                         ggml_backend_name(backend), ggml_op_name(ggml_graph_node(gf, i)->op)));
         }
     }
-    if (!ggml_gallocr_alloc_graph(galloc.get(), gf)) {
+    if (!workspace.alloc(backend, gf)) {
         llama_kv_ragged_refuse("no memory for the compaction graph");
     }
-    claim.add(ggml_gallocr_get_buffer_size(galloc.get(), 0));
 }
 
 void llama_kv_ragged_compute::compute() {

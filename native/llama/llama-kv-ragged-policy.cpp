@@ -23,6 +23,16 @@ wkv_shapes llama_kv_ragged_shapes(const llama_kv_ragged_seq & seq, const std::ve
     return { (int32_t) seq.get_layers().size(), (int32_t) layer.n_head_kv, (int32_t) layer.n_gqa(), (int32_t) seq.n_pos, cells.data() };
 }
 
+static std::vector<wkv::cell_positions> cell_positions(const llama_kv_ragged_seq & seq) {
+    std::vector<wkv::cell_positions> res;
+    for (const auto & cur : seq.cells) {
+        for (const auto & kept : cur.kept) {
+            res.push_back({ kept.data(), int32_t(kept.size()), int32_t(cur.boundary) });
+        }
+    }
+    return res;
+}
+
 bool llama_kv_ragged_policy_request(
         const llama_kv_ragged_seq & seq, const wkv_policy & policy, int64_t n_cells, llama_kv_ragged_request & request) {
     const std::string error = wkv::policy_error(policy);
@@ -55,19 +65,19 @@ bool llama_kv_ragged_policy_request(
         }
     }
 
-    request.n_bytes_cell = wkv::budgets_bytes_per_cell(policy);
-
     request.scoring.by_query_head = policy.scoring.query_heads == WKV_QUERY_HEADS_EACH;
     request.scoring.window_sizes  = sizes;
-    request.select = [&seq, &policy, n_cells](const llama_kv_ragged_choice & choice) {
-        const wkv_shapes      shapes = llama_kv_ragged_shapes(seq, choice.cells);
-        const wkv::cache_view view(policy, shapes, choice.positions, choice.scores);
+    request.select = [&seq, &policy, n_cells](llama_kv_ragged_choice & choice) {
+        const wkv_shapes shapes = llama_kv_ragged_shapes(seq, choice.cells);
 
-        wkv::head_budgets budgets;
-        std::string refused = wkv::budgets(view, n_cells, budgets);
-        if (refused.empty()) {
-            refused = wkv::select(view, budgets, choice.keep);
-        }
+        wkv::cache_view view(policy, shapes, cell_positions(seq));
+        view.n_threads      = choice.n_threads();
+        view.n_cells_thread = 65536; // selecting among fewer takes no longer than a thread does to start
+
+        llama_kv_ragged_claim claim(seq.get_meter(), wkv::select_bytes(policy, shapes, view.n_threads));
+
+        const auto        scores  = [&](int32_t il0, int32_t il1) { return choice.score(il0, il1); };
+        const std::string refused = wkv::select_cells(view, n_cells, scores, choice.keep);
         if (!refused.empty()) {
             llama_kv_ragged_refuse_unsupported(refused);
         }

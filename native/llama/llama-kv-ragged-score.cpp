@@ -4,7 +4,6 @@
 #include "llama-impl.h"
 #include "llama-kv-cache-ragged-context.h"
 #include "llama-kv-ragged-create.h"
-#include "llama-kv-ragged-compute.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -34,14 +33,26 @@ struct attention {
     float   kq_scale;
     float   softcap;
     int64_t n_gqa;
+    bool    on_cpu;
 };
 
-struct head_graph {
-    ggml_tensor * mask = nullptr; // F32 [n_tail, n_rows*n_gqa] of the last cells, nullptr: every query sees all
-    ggml_tensor * sum  = nullptr; // F32 [n_cells, n_res]
+// Heads whose scores are computed together: they hold equally many cells, and their rows have the same distance in the pool.
+struct head_group {
+    int64_t ih;
+    int64_t n;
+
+    ggml_tensor * mask    = nullptr; // F32 [n_tail, n_rows*n_gqa*n] of the last cells, nullptr: every query sees all
+    ggml_tensor * weights = nullptr; // F32 [n_rows*n_gqa, n_res, n]
+    ggml_tensor * sum     = nullptr; // F32 [n_cells, n_res, n]
+
+    std::vector<float> mask_data;
 };
 
 } // namespace
+
+// Heads whose weights fit into this together are computed at once: that saves launches where a head is little work. A CPU launches
+// nothing.
+static constexpr int64_t N_BYTES_GROUP = 8 << 20;
 
 static observers find_observers(const llama_kv_ragged_seq & seq, const std::vector<int32_t> & window_sizes) {
     const auto start = [&](int32_t n) { return int32_t(seq.n_pos) - n; };
@@ -78,25 +89,50 @@ static std::vector<part> make_parts(int64_t n_cells, int64_t n_rows, int64_t n_g
     return res;
 }
 
-// Cells at the end of a head that a query does not see: those behind its own position. A query that is older than every cell that
-// is left sees all of them, which prefers none.
-static int64_t n_unseen(const std::vector<int32_t> & cells, int32_t pos) {
-    const int64_t n_older = std::upper_bound(cells.begin(), cells.end(), pos) - cells.begin();
-    return n_older > 0 ? cells.size() - n_older : 0;
+static std::vector<head_group> make_groups(
+        const llama_kv_ragged_pool & pool, const std::vector<int64_t> & len, int64_t n_bytes_head, int64_t n_bytes_group) {
+    const int64_t n_head_kv = len.size();
+
+    bool alike = true;
+    for (int64_t ih = 1; ih < n_head_kv; ++ih) {
+        alike = alike && len[ih] == len[0] && pool.first[ih] - pool.first[ih - 1] == pool.first[1] - pool.first[0];
+    }
+    const int64_t n_max = alike ? std::clamp<int64_t>(n_bytes_group/n_bytes_head, 1, n_head_kv) : 1;
+
+    std::vector<head_group> res;
+    for (int64_t ih = 0; ih < n_head_kv; ih += n_max) {
+        res.emplace_back();
+        res.back().ih = ih;
+        res.back().n  = std::min(n_max, n_head_kv - ih);
+    }
+    return res;
 }
 
-// 0 or minus infinity for the last n_tail cells, [n_tail, n_rows*n_gqa]
-static std::vector<float> make_mask(const std::vector<int32_t> & cells, const observers & obs, int64_t n_gqa) {
+// Cells at the end of a head with n cells that a query does not see: those behind its own position. A query that is older than every
+// cell that is left sees all of them, which prefers none.
+static int64_t n_unseen(const llama_kv_ragged_cells & cells, int64_t ih, int64_t n, int32_t pos) {
+    const auto  & kept    = cells.kept[ih];
+    const int64_t n_older = std::upper_bound(kept.begin(), kept.end(), pos) - kept.begin() +
+        std::clamp<int64_t>(int64_t(pos) + 1 - cells.boundary, 0, n - kept.size());
+    return n_older > 0 ? n - n_older : 0;
+}
+
+// 0 or minus infinity for the last n_tail cells, [n_tail, n_rows*n_gqa*n]
+static std::vector<float> make_mask(
+        const llama_kv_ragged_cells & cells, const head_group & group, int64_t n_cells, const observers & obs, int64_t n_gqa) {
     std::vector<int64_t> n_hidden;
-    for (const int32_t pos : obs.pos) {
-        n_hidden.push_back(n_unseen(cells, pos));
+    for (int64_t ih = group.ih; ih < group.ih + group.n; ++ih) {
+        for (const int32_t pos : obs.pos) {
+            n_hidden.push_back(n_unseen(cells, ih, n_cells, pos));
+        }
     }
     const int64_t n_tail = *std::max_element(n_hidden.begin(), n_hidden.end());
+    const int64_t n_cols = obs.n()*n_gqa;
 
-    std::vector<float> res(n_tail*obs.n()*n_gqa, 0.0f);
-    for (int64_t i = 0; i < obs.n()*n_gqa; ++i) {
+    std::vector<float> res(n_tail*n_cols*group.n, 0.0f);
+    for (int64_t i = 0; i < n_cols*group.n; ++i) {
         const auto end = res.begin() + (i + 1)*n_tail;
-        std::fill(end - n_hidden[i % obs.n()], end, -INFINITY);
+        std::fill(end - n_hidden[i/n_cols*obs.n() + i%obs.n()], end, -INFINITY);
     }
     return res;
 }
@@ -118,43 +154,78 @@ static std::vector<float> make_weights(const observers & obs, int64_t n_gqa, boo
     return res;
 }
 
-// columns of a matrix or the same of a mask, [ne0, n_rows*n_gqa]
+// columns of a matrix or the same of a mask, [ne0, n_rows*n_gqa, n]; some of them only if n = 1
 static ggml_tensor * columns(ggml_context * ctx, ggml_tensor * cur, int64_t i0, int64_t n) {
     return n == cur->ne[1] ? cur : ggml_view_2d(ctx, cur, cur->ne[0], n, cur->nb[1], i0*cur->nb[1]);
 }
 
-// the means over some of the columns: softmax(q k^T), then times the weights, [n_cells, n_res]
+// F32 [ne1, ne0, ne2] of [ne0, ne1, ne2] in tiles of 16 x 16, which are whole cache lines on both sides; the CPU's copy goes value by
+// value
+static void transpose(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
+    const ggml_tensor * src = dst->src[0];
+
+    const int64_t n_rows  = src->ne[1];
+    const int64_t n_cells = src->ne[0];
+    const int64_t n_tiles = (n_cells + 15)/16;
+    for (int64_t it = ith; it < n_tiles*src->ne[2]; it += nth) {
+        const float * from = (const float *) src->data + it/n_tiles*n_cells*n_rows;
+        float       * to   = (float       *) dst->data + it/n_tiles*n_cells*n_rows;
+
+        const int64_t ic0 = it%n_tiles*16;
+        const int64_t ic1 = std::min(n_cells, ic0 + 16);
+        for (int64_t ir0 = 0; ir0 < n_rows; ir0 += 16) {
+            const int64_t ir1 = std::min(n_rows, ir0 + 16);
+            for (int64_t ic = ic0; ic < ic1; ++ic) {
+                for (int64_t ir = ir0; ir < ir1; ++ir) {
+                    to[ic*n_rows + ir] = from[ir*n_cells + ic];
+                }
+            }
+        }
+    }
+}
+
+static ggml_tensor * transposed(ggml_context * ctx, ggml_tensor * cur, bool on_cpu) {
+    return on_cpu ? ggml_custom_4d(ctx, GGML_TYPE_F32, cur->ne[1], cur->ne[0], cur->ne[2], 1, &cur, 1, transpose, GGML_N_TASKS_MAX, nullptr)
+                  : ggml_cont(ctx, ggml_transpose(ctx, cur));
+}
+
+// the means over some of the columns: softmax(q k^T), then times the weights, [n_cells, n_res, n]
 static ggml_tensor * build_part(
-        ggml_context * ctx, const attention & attn, ggml_tensor * k, ggml_tensor * q, ggml_tensor * mask, ggml_tensor * weights,
-        ggml_tensor * sinks, int64_t n_obs, int64_t ih, const part & cur) {
+        ggml_context * ctx, const attention & attn, ggml_tensor * k, ggml_tensor * q, ggml_tensor * sinks, int64_t n_obs,
+        const head_group & group, const part & cur) {
     const float   softcap = attn.softcap;
     const int64_t n_cols  = cur.n_rows*cur.n_gqa;
     const int64_t i_col   = cur.ig0*n_obs + cur.ir0;
 
-    ggml_tensor * kq = ggml_mul_mat(ctx, k, columns(ctx, q, i_col, n_cols)); // [n_cells, n_cols]
+    ggml_tensor * weights = group.weights;
+
+    ggml_tensor * kq = ggml_mul_mat(ctx, k, columns(ctx, q, i_col, n_cols)); // [n_cells, n_cols, n]
     ggml_prec_set_acc(kq, GGML_PREC_F32);
     if (softcap > 0.0f) {
         kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, attn.kq_scale/softcap)), softcap);
     }
-    if (mask) {
-        kq = ggml_acc_inplace(ctx, kq, columns(ctx, mask, i_col, n_cols), kq->nb[1], kq->nb[2], kq->nb[3], (kq->ne[0] - mask->ne[0])*kq->nb[0]);
+    kq = ggml_reshape_2d(ctx, kq, kq->ne[0], n_cols*group.n);
+    if (group.mask) {
+        kq = ggml_acc_inplace(ctx, kq, columns(ctx, group.mask, i_col, n_cols*group.n), kq->nb[1], kq->nb[2], kq->nb[3],
+                (kq->ne[0] - group.mask->ne[0])*kq->nb[0]);
     }
 
-    kq = ggml_reshape_3d(ctx, kq, kq->ne[0], cur.n_rows, cur.n_gqa);
-    kq = ggml_soft_max_ext(ctx, kq, nullptr, softcap > 0.0f ? 1.0f : attn.kq_scale, 0.0f);
+    kq = ggml_reshape_3d(ctx, kq, kq->ne[0], cur.n_rows, cur.n_gqa*group.n);
+    kq = ggml_soft_max_ext_inplace(ctx, kq, nullptr, softcap > 0.0f ? 1.0f : attn.kq_scale, 0.0f);
     if (sinks) {
-        ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, sinks, cur.n_gqa, (ih*attn.n_gqa + cur.ig0)*sinks->nb[0]));
+        ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, sinks, cur.n_gqa*group.n, (group.ih*attn.n_gqa + cur.ig0)*sinks->nb[0]));
     }
-    kq = ggml_reshape_2d(ctx, kq, kq->ne[0], n_cols);
+    kq = ggml_reshape_3d(ctx, kq, kq->ne[0], n_cols, group.n);
 
     ggml_tensor * w = n_cols == weights->ne[0] ? weights :
         ggml_cont(ctx, ggml_view_2d(ctx, weights, n_cols, weights->ne[1], weights->nb[1], i_col*weights->nb[0]));
 
-    return ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, kq)), w);
+    return ggml_mul_mat(ctx, transposed(ctx, kq, attn.on_cpu), w);
 }
 
-std::vector<float> llama_kv_ragged_score(
-        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring) {
+size_t llama_kv_ragged_score(
+        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring,
+        llama_kv_ragged_workspace & workspace, float * dst, size_t n_stride) {
     const auto & layer   = seq.get_layers()[i];
     const auto & hparams = lctx.get_model().hparams;
     const auto & pool    = seq.cells[i].pool;
@@ -163,15 +234,21 @@ std::vector<float> llama_kv_ragged_score(
 
     ggml_tensor * queries = seq.observed.queries[i].tensor;
 
-    const attention attn = { llama_kv_ragged_scale(lctx, layer.il), hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, layer.n_gqa() };
+    const attention attn = { llama_kv_ragged_scale(lctx, layer.il), hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, layer.n_gqa(),
+        ggml_backend_dev_type(layer.dev) == GGML_BACKEND_DEVICE_TYPE_CPU };
 
     const int64_t n_gqa     = layer.n_gqa();
     const int64_t n_head_kv = layer.n_head_kv;
     const int64_t n_res     = scoring.by_query_head ? n_gqa : scoring.window_sizes.size();
 
-    const auto parts = make_parts(*std::max_element(len.begin(), len.end()), obs.n(), n_gqa, scoring.n_bytes_max);
+    const int64_t n_cols = obs.n()*n_gqa;
+    const int64_t n_most = *std::max_element(len.begin(), len.end());
 
-    llama_kv_ragged_compute graph(lctx, layer, seq.get_meter(), (16 + 16*parts.size())*(n_head_kv + 1));
+    const auto parts  = make_parts(n_most, obs.n(), n_gqa, scoring.n_bytes_max);
+    auto       groups = make_groups(pool, len, n_most*n_cols*(int64_t) sizeof(float), std::min(scoring.n_bytes_max,
+            scoring.n_bytes_group >= 0 ? scoring.n_bytes_group : attn.on_cpu ? 0 : N_BYTES_GROUP));
+
+    llama_kv_ragged_compute graph(lctx, layer, workspace, (16 + 16*parts.size())*(groups.size() + 1));
     ggml_context * ctx = graph.get_ctx();
 
     // A learned sink takes a share of every query's attention. Where this backend cannot read the model's tensor, the scores
@@ -179,62 +256,71 @@ std::vector<float> llama_kv_ragged_score(
     ggml_tensor * sinks = layer.sinks && layer.sinks->buffer &&
         ggml_backend_dev_supports_buft(layer.dev, ggml_backend_buffer_get_type(layer.sinks->buffer)) ? layer.sinks : nullptr;
 
-    ggml_tensor * weights = graph.input(GGML_TYPE_F32, obs.n()*n_gqa, n_res);
-    ggml_tensor * idxs    = graph.input(GGML_TYPE_I32, obs.n(), n_gqa);
+    ggml_tensor * weights = graph.input(GGML_TYPE_F32, n_cols, n_res*groups[0].n);
+    ggml_tensor * idxs    = graph.input(GGML_TYPE_I32, obs.n(), n_gqa*groups[0].n);
 
-    // before the first compaction all heads hold the same positions
-    const int64_t n_masks = seq.cells[i].boundary == 0 ? 1 : n_head_kv;
+    for (auto & group : groups) {
+        const int64_t n_cells = len[group.ih];
 
-    std::vector<std::vector<float>> masks;
-    std::vector<head_graph> heads(n_head_kv);
-    for (int64_t ih = 0; ih < n_head_kv; ++ih) {
-        if (ih < n_masks) {
-            masks.push_back(make_mask(seq.positions(i, ih), obs, n_gqa));
-            heads[ih].mask = masks.back().empty() ? nullptr : graph.input(GGML_TYPE_F32, masks.back().size()/(obs.n()*n_gqa), obs.n()*n_gqa);
-        } else {
-            heads[ih].mask = heads[0].mask;
-        }
+        group.mask_data = make_mask(seq.cells[i], group, n_cells, obs, n_gqa);
+        group.mask      = group.mask_data.empty() ? nullptr :
+            graph.input(GGML_TYPE_F32, group.mask_data.size()/(n_cols*group.n), n_cols*group.n);
+        group.weights   = ggml_view_3d(ctx, weights, n_cols, n_res, group.n, weights->nb[1], n_res*weights->nb[1], 0);
 
-        ggml_tensor * k = ggml_view_2d(ctx, pool.k, layer.n_embd_head_k, len[ih], pool.k->nb[1], pool.first[ih]*pool.k->nb[1]);
-        ggml_tensor * q = ggml_view_3d(ctx, queries, layer.n_embd_head_k, queries->ne[1], n_gqa,
-                queries->nb[1], queries->nb[2], ih*n_gqa*queries->nb[2]);
+        ggml_tensor * k = ggml_view_3d(ctx, pool.k, layer.n_embd_head_k, n_cells, group.n,
+                pool.k->nb[1], (pool.first[1] - pool.first[0])*pool.k->nb[1], pool.first[group.ih]*pool.k->nb[1]);
+        ggml_tensor * q = ggml_view_3d(ctx, queries, layer.n_embd_head_k, queries->ne[1], n_gqa*group.n,
+                queries->nb[1], queries->nb[2], group.ih*n_gqa*queries->nb[2]);
 
-        q = ggml_reshape_2d(ctx, ggml_get_rows(ctx, q, idxs), layer.n_embd_head_k, obs.n()*n_gqa); // F32
+        q = ggml_get_rows(ctx, q, ggml_view_2d(ctx, idxs, obs.n(), n_gqa*group.n, idxs->nb[1], 0)); // F32
+        q = ggml_reshape_3d(ctx, q, layer.n_embd_head_k, n_cols, group.n);
 
         for (const part & cur : parts) {
-            ggml_tensor * sum = build_part(ctx, attn, k, q, heads[ih].mask, weights, sinks, obs.n(), ih, cur);
-            heads[ih].sum = heads[ih].sum ? ggml_add(ctx, heads[ih].sum, sum) : sum;
+            ggml_tensor * sum = build_part(ctx, attn, k, q, sinks, obs.n(), group, cur);
+            group.sum = group.sum ? ggml_add(ctx, group.sum, sum) : sum;
         }
-        ggml_set_output(heads[ih].sum);
-        graph.expand(heads[ih].sum);
+        ggml_set_output(group.sum);
+        graph.expand(group.sum);
     }
 
     graph.alloc();
 
     const auto data = make_weights(obs, n_gqa, scoring.by_query_head);
-    ggml_backend_tensor_set(weights, data.data(), 0, ggml_nbytes(weights));
-    for (int64_t ig = 0; ig < n_gqa; ++ig) {
+    for (int64_t ih = 0; ih < groups[0].n; ++ih) {
+        ggml_backend_tensor_set(weights, data.data(), ih*n_res*weights->nb[1], n_res*weights->nb[1]);
+    }
+    for (int64_t ig = 0; ig < n_gqa*groups[0].n; ++ig) {
         ggml_backend_tensor_set(idxs, obs.rows.data(), ig*idxs->nb[1], idxs->nb[1]);
     }
-    for (int64_t ih = 0; ih < n_masks; ++ih) {
-        if (heads[ih].mask) {
-            ggml_backend_tensor_set(heads[ih].mask, masks[ih].data(), 0, ggml_nbytes(heads[ih].mask));
+    for (const auto & group : groups) {
+        if (group.mask) {
+            ggml_backend_tensor_set(group.mask, group.mask_data.data(), 0, ggml_nbytes(group.mask));
         }
     }
 
     graph.compute();
 
     // the results of one window follow each other, those of query heads kv head by kv head
-    const size_t n_plane = std::accumulate(len.begin(), len.end(), size_t(0));
-
-    std::vector<float> res(n_plane*n_res);
     size_t i0 = 0;
     for (int64_t ih = 0; ih < n_head_kv; ++ih) {
         for (int64_t ir = 0; ir < n_res; ++ir) {
-            float * dst = res.data() + (scoring.by_query_head ? i0*n_res + ir*len[ih] : ir*n_plane + i0);
-            ggml_backend_tensor_get(heads[ih].sum, dst, ir*heads[ih].sum->nb[1], len[ih]*sizeof(float));
+            float * own = dst + (scoring.by_query_head ? i0*n_res + ir*len[ih] : ir*n_stride + i0);
+            const auto & group = groups[ih/groups[0].n];
+            ggml_backend_tensor_get(group.sum, own, ir*group.sum->nb[1] + (ih - group.ih)*group.sum->nb[2], len[ih]*sizeof(float));
         }
         i0 += len[ih];
     }
+    return i0*(scoring.by_query_head ? n_res : 1);
+}
+
+std::vector<float> llama_kv_ragged_score(
+        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring) {
+    const auto   len      = seq.n_cells(i);
+    const size_t n_stride = std::accumulate(len.begin(), len.end(), size_t(0));
+    const size_t n_res    = scoring.by_query_head ? seq.get_layers()[i].n_gqa() : scoring.window_sizes.size();
+
+    std::vector<float> res(n_stride*n_res);
+    llama_kv_ragged_workspace workspace(seq.get_meter());
+    llama_kv_ragged_score(lctx, seq, i, scoring, workspace, res.data(), n_stride);
     return res;
 }

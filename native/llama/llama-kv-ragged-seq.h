@@ -18,6 +18,12 @@ struct llama_kv_ragged_cells {
     llama_kv_ragged_pool pool; // with free rows for cells to come
 
     bool is_uniform() const; // all heads hold equally many cells
+
+    // of a head's cell
+    int32_t position(int64_t ih, int64_t ic) const {
+        const int64_t n_kept = kept[ih].size();
+        return ic < n_kept ? kept[ih][ic] : boundary + (ic - n_kept);
+    }
 };
 
 // Which queries are held: a row of the tensors each, found by its position. Twice n_observed rows, so that the last queries of a

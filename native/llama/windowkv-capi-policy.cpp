@@ -60,7 +60,14 @@ int wkv_select(const struct wkv_policy * policy, const struct wkv_shapes * shape
         if (!wrong.empty()) {
             return wkv_fail(WKV_ERR_ARGUMENT, wrong);
         }
-        const std::string refused = wkv::select(view, own, keep);
-        return refused.empty() ? int(WKV_OK) : wkv_fail(WKV_ERR_UNSUPPORTED, refused);
+        wkv::marks marks(shapes->cells, view.offsets.size() - 1);
+        const std::string refused = wkv::select(view, own, marks);
+        if (!refused.empty()) {
+            return wkv_fail(WKV_ERR_UNSUPPORTED, refused);
+        }
+        for (size_t i = 0; i + 1 < view.offsets.size(); ++i) {
+            marks.write(i, keep + view.offsets[i]);
+        }
+        return int(WKV_OK);
     });
 }

@@ -10,6 +10,7 @@
 #include "ggml.h"
 
 #include <functional>
+#include <numeric>
 
 #ifndef WKV_BUILD_STAMP
 #    error "WKV_BUILD_STAMP has to be defined by the build"
@@ -117,6 +118,41 @@ int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy
     });
 }
 
+// the caller's selection, which sees all cells at once
+static void select_custom(const llama_kv_ragged_seq & seq, llama_kv_ragged_choice & choice, int64_t n_cells, wkv_select_fn fn, void * user) {
+    const size_t n      = std::accumulate(choice.cells.begin(), choice.cells.end(), size_t(0));
+    const auto   shapes = llama_kv_ragged_shapes(seq, choice.cells);
+
+    const llama_kv_ragged_claim claim(seq.get_meter(), n*(sizeof(int32_t) + sizeof(uint8_t)));
+
+    std::vector<int32_t> pos;
+    std::vector<uint8_t> keep(n, 0);
+    pos.reserve(n);
+    for (const auto & cur : seq.cells) {
+        for (size_t ih = 0; ih < cur.kept.size(); ++ih) {
+            const size_t i0 = pos.size();
+            pos.insert(pos.end(), cur.kept[ih].begin(), cur.kept[ih].end());
+            pos.resize(i0 + cur.kept[ih].size() + (seq.n_pos - cur.boundary));
+            std::iota(pos.begin() + i0 + cur.kept[ih].size(), pos.end(), cur.boundary);
+        }
+    }
+
+    const float * scores = choice.score(0, seq.get_layers().size());
+    if (fn(user, &shapes, n_cells, pos.data(), scores, keep.data()) != 0) {
+        throw std::invalid_argument("the selection was given up, nothing was evicted");
+    }
+    const std::string error = wkv::keep_error(shapes, n_cells, keep.data());
+    if (!error.empty()) {
+        throw std::invalid_argument(error);
+    }
+
+    const uint8_t * own = keep.data();
+    for (size_t i = 0; i < choice.cells.size(); ++i) {
+        choice.keep.set(i, own);
+        own += choice.cells[i];
+    }
+}
+
 int64_t wkv_compact_custom(struct llama_context * ctx, int32_t window_size, int64_t n_cells, wkv_select_fn fn, void * user) {
     return wkv_with_prompt(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         if (!fn) {
@@ -126,16 +162,8 @@ int64_t wkv_compact_custom(struct llama_context * ctx, int32_t window_size, int6
 
         llama_kv_ragged_request request;
         request.scoring.window_sizes.assign(window_size > 0 ? 1 : 0, window_size);
-        request.select = [&](const llama_kv_ragged_choice & choice) {
-            const wkv_shapes shapes = llama_kv_ragged_shapes(kv.get_seq(), choice.cells);
-
-            if (fn(user, &shapes, n_cells, choice.positions, choice.scores, choice.keep) != 0) {
-                throw std::invalid_argument("the selection was given up, nothing was evicted");
-            }
-            const std::string error = wkv::keep_error(shapes, n_cells, choice.keep);
-            if (!error.empty()) {
-                throw std::invalid_argument(error);
-            }
+        request.select = [&](llama_kv_ragged_choice & choice) {
+            select_custom(kv.get_seq(), choice, n_cells, fn, user);
         };
         return kv.compact(*ctx, request);
     });

@@ -1,45 +1,20 @@
-// Heads that compete with the keys of their cells.
+// Heads that compete with the keys of their cells. The key of the last cell that is won is found digit by digit: all heads count
+// their cells by one digit of the key, and the next count is among those with the digits found so far. No list of candidates exists
+// but for the few that are left at the end.
 
 #include "wkv-parts.h"
+#include "wkv-threads.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
+#include <numeric>
 
 namespace wkv {
 
-int32_t ranked_keys::n_over(double key) const {
-    if (key == std::numeric_limits<double>::infinity()) {
-        return 0;
-    }
-    if (!run.empty()) {
-        const auto it = std::partition_point(run.begin(), run.end(), [&](double x) { return x > key; });
-        return it == run.begin() ? n_stays : end[it - run.begin() - 1];
-    }
-    return n_stays + (std::partition_point(place.begin(), place.end(), [&](float x) { return x > key; }) - place.begin());
-}
-
-int32_t ranked_keys::n_from(double key) const {
-    if (key == -std::numeric_limits<double>::infinity()) {
-        return n_cells;
-    }
-    if (!run.empty()) {
-        const auto it = std::partition_point(run.begin(), run.end(), [&](double x) { return x >= key; });
-        return it == run.begin() ? n_stays : end[it - run.begin() - 1];
-    }
-    return n_stays + (std::partition_point(place.begin(), place.end(), [&](float x) { return x >= key; }) - place.begin());
-}
-
-// doubles in their order as integers, so that bisection reaches each
-static double nth_double(uint64_t i) {
-    const uint64_t bits = i >> 63 ? i ^ (uint64_t(1) << 63) : ~i;
-    double res;
-    memcpy(&res, &bits, sizeof(res));
-    return res;
-}
-
-static uint64_t double_index(double x) {
+// doubles in their order as integers; the two zeros are one
+static uint64_t key_index(double x) {
+    x += 0.0;
     uint64_t bits;
     memcpy(&bits, &x, sizeof(bits));
     return bits >> 63 ? ~bits : bits | (uint64_t(1) << 63);
@@ -59,62 +34,240 @@ static uint64_t last_ok(uint64_t lo, uint64_t hi, F ok) {
     return lo;
 }
 
-void compete(const ranked_keys * keys, const int32_t * own, size_t n, double alpha_safeguard, int32_t n_least, int32_t * res) {
+// what every head is sure of; returns the cells that are left to compete for
+static int64_t take_sure(const competition & c, size_t i0, const int32_t * n_stays, int32_t * res) {
     int64_t rest = 0;
     int64_t open = 0;
-    for (size_t i = 0; i < n; ++i) {
-        const int32_t n_stays = std::min(own[i], keys[i].n_stays);
-        const int32_t n_sure  = n_stays + int32_t(std::floor((own[i] - n_stays)*alpha_safeguard));
+    for (size_t i = i0; i < i0 + c.n_group; ++i) {
+        const int32_t stays = std::min(c.own[i], n_stays[i]);
+        const int32_t sure  = stays + int32_t(std::floor((c.own[i] - stays)*c.alpha_safeguard));
 
-        res[i] = std::min(keys[i].n_cells, std::max(n_sure, std::min(own[i], n_least)));
-        rest += own[i] - res[i];
-        open += keys[i].n_cells - res[i];
+        res[i] = std::min(c.n_cells[i], std::max(sure, std::min(c.own[i], c.n_least)));
+        rest += c.own[i] - res[i];
+        open += c.n_cells[i] - res[i];
     }
-    rest = std::min(rest, open);
-    if (rest <= 0) {
-        return;
-    }
+    return std::min(rest, open);
+}
 
-    // The key of the last cell that is won, found by counting in rankings that are sorted already: a list of candidates would take
-    // more memory than the scores.
-    const double inf = std::numeric_limits<double>::infinity();
-    const double key = nth_double(last_ok(double_index(-inf), double_index(inf), [&](uint64_t x) {
-        int64_t n_won = 0;
-        for (size_t i = 0; i < n; ++i) {
-            n_won += std::max(0, keys[i].n_from(nth_double(x)) - res[i]);
-        }
-        return n_won >= rest;
-    }));
-
-    std::vector<int32_t> tied(n); // end of the places with this key
+// The rest goes to the places over the last key, of which head i has n_over[i], and then to those with it, up to n_from[i]: of these
+// all up to some place, and of that place the first heads.
+static void take_rest(size_t i0, size_t i1, int64_t rest, const int32_t * n_over, const int32_t * n_from, int32_t * res) {
+    std::vector<int32_t> tied(i1 - i0); // end of the places with this key
     int64_t most = 0;
-    for (size_t i = 0; i < n; ++i) {
-        const int32_t won = std::max(res[i], keys[i].n_over(key));
-        tied[i] = std::max(won, keys[i].n_from(key));
-        rest   -= won - res[i];
-        res[i]  = won;
-        most    = std::max<int64_t>(most, tied[i]);
+    for (size_t i = i0; i < i1; ++i) {
+        const int32_t won = std::max(res[i], n_over[i]);
+        tied[i - i0] = std::max(won, n_from[i]);
+        rest  -= won - res[i];
+        res[i] = won;
+        most   = std::max<int64_t>(most, tied[i - i0]);
     }
 
-    // of these all up to some place, and of that place the first heads
-    const auto n_before = [&](int64_t place, size_t i) { return std::clamp<int64_t>(place - res[i], 0, tied[i] - res[i]); };
+    const auto n_before = [&](int64_t place, size_t i) { return std::clamp<int64_t>(place - res[i], 0, tied[i - i0] - res[i]); };
 
     const int64_t place = last_ok(0, most, [&](uint64_t x) {
         int64_t n_tied = 0;
-        for (size_t i = 0; i < n; ++i) {
+        for (size_t i = i0; i < i1; ++i) {
             n_tied += n_before(x, i);
         }
         return n_tied <= rest;
     });
-    for (size_t i = 0; i < n; ++i) {
+    for (size_t i = i0; i < i1; ++i) {
         const int64_t cur = n_before(place, i);
         rest   -= cur;
         res[i] += cur;
     }
-    for (size_t i = 0; i < n && rest > 0; ++i) {
-        if (res[i] == place && res[i] < tied[i]) {
+    for (size_t i = i0; i < i1 && rest > 0; ++i) {
+        if (res[i] == place && res[i] < tied[i - i0]) {
             res[i]++;
             rest--;
+        }
+    }
+}
+
+// cells that heads i0 to i1 - 1 win with all places up to n[i]
+template <typename F>
+static int64_t n_won(size_t i0, size_t i1, const int32_t * res, F n) {
+    int64_t sum = 0;
+    for (size_t i = i0; i < i1; ++i) {
+        sum += std::max(0, n(i) - res[i]);
+    }
+    return sum;
+}
+
+// whether cells that stay before all others take what there is
+static bool take_stays(const competition & c, size_t i0, const int32_t * n_stays, int64_t & rest, int32_t * res) {
+    const size_t i1 = i0 + c.n_group;
+
+    rest = take_sure(c, i0, n_stays, res);
+    if (rest <= 0) {
+        return true;
+    }
+    if (n_won(i0, i1, res, [&](size_t i) { return n_stays[i]; }) < rest) {
+        return false;
+    }
+    take_rest(i0, i1, rest, std::vector<int32_t>(c.n, 0).data(), n_stays, res);
+    return true;
+}
+
+void compete_with_stays(const competition & c, const int32_t * n_stays, int32_t * res) {
+    for (size_t i0 = 0; i0 < c.n; i0 += c.n_group) {
+        int64_t rest;
+        if (!take_stays(c, i0, n_stays, rest, res)) {
+            std::fill(res + i0, res + i0 + c.n_group, BUDGET_OPEN);
+        }
+    }
+}
+
+namespace {
+
+struct near_run {
+    uint64_t index;
+    int32_t  n;
+};
+
+// what is known of the last key of every group
+struct digits {
+    int shift = 64; // bits that are not known
+    int width;      // of a digit
+
+    std::vector<uint64_t> known;  // [groups], the bits above
+    std::vector<uint8_t>  open;   // [groups], whether it is looked for
+    std::vector<int64_t>  rest;   // [groups], cells to compete for
+    std::vector<int32_t>  n_over; // [heads], places whose keys are larger
+    std::vector<int32_t>  n_from; // [heads], the same with those that have it
+    std::vector<int32_t>  counts; // [heads << width], of the next digit; then sums from that digit on
+
+    std::vector<std::vector<near_run>> near; // [heads], those with the known bits, once they are few
+    bool is_near = false;
+};
+
+} // namespace
+
+// counts cells by the next digit
+static void count(const competition & c, digits & d, bool first, bool collect) {
+    std::fill(d.counts.begin(), d.counts.end(), 0);
+
+    const int      shift = d.shift;
+    const int      width = d.width;
+    const uint64_t mask  = (uint64_t(1) << width) - 1;
+
+    if (d.is_near) {
+        for (size_t i = 0; i < c.n; ++i) {
+            for (const auto & run : d.near[i]) {
+                if (run.index >> shift >> width == d.known[i/c.n_group]) {
+                    d.counts[(i << width) + (run.index >> shift & mask)] += run.n;
+                }
+            }
+        }
+        return;
+    }
+    for_each(c.n_threads, c.n_units, [&](size_t iu) {
+        c.runs(iu, [&](size_t i, const key_run * runs, size_t n) {
+            if (!d.open[i/c.n_group]) {
+                return;
+            }
+            const uint64_t known  = d.known[i/c.n_group];
+            int32_t      * counts = d.counts.data() + (i << width);
+            for (size_t j = 0; j < n; ++j) {
+                if (runs[j].key == KEY_STAYS) {
+                    d.n_over[i] += first ? runs[j].n : 0;
+                    continue;
+                }
+                const uint64_t index = key_index(runs[j].key);
+                if (index >> shift >> width == known) {
+                    counts[index >> shift & mask] += runs[j].n;
+                    if (collect) {
+                        d.near[i].push_back({ index, runs[j].n });
+                    }
+                }
+            }
+        });
+    });
+    d.is_near = collect;
+}
+
+// the digit with which the last key of a group goes on; returns the cells that have it
+static int64_t choose(const competition & c, digits & d, size_t ig, const int32_t * res) {
+    const size_t i0 = ig*c.n_group;
+    const size_t i1 = i0 + c.n_group;
+
+    const auto n_from = [&](uint64_t x) { return n_won(i0, i1, res, [&](size_t i) { return d.n_over[i] + d.counts[(i << d.width) + x]; }); };
+
+    const uint64_t last  = (uint64_t(1) << d.width) - 1;
+    const uint64_t digit = last_ok(0, last, [&](uint64_t x) { return n_from(x) >= d.rest[ig]; });
+
+    int64_t n = 0;
+    for (size_t i = i0; i < i1; ++i) {
+        const int32_t * counts = d.counts.data() + (i << d.width);
+        const int32_t   n_next = digit < last ? counts[digit + 1] : 0;
+
+        d.n_from[i]  = d.n_over[i] + counts[digit];
+        d.n_over[i] += n_next;
+        n += d.n_from[i] - d.n_over[i];
+    }
+    d.known[ig] = d.known[ig] << d.width | digit;
+    return n;
+}
+
+void compete(const competition & c, int32_t * res) {
+    const size_t  n_groups = c.n/c.n_group;
+    const int64_t n_cells  = std::accumulate(c.n_cells, c.n_cells + c.n, int64_t(0));
+
+    digits d;
+    d.known .assign(n_groups, 0);
+    d.open  .assign(n_groups, 1);
+    d.rest  .assign(n_groups, 0);
+    d.n_over.assign(c.n, 0);
+    d.n_from.assign(c.n, 0);
+    d.near  .resize(c.n);
+
+    // counts take a quarter of a byte for every cell, and so do the runs that are collected
+    int width = 4;
+    while (width < 12 && int64_t(c.n << (width + 1))*16 <= n_cells) {
+        ++width;
+    }
+    const int64_t n_near = 256 + n_cells/64;
+
+    int64_t n_left  = n_cells;
+    bool    decided = false;
+    for (bool first = true; d.shift > 0 && !decided; first = false) {
+        d.width  = std::min(width, d.shift);
+        d.shift -= d.width;
+        d.counts.resize(c.n << d.width);
+        count(c, d, first, n_left <= n_near && !d.is_near);
+        for (size_t i = 0; i < c.n; ++i) {
+            int32_t * counts = d.counts.data() + (i << d.width);
+            for (int64_t j = (int64_t(1) << d.width) - 2; j >= 0; --j) {
+                counts[j] += counts[j + 1];
+            }
+        }
+
+        n_left  = 0;
+        decided = true;
+        for (size_t ig = 0; ig < n_groups; ++ig) {
+            const size_t i0 = ig*c.n_group;
+            if (first) {
+                const auto n_keys = [&](size_t i) { return d.n_over[i] + d.counts[i << d.width]; };
+
+                d.open[ig] = !take_stays(c, i0, d.n_over.data(), d.rest[ig], res);
+                if (d.open[ig] && n_won(i0, i0 + c.n_group, res, n_keys) < d.rest[ig]) {
+                    // cells that go before all others are won, too
+                    for (size_t i = i0; i < i0 + c.n_group; ++i) {
+                        d.n_over[i] = n_keys(i);
+                    }
+                    take_rest(i0, i0 + c.n_group, d.rest[ig], d.n_over.data(), c.n_cells, res);
+                    d.open[ig] = 0;
+                }
+            }
+            if (d.open[ig]) {
+                n_left += choose(c, d, ig, res);
+                decided = false;
+            }
+        }
+    }
+    for (size_t ig = 0; ig < n_groups; ++ig) {
+        if (d.open[ig]) {
+            take_rest(ig*c.n_group, (ig + 1)*c.n_group, d.rest[ig], d.n_over.data(), d.n_from.data(), res);
         }
     }
 }

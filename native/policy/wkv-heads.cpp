@@ -29,9 +29,19 @@ bool needs_scores_for_budgets(const wkv_policy & policy) {
     return policy.allocation.heads == WKV_HEADS_SCORE;
 }
 
-// rankings of all heads that compete at once, measured; a layer or a head at a time takes next to nothing
-int64_t budgets_bytes_per_cell(const wkv_policy & policy) {
-    return competes_in_model(policy.allocation) ? 6 : 0;
+int64_t select_bytes(const wkv_policy & policy, const wkv_shapes & shapes, int32_t n_threads) {
+    const size_t  n_heads = size_t(shapes.n_layer)*shapes.n_head_kv;
+    const int64_t n_most  = *std::max_element(shapes.cells, shapes.cells + n_heads);
+    const int64_t n_cells = std::accumulate(shapes.cells, shapes.cells + n_heads, int64_t(0));
+
+    // Every thread ranks a head at a time: two copies of its scores while they are pooled, or a mean over heads or layers in double
+    // precision and what it is made from; and windows, of 16 bytes each. Counts and the last keys take at most half a byte for every
+    // cell of heads that compete.
+    const wkv_selection & p = policy.selection;
+
+    const bool    mean   = p.scope == WKV_SCOPE_LAYER || p.share == WKV_SHARE_MEAN || policy.scoring.query_heads == WKV_QUERY_HEADS_EACH;
+    const int64_t n_head = p.kind == WKV_KIND_WINDOWS ? (mean ? 24 : 8) + 16/std::min(p.omega, 16) : p.kind == WKV_KIND_TOKENS ? 8 : 0;
+    return n_head*n_most*n_threads + (competes_in_model(policy.allocation) ? n_cells/2 : 0);
 }
 
 static std::string beta_error(const wkv_allocation & p) {
@@ -192,6 +202,36 @@ static std::vector<int64_t> even_budgets(const cache_view & view, int64_t n_cell
     return res;
 }
 
+competition competition_of(const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1) {
+    const size_t i0 = view.index(il0, 0);
+    const size_t n  = view.index(il1, 0) - i0;
+
+    competition res = {};
+    res.n               = n;
+    res.n_group         = competes_in_model(view.policy.allocation) ? n : view.shapes.n_head_kv;
+    res.n_cells         = view.shapes.cells + i0;
+    res.own             = own.data() + i0;
+    res.alpha_safeguard = view.policy.allocation.alpha_safeguard;
+    res.n_least         = 1;
+    res.n_threads       = view.n_threads_for(il0, il1);
+    return res;
+}
+
+// heads of single tokens that compete; n_stays: of each head the newest cells, which are sure
+static void compete_tokens(const cache_view & view, competition c, int32_t il0, int32_t n_stays, int32_t * res) {
+    const int32_t n_head_kv = view.shapes.n_head_kv;
+
+    c.n_units = c.n;
+    c.runs    = [&](size_t i, const run_fn & fn) {
+        const key_run stays = { KEY_STAYS, std::min(c.n_cells[i], n_stays) };
+        fn(i, &stays, 1);
+
+        const auto pooled = pooled_review(view, il0 + i/n_head_kv, i%n_head_kv);
+        each_run(i, pooled.size(), fn, [&](int32_t ic) { return key_run { pooled[ic], 1 }; });
+    };
+    compete(c, res);
+}
+
 // AdaKV's authors let all cells before the observation window compete, those too that the safeguard keeps, and round
 static void paper_compete(const cache_view & view, int32_t il, int64_t n_cells, int32_t * res) {
     const int32_t n_head_kv = view.shapes.n_head_kv;
@@ -199,22 +239,28 @@ static void paper_compete(const cache_view & view, int32_t il, int64_t n_cells, 
     const double  safeguard = view.policy.allocation.alpha_safeguard;
     const int64_t mean      = n_cells - recent;
 
-    std::vector<ranked_keys> keys(n_head_kv);
+    std::vector<int32_t> n_review(n_head_kv);
     bool fits = true;
     for (int32_t ih = 0; ih < n_head_kv; ++ih) {
-        keys[ih] = keys_tokens(view, il, ih);
-        keys[ih].n_stays = 0;
-        keys[ih].n_cells = keys[ih].place.size();
+        n_review[ih] = std::max(0, view.n_cells(il, ih) - view.policy.scoring.window_size);
 
-        fits    = fits && mean > keys[ih].n_cells;
+        fits    = fits && mean > n_review[ih];
         res[ih] = std::min<int64_t>(n_cells, view.n_cells(il, ih));
     }
     if (mean <= 0 || fits) {
         return;
     }
 
-    std::vector<int32_t> won(n_head_kv);
-    compete(keys.data(), std::vector<int32_t>(n_head_kv, mean).data(), n_head_kv, 0.0, 0, won.data());
+    const std::vector<int32_t> own(n_head_kv, mean);
+    std::vector<int32_t>       won(n_head_kv);
+
+    competition c = {};
+    c.n         = n_head_kv;
+    c.n_group   = n_head_kv;
+    c.n_cells   = n_review.data();
+    c.own       = own.data();
+    c.n_threads = view.n_threads_for(il, il + 1);
+    compete_tokens(view, c, il, 0, won.data());
     for (int32_t ih = 0; ih < n_head_kv; ++ih) {
         const volatile float part = float(won[ih])*float(1.0 - safeguard); // rounded by itself, not fused with the sum
         const float          sum  = part + float(int64_t(mean*safeguard));
@@ -222,63 +268,59 @@ static void paper_compete(const cache_view & view, int32_t il, int64_t n_cells, 
     }
 }
 
-static void score_budgets(const cache_view & view, head_budgets & res) {
-    const wkv_allocation & p         = view.policy.allocation;
-    const int32_t          n_layer   = view.shapes.n_layer;
-    const int32_t          n_head_kv = view.shapes.n_head_kv;
-
-    const int32_t n_step = competes_in_model(p) ? n_layer : n_layers_ranked(view);
-
-    for (int32_t il0 = 0; il0 < n_layer; il0 += n_step) {
-        const int32_t il1 = std::min(n_layer, il0 + n_step);
-        const size_t  n   = size_t(il1 - il0)*n_head_kv;
-
-        std::vector<ranked_keys> keys(n);
-        rank_keys(view, res.own, il0, il1, keys.data());
-        for (const auto & k : keys) {
-            res.n_stays.push_back(k.n_stays);
+void compete_layers(const cache_view & view, int32_t il0, int32_t il1, head_budgets & res) {
+    if (view.policy.allocation.accounting == WKV_ACCOUNTING_PAPER) {
+        for (int32_t il = il0; il < il1; ++il) {
+            paper_compete(view, il, res.mean, res.n_cells.data() + view.index(il, 0));
         }
-
-        const size_t i0      = view.index(il0, 0);
-        const size_t n_group = competes_in_model(p) ? n : n_head_kv;
-        for (size_t i = 0; i < n; i += n_group) {
-            compete(keys.data() + i, res.own.data() + i0 + i, n_group, p.alpha_safeguard, 1, res.n_cells.data() + i0 + i);
-        }
+    } else if (view.policy.selection.kind == WKV_KIND_WINDOWS) {
+        budget_windows(view, il0, il1, res);
+    } else {
+        compete_tokens(view, competition_of(view, res.own, il0, il1), il0, view.policy.selection.n_recent,
+                res.n_cells.data() + view.index(il0, 0));
     }
 }
 
-std::string budgets(const cache_view & view, int64_t n_cells, head_budgets & res) {
-    const wkv_allocation & p = view.policy.allocation;
-
+void own_budgets(const cache_view & view, int64_t n_cells, head_budgets & res) {
     n_cells = std::min<int64_t>(n_cells, INT32_MAX); // no head holds more
 
     res = {};
+    res.mean = n_cells;
     if (view.policy.selection.kind == WKV_KIND_FULL) {
         res.own.assign(view.shapes.cells, view.shapes.cells + view.offsets.size() - 1);
-        res.n_cells = res.own;
+    } else {
+        const wkv_allocation & p = view.policy.allocation;
+
+        const bool over_model = p.heads == WKV_HEADS_IMPORTANCE || competes_in_model(p);
+        const auto own        = over_model ? importance_budgets(view, n_cells) : even_budgets(view, n_cells);
+        res.own.assign(own.begin(), own.end());
+    }
+    res.n_cells = res.own;
+}
+
+std::string budgets(const cache_view & view, int64_t n_cells, head_budgets & res) {
+    const int32_t n_layer = view.shapes.n_layer;
+
+    own_budgets(view, n_cells, res);
+    if (!needs_scores_for_budgets(view.policy)) {
         return "";
     }
-    if (needs_scores_for_budgets(view.policy)) {
-        std::string error = scores_error(view);
-        if (error.empty()) {
-            error = selection_misfit(view);
-        }
-        if (!error.empty()) {
-            return error;
-        }
+    std::string error = scores_error(view, 0, n_layer);
+    if (error.empty()) {
+        error = selection_misfit(view, 0, n_layer);
+    }
+    if (!error.empty()) {
+        return error;
     }
 
-    const bool over_model = p.heads == WKV_HEADS_IMPORTANCE || competes_in_model(p);
-    const auto own        = over_model ? importance_budgets(view, n_cells) : even_budgets(view, n_cells);
-    res.own.assign(own.begin(), own.end());
-    res.n_cells = res.own;
-
-    if (p.heads == WKV_HEADS_SCORE && p.accounting == WKV_ACCOUNTING_PAPER) {
-        for (int32_t il = 0; il < view.shapes.n_layer; ++il) {
-            paper_compete(view, il, n_cells, res.n_cells.data() + view.index(il, 0));
-        }
-    } else if (p.heads == WKV_HEADS_SCORE) {
-        score_budgets(view, res);
+    const int32_t n_step = competes_in_model(view.policy.allocation) ? n_layer : n_layers_ranked(view);
+    for (int32_t il0 = 0; il0 < n_layer; il0 += n_step) {
+        compete_layers(view, il0, std::min(n_layer, il0 + n_step), res);
+    }
+    if (view.policy.selection.token_share > 0.0) {
+        marks keep(view.shapes.cells, res.own.size());
+        mark_windows (view, res, 0, n_layer, keep);
+        budget_tokens(view, 0, n_layer, keep, res);
     }
     return "";
 }

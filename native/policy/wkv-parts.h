@@ -6,6 +6,8 @@
 #include "wkv-policy.h"
 
 #include <cmath>
+#include <functional>
+#include <limits>
 
 namespace wkv {
 
@@ -101,48 +103,92 @@ std::vector<int64_t> layer_budgets(const wkv_policy & policy, const std::vector<
 // all heads of the model compete with each other, so that their rankings have to be there together
 bool competes_in_model(const wkv_allocation & p);
 
-// The places of a head's ranking, best first, by their keys: n_stays cells that stay before all others (key +inf), then keys that
-// fall, finite, then cells that go before all others (key -inf). Heads that compete keep these alone: 4 bytes a cell, or 12 a window.
-struct ranked_keys {
-    int32_t n_cells = 0; // places
-    int32_t n_stays = 0;
-
-    std::vector<float>   place; // keys of the places from n_stays on, or
-    std::vector<double>  run;   // keys that runs of places share
-    std::vector<int32_t> end;   // the place behind every run
-
-    int32_t n_over(double key) const; // places with a larger key
-    int32_t n_from(double key) const; // and with this one
+// Keys of a head's cells, by which heads compete. Some cells stay before all others, and what no run tells goes behind all of them.
+struct key_run {
+    double  key; // finite, or KEY_STAYS
+    int32_t n;   // cells that have it
 };
+
+constexpr double KEY_STAYS = std::numeric_limits<double>::infinity();
+
+// takes runs of one head, in any order and in any number of calls
+using run_fn = std::function<void(size_t i, const key_run * runs, size_t n)>;
 
 // AdaKV (arXiv 2407.11550, algorithm 1): every head is sure of the share alpha_safeguard of its own budget, and of n_least cells of
 // it; the rest goes to the best cells, whoever holds them; ties to the earlier place, then to the earlier head.
-// keys and own of n heads, res: cells that stay
-void compete(const ranked_keys * keys, const int32_t * own, size_t n, double alpha_safeguard, int32_t n_least, int32_t * res);
+struct competition {
+    size_t          n;       // heads
+    size_t          n_group; // so many, one after the other, compete with each other
+    const int32_t * n_cells; // [n], cells of each
+    const int32_t * own;     // [n], budgets
+
+    double  alpha_safeguard;
+    int32_t n_least;
+    int32_t n_threads;
+
+    // Runs of the heads, unit by unit: a unit is what is ranked together, a head belongs to one. Called several times, and for
+    // different units at once.
+    size_t                                            n_units;
+    std::function<void(size_t iu, const run_fn & fn)> runs;
+};
+
+constexpr int32_t BUDGET_OPEN = INT32_MAX; // no head holds so many
+
+// res: [n], cells that stay
+void compete(const competition & c, int32_t * res);
+
+// The same without runs, for groups in which the cells that stay before all others, n_stays of each head, take everything; BUDGET_OPEN
+// for the heads of other groups.
+void compete_with_stays(const competition & c, const int32_t * n_stays, int32_t * res);
+
+// heads of the layers il0 to il1 - 1 that compete, without runs
+competition competition_of(const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1);
+
+// what heads hold if none compete
+void own_budgets(const cache_view & view, int64_t n_cells, head_budgets & res);
+
+// Heads of the layers il0 to il1 - 1 that compete: n_layers_ranked(), the rest of the model, or all of it. With token_share the
+// budgets of heads whose single tokens decide stay BUDGET_OPEN, and budget_tokens() goes on.
+void compete_layers(const cache_view & view, int32_t il0, int32_t il1, head_budgets & res);
 
 //
 // selection
 //
 
-// "" or why it cannot choose among these cells
-std::string selection_misfit(const cache_view & view);
+// "" or why it cannot choose among the cells of the layers il0 to il1 - 1
+std::string selection_misfit(const cache_view & view, int32_t il0, int32_t il1);
 
 // layers whose heads are ranked at the same time, from the first one or a multiple of it on
 int32_t n_layers_ranked(const cache_view & view);
 
-// Rankings of the heads of the layers il0 to il1 - 1: n_layers_ranked(), the rest of the model, or all of it. own: budgets of all
-// heads if none competed.
-void rank_keys(const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1, ranked_keys * keys);
+// The n best cells by their scores among those of a head that are not marked yet, ties to the earlier one, become marked.
+void take_best(const float * score, int32_t n_cells, int32_t n, mark_row keep);
 
-// the n best of the cells (indices), ties to the earlier one: set in keep
-void take_best(const float * score, std::vector<int32_t> & cells, size_t n, uint8_t * keep);
+// kind = tokens: the scores of a head's cells before the observation window
+std::vector<float> pooled_review(const cache_view & view, int32_t il, int32_t ih);
 
-// kind = tokens: the ranking of one head
-ranked_keys keys_tokens(const cache_view & view, int32_t il, int32_t ih);
+// runs of n cells with a key each
+template <typename F>
+void each_run(size_t i, int32_t n, const run_fn & fn, F run) {
+    key_run cur[256];
+    size_t  n_cur = 0;
+    for (int32_t ic = 0; ic < n; ++ic) {
+        cur[n_cur] = run(ic);
+        n_cur += cur[n_cur].n > 0;
+        if (n_cur == 256 || ic == n - 1) {
+            fn(i, cur, n_cur);
+            n_cur = 0;
+        }
+    }
+}
 
-// kind = windows
-std::string windows_misfit(const cache_view & view);
-void        select_windows(const cache_view & view, const head_budgets & budgets, uint8_t * keep);
-void        keys_windows  (const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1, ranked_keys * keys);
+// kind = windows, of the layers il0 to il1 - 1: n_layers_ranked(), the rest of the model, or all of it
+std::string windows_misfit(const cache_view & view, int32_t il0, int32_t il1);
+void        budget_windows(const cache_view & view, int32_t il0, int32_t il1, head_budgets & res); // of heads that compete
+void        mark_windows  (const cache_view & view, const head_budgets & budgets, int32_t il0, int32_t il1, marks & keep);
+
+// single tokens beside marked windows: budgets that budget_windows() left open, and the cells
+void budget_tokens(const cache_view & view, int32_t il0, int32_t il1, const marks & keep, head_budgets & res);
+void mark_tokens  (const cache_view & view, const head_budgets & budgets, int32_t il0, int32_t il1, marks & keep);
 
 } // namespace wkv

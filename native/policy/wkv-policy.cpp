@@ -1,9 +1,10 @@
 // What a valid policy is, and the cells it looks at. The options of each part are checked where they are used.
 
 #include "wkv-parts.h"
+#include "wkv-threads.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstring>
 #include <numeric>
 
 namespace wkv {
@@ -70,14 +71,38 @@ bool fits(const wkv_shapes & shapes, int64_t n_cells) {
     return true;
 }
 
-cache_view::cache_view(const wkv_policy & policy, const wkv_shapes & shapes, const int32_t * positions, const float * scores) :
-    policy(policy), shapes(shapes), positions(positions), scores(scores) {
-    const size_t n = size_t(shapes.n_layer)*shapes.n_head_kv;
-
-    offsets.resize(n + 1, 0);
-    for (size_t i = 0; i < n; ++i) {
-        offsets[i + 1] = offsets[i] + shapes.cells[i];
+static std::vector<size_t> offsets_of(const wkv_shapes & shapes) {
+    std::vector<size_t> res(size_t(shapes.n_layer)*shapes.n_head_kv + 1, 0);
+    for (size_t i = 0; i + 1 < res.size(); ++i) {
+        res[i + 1] = res[i] + shapes.cells[i];
     }
+    return res;
+}
+
+cache_view::cache_view(const wkv_policy & policy, const wkv_shapes & shapes, const int32_t * listed, const float * scores) :
+    policy(policy), shapes(shapes), offsets(offsets_of(shapes)) {
+    for (size_t i = 0; listed && i + 1 < offsets.size(); ++i) {
+        positions.push_back({ listed + offsets[i], shapes.cells[i], 0 });
+    }
+    if (scores) {
+        set_scores(0, shapes.n_layer, scores);
+    }
+}
+
+cache_view::cache_view(const wkv_policy & policy, const wkv_shapes & shapes, std::vector<cell_positions> positions) :
+    policy(policy), shapes(shapes), offsets(offsets_of(shapes)), positions(std::move(positions)) {
+}
+
+void cache_view::set_scores(int32_t il0, int32_t il1, const float * scores) {
+    first = offsets[index(il0, 0)];
+
+    planes[0] = scores;
+    planes[1] = policy.scoring.token_window_size > 0 ? scores + (offsets[index(il1, 0)] - first)*n_rows() : nullptr;
+}
+
+int32_t cache_view::n_threads_for(int32_t il0, int32_t il1) const {
+    const int64_t n = (offsets[index(il1, 0)] - offsets[index(il0, 0)])/n_cells_thread;
+    return std::clamp<int64_t>(n, 1, n_threads);
 }
 
 static std::string not_finite(int32_t il, int32_t ih) {
@@ -85,20 +110,34 @@ static std::string not_finite(int32_t il, int32_t ih) {
         " are not finite: keys or queries of this prompt overflow in the type of the cells, try f32 cells or a model without a policy";
 }
 
-std::string scores_error(const cache_view & view) {
-    const auto finite = [](const float * first, size_t n) {
-        return std::all_of(first, first + n, [](float x) { return std::isfinite(x); });
-    };
-    for (int32_t il = 0; il < view.shapes.n_layer; ++il) {
-        for (int32_t ih = 0; ih < view.shapes.n_head_kv; ++ih) {
-            const size_t n = view.n_cells(il, ih);
-            if (!finite(view.score(il, ih), n*view.n_rows()) ||
-                    (view.policy.scoring.token_window_size > 0 && !finite(view.token_score(il, ih), n))) {
-                return not_finite(il, ih);
-            }
-        }
+// without a branch for every score, so that it vectorises
+static bool is_finite(const float * score, size_t n) {
+    constexpr uint32_t exponent = 0x7f800000;
+
+    uint32_t n_bad = 0;
+    for (size_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        memcpy(&bits, score + i, sizeof(bits));
+        n_bad += (bits & exponent) == exponent;
     }
-    return "";
+    return n_bad == 0;
+}
+
+std::string scores_error(const cache_view & view, int32_t il0, int32_t il1) {
+    const int32_t n_head_kv = view.shapes.n_head_kv;
+
+    std::vector<uint8_t> ok(size_t(il1 - il0)*n_head_kv, 1);
+    for_each(view.n_threads_for(il0, il1), ok.size(), [&](size_t i) {
+        const int32_t il = il0 + i/n_head_kv;
+        const int32_t ih = i%n_head_kv;
+        const size_t  n  = view.n_cells(il, ih);
+
+        ok[i] = is_finite(view.score(il, ih), n*view.n_rows()) &&
+            (view.policy.scoring.token_window_size == 0 || is_finite(view.token_score(il, ih), n));
+    });
+
+    const size_t i = std::find(ok.begin(), ok.end(), 0) - ok.begin();
+    return i == ok.size() ? "" : not_finite(il0 + i/n_head_kv, i%n_head_kv);
 }
 
 std::string keep_error(const wkv_shapes & shapes, int64_t n_cells, const uint8_t * keep) {

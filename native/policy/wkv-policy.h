@@ -6,11 +6,14 @@
 // scoring:    what a score is                             wkv-scoring.cpp
 // allocation: cells per layer and head                    wkv-layers.cpp, wkv-heads.cpp         -> budgets()
 // selection:  the cells of a head for its budget          wkv-selection.cpp, wkv-windows*.cpp   -> select()
+// cells that stay: one bit each                         wkv-marks.cpp
 
 #include "windowkv-policy.h"
+#include "wkv-marks.h"
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -29,47 +32,74 @@ std::vector<int32_t> window_sizes(const wkv_policy & policy);
 // whether budgets() looks at positions and scores
 bool needs_scores_for_budgets(const wkv_policy & policy);
 
-// host memory that budgets() takes for a moment, bytes per cell
-int64_t budgets_bytes_per_cell(const wkv_policy & policy);
+// host memory that select_cells() takes beside scores and marks, in bytes
+int64_t select_bytes(const wkv_policy & policy, const wkv_shapes & shapes, int32_t n_threads);
 
 // whether no layer holds more than n_cells cells per head on average: there is nothing to evict then
 bool fits(const wkv_shapes & shapes, int64_t n_cells);
 
+// positions of one head's cells, ascending: some that are listed, then all from next on
+struct cell_positions {
+    const int32_t * listed   = nullptr;
+    int32_t         n_listed = 0;
+    int32_t         next     = 0;
+
+    int32_t operator[](int32_t i) const { return i < n_listed ? listed[i] : next + (i - n_listed); }
+};
+
 // The cells that one selection chooses from. Everything it points to is the caller's and has to outlive it.
 struct cache_view {
-    const wkv_policy  & policy;
-    const wkv_shapes  & shapes;
-    const int32_t     * positions; // for every (layer, kv head) in turn its ascending positions
-    const float       * scores;    // planes, one after the other, each in the layout of positions; with query_heads = each for
-                                   // every (layer, kv head) in turn row major [n_gqa, cells]
-    std::vector<size_t> offsets;   // [n_layer*n_head_kv + 1], of cells
+    const wkv_policy & policy;
+    const wkv_shapes & shapes;
 
+    std::vector<size_t>         offsets;   // [n_layer*n_head_kv + 1], of cells
+    std::vector<cell_positions> positions; // [n_layer*n_head_kv]; empty: none are known
+
+    // results do not depend on them
+    int32_t n_threads      = 1;
+    int32_t n_cells_thread = 1; // that are worth a thread
+
+    // positions: for every (layer, kv head) in turn, or nullptr; scores: planes of all layers, or nullptr
     cache_view(const wkv_policy & policy, const wkv_shapes & shapes, const int32_t * positions, const float * scores);
+    cache_view(const wkv_policy & policy, const wkv_shapes & shapes, std::vector<cell_positions> positions);
+
+    // Planes of the layers il0 to il1 - 1, one after the other, for every (layer, kv head) in turn [cells]; in the first one, with
+    // query_heads = each, row major [n_gqa, cells].
+    void set_scores(int32_t il0, int32_t il1, const float * scores);
 
     size_t index(int32_t il, int32_t ih) const { return size_t(il)*shapes.n_head_kv + ih; }
 
-    int32_t         n_cells(int32_t il, int32_t ih) const { return shapes.cells[index(il, ih)]; }
-    const int32_t * pos    (int32_t il, int32_t ih) const { return positions + offsets[index(il, ih)]; }
+    int32_t                n_cells(int32_t il, int32_t ih) const { return shapes.cells[index(il, ih)]; }
+    const cell_positions & pos    (int32_t il, int32_t ih) const { return positions[index(il, ih)]; }
 
     // rows of scores that every kv head has in the first plane
     int32_t n_rows() const { return policy.scoring.query_heads == WKV_QUERY_HEADS_EACH ? shapes.n_gqa : 1; }
 
     const float * score(int32_t il, int32_t ih, int32_t row = 0) const {
-        return scores + offsets[index(il, ih)]*n_rows() + size_t(row)*n_cells(il, ih);
+        return planes[0] + (offsets[index(il, ih)] - first)*n_rows() + size_t(row)*n_cells(il, ih);
     }
 
     // by the last token_window_size tokens
-    const float * token_score(int32_t il, int32_t ih) const { return scores + offsets.back()*n_rows() + offsets[index(il, ih)]; }
+    const float * token_score(int32_t il, int32_t ih) const { return planes[1] + (offsets[index(il, ih)] - first); }
+
+    // for work on the layers il0 to il1 - 1
+    int32_t n_threads_for(int32_t il0, int32_t il1) const;
+
+private:
+    const float * planes[2] = { nullptr, nullptr };
+    size_t        first     = 0; // cells of the layers before those that scores are known of
 };
 
-// "" or the first layer and head whose scores are not finite: every choice among them would be arbitrary
-std::string scores_error(const cache_view & view);
+// "" or the first of the layers il0 to il1 - 1, and its head, whose scores are not finite: every choice among them would be arbitrary
+std::string scores_error(const cache_view & view, int32_t il0, int32_t il1);
 
 // What an allocation leaves to every (layer, kv head), each [n_layer*n_head_kv]
 struct head_budgets {
-    std::vector<int32_t> n_cells; // cells that stay
-    std::vector<int32_t> own;     // those that would stay if no heads competed, which rankings depend on
-    std::vector<int32_t> n_stays; // heads that competed: places of their rankings that no other head could win; empty: not known
+    int64_t mean = 0; // cells per head that were asked for
+
+    std::vector<int32_t> n_cells;   // cells that stay
+    std::vector<int32_t> own;       // those that would stay if no heads competed, which rankings depend on
+    std::vector<int32_t> n_windows; // token_share and heads that compete: cells that windows take of these; empty: not known
 };
 
 // The cells that stay; their mean is n_cells unless the cache holds fewer, or accounting = paper. Every head that holds a cell
@@ -81,10 +111,16 @@ std::string budgets(const cache_view & view, int64_t n_cells, head_budgets & res
 // "" or what is wrong with them
 std::string given_budgets(const cache_view & view, const int32_t * n_cells, head_budgets & res);
 
-// Sets keep, in the layout of positions, to 1 for as many cells of every head as its budget says and to 0 for the others.
+// Marks as many cells of every head as its budget says; nothing may be marked before.
 // whole_windows counts by itself: more by less than omega, or fewer.
-// "" or why these inputs cannot be served; keep is written only on success
-std::string select(const cache_view & view, const head_budgets & budgets, uint8_t * keep);
+// "" or why these inputs cannot be served; nothing is marked then
+std::string select(const cache_view & view, const head_budgets & budgets, marks & keep);
+
+// Planes of scores for some layers, as cache_view::set_scores() takes them; they stay valid until the next call.
+using scores_fn = std::function<const float *(int32_t il0, int32_t il1)>;
+
+// budgets() and select() in one, for scores that come when they are needed: layer by layer, unless heads compete over the model.
+std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & scores, marks & keep);
 
 // "" or what is wrong with a selection of the caller's: over n_cells cells per (layer, kv head) on average, or a head without any
 std::string keep_error(const wkv_shapes & shapes, int64_t n_cells, const uint8_t * keep);

@@ -1,11 +1,10 @@
 // Selection: its options, tokens that stay one by one, and select() as a whole.
 
 #include "wkv-parts.h"
+#include "wkv-threads.h"
 
 #include <algorithm>
-#include <cstring>
 #include <functional>
-#include <numeric>
 
 namespace wkv {
 
@@ -31,25 +30,54 @@ std::string selection_error(const wkv_policy & policy) {
     return windows_error(policy);
 }
 
-void take_best(const float * score, std::vector<int32_t> & cells, size_t n, uint8_t * keep) {
-    n = std::min(n, cells.size());
-    if (n < cells.size()) {
-        std::nth_element(cells.begin(), cells.begin() + n, cells.end(), [&](int32_t a, int32_t b) {
-            return score[a] != score[b] ? score[a] > score[b] : a < b;
-        });
+void take_best(const float * score, int32_t n_cells, int32_t n, mark_row keep) {
+    if (n <= 0) {
+        return;
     }
-    for (size_t i = 0; i < n; ++i) {
-        keep[cells[i]] = 1;
+    // without a branch for every cell, as in the loops below
+    std::vector<float> rest(n_cells);
+    int32_t n_rest = 0;
+    for (int32_t i = 0; i < n_cells; ++i) {
+        rest[n_rest] = score[i];
+        n_rest += !keep.get(i);
+    }
+    if (n >= n_rest) {
+        keep.set(0, n_cells);
+        return;
+    }
+    std::nth_element(rest.begin(), rest.begin() + n - 1, rest.begin() + n_rest, std::greater<float>());
+
+    // of those that are as good as the last one, the first
+    const float last   = rest[n - 1];
+    int64_t     n_tied = std::count(rest.begin(), rest.begin() + n, last);
+    for (int32_t i0 = 0; i0 < n_cells; i0 += 64) {
+        const int32_t i1 = std::min(n_cells, i0 + 64);
+
+        uint64_t over = 0;
+        uint64_t tied = 0;
+        for (int32_t i = i0; i < i1; ++i) {
+            over |= uint64_t(score[i] >  last) << (i - i0);
+            tied |= uint64_t(score[i] == last) << (i - i0);
+        }
+
+        uint64_t & word = keep.words[i0 >> 6];
+        for (tied &= ~word; tied != 0 && n_tied > 0; tied &= tied - 1) {
+            over |= tied & ~(tied - 1);
+            --n_tied;
+        }
+        word |= over;
     }
 }
 
 // StreamingLLM (arXiv 2309.17453, section 3.2): the newest token, the first ones, the newest others
-static void select_recent(const cache_view & view, int32_t il, int32_t ih, int32_t budget, uint8_t * keep) {
-    const int32_t   n   = view.n_cells(il, ih);
-    const int32_t * pos = view.pos(il, ih);
+static void mark_recent(const cache_view & view, int32_t il, int32_t ih, int32_t budget, mark_row keep) {
+    const int32_t n   = view.n_cells(il, ih);
+    const auto  & pos = view.pos(il, ih);
 
     const auto take = [&](int32_t i) {
-        keep[i] = budget-- > 0;
+        if (budget-- > 0) {
+            keep.set(i);
+        }
     };
     if (n > 0) {
         take(n - 1);
@@ -58,28 +86,19 @@ static void select_recent(const cache_view & view, int32_t il, int32_t ih, int32
     for (; n_sink < n - 1 && pos[n_sink] < view.policy.selection.n_sink; ++n_sink) {
         take(n_sink);
     }
-    for (int32_t i = n - 2; i >= n_sink; --i) {
+    for (int32_t i = n - 2; i >= n_sink && budget > 0; --i) {
         take(i);
     }
 }
 
-// SnapKV (arXiv 2404.14469, section 3): the newest tokens, then those before the observation window by pooled score, then what is
-// left of it
-static std::vector<float> pooled_review(const cache_view & view, int32_t il, int32_t ih) {
+std::vector<float> pooled_review(const cache_view & view, int32_t il, int32_t ih) {
     const int32_t n_review = std::max(0, view.n_cells(il, ih) - view.policy.scoring.window_size);
     return pool(view.policy.scoring, view.score(il, ih), n_review);
 }
 
-ranked_keys keys_tokens(const cache_view & view, int32_t il, int32_t ih) {
-    ranked_keys res;
-    res.n_cells = view.n_cells(il, ih);
-    res.n_stays = std::min(res.n_cells, view.policy.selection.n_recent);
-    res.place   = pooled_review(view, il, ih);
-    std::sort(res.place.begin(), res.place.end(), std::greater<float>());
-    return res;
-}
-
-static void select_tokens(const cache_view & view, int32_t il, int32_t ih, int32_t budget, uint8_t * keep) {
+// SnapKV (arXiv 2404.14469, section 3): the newest tokens, then those before the observation window by pooled score, then what is
+// left of it
+static void mark_tokens_of(const cache_view & view, int32_t il, int32_t ih, int32_t budget, mark_row keep) {
     const int32_t n        = view.n_cells(il, ih);
     const int32_t n_recent = std::min({ n, view.policy.selection.n_recent, budget });
     const auto    pooled   = pooled_review(view, il, ih);
@@ -87,70 +106,98 @@ static void select_tokens(const cache_view & view, int32_t il, int32_t ih, int32
     const int32_t n_best   = std::min(n_review, budget - n_recent);
     const int32_t n_rest   = std::min(n - n_recent - n_review, budget - n_recent - n_best);
 
-    std::fill(keep + n - n_recent, keep + n, 1);
-    std::fill(keep + n - n_recent - n_rest, keep + n - n_recent, 1);
-
-    std::vector<int32_t> cells(n_review);
-    std::iota(cells.begin(), cells.end(), 0);
-    take_best(pooled.data(), cells, n_best, keep);
+    take_best(pooled.data(), n_review, n_best, keep);
+    keep.set(n - n_recent - n_rest, n);
 }
 
-std::string selection_misfit(const cache_view & view) {
-    return view.policy.selection.kind == WKV_KIND_WINDOWS ? windows_misfit(view) : "";
+std::string selection_misfit(const cache_view & view, int32_t il0, int32_t il1) {
+    return view.policy.selection.kind == WKV_KIND_WINDOWS ? windows_misfit(view, il0, il1) : "";
 }
 
 int32_t n_layers_ranked(const cache_view & view) {
     return view.policy.selection.kind == WKV_KIND_WINDOWS ? std::min(view.policy.selection.gamma, view.shapes.n_layer) : 1;
 }
 
-void rank_keys(const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1, ranked_keys * keys) {
-    if (view.policy.selection.kind == WKV_KIND_WINDOWS) {
-        keys_windows(view, own, il0, il1, keys);
-        return;
-    }
-    for (int32_t il = il0; il < il1; ++il) {
-        for (int32_t ih = 0; ih < view.shapes.n_head_kv; ++ih) {
-            *keys++ = keys_tokens(view, il, ih);
-        }
-    }
-}
-
-// calls fn(il, ih, budget, keep) for every head
+// calls fn(view, il, ih, budget, keep) for every head
 template <typename F>
-static void for_heads(const cache_view & view, const head_budgets & budgets, uint8_t * keep, F fn) {
-    for (int32_t il = 0; il < view.shapes.n_layer; ++il) {
-        for (int32_t ih = 0; ih < view.shapes.n_head_kv; ++ih) {
-            const size_t i = view.index(il, ih);
-            fn(view, il, ih, budgets.n_cells[i], keep + view.offsets[i]);
-        }
+static void for_heads(const cache_view & view, const head_budgets & budgets, int32_t il0, int32_t il1, marks & keep, F fn) {
+    const size_t i0 = view.index(il0, 0);
+    for_each(view.n_threads_for(il0, il1), view.index(il1, 0) - i0, [&](size_t j) {
+        const size_t i = i0 + j;
+        fn(view, i/view.shapes.n_head_kv, i%view.shapes.n_head_kv, budgets.n_cells[i], keep.row(i));
+    });
+}
+
+// marks by budgets that are known, beside windows that are marked already where single tokens are left
+static void mark(const cache_view & view, const head_budgets & budgets, int32_t il0, int32_t il1, marks & keep) {
+    switch (wkv_kind(view.policy.selection.kind)) {
+        case WKV_KIND_FULL:
+            for_heads(view, budgets, il0, il1, keep, [](const cache_view & view, int32_t il, int32_t ih, int32_t, mark_row keep) {
+                keep.set(0, view.n_cells(il, ih));
+            });
+            break;
+        case WKV_KIND_RECENT:
+            for_heads(view, budgets, il0, il1, keep, mark_recent);
+            break;
+        case WKV_KIND_TOKENS:
+            for_heads(view, budgets, il0, il1, keep, mark_tokens_of);
+            break;
+        case WKV_KIND_WINDOWS:
+            mark_windows(view, budgets, il0, il1, keep);
+            break;
+        case WKV_KIND_COUNT:
+            break;
     }
 }
 
-std::string select(const cache_view & view, const head_budgets & budgets, uint8_t * keep) {
-    std::string error = view.policy.scoring.window_size > 0 ? scores_error(view) : "";
-    if (error.empty()) {
-        error = selection_misfit(view);
-    }
+static std::string inputs_error(const cache_view & view, int32_t il0, int32_t il1) {
+    const std::string error = view.policy.scoring.window_size > 0 ? scores_error(view, il0, il1) : "";
+    return error.empty() ? selection_misfit(view, il0, il1) : error;
+}
+
+std::string select(const cache_view & view, const head_budgets & budgets, marks & keep) {
+    const int32_t n_layer = view.shapes.n_layer;
+
+    const std::string error = inputs_error(view, 0, n_layer);
     if (!error.empty()) {
         return error;
     }
 
-    memset(keep, 0, view.offsets.back());
-    switch (wkv_kind(view.policy.selection.kind)) {
-        case WKV_KIND_FULL:
-            memset(keep, 1, view.offsets.back());
-            break;
-        case WKV_KIND_RECENT:
-            for_heads(view, budgets, keep, select_recent);
-            break;
-        case WKV_KIND_TOKENS:
-            for_heads(view, budgets, keep, select_tokens);
-            break;
-        case WKV_KIND_WINDOWS:
-            select_windows(view, budgets, keep);
-            break;
-        case WKV_KIND_COUNT:
-            break;
+    head_budgets own = budgets;
+    if (view.policy.selection.token_share > 0.0 && needs_scores_for_budgets(view.policy) && own.n_windows.empty()) {
+        budget_windows(view, 0, n_layer, own);
+        own.n_cells = budgets.n_cells;
+    }
+    mark(view, own, 0, n_layer, keep);
+    if (view.policy.selection.token_share > 0.0) {
+        mark_tokens(view, own, 0, n_layer, keep);
+    }
+    return "";
+}
+
+std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & scores, marks & keep) {
+    head_budgets own;
+    own_budgets(view, n_cells, own);
+
+    const int32_t n_layer = view.shapes.n_layer;
+    const int32_t n_step  = competes_in_model(view.policy.allocation) ? n_layer : n_layers_ranked(view);
+    for (int32_t il0 = 0; il0 < n_layer; il0 += n_step) {
+        const int32_t il1 = std::min(n_layer, il0 + n_step);
+        if (!window_sizes(view.policy).empty()) {
+            view.set_scores(il0, il1, scores(il0, il1));
+        }
+        const std::string error = inputs_error(view, il0, il1);
+        if (!error.empty()) {
+            return error;
+        }
+        if (needs_scores_for_budgets(view.policy)) {
+            compete_layers(view, il0, il1, own);
+        }
+        mark(view, own, il0, il1, keep);
+        if (view.policy.selection.token_share > 0.0) {
+            budget_tokens(view, il0, il1, keep, own);
+            mark_tokens(view, own, il0, il1, keep);
+        }
     }
     return "";
 }

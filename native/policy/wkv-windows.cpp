@@ -53,179 +53,297 @@ std::string windows_error(const wkv_policy & policy) {
     return second < 1 ? range("token_window_size", int64_t(second), "at least 1") : "";
 }
 
-struct window {
-    int32_t i0; // first and one past the last cell
-    int32_t i1;
-    double  score;
-};
-
-cell_set cells_of(const cache_view & view, int32_t il, int32_t ih) {
-    const bool    per_layer = view.policy.selection.scope == WKV_SCOPE_LAYER;
-    const bool    each      = view.policy.scoring.query_heads == WKV_QUERY_HEADS_EACH;
-    const int32_t n         = view.n_cells(il, ih);
-
-    cell_set res;
-    res.pos.assign(view.pos(il, ih), view.pos(il, ih) + n);
-    res.score.assign(n, 0.0);
-
-    // summed in the order of the heads
-    int32_t n_rows = 0;
-    for (int32_t jh = per_layer ? 0 : ih; jh < (per_layer ? view.shapes.n_head_kv : ih + 1); ++jh) {
-        for (int32_t ir = 0; ir < view.n_rows(); ++ir) {
-            const float * score = view.score(il, jh, ir);
-            for (int32_t i = 0; i < n; ++i) {
-                res.score[i] += score[i];
-            }
-            if (each) {
-                res.rows.push_back(score);
-            }
-            ++n_rows;
+// whether two heads hold the same n positions
+static bool same_positions(const cell_positions & a, const cell_positions & b, int32_t n) {
+    const int32_t n_a = std::min(n, a.n_listed);
+    const int32_t n_b = std::min(n, b.n_listed);
+    if (n_a == n_b) {
+        return (n_a == n || a.next == b.next) && (a.listed == b.listed || std::equal(a.listed, a.listed + n_a, b.listed));
+    }
+    for (int32_t i = 0; i < n; ++i) {
+        if (a[i] != b[i]) {
+            return false;
         }
     }
-    for (auto & s : res.score) {
+    return true;
+}
+
+bool same_cells(const cell_positions & a, int32_t n_a, const cell_positions & b, int32_t n_b) {
+    return n_a == n_b && same_positions(a, b, n_a);
+}
+
+namespace {
+
+// the cells that one ranking is made from: ascending positions with their scores
+struct cell_set {
+    int32_t        n = 0;
+    cell_positions pos;
+
+    std::vector<int32_t> listed; // what pos lists, if that is no head's
+
+    const float *        single = nullptr; // scores if there is one row of them, else
+    std::vector<double>  mean;             // their mean over the rows
+
+    std::vector<const float *> rows; // query_heads = each: [cells] of every query head
+};
+
+} // namespace
+
+// the cells of a head, or of a layer with scope = layer, whatever head is given then
+static cell_set cells_of(const cache_view & view, int32_t il, int32_t ih, bool as_mean) {
+    const bool per_layer = view.policy.selection.scope == WKV_SCOPE_LAYER;
+    const bool each      = view.policy.scoring.query_heads == WKV_QUERY_HEADS_EACH;
+
+    cell_set res;
+    res.n   = view.n_cells(il, ih);
+    res.pos = view.pos(il, ih);
+
+    // summed in the order of the heads
+    const int32_t jh0 = per_layer ? 0 : ih;
+    const int32_t jh1 = per_layer ? view.shapes.n_head_kv : ih + 1;
+    const int32_t n_rows = (jh1 - jh0)*view.n_rows();
+    if (n_rows == 1 && !as_mean) {
+        res.single = view.score(il, ih);
+    } else {
+        res.mean.assign(res.n, 0.0);
+    }
+    for (int32_t ir = 0; ir < n_rows; ++ir) {
+        const float * score = view.score(il, jh0 + ir/view.n_rows(), ir%view.n_rows());
+        if (each) {
+            res.rows.push_back(score);
+        }
+        for (size_t i = 0; i < res.mean.size(); ++i) {
+            res.mean[i] += score[i];
+        }
+    }
+    for (auto & s : res.mean) {
         s /= n_rows;
     }
     return res;
 }
 
-cell_set mean_cells(const cache_view & view, int32_t il0, int32_t il1, int32_t ih) {
-    cell_set res = cells_of(view, il0, ih);
-    std::vector<int32_t> n_summed(res.pos.size(), 1);
+// union of the cells of the layers il0 to il1 - 1; a score is the mean over the layers that hold the cell, summed in their order
+static cell_set mean_cells(const cache_view & view, int32_t il0, int32_t il1, int32_t ih) {
+    cell_set res = cells_of(view, il0, ih, true);
 
+    std::vector<int32_t> n_summed(res.n, 1);
     for (int32_t il = il0 + 1; il < il1; ++il) {
-        const cell_set own = cells_of(view, il, ih);
+        const cell_set own = cells_of(view, il, ih, true);
+        if (same_cells(res.pos, res.n, own.pos, own.n)) {
+            for (int32_t i = 0; i < res.n; ++i) {
+                res.mean[i] += own.mean[i];
+                n_summed[i]++;
+            }
+            continue;
+        }
 
         cell_set             sum;
         std::vector<int32_t> n_sum;
-        for (size_t i = 0, j = 0; i < res.pos.size() || j < own.pos.size();) {
-            const bool has_res = i < res.pos.size() && (j == own.pos.size() || res.pos[i] <= own.pos[j]);
-            const bool has_own = j < own.pos.size() && (i == res.pos.size() || own.pos[j] <= res.pos[i]);
+        for (int32_t i = 0, j = 0; i < res.n || j < own.n;) {
+            const bool has_res = i < res.n && (j == own.n || res.pos[i] <= own.pos[j]);
+            const bool has_own = j < own.n && (i == res.n || own.pos[j] <= res.pos[i]);
 
-            sum.pos.push_back(has_res ? res.pos[i] : own.pos[j]);
-            sum.score.push_back((has_res ? res.score[i] : 0.0) + (has_own ? own.score[j] : 0.0));
+            sum.listed.push_back(has_res ? res.pos[i] : own.pos[j]);
+            sum.mean.push_back((has_res ? res.mean[i] : 0.0) + (has_own ? own.mean[j] : 0.0));
             n_sum.push_back((has_res ? n_summed[i] : 0) + has_own);
 
             i += has_res;
             j += has_own;
         }
+        sum.n   = sum.listed.size();
+        sum.pos = { sum.listed.data(), sum.n, 0 };
+
         res      = std::move(sum);
         n_summed = std::move(n_sum);
     }
-    for (size_t i = 0; i < res.pos.size(); ++i) {
-        res.score[i] /= n_summed[i];
+    for (int32_t i = 0; i < res.n; ++i) {
+        res.mean[i] /= n_summed[i];
     }
     return res;
 }
 
-// mean of the top_p best scores, summed from the best downwards; sorts them
-static double top_mean(std::vector<double> & score, int32_t top_p) {
-    std::sort(score.begin(), score.end(), std::greater<double>());
-    const size_t n = std::min<size_t>(score.size(), top_p);
-    return std::accumulate(score.begin(), score.begin() + n, 0.0)/double(n);
+// mean of the top_p best scores, summed from the best downwards; best is for its use
+template <typename T>
+static double top_mean(const T * score, int32_t n, int32_t top_p, std::vector<T> & best) {
+    if (n == 1) {
+        return score[0];
+    }
+    if (n == 2) {
+        return top_p == 1 ? double(std::max(score[0], score[1])) : (double(score[0]) + double(score[1]))/2.0;
+    }
+    best.assign(score, score + n);
+    std::sort(best.begin(), best.end(), std::greater<T>());
+    const int32_t n_best = std::min(n, top_p);
+    return std::accumulate(best.begin(), best.begin() + n_best, 0.0)/double(n_best);
 }
 
-// Windows before the observation window, best first. They stand on a fixed grid of positions, so that what one compaction kept whole
-// stays together in the next.
-static std::vector<window> best_windows(const cell_set & cells, int32_t n_review, const wkv_selection & p) {
-    std::vector<window> res;
-    std::vector<double> score;
-    for (int32_t i0 = 0; i0 < n_review;) {
-        int32_t i1 = i0 + 1;
-        while (i1 < n_review && cells.pos[i1]/p.omega == cells.pos[i0]/p.omega) {
-            ++i1;
-        }
+// one past the last of the cells before n that lie in the window of cell i0
+static int32_t window_end(const cell_positions & pos, int32_t i0, int32_t n, int32_t omega) {
+    const int64_t end = (int64_t(pos[i0])/omega + 1)*omega; // position behind the window
+
+    int32_t i1 = i0 + 1;
+    while (i1 < std::min(n, pos.n_listed) && pos.listed[i1] < end) {
+        ++i1;
+    }
+    return i1 < pos.n_listed || i1 >= n ? i1 : std::min<int64_t>(n, std::max<int64_t>(i1, end - pos.next + pos.n_listed));
+}
+
+// Windows before the observation window, in the order of positions. They stand on a fixed grid of positions, so that what one
+// compaction kept whole stays together in the next.
+template <typename T>
+static void make_windows(const T * score, const cell_set & cells, const wkv_selection & p, window_set & res) {
+    std::vector<T>     best;
+    std::vector<float> best_row;
+    for (int32_t i0 = 0; i0 < res.n_review;) {
+        // where no position is missing, windows follow each other
+        const bool    whole = i0 > cells.pos.n_listed && !res.windows.empty();
+        const int32_t i1    = whole ? std::min<int64_t>(res.n_review, int64_t(i0) + p.omega) : window_end(cells.pos, i0, res.n_review, p.omega);
 
         double sum = 0.0;
         for (const float * row : cells.rows) {
-            score.assign(row + i0, row + i1);
-            sum += top_mean(score, p.top_p);
+            sum += top_mean(row + i0, i1 - i0, p.top_p, best_row);
         }
         if (cells.rows.empty()) {
-            score.assign(cells.score.begin() + i0, cells.score.begin() + i1);
-            sum = top_mean(score, p.top_p);
+            sum = top_mean(score + i0, i1 - i0, p.top_p, best);
         }
-        res.push_back({ i0, i1, sum/double(std::max<size_t>(1, cells.rows.size())) });
+        res.windows.push_back({ sum/double(std::max<size_t>(1, cells.rows.size())), i0, i1 });
         i0 = i1;
     }
-
-    std::sort(res.begin() + (p.protect_first && !res.empty()), res.end(), [](const window & a, const window & b) {
-        return a.score != b.score ? a.score > b.score : a.i0 < b.i0;
-    });
-    return res;
 }
 
 int32_t n_recent_of(int32_t n, const wkv_selection & p, int32_t budget) {
     return std::min({ n, p.n_recent, std::max(1, int32_t(budget*p.recent_share)) });
 }
 
-// cells of whole windows that stay beside n_recent, given windows that are sorted; a short one at the end counts as a whole one
-static int32_t n_whole(const std::vector<window> & windows, int32_t n_review, int32_t omega, int64_t budget) {
-    int64_t n_drop = n_review - std::min<int64_t>(n_review, budget);
-    int32_t res    = n_review;
-    for (size_t i = windows.size(); i-- > 0 && n_drop > 0;) {
-        const int32_t n = windows[i].i1 - windows[i].i0;
+window_set windows_of(const cache_view & view, int32_t il0, int32_t il1, int32_t ih, int32_t budget) {
+    const wkv_scoring   & scoring = view.policy.scoring;
+    const wkv_selection & p       = view.policy.selection;
 
-        n_drop -= windows[i].i1 == n_review ? omega : n;
-        res    -= n;
+    cell_set cells = p.share == WKV_SHARE_MEAN ? mean_cells(view, il0, il1, ih) : cells_of(view, il0, ih, false);
+
+    window_set res;
+    res.n        = cells.n;
+    res.n_review = std::max(0, cells.n - scoring.window_size);
+    res.n_recent = n_recent_of(cells.n, p, budget);
+    res.budget   = budget;
+    res.windows.reserve(cells.pos.n_listed >= res.n_review ? 0 : res.n_review/p.omega + 2);
+
+    // what follows an attended token is often what the answer needs next
+    if (cells.single) {
+        res.single = cells.single;
+        if (scoring.kernel_size > 1) {
+            res.pooled = pool(scoring, cells.single, res.n_review);
+            res.single = res.pooled.data();
+        }
+        make_windows(res.single, cells, p, res);
+    } else {
+        res.mean = scoring.kernel_size > 1 ? pool(scoring, cells.mean.data(), res.n_review) : std::move(cells.mean);
+        make_windows(res.mean.data(), cells, p, res);
     }
+    res.pos    = cells.pos;
+    res.listed = std::move(cells.listed);
     return res;
 }
 
-ranking rank_windows(cell_set cells, const wkv_policy & policy, int32_t budget, bool with_order) {
-    const wkv_selection & p = policy.selection;
+static bool is_better(const window & a, const window & b) {
+    return a.score != b.score ? a.score > b.score : a.i0 < b.i0;
+}
 
-    const int32_t n        = cells.pos.size();
-    const int32_t n_review = std::max(0, n - policy.scoring.window_size);
-    const int32_t n_recent = n_recent_of(n, p, budget);
+int32_t n_whole(window_set & set, const wkv_selection & p) {
+    auto & windows = set.windows;
+    std::sort(windows.begin() + (p.protect_first && !windows.empty()), windows.end(), is_better);
 
-    // what follows an attended token is often what the answer needs next
-    const auto pooled = pool(policy.scoring, cells.score.data(), n_review);
-    std::copy(pooled.begin(), pooled.end(), cells.score.begin());
+    int64_t n_drop = set.n_review - std::min<int64_t>(set.n_review, int64_t(set.budget) - set.n_recent);
+    int32_t res    = set.n_review;
+    for (size_t i = windows.size(); i-- > 0 && n_drop > 0;) {
+        const int32_t n = windows[i].i1 - windows[i].i0;
 
-    const auto windows = best_windows(cells, n_review, p);
-
-    ranking res;
-    res.keys.n_cells = n;
-    res.keys.n_stays = n_recent;
-    res.n_whole      = n_recent + n_whole(windows, n_review, p.omega, int64_t(budget) - n_recent);
-
-    res.keys.run.reserve(windows.size()); // keys are kept: no more than that
-    res.keys.end.reserve(windows.size());
-
-    int32_t end = n_recent;
-    for (const window & w : windows) {
-        end += w.i1 - w.i0;
-        if (p.protect_first && &w == &windows[0]) {
-            res.keys.n_stays = end;
-            continue;
-        }
-        if (!res.keys.run.empty() && res.keys.run.back() == w.score) {
-            res.keys.end.back() = end;
-        } else {
-            res.keys.run.push_back(w.score);
-            res.keys.end.push_back(end);
-        }
+        n_drop -= windows[i].i1 == set.n_review ? p.omega : n;
+        res    -= n;
     }
-    if (!with_order) {
+    return set.n_recent + res;
+}
+
+// Puts the best windows first, as many as fit into n cells, and behind them the one that fits in part; returns how many fit. Only
+// so far is anything sorted. count: cells of a window.
+template <typename F>
+static size_t put_best_first(std::vector<window> & windows, size_t first, int64_t n, F count) {
+    const auto at  = [&](size_t i) { return windows.begin() + i; };
+    const auto sum = [&](size_t i0, size_t i1) {
+        int64_t res = 0;
+        for (size_t i = i0; i < i1; ++i) {
+            res += count(windows[i]);
+        }
         return res;
+    };
+
+    size_t  lo   = first; // all before it fit
+    size_t  hi   = windows.size(); // this one, if there is one, does not fit as a whole
+    int64_t n_in = sum(lo, hi);
+    while (n_in > n && lo < hi) {
+        // where they are alike the first guess is right
+        const double guess = double(n)/double(n_in)*double(hi - lo);
+        const size_t mid   = std::min(hi - 1, lo + size_t(std::max(0.0, guess)));
+
+        std::nth_element(at(lo), at(mid), at(hi), is_better);
+        const int64_t n_before = sum(lo, mid);
+        const int64_t n_mid    = n_before + count(windows[mid]);
+        if (n_mid <= n) {
+            lo    = mid + 1;
+            n    -= n_mid;
+            n_in -= n_mid;
+        } else {
+            hi   = mid;
+            n_in = n_before;
+        }
+    }
+    return hi;
+}
+
+void mark_best(window_set & set, const wkv_selection & p, const held_cells & held, bool all_count, int32_t n, mark_row keep) {
+    const auto take = [&](int32_t i) {
+        const int32_t at = held.at.empty() ? i : held.at[i];
+        if (at >= 0) {
+            keep.set(at);
+        }
+        n -= all_count || at >= 0;
+    };
+    const auto count = [&](const window & w) -> int32_t {
+        return all_count || held.before.empty() ? w.i1 - w.i0 : held.before[w.i1] - held.before[w.i0];
+    };
+
+    for (int32_t i = set.n - 1; i >= set.n - set.n_recent && n > 0; --i) {
+        take(i);
     }
 
-    res.order.reserve(n);
-    for (int32_t i = 0; i < n_recent; ++i) {
-        res.order.push_back(n - 1 - i);
-    }
-    for (const window & w : windows) {
-        for (int32_t i = w.i0; i < w.i1; ++i) {
-            res.order.push_back(i);
+    auto & windows = set.windows;
+    const size_t n_protected = p.protect_first && !windows.empty() ? 1 : 0;
+    const bool   first_fits  = n_protected == 0 || count(windows[0]) <= n;
+    const size_t n_fit       = !first_fits ? 0 : put_best_first(windows, n_protected, n - (n_protected ? count(windows[0]) : 0), count);
+    for (size_t iw = 0; iw < n_fit; ++iw) {
+        for (int32_t i = windows[iw].i0; i < windows[iw].i1; ++i) {
+            take(i);
         }
-        std::sort(res.order.end() - (w.i1 - w.i0), res.order.end(), [&](int32_t a, int32_t b) {
-            return cells.score[a] != cells.score[b] ? cells.score[a] > cells.score[b] : a < b;
+    }
+    if (n_fit < windows.size() && n > 0) {
+        // of the next one its best tokens
+        std::vector<int32_t> cells(windows[n_fit].i1 - windows[n_fit].i0);
+        std::iota(cells.begin(), cells.end(), windows[n_fit].i0);
+        std::sort(cells.begin(), cells.end(), [&](int32_t a, int32_t b) {
+            return set.score(a) != set.score(b) ? set.score(a) > set.score(b) : a < b;
         });
+        for (size_t i = 0; i < cells.size() && n > 0; ++i) {
+            take(cells[i]);
+        }
     }
-    for (int32_t i = n - 1 - n_recent; i >= n_review; --i) {
-        res.order.push_back(i);
+
+    // the rest of the observation window, then what this head holds beside the set, newest first
+    for (int32_t i = set.n - 1 - set.n_recent; i >= set.n_review && n > 0; --i) {
+        take(i);
     }
-    return res;
+    for (size_t i = held.others.size(); i-- > 0 && n > 0; --n) {
+        keep.set(held.others[i]);
+    }
 }
 
 } // namespace wkv

@@ -4,12 +4,14 @@
 //   test-policy [N_CASES [SEED]]
 
 #include "wkv-policy.h"
+#include "wkv-threads.h"
 
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <numeric>
 #include <random>
 
@@ -116,7 +118,7 @@ static wkv_policy random_policy() {
 
 // positions that ascend, up to the largest ones
 static std::vector<int32_t> random_positions(int32_t n) {
-    const int32_t step = any({ 1, 3, INT32_MAX/64 });
+    const int32_t step = any({ 1, 3, INT32_MAX/std::max(64, n) });
     std::vector<int32_t> res(n);
     for (int32_t i = 0; i < n; ++i) {
         res[i] = i*step;
@@ -147,9 +149,11 @@ struct inputs {
         const int32_t n_heads = shapes.n_layer*shapes.n_head_kv;
         const bool    alike   = (policy.selection.kind == WKV_KIND_WINDOWS && policy.selection.scope == WKV_SCOPE_LAYER) || one_in(3);
 
-        const auto same = random_positions(1 + below(60));
+        const int32_t n_most = one_in(100) ? 3000 : 60; // many: last keys are found in several steps
+
+        const auto same = random_positions(1 + below(n_most));
         for (int32_t i = 0; i < n_heads; ++i) {
-            const auto own = alike ? same : random_positions(1 + below(60));
+            const auto own = alike ? same : random_positions(1 + below(n_most));
             cells.push_back(own.size());
             pos.insert(pos.end(), own.begin(), own.end());
         }
@@ -168,9 +172,48 @@ struct inputs {
         }
 
         scores.resize(pos.size()*(shapes.n_gqa + 1));
+        const int32_t n_levels = any({ 1, 3, 1000 }); // few: many ties
         for (auto & s : scores) {
-            s = one_in(2) ? below(1000)/1000.0f : any({ 0.0f, 1e-45f, FLT_MIN, FLT_MAX, -FLT_MAX });
+            s = one_in(2) ? below(n_levels)/1000.0f : any({ 0.0f, -0.0f, 1e-45f, FLT_MIN, FLT_MAX, -FLT_MAX });
         }
+    }
+
+    std::vector<uint8_t> bytes(const wkv::marks & marks) const {
+        std::vector<uint8_t> res(pos.size(), 2);
+        uint8_t * dst = res.data();
+        for (size_t i = 0; i < cells.size(); ++i) {
+            marks.write(i, dst);
+            dst += cells[i];
+        }
+        return res;
+    }
+
+    // positions of every head; as runs: those at the end that follow each other are not listed
+    std::vector<wkv::cell_positions> listed(bool as_runs) const {
+        std::vector<wkv::cell_positions> res;
+        const int32_t * first = pos.data();
+        for (const int32_t n : cells) {
+            int32_t n_listed = n;
+            while (as_runs && n_listed > 0 && (n_listed == n || first[n_listed - 1] + 1 == first[n_listed])) {
+                --n_listed;
+            }
+            res.push_back({ first, n_listed, n_listed < n ? first[n_listed] : 0 });
+            first += n;
+        }
+        return res;
+    }
+
+    std::vector<float> planes(const wkv_policy & policy, const wkv::cache_view & view, int32_t il0, int32_t il1) const {
+        const size_t n_rows = view.n_rows();
+        const size_t i0     = view.offsets[view.index(il0, 0)];
+        const size_t i1     = view.offsets[view.index(il1, 0)];
+
+        std::vector<float> res(scores.begin() + i0*n_rows, scores.begin() + i1*n_rows);
+        if (policy.scoring.token_window_size > 0) {
+            const auto second = scores.begin() + view.offsets.back()*n_rows;
+            res.insert(res.end(), second + i0, second + i1);
+        }
+        return res;
     }
 };
 
@@ -193,23 +236,64 @@ static bool run(int i_case) {
         CHECK(std::accumulate(budgets.n_cells.begin(), budgets.n_cells.end(), int64_t(0)) <= n_cells*n_heads);
     }
 
-    // as the runtime selects, and from budgets alone
+    // with the budgets at hand, and from their cells alone
     wkv::head_budgets given;
     CHECK(wkv::given_budgets(view, budgets.n_cells.data(), given).empty());
-    std::vector<uint8_t> keep(in.pos.size(), 2), again(in.pos.size(), 2);
-    CHECK(wkv::select(view, budgets, keep.data()).empty());
-    CHECK(wkv::select(view, given, again.data()).empty());
-    CHECK(keep == again);
+    wkv::marks marks(in.cells.data(), n_heads), marks_given = marks;
+    CHECK(wkv::select(view, budgets, marks).empty());
+    CHECK(wkv::select(view, given, marks_given).empty());
+    const auto keep = in.bytes(marks);
+    CHECK(keep == in.bytes(marks_given));
+
+    // as the runtime selects: from the scores of some layers at a time, on several threads
+    for (const int32_t n_threads : { 1, 3 }) {
+        wkv::cache_view parts(policy, in.shapes, in.listed(n_threads > 1));
+        parts.n_threads = n_threads;
+        std::vector<float> cur;
+        wkv::marks         marks_parts(in.cells.data(), n_heads);
+        CHECK(wkv::select_cells(parts, n_cells, [&](int32_t il0, int32_t il1) {
+            cur = in.planes(policy, view, il0, il1);
+            return cur.data();
+        }, marks_parts).empty());
+        CHECK(keep == in.bytes(marks_parts));
+    }
 
     for (int64_t i = 0; i < n_heads; ++i) {
         const int64_t n_kept = std::count(keep.begin() + view.offsets[i], keep.begin() + view.offsets[i + 1], 1);
+        CHECK(n_kept == marks.count(i));
         CHECK(budgets.n_cells[i] >= 1 && budgets.n_cells[i] <= in.cells[i]);
         CHECK(policy.selection.whole_windows ? n_kept >= 1 : n_kept == budgets.n_cells[i]);
     }
     return true;
 }
 
+// every call is made once, and an exception comes out on the caller's thread after all threads have ended
+static void test_threads() {
+    const int i_case = -1;
+    for (const int32_t n_threads : { 0, 1, 3, 50 }) {
+        std::vector<int> n_calls(40, 0);
+        wkv::for_each(n_threads, n_calls.size(), [&](size_t i) { n_calls[i]++; });
+        CHECK(std::count(n_calls.begin(), n_calls.end(), 1) == 40);
+
+        bool thrown = false;
+        try {
+            wkv::for_each(n_threads, n_calls.size(), [&](size_t i) {
+                n_calls[i]++;
+                if (i % 7 == 3) {
+                    throw std::bad_alloc();
+                }
+            });
+        } catch (const std::bad_alloc &) {
+            thrown = true;
+        }
+        CHECK(thrown);
+        CHECK(*std::max_element(n_calls.begin(), n_calls.end()) == 2 && n_calls[3] == 2);
+    }
+}
+
 int main(int argc, char ** argv) {
+    test_threads();
+
     const int n_cases = argc > 1 ? atoi(argv[1]) : 100000;
     rng.seed(argc > 2 ? atoi(argv[2]) : 1);
 

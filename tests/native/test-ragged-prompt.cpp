@@ -197,6 +197,38 @@ static void test_scores_in_parts(llama_model * model) {
     }
 }
 
+// a GPU scores several heads at once: the same scores, bit for bit on the CPU
+static void test_scores_of_several_heads(llama_model * model) {
+    auto ctx = make(model, 16);
+    CHECK(decode(ctx.get(), prompt(303), 0) == 0);
+    auto policy = windowkv();
+    for (const bool compacted : { false, true }) {
+        if (compacted) {
+            // heads that hold equally many cells, of other positions each
+            CHECK(wkv_compact(ctx.get(), &policy, 40) > 0);
+            CHECK(decode(ctx.get(), prompt(7, 3), 303) == 0);
+        }
+        const auto & seq  = llama_kv_ragged_find(ctx->get_memory())->get_seq();
+        const auto   n    = seq.n_cells(0, 0);
+        const auto   size = int64_t(n*16*seq.get_layers()[0].n_gqa()*sizeof(float));
+        for (const bool by_query_head : { false, true }) {
+            llama_kv_ragged_scoring scoring;
+            scoring.window_sizes  = by_query_head ? std::vector<int32_t>{ 16 } : std::vector<int32_t>{ 5, 16 };
+            scoring.by_query_head = by_query_head;
+            scoring.n_bytes_group = 0;
+            const auto want = llama_kv_ragged_score(*ctx, seq, 0, scoring);
+            for (const int64_t n_heads : { 2, 3, 64 }) {
+                scoring.n_bytes_group = n_heads*size;
+                const auto got = llama_kv_ragged_score(*ctx, seq, 0, scoring);
+                CHECK(got.size() == want.size());
+                for (size_t j = 0; j < want.size(); ++j) {
+                    CHECK(on_device ? std::fabs(got[j] - want[j]) <= 1e-6f : got[j] == want[j]);
+                }
+            }
+        }
+    }
+}
+
 static void test_queries_older_than_every_cell(llama_model * model) {
     auto ctx = make(model, 16);
     CHECK(decode(ctx.get(), prompt(300), 0) == 0);
@@ -218,5 +250,6 @@ void test_prompt(llama_model * model) {
     test_prompts_functions_cannot_meddle(model);
     test_prompts_are_found(model);
     test_scores_in_parts(model);
+    test_scores_of_several_heads(model);
     test_queries_older_than_every_cell(model);
 }
