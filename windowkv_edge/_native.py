@@ -229,6 +229,10 @@ class Context:
         if lib.wkv_ready(self._ctx, ragged) < 0:
             raise UnsupportedModelError(last_error())
 
+    def has_ragged(self) -> bool:
+        """Whether heads that hold different numbers of cells are attended at once on the devices of all layers."""
+        return check(lib.wkv_has_ragged(self._ctx)) == 1
+
     def copy(self) -> Context:
         """The same cache, to be closed by itself."""
         res = object.__new__(type(self))

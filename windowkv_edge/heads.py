@@ -162,6 +162,7 @@ class ModelHeads:
         n_head_kv: kv heads per layer of the compressible layers.
         layers: indices of the layers that the cache compresses.
         n_head: query heads per layer of these; None if unknown.
+        has_ragged: whether the devices of these layers attend to heads of different lengths at once.
     """
 
     path: str
@@ -170,6 +171,7 @@ class ModelHeads:
     n_head_kv: int
     layers: tuple[int, ...]
     n_head: int | None = None
+    has_ragged: bool = True
 
     def find(self, given: HeadScores | str | os.PathLike[str] | None) -> HeadScores:
         """Head scores of this model: given ones, else those in its metadata, beside its file, or in the package.

@@ -237,7 +237,7 @@ class Llama(PolicyEvaluation):
         with self._kv_guard.use("kv_stats()", reads=True):
             if self._kv_cache is None:
                 return KVStats.read(_native.Context(self._ctx.ctx), None)
-            return KVStats.read(self._kv_cache.kv, self._kv_cache.policy.name)
+            return KVStats.read(self._kv_cache.kv, self._kv_cache.name)
 
     def kv_positions(self, layer: int, head: int) -> npt.NDArray[np.int32]:
         """Positions that one kv head holds, ascending.

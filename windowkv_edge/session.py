@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,15 +111,12 @@ class PolicyCache:
         self.kv.set_attention("auto" if exact else "ragged")
 
     def bind(self, policy: KVPolicy) -> KVPolicy:
-        """The policy for this model.
+        """The policy for this model and its devices. Warns where these are slow with it, or another one stands in.
 
         Raises:
             UnsupportedModelError, MissingProfileError, OSError, ValueError: see the class.
         """
-        try:
-            self.kv.ready(policy.ragged)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{self._path}: {error}") from None
+        self._check_ready(ragged=False)
         stats = self.kv.stats()
         try:
             policy.check_cells(cell_types(stats))
@@ -126,7 +124,34 @@ class PolicyCache:
             raise UnsupportedModelError(f"{self._path}: {error}") from error
         n_layer, n_head_kv = int(llama_cpp.llama_model_n_layer(self._model)), int(stats.n_head_kv)
         n_head = n_head_kv * int(stats.n_gqa)
-        return policy.bind(ModelHeads(self._path, self._metadata, n_layer, n_head_kv, self.kv.layers(), n_head=n_head))
+        layers, has_ragged = self.kv.layers(), self.kv.has_ragged()
+        bound = policy.bind(
+            ModelHeads(self._path, self._metadata, n_layer, n_head_kv, layers, n_head=n_head, has_ragged=has_ragged)
+        )
+        self._check_ready(bound.ragged)
+        lacks = f"{self._path}: a device of its layers cannot attend to heads of different lengths at once"
+        if bound.name != policy.name:
+            text = f"{lacks}, so that kv_policy={policy.name!r} gives all heads equally many cells, as {bound.name!r}"
+            warnings.warn(text, stacklevel=5)
+        elif bound.ragged and not has_ragged:
+            text = (
+                f"{lacks}: with kv_policy={policy.name!r} it does so head by head, {n_head_kv} attention operations "
+                "per layer and token instead of one, in no more memory; 'auto' and 'windowkv' keep heads equal there"
+            )
+            warnings.warn(text, stacklevel=5)
+        return bound
+
+    def _check_ready(self, ragged: bool) -> None:
+        try:
+            self.kv.ready(ragged)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{self._path}: {error}") from None
+
+    @property
+    def name(self) -> str:
+        """Of the policy, and of the one that stands in for it on this device."""
+        own = self.policy.name
+        return own if self.bound.name == own else f"{own}: {self.bound.name}"
 
     def set_policy(self, policy: KVPolicy, bound: KVPolicy) -> None:
         """Another policy, for an empty cache. If this is interrupted or fails, the old one stays.

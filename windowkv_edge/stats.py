@@ -30,7 +30,7 @@ class KVStats:
     most models these are all layers. Layers with a sliding window or a recurrent state stay as in stock llama.cpp.
 
     Attributes:
-        policy: name of the policy; "stock" without one.
+        policy: name of the policy; "stock" without one; "auto: windowkv" where that stands in for it on its device.
         n_past: positions the sequence has seen, evicted ones included.
         layers: indices of these layers in the model.
         cells: int32 [len(layers), n_head_kv], cells held now.

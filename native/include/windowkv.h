@@ -36,11 +36,13 @@ enum wkv_status {
     WKV_ERR_COMPUTE     = -4, // a graph failed or memory ran out
 };
 
-// which attention a layer runs whose heads hold equally many cells; layers whose heads differ always run the ragged op
+// which attention layers run
 enum wkv_attention {
-    WKV_ATTENTION_AUTO   = 0, // stock until something is evicted, then the faster one: ragged on the CPU, stock elsewhere;
-                              // quantised cells on the CPU: ragged
-    WKV_ATTENTION_STOCK  = 1, // ggml_flash_attn_ext
+    WKV_ATTENTION_AUTO   = 0, // heads that hold equally many cells: stock until something is evicted, then the faster one: ragged on the
+                              // CPU, stock elsewhere; quantised cells on the CPU: ragged
+                              // heads that differ: ragged on the CPU, and elsewhere for up to 8 tokens where the device has it; stock
+                              // for the rest
+    WKV_ATTENTION_STOCK  = 1, // ggml_flash_attn_ext, head by head where they differ; the CPU runs ragged for these
     WKV_ATTENTION_RAGGED = 2, // ggml_flash_attn_ragged, where the device has it
 };
 
@@ -94,6 +96,10 @@ WKV_API void wkv_pending_clear(void);
 // WKV_OK if the context has a ragged cache that serves all of its attention layers, with ragged = true also for
 // policies that give the heads of a layer different numbers of cells
 WKV_API int wkv_ready(struct llama_context * ctx, bool ragged);
+
+// Whether the devices of all layers have ggml_flash_attn_ragged: 1, or 0 if some attend head by head where heads differ, with an
+// attention of its own for every kv head (wkv_ready() says if they can), or a negative status
+WKV_API int wkv_has_ragged(struct llama_context * ctx);
 
 // --- runtime
 

@@ -82,31 +82,39 @@ llama_kv_cache_ragged_context::layer_view llama_kv_cache_ragged_context::get_vie
     const auto & layer = kv->get_layers()[i];
 
     if (!full) {
-        const auto  & pool    = seq.cells[i].pool;
-        const int64_t n_cells = seq.n_cells(i, 0);
-        return { pool.k, pool.v, kv->is_stock(i), pool.cap(0), n_cells, seq.n_read(i, n_cells) };
+        const auto & pool = seq.cells[i].pool;
+        return { pool.k, pool.v, pool.cap(0) };
     }
 
     const int64_t n = kv->get_size();
 
-    layer_view res = { nullptr, nullptr, kv->is_stock(i), n, n, n };
-    if (ctx) {
-        res.k = ggml_new_tensor_2d(ctx, layer.type_k, layer.n_embd_head_k, n*layer.n_head_kv);
-        res.v = ggml_new_tensor_2d(ctx, layer.type_v, layer.n_embd_head_v, n*layer.n_head_kv);
-        res.k->buffer = res.v->buffer = layer.buf_full.get();
-    }
+    layer_view res;
+    res.k   = ggml_new_tensor_2d(ctx, layer.type_k, layer.n_embd_head_k, n*layer.n_head_kv);
+    res.v   = ggml_new_tensor_2d(ctx, layer.type_v, layer.n_embd_head_v, n*layer.n_head_kv);
+    res.cap = n;
+    res.k->buffer = res.v->buffer = layer.buf_full.get();
     return res;
 }
 
-std::vector<llama_kv_cache_ragged_context::layer_view> llama_kv_cache_ragged_context::get_stock_views() const {
-    std::vector<layer_view> res;
-    for (const auto & layer : kv->get_layers()) {
-        res.push_back(get_view(nullptr, layer.il));
-        if (!res.back().stock) {
-            res.pop_back();
-        }
+llama_kv_ragged_kernel llama_kv_cache_ragged_context::get_kernel(int32_t il, int64_t n_tokens) const {
+    return kv->get_kernel(get_index(il), n_tokens);
+}
+
+llama_kv_cache_ragged_context::cells_view llama_kv_cache_ragged_context::get_cells(int32_t il, int32_t ih) const {
+    const size_t i   = get_index(il);
+    const auto & seq = kv->get_seq();
+
+    const int32_t ih0 = std::max(ih, 0);
+    if (full) {
+        const int64_t n = kv->get_size();
+        return { ih0*n, n, n };
     }
-    return res;
+    const int64_t n_cells = seq.n_cells(i, ih0);
+    return { seq.cells[i].pool.first[ih0], n_cells, ih == ALL_HEADS ? seq.n_read(i, n_cells) : seq.n_read_by_head(i, ih) };
+}
+
+const std::vector<llama_kv_ragged_layer> & llama_kv_cache_ragged_context::get_layers() const {
+    return kv->get_layers();
 }
 
 const llama_kv_ragged_layer & llama_kv_cache_ragged_context::get_layer(int32_t il) const {

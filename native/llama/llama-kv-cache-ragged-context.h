@@ -3,6 +3,7 @@
 // What a batch, and the graphs of its ubatches, see of a ragged KV cache.
 
 #include "llama-kv-cache.h"
+#include "llama-kv-ragged-layer.h"
 
 #include <functional>
 #include <utility>
@@ -12,8 +13,6 @@ struct llama_context;
 struct llm_graph_context;
 
 class llama_kv_cache_ragged;
-
-struct llama_kv_ragged_layer;
 
 // The scale of a layer's attention logits, which the worst-case graph of a context has. Throws llama_kv_ragged_unsupported if the layer's
 // attention does not run through the cache.
@@ -58,19 +57,30 @@ public:
     struct layer_view {
         ggml_tensor * k;  // [n_embd_head_k, n_rows]
         ggml_tensor * v;  // [n_embd_head_v, n_rows]
-        bool stock;       // stock attention serves the layer, its heads hold equally many cells; what follows is for it
-        int64_t cap;      // rows per head
-        int64_t n_cells;  // cells per head, those of the ubatch included
-        int64_t n_read;   // cells per head that attention reads
+        int64_t cap;      // rows per head, if all have the same
     };
 
     layer_view get_view(ggml_context * ctx, int32_t il) const;
+
+    // what attends in a layer in a graph of n_tokens
+    llama_kv_ragged_kernel get_kernel(int32_t il, int64_t n_tokens) const;
+
+    // what stock attention sees of a layer's heads, which hold equally many cells (ih = ALL_HEADS), or of one of them
+    struct cells_view {
+        int64_t first;   // row of the pool
+        int64_t n_cells; // cells per head, those of the ubatch included
+        int64_t n_read;  // cells per head that attention reads
+    };
+
+    static constexpr int32_t ALL_HEADS = -1;
+
+    cells_view get_cells(int32_t il, int32_t ih) const;
 
     const llama_kv_ragged_layer & get_layer(int32_t il) const;
 
     ggml_tensor * get_queries(int32_t il) const; // observed ones of a layer, F16 [n_embd_head_k, n_rows, n_head]
 
-    std::vector<layer_view> get_stock_views() const; // of the layers that stock attention serves, without tensors
+    const std::vector<llama_kv_ragged_layer> & get_layers() const;
 
     // the device that holds the table of a layer's cells for graphs of n_tokens, and the table; nullptr if it is an input
     std::pair<ggml_backend_dev_t, ggml_tensor *> get_table(int32_t il, int64_t n_tokens) const;

@@ -31,7 +31,7 @@ struct llama_kv_ragged_while {
 
 class llama_kv_cache_ragged : public llama_kv_cache {
 public:
-    // which attention a layer runs whose heads hold equally many cells, see wkv_attention
+    // which attention layers run, see wkv_attention
     enum attention_type { ATTENTION_AUTO, ATTENTION_STOCK, ATTENTION_RAGGED };
 
     // holds the layers that the filter accepts, all without one
@@ -137,8 +137,8 @@ public:
     // index of a layer of the model
     int32_t get_index(int32_t il) const { return map_layer.at(il); }
 
-    // whether stock attention serves a layer; it needs heads that hold equally many cells
-    bool is_stock(size_t i) const;
+    // what attends in a layer in a graph of n_tokens
+    llama_kv_ragged_kernel get_kernel(size_t i, int64_t n_tokens) const;
 
     // graphs of an older epoch hold stale pointers
     uint64_t get_epoch() const { return epoch; }

@@ -179,8 +179,8 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
     res.boundary = seq.n_pos;
     res.pool     = layer.make_pool(layer.capacity(len_next, slack, true), seq.get_meter());
 
-    // unused rows repeat a valid one, they have to be finite
-    std::vector<int32_t> rows(res.pool.n_rows(), 0);
+    // unused rows have to be finite: between heads they repeat a valid one, behind the last cell they are zero
+    std::vector<int32_t> rows(res.pool.first[layer.n_head_kv - 1] + len_next.back(), 0);
     for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
         auto & kept = res.kept[ih];
 

@@ -57,6 +57,9 @@ llama_kv_cache * llama_kv_ragged_attn_cache(llama_memory_i * mem);
 // the same if it is a ragged one, else nullptr
 llama_kv_cache_ragged * llama_kv_ragged_find(llama_memory_i * mem);
 
+// tensors that a ragged cache puts into a graph beyond those of a stock one, 0 for other memories
+size_t llama_kv_ragged_n_nodes(llama_memory_i * mem);
+
 // the sequence that is meant: a ragged cache holds one, so that "every sequence" (-1) is that one. Recurrent caches need to be told,
 // they remove nothing from every sequence
 llama_seq_id llama_kv_ragged_seq_id(const llama_kv_cache * kv, llama_seq_id seq_id);

@@ -11,25 +11,29 @@
 #include "ggml-flash-attn-ragged.h"
 
 #include <algorithm>
+#include <deque>
 #include <map>
 #include <numeric>
 #include <set>
 #include <vector>
 
-// Inputs of one graph. Layers whose heads hold equally many cells share a class: one mask, one set of indices.
-// Appending adds the same number of cells everywhere, so the classes of a graph stay valid within an epoch.
+// Inputs of one graph. Layers whose heads hold equally many cells share a class, and so do heads that are attended one by one: one mask,
+// one set of indices. Appending adds the same number of cells everywhere, so the classes of a graph stay valid within an epoch.
 //
-// A mask has a triangle at its end, and so have those of all classes: in large batches the classes are views of one mask, or a model
-// whose layers all differ in length would hold a mask of its own for every layer.
+// A mask has a triangle at its end, and so have those of all classes: in large batches, and for single heads, the classes are views of
+// one mask, or a model whose layers all differ in length would hold a mask of its own for every layer, and copy each to its device.
 class llm_graph_input_ragged : public llm_graph_input_i {
 public:
     struct cell_class {
         int32_t il; // a layer of this class
+        int32_t ih; // a head of it, ALL_HEADS for whole layers
+
         int64_t n_cells;
         int64_t n_read;
 
-        ggml_tensor * mask; // F16 [n_read, n_tokens]; nullptr: columns of the common one
-        ggml_tensor * idxs; // I64 [n_tokens]
+        // for whole layers
+        ggml_tensor * mask = nullptr; // F16 [n_read, n_tokens]; nullptr: columns of the common one
+        ggml_tensor * idxs = nullptr; // I64 [n_tokens]
     };
 
     llm_graph_input_ragged(const llama_kv_cache_ragged_context * mctx, int64_t n_tokens) :
@@ -39,7 +43,7 @@ public:
 
     bool can_reuse(const llm_graph_params & params) override;
 
-    const cell_class & get_class(ggml_context * ctx, const llama_kv_cache_ragged_context::layer_view & view, int32_t il);
+    const cell_class & get_class(ggml_context * ctx, int32_t il, int32_t ih);
 
     // F16 [n_read, n_tokens]
     ggml_tensor * get_mask(ggml_context * ctx, const cell_class & cls, ggml_backend_dev_t dev);
@@ -67,7 +71,7 @@ private:
     const uint64_t epoch;
     const int64_t  n_tokens;
 
-    std::vector<cell_class> classes;
+    std::deque<cell_class> classes;
 
     // F16 [n_cols, n_tokens]: query t sees the first n_seen + t columns
     ggml_tensor * common   = nullptr;
@@ -104,43 +108,67 @@ float llama_kv_ragged_scale(const llama_context & lctx, int32_t il) {
     return inp->scales.at(il);
 }
 
-const llm_graph_input_ragged::cell_class & llm_graph_input_ragged::get_class(
-        ggml_context * ctx, const llama_kv_cache_ragged_context::layer_view & view, int32_t il) {
+const llm_graph_input_ragged::cell_class & llm_graph_input_ragged::get_class(ggml_context * ctx, int32_t il, int32_t ih) {
+    const bool by_head = ih != llama_kv_cache_ragged_context::ALL_HEADS;
+    const auto view    = mctx->get_cells(il, ih);
+
     for (const auto & cls : classes) {
-        if (cls.n_cells == view.n_cells && cls.n_read == view.n_read) {
+        // their reads are as long now, they need not grow at the same time
+        const bool as_mine = by_head == (cls.ih != llama_kv_cache_ragged_context::ALL_HEADS);
+        if (as_mine && cls.n_cells == view.n_cells && cls.n_read == view.n_read) {
             return cls;
         }
     }
 
-    cell_class cls = { il, view.n_cells, view.n_read, nullptr, nullptr };
-
     if (classes.empty()) {
         init_common(ctx);
     }
-    if (!common) {
+
+    classes.push_back({ il, ih, view.n_cells, view.n_read });
+    auto & cls = classes.back();
+    if (by_head) {
+        return cls;
+    }
+
+    // masks of a few tokens are small, and copying columns of a common one costs a node for every layer
+    if (!common || n_tokens <= llama_kv_ragged_tables::N_TOKENS_MAX) {
         cls.mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, view.n_read, n_tokens);
         ggml_set_input(cls.mask);
-        ggml_format_name(cls.mask, "ragged_mask_%zu", classes.size());
+        ggml_format_name(cls.mask, "ragged_mask_%zu", classes.size() - 1);
     }
 
     cls.idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
     ggml_set_input(cls.idxs);
-    ggml_format_name(cls.idxs, "ragged_idxs_%zu", classes.size());
-
-    classes.push_back(cls);
-    return classes.back();
+    ggml_format_name(cls.idxs, "ragged_idxs_%zu", classes.size() - 1);
+    return cls;
 }
 
 void llm_graph_input_ragged::init_common(ggml_context * ctx) {
-    const auto views = mctx->get_stock_views();
-
     std::set<std::pair<int64_t, int64_t>> distinct;
-    for (const auto & view : views) {
+
+    const auto add = [&](int32_t il, int32_t ih) {
+        const auto view = mctx->get_cells(il, ih);
         distinct.insert({ view.n_cells, view.n_read });
         n_common = std::max(n_common, view.n_cells);
+    };
+
+    bool by_head = false;
+    for (const auto & layer : mctx->get_layers()) {
+        switch (mctx->get_kernel(layer.il, n_tokens)) {
+            case LLAMA_KV_RAGGED_KERNEL_STOCK:
+                add(layer.il, llama_kv_cache_ragged_context::ALL_HEADS);
+                break;
+            case LLAMA_KV_RAGGED_KERNEL_BY_HEAD:
+                for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
+                    add(layer.il, ih);
+                }
+                by_head = true;
+                break;
+            case LLAMA_KV_RAGGED_KERNEL_RAGGED:
+                break;
+        }
     }
-    // masks of a few tokens are small, and copying columns of a common one costs a node for every layer
-    if (distinct.size() < 2 || n_tokens <= llama_kv_ragged_tables::N_TOKENS_MAX) {
+    if (!by_head && (distinct.size() < 2 || n_tokens <= llama_kv_ragged_tables::N_TOKENS_MAX)) {
         return;
     }
 
@@ -221,8 +249,11 @@ void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
 
     for (const auto & cls : classes) {
         // new cells are the last ones: query t sees the cells [0, n_old + t]
-        const int64_t n_old = mctx->get_view(nullptr, cls.il).n_cells - n_tokens;
+        const int64_t n_old = mctx->get_cells(cls.il, cls.ih).n_cells - n_tokens;
 
+        if (!cls.idxs) {
+            continue;
+        }
         std::iota(idxs.begin(), idxs.end(), n_old);
         ggml_backend_tensor_set(cls.idxs, idxs.data(), 0, ggml_nbytes(cls.idxs));
         if (cls.mask) {
@@ -230,7 +261,7 @@ void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
         }
     }
     if (common) {
-        const int64_t n_appended = mctx->get_view(nullptr, classes[0].il).n_cells - classes[0].n_cells;
+        const int64_t n_appended = mctx->get_cells(classes[0].il, classes[0].ih).n_cells - classes[0].n_cells;
         set_mask(common, n_common + n_appended - n_tokens + 1);
     }
 
@@ -267,7 +298,7 @@ bool llm_graph_input_ragged::can_reuse(const llm_graph_params & params) {
     }
 
     for (const auto & cls : classes) {
-        if (next->get_view(nullptr, cls.il).n_read != cls.n_read) {
+        if (next->get_cells(cls.il, cls.ih).n_read != cls.n_read) {
             return false;
         }
     }
@@ -279,6 +310,31 @@ bool llm_graph_input_ragged::can_reuse(const llm_graph_params & params) {
 // cells of all heads of a pool, [n_embd_head, n, n_head]
 static ggml_tensor * view_cells(ggml_context * ctx, ggml_tensor * pool, int64_t cap, int64_t n, int64_t n_head) {
     return ggml_view_3d(ctx, pool, pool->ne[0], n, n_head, pool->nb[1], cap*pool->nb[1], 0);
+}
+
+// cells of one head, [n_embd_head, n, 1]
+static ggml_tensor * view_head(ggml_context * ctx, ggml_tensor * pool, int64_t first, int64_t n) {
+    return ggml_view_3d(ctx, pool, pool->ne[0], n, 1, pool->nb[1], n*pool->nb[1], first*pool->nb[1]);
+}
+
+// kernels may expect that what they read begins where a tensor of its own would
+static ggml_tensor * aligned(ggml_context * ctx, ggml_tensor * view, ggml_backend_buffer_type_t buft) {
+    return view->view_offs % ggml_backend_buft_get_alignment(buft) == 0 ? view : ggml_cont(ctx, view);
+}
+
+// [n_embd_head, n, n_tokens] x parts -> [n_embd_head, n*parts, n_tokens]; neighbours first, so that a value is copied log2(parts) times
+static ggml_tensor * concat_heads(ggml_context * ctx, std::vector<ggml_tensor *> parts) {
+    while (parts.size() > 1) {
+        std::vector<ggml_tensor *> next;
+        for (size_t i = 0; i + 1 < parts.size(); i += 2) {
+            next.push_back(ggml_concat(ctx, parts[i], parts[i + 1], 1));
+        }
+        if (parts.size() % 2 == 1) {
+            next.push_back(parts.back());
+        }
+        parts = std::move(next);
+    }
+    return parts[0];
 }
 
 // [n_embd_head, n_head, n_tokens] -> [n_embd_head, n_tokens, n_head]
@@ -345,9 +401,19 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
 
     ggml_tensor * q = by_head(ctx, q_cur);
 
+    // stock's attention over cells of some heads and their queries
+    const auto attend = [&](ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, const llm_graph_input_ragged::cell_class & cls) {
+        ggml_tensor * res = ggml_flash_attn_ext(ctx, q, cast_f32(ctx, k), cast_f32(ctx, v), inp->get_mask(ctx, cls, layer.dev), kq_scale, 0.0f, softcap);
+        ggml_flash_attn_ext_add_sinks(res, sinks);
+        ggml_prec_set_acc(res, GGML_PREC_F32);
+        return res;
+    };
+
+    const auto kernel = get_kernel(il, q_cur->ne[2]);
+
     ggml_tensor * cur;
-    if (view.stock) {
-        const auto & cls = inp->get_class(ctx, view, il);
+    if (kernel == LLAMA_KV_RAGGED_KERNEL_STOCK) {
+        const auto & cls = inp->get_class(ctx, il, ALL_HEADS);
 
         ggml_tensor * k_all = view_cells(ctx, view.k, view.cap, view.cap, n_head_kv);
         ggml_tensor * v_all = view_cells(ctx, view.v, view.cap, view.cap, n_head_kv);
@@ -355,13 +421,8 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
         ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, k_all, by_head(ctx, k_cur), cls.idxs));
         ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, v_all, by_head(ctx, v_cur), cls.idxs));
 
-        ggml_tensor * k = cast_f32(ctx, view_cells(ctx, view.k, view.cap, view.n_read, n_head_kv));
-        ggml_tensor * v = cast_f32(ctx, view_cells(ctx, view.v, view.cap, view.n_read, n_head_kv));
-
-        cur = ggml_flash_attn_ext(ctx, q, k, v, inp->get_mask(ctx, cls, layer.dev), kq_scale, 0.0f, softcap);
-        ggml_flash_attn_ext_add_sinks(cur, sinks);
+        cur = attend(q, view_cells(ctx, view.k, view.cap, cls.n_read, n_head_kv), view_cells(ctx, view.v, view.cap, cls.n_read, n_head_kv), sinks, cls);
         g.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, il });
-        ggml_prec_set_acc(cur, GGML_PREC_F32);
     } else {
         const auto & table = inp->get_table(ctx, n_head_kv, il);
 
@@ -370,8 +431,28 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
         ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, view.k, all_heads(ctx, k_cur), rows));
         ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, view.v, all_heads(ctx, v_cur), rows));
 
-        cur = ggml_flash_attn_ragged(ctx, q, view.k, view.v, table.ranges, sinks, get_index(il),
-                kq_scale, softcap, /*causal =*/ true);
+        if (kernel == LLAMA_KV_RAGGED_KERNEL_RAGGED) {
+            cur = ggml_flash_attn_ragged(ctx, q, view.k, view.v, table.ranges, sinks, get_index(il), kq_scale, softcap, /*causal =*/ true);
+        } else {
+            const int64_t n_gqa = layer.n_gqa();
+
+            std::vector<ggml_tensor *> heads;
+            for (int64_t ih = 0; ih < n_head_kv; ++ih) {
+                const auto & cls   = inp->get_class(ctx, il, ih);
+                const auto   first = get_cells(il, ih).first;
+
+                ggml_tensor * q_own = ggml_view_3d(ctx, q, q->ne[0], q->ne[1], n_gqa, q->nb[1], q->nb[2], ih*n_gqa*q->nb[2]);
+
+                ggml_tensor * sinks_own = !sinks ? nullptr : aligned(ctx, ggml_view_1d(ctx, sinks, n_gqa, ih*n_gqa*sinks->nb[0]), layer.buft);
+
+                heads.push_back(attend(aligned(ctx, q_own, layer.buft), view_head(ctx, view.k, first, cls.n_read), view_head(ctx, view.v, first, cls.n_read),
+                            sinks_own, cls));
+
+                // one head after the other: their masks take turns in the same memory
+                ggml_build_forward_expand(g.gf, heads.back());
+            }
+            cur = concat_heads(ctx, heads);
+        }
     }
 
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);

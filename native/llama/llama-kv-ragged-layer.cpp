@@ -8,6 +8,16 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <numeric>
+
+// rows of both types that together are a multiple of what a buffer aligns tensors to
+static int64_t aligned_rows(const llama_kv_ragged_layer & layer) {
+    const size_t n_bytes = ggml_backend_buft_get_alignment(layer.buft);
+
+    const auto n_rows = [&](ggml_type type, int64_t n_embd) { return n_bytes/std::gcd(n_bytes, ggml_row_size(type, n_embd)); };
+
+    return std::lcm(n_rows(layer.type_k, layer.n_embd_head_k), n_rows(layer.type_v, layer.n_embd_head_v));
+}
 
 std::vector<llama_kv_ragged_layer> llama_kv_ragged_make_layers(
         const llama_model                     & model,
@@ -55,7 +65,9 @@ std::vector<llama_kv_ragged_layer> llama_kv_ragged_make_layers(
                         layer.sinks ? ", learned attention sinks" : ""));
         }
 
-        layer.has_ragged = llama_kv_ragged_has_ragged(probe);
+        layer.has_ragged      = llama_kv_ragged_has_ragged(probe);
+        layer.missing_by_head = llama_kv_ragged_missing_by_head(probe);
+        layer.n_align         = aligned_rows(layer);
 
         res.push_back(std::move(layer));
     }
@@ -81,16 +93,36 @@ std::vector<int64_t> llama_kv_ragged_layer::capacity(const std::vector<int64_t> 
     for (const int64_t n : len) {
         res.push_back(uniform ? GGML_PAD(n + slack, compacted ? n_pad : 256) : n + slack);
     }
+    if (uniform || !has_by_head()) {
+        return res;
+    }
+
+    int64_t first = 0;
+    int64_t end   = 0; // of the reads
+    for (int64_t & n : res) {
+        n     = GGML_PAD(n, n_align);
+        end   = std::max(end, first + GGML_PAD(n, n_pad));
+        first += n;
+    }
+    res.back() = GGML_PAD(res.back() + end - first, n_pad);
     return res;
 }
 
 void llama_kv_ragged_layer::check_ragged() const {
-    if (!has_ragged) {
-        llama_kv_ragged_refuse_unsupported(format("%s has no attention over heads of different lengths (layer %u, head size %" PRId64 "%s): "
-                    "choose a policy that gives all heads of a layer the same number of cells, or keep the cells in host memory, where the "
-                    "CPU attends to them, with offload_kqv=False (slower), or load the model with n_gpu_layers=0",
-                    ggml_backend_dev_name(dev), il, n_embd_head_k, sinks ? ", learned attention sinks" : ""));
+    if (!has_ragged && !has_by_head()) {
+        llama_kv_ragged_refuse_unsupported(format("%s has no attention over heads of different lengths (layer %u, head size %" PRId64 "%s), "
+                    "and to attend head by head it lacks %s: choose a policy that gives all heads of a layer the same number of cells, or "
+                    "keep the cells in host memory, where the CPU attends to them, with offload_kqv=False (slower), or load the model with "
+                    "n_gpu_layers=0", ggml_backend_dev_name(dev), il, n_embd_head_k, sinks ? ", learned attention sinks" : "",
+                    missing_by_head ? missing_by_head : "nothing but is a CPU"));
     }
+}
+
+size_t llama_kv_ragged_layer::n_nodes_by_head() const {
+    // per head: views of Q, K, V and the mask, its copy, the attention and its place in the result; each cast, and what is copied so that
+    // it begins where a tensor would
+    const size_t n_cast = (type_k == GGML_TYPE_F32) + (type_v == GGML_TYPE_F32);
+    return has_by_head() ? n_head_kv*(8 + n_cast + (sinks ? 2 : 0)) + 16 : 0;
 }
 
 llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(const std::vector<int64_t> & cap, llama_kv_ragged_meter & meter) const {

@@ -13,6 +13,13 @@
 struct llama_cparams;
 struct llama_model;
 
+// what attends in a layer: stock's attention over all heads, which hold equally many cells; the same over one head after the other; ours
+enum llama_kv_ragged_kernel {
+    LLAMA_KV_RAGGED_KERNEL_STOCK,
+    LLAMA_KV_RAGGED_KERNEL_BY_HEAD,
+    LLAMA_KV_RAGGED_KERNEL_RAGGED,
+};
+
 // what the cells of one layer look like, and where they lie
 struct llama_kv_ragged_layer {
     uint32_t il; // layer index in the model
@@ -31,8 +38,14 @@ struct llama_kv_ragged_layer {
     // read length of attention and capacity are padded to this many cells once the cache was compacted
     int64_t n_pad;
 
-    // whether the device attends over heads of different lengths
+    // whether the device attends over heads of different lengths with GGML_OP_FLASH_ATTN_RAGGED
     bool has_ragged;
+
+    // what the device lacks to attend head by head, the name of an operation; nullptr if it does
+    const char * missing_by_head;
+
+    // heads that are attended one by one begin at multiples of this many rows: where a kernel may expect a tensor to begin
+    int64_t n_align;
 
     // learned attention sinks of the model [n_head], F32, nullptr without
     ggml_tensor * sinks = nullptr;
@@ -43,11 +56,19 @@ struct llama_kv_ragged_layer {
     int64_t n_gqa() const { return n_head/n_head_kv; }
     bool    on_cpu() const;
 
+    // whether heads of different lengths are attended one by one: on a device, which has the operations for it. The CPU has the op,
+    // which is exact and fast there
+    bool has_by_head() const { return !on_cpu() && !missing_by_head; }
+
     // throws llama_kv_ragged_unsupported if the device does not attend over heads of different lengths
     void check_ragged() const;
 
-    // rows that heads with len cells are given, slack of them free at least; heads of equal length stay equal, padded for
-    // attention over views
+    // tensors that attending head by head puts into a graph
+    size_t n_nodes_by_head() const;
+
+    // Rows that heads with len cells are given, slack of them free at least. Heads of equal length stay equal, padded for attention over
+    // views. Where others are attended one by one, reads of a length that is padded end inside the pool: in rows of the heads behind, and
+    // for the last one in rows of its own.
     std::vector<int64_t> capacity(const std::vector<int64_t> & len, int64_t slack, bool compacted) const;
 
     // a zeroed pool with room for cap[ih] cells of every head; throws std::runtime_error if memory runs out

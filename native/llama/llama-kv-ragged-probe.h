@@ -30,5 +30,8 @@ const ggml_tensor * llama_kv_ragged_missing_op(ggml_backend_dev_t dev, ggml_cgra
 // the same for storing and gathering cells and for attention while all heads hold equally many: nullptr or the operation's name
 const char * llama_kv_ragged_missing_stock(const llama_kv_ragged_probe & probe);
 
-// whether the device attends over heads that hold different numbers of cells
+// whether the device attends over heads that hold different numbers of cells, with GGML_OP_FLASH_ATTN_RAGGED
 bool llama_kv_ragged_has_ragged(const llama_kv_ragged_probe & probe);
+
+// the first operation of attending head by head that the device lacks: nullptr or its name
+const char * llama_kv_ragged_missing_by_head(const llama_kv_ragged_probe & probe);

@@ -107,6 +107,16 @@ int64_t llama_kv_ragged_seq::n_read(size_t i, int64_t n) const {
     return boundary == 0 ? std::max<int64_t>(256, GGML_PAD(n, 256)) : GGML_PAD(n, (*layers)[i].n_pad);
 }
 
+int64_t llama_kv_ragged_seq::n_read_by_head(size_t i, int64_t ih) const {
+    const auto  & cur   = cells[i];
+    const int64_t n_pad = (*layers)[i].n_pad;
+    const int64_t n_new = n_pos - cur.boundary;
+
+    const int64_t res = std::min<int64_t>(GGML_PAD(cur.kept[ih].size() + GGML_PAD(n_new, n_pad), n_pad), GGML_PAD(cur.pool.cap(ih), n_pad));
+    GGML_ASSERT(cur.pool.first[ih] + res <= cur.pool.n_rows());
+    return res;
+}
+
 bool llama_kv_ragged_seq::has_room(size_t i, int64_t n_tokens) const {
     for (size_t ih = 0; ih < cells[i].kept.size(); ++ih) {
         if (n_cells(i, ih) + n_tokens > cells[i].pool.cap(ih)) {

@@ -82,6 +82,10 @@ struct llama_kv_ragged_seq {
     // cells that stock attention reads of a layer with n of them per head
     int64_t n_read(size_t i, int64_t n) const;
 
+    // cells that stock attention reads of one head by itself: no fewer than it holds, and for all heads the number changes at once, so
+    // that graphs are not built again whenever one of them reaches a multiple
+    int64_t n_read_by_head(size_t i, int64_t ih) const;
+
     // room for n_tokens more cells in every head
     bool has_room(int64_t n_tokens) const;
 

@@ -6,7 +6,7 @@
 
 void llama_kv_ragged_tables::init(const std::vector<llama_kv_ragged_layer> & layers, llama_kv_ragged_meter & meter) {
     for (const auto & layer : layers) {
-        if (!layer.has_ragged || layer.on_cpu() || tables.count(layer.dev)) {
+        if (layer.on_cpu() || (!layer.has_ragged && !layer.has_by_head()) || tables.count(layer.dev)) {
             continue;
         }
         const ggml_backend_buffer_type_t buft = ggml_backend_dev_buffer_type(layer.dev);

@@ -9,6 +9,7 @@
 
 #include "ggml.h"
 
+#include <algorithm>
 #include <functional>
 #include <numeric>
 
@@ -56,6 +57,13 @@ int wkv_ready(struct llama_context * ctx, bool ragged) {
             llama_kv_ragged_scale(*ctx, layer.il);
         }
         return WKV_OK;
+    });
+}
+
+int wkv_has_ragged(struct llama_context * ctx) {
+    return wkv_with_cache(ctx, [](const llama_kv_cache_ragged & kv) {
+        const auto & layers = kv.get_layers();
+        return int(std::all_of(layers.begin(), layers.end(), [](const auto & layer) { return layer.has_ragged; }));
     });
 }
 

@@ -2,7 +2,7 @@
 //
 //   test-ragged MODEL.gguf [LAYERS_ON_THE_GPU [uniform]]
 //
-// uniform: the GPU has no attention over heads of different lengths.
+// uniform: the GPU has no attention over heads of different lengths, and lacks what attending head by head takes.
 // GGML_BACKEND_PATH names a library with one more backend.
 
 #include "test-ragged.h"

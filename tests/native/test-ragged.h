@@ -12,7 +12,7 @@
 
 extern int  n_failed;
 extern bool on_device; // a GPU holds layers
-extern bool no_ragged; // and has no attention over heads of different lengths
+extern bool no_ragged; // and has no attention over heads of different lengths, nor head by head
 
 #define CHECK(cond)                                                            \
     do {                                                                       \

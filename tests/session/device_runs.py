@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -123,9 +124,18 @@ def answers(model: Path, layers: int, variants: Sequence[Json]) -> list[Json]:
     import llama_cpp as low
 
     res = []
-    for kwargs in variants:
-        with session(model, layers, **kwargs) as llm:
-            rows = decode(llm, 300, 40)
+    for variant in variants:
+        kwargs = dict(variant)
+        attention = kwargs.pop("attention", None)  # until the prompt has been compacted, so that scores are equal
+        with warnings.catch_warnings(record=True) as warned, session(model, layers, **kwargs) as llm:
+            warnings.simplefilter("always")
+            if attention:
+                llm._kv.set_attention(attention)
+            library.test_device_reset()
+            rows = decode(llm, 300, 0)
+            if attention:
+                llm._kv.set_attention("auto")
+            rows = np.vstack([rows, decode(llm, 0, 40)[1:]])
             if llm._kv is not None:
                 llm._kv.watch(False)  # or the runtime would find prompts in what is decoded below the class
             for n in (3, 8, 9, 1, 40, 2):  # several at once, as drafts are; what they see is not compacted
@@ -135,8 +145,101 @@ def answers(model: Path, layers: int, variants: Sequence[Json]) -> list[Json]:
             if kwargs.get("kv_policy"):
                 shape = llm.kv_stats().cells.shape
                 held = [[llm.kv_positions(il, ih).tolist() for ih in range(shape[1])] for il in range(shape[0])]
-            res.append({"logits": rows, "positions": held, "n_compactions": llm.kv_stats().n_compactions})
+            n_compactions, n_ragged = llm.kv_stats().n_compactions, stats()["n_ragged"]
+        texts = [str(own.message) for own in warned]
+        res.append(
+            {"logits": rows, "positions": held, "n_compactions": n_compactions, "n_ragged": n_ragged, "warnings": texts}
+        )
     return res
+
+
+PIECES = (1, 2, 8, 9, 20, 1, 128, 300)  # the last one in three ubatches
+
+
+def pieces(model: Path, variants: Sequence[Json]) -> list[list[Json]]:
+    """Logits behind pieces of several tokens each, over cells that a compaction left, and the last ubatch's nodes of the op."""
+    import llama_cpp as low
+
+    res = []
+    for variant in variants:
+        kwargs = dict(variant)
+        attention = kwargs.pop("attention")
+        with session(model, 99, **kwargs) as llm:
+            llm.eval(tokens(300))
+            llm._kv.watch(False)
+            llm._kv.set_attention(attention)
+            own = []
+            for n in PIECES:
+                library.test_device_reset()
+                low.Llama.eval(llm, tokens(n))
+                n_ubatches = -(-n // 128)
+                own.append({"logits": logits(llm), "n_ragged": stats()["n_ragged"] // n_ubatches})
+            res.append(own)
+    return res
+
+
+def twice(model: Path, kwargs: Json) -> Json:
+    """Logits of tokens and pieces behind a compaction, the same after going back, and in pools that do not move; how many sizes the pools
+    had."""
+    import llama_cpp as low
+
+    def run(llm: Any, sizes: set[int]) -> np.ndarray:
+        rows = []
+        for n in (*[1] * 100, 20, 1, 300, *[1] * 20):
+            low.Llama.eval(llm, tokens(n))
+            rows.append(logits(llm))
+            sizes.add(int(llm._kv.stats().bytes_pool))
+        return np.array(rows)
+
+    res: Json = {}
+    sizes: set[int] = set()
+    with session(model, 99, **kwargs) as llm:
+        llm.eval(tokens(300))
+        llm._kv.watch(False)
+        llm._kv.snapshot_save()
+        for name in ("first", "second", "roomy"):
+            if name != "first":
+                llm._kv.snapshot_restore()
+                llm.n_tokens = 300
+            if name == "roomy":
+                llm._kv.reserve(500)
+            res[name] = run(llm, sizes if name == "first" else set())
+        res["n_pools"] = len(sizes)
+    return res
+
+
+def graphs_built(model: Path, policy: Any, n_prompt: int) -> Json:
+    """Graphs of 600 tokens behind a compaction, how many of them were new, pools and lengths of heads there were."""
+    import llama_cpp as low
+
+    with session(model, 99, n_ctx=4096, kv_policy=policy, kv_budget=1.0) as llm:
+        llm.eval(tokens(n_prompt))
+        llm.kv_compact(n_prompt // 3)
+        llm._kv.watch(False)
+        low.Llama.eval(llm, [1])
+        sizes = set()
+        with counted() as found:
+            for token in tokens(600):
+                low.Llama.eval(llm, [token])
+                logits(llm)
+                sizes.add(int(llm._kv.stats().bytes_pool))
+        return {**found, "n_pools": len(sizes), "n_lengths": len(np.unique(llm.kv_stats().cells))}
+
+
+def stands_in(model: Path) -> Json:
+    """What ``auto`` is on this device."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with session(model, 99, kv_policy="auto", kv_budget=60) as llm:
+            assert np.isfinite(decode(llm, 300, 5)).all()
+            found, bound = llm.kv_stats(), llm._kv_bound
+    return {
+        "policy": found.policy,
+        "cells": found.cells.tolist(),
+        "cell_types": found.cell_types,
+        "options": {name: getattr(bound, name) for name in ("omega", "token_share", "window_size", "carry", "task")},
+        "warnings": [str(own.message) for own in warned],
+    }
 
 
 def per_token(model: Path, policy: Any, budget: float) -> Json:
@@ -204,7 +307,7 @@ def memory(model: Path, policy: Any) -> list[tuple[int, int]]:
 
 
 def refusals(model: Path) -> Json:
-    """A device without the op: what is refused, what works, and what host memory costs."""
+    """A device without attention over ragged heads: what is refused, what works, and what host memory costs."""
     from windowkv_edge import WindowKV
 
     res: Json = {}
@@ -216,6 +319,8 @@ def refusals(model: Path) -> Json:
     with session(model, 99, kv_policy=WindowKV(window_size=8), kv_budget=40) as llm:
         res["uniform"] = bool(np.isfinite(decode(llm, 300, 5)).all())
         res["cells"] = int(llm.kv_stats().cells.max())
+    with session(model, 99, kv_policy="auto", kv_budget=40) as llm:
+        res["auto"] = llm.kv_stats().policy
     with session(model, 99, kv_policy="adakv", kv_budget=40, offload_kqv=False) as llm:
         res["host"] = bool(np.isfinite(decode(llm, 300, 5)).all())
         res["host_cells"] = llm.kv_stats().cells.tolist()

@@ -117,7 +117,7 @@ def device(native_tests: Path) -> Callable[..., Any]:
     return functools.partial(on_device, native_tests / "test-device.so", "cpu", refusal)
 
 
-@pytest.mark.parametrize("lacking", ["FLASH_ATTN_EXT", "FLASH_ATTN_RAGGED"])
+@pytest.mark.parametrize("lacking", ["FLASH_ATTN_EXT", "FLASH_ATTN_RAGGED", "both ways over ragged heads"])
 def test_sinks_are_probed_at_creation(
     lacking: str, device: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,13 +125,17 @@ def test_sinks_are_probed_at_creation(
     sinks, plain = tiny_model.write_gpt_oss(tmp_path / "sinks.gguf"), LLAMA(tmp_path / "plain.gguf")
     assert device(sinks, "snapkv") is None and device(sinks, "adakv") is None
 
-    monkeypatch.setenv("TEST_DEVICE_NO_SINKS", lacking)
+    monkeypatch.setenv("TEST_DEVICE_NO_SINKS", "FLASH_ATTN_EXT" if lacking == "FLASH_ATTN_EXT" else "FLASH_ATTN_RAGGED")
     assert device(plain, "snapkv") is None and device(plain, "adakv") is None
+    if lacking == "both ways over ragged heads":
+        monkeypatch.setenv("TEST_DEVICE_LACKS", "CONCAT")
     if lacking == "FLASH_ATTN_EXT":
         want = r"UnsupportedModelError: .*TEST0 lacks FLASH_ATTN_EXT for layer 1 \(.*learned attention sinks\)"
         assert re.match(want, device(sinks, "snapkv"))
         assert re.match(want, device(sinks, "adakv"))
+    elif lacking == "FLASH_ATTN_RAGGED":  # it attends head by head
+        assert device(sinks, "snapkv") is None and device(sinks, "adakv") is None
     else:
         assert device(sinks, "snapkv") is None
-        want = r"UnsupportedModelError: .*heads of different lengths \(layer 1, .*learned attention sinks\)"
+        want = r"UnsupportedModelError: .*heads of different lengths \(layer 1, .*learned attention sinks\).* it lacks CONCAT"
         assert re.match(want, device(sinks, "adakv"))

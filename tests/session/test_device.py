@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import tiny_model
 
-from windowkv_edge import POLICIES, AdaKV, HeadKV, HeadScores, PyramidKV, SnapKV, WindowKV
+from windowkv_edge import POLICIES, AdaKV, Auto, HeadKV, HeadScores, PyramidKV, SnapKV, WindowKV
 from windowkv_edge.bench import Shape
 from windowkv_edge.bench.shapes import write_shape
+from windowkv_edge.budget import TYPES
 
 N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM = 3, 4, 2, 64
 
@@ -39,15 +40,18 @@ def device(native_tests: Path) -> Run:
     return functools.partial(device_runs.on_device, native_tests / "test-device.so")
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "cuda", "metal", "none"])
+@pytest.mark.parametrize("kernel", ["cpu", "cuda", "metal", "none", "none, nor head by head"])
 @pytest.mark.parametrize("layers", [2, 99], ids=["partial", "all"])
 def test_the_cache_by_its_interface(
     native_tests: Path, model: Path, layers: int, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of test-ragged, under the sanitizers: what is stored, compacted, moved, refused."""
+    kernel, *neither = kernel.split(", ")
     monkeypatch.setenv("TEST_DEVICE_KERNEL", kernel)
+    if neither:
+        monkeypatch.setenv("TEST_DEVICE_LACKS", "CONCAT")
     monkeypatch.setenv("GGML_BACKEND_PATH", str(native_tests / "test-device.so"))
-    program = [native_tests / "test-ragged", model, str(layers), *(["uniform"] if kernel == "none" else [])]
+    program = [native_tests / "test-ragged", model, str(layers), *(["uniform"] if neither else [])]
     run = subprocess.run(program, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.strip() == "ok"
@@ -65,10 +69,13 @@ def test_layers_on_two_devices(device: Run, model: Path, monkeypatch: pytest.Mon
     assert device("cpu", device_runs.per_token, model, ADAKV, 40)["n_devices"] == 2
 
 
+def by_importance() -> HeadKV:
+    return HeadKV(beta=1.2, importance=HeadScores({"r": np.random.default_rng(0).random((N_LAYER, N_HEAD)) ** 3}))
+
+
 def check_answers(device: Run, model: Path, layers: int, offload_kqv: bool) -> None:
     """What is kept and answered with layers on devices, against the CPU."""
-    importance = HeadScores({"r": np.random.default_rng(0).random((N_LAYER, N_HEAD)) ** 3})
-    policies: list[Any] = [WINDOWKV, ADAKV, HeadKV(beta=1.2, importance=importance), "auto"]
+    policies: list[Any] = [WINDOWKV, ADAKV, by_importance(), "auto"]
     # F16 is said, or auto would take q8_0, which stock's kernel on the CPU multiplies with quantised queries
     f16 = {"type_k": 1, "type_v": 1}
     variants: list[dict[str, Any]] = [
@@ -210,13 +217,128 @@ def test_a_recurrent_state_that_cannot_go_back(device: Run, tmp_path: Path) -> N
     assert np.array_equal(found["some"], found["none"])
 
 
-def test_a_device_without_the_op(device: Run, model: Path) -> None:
+def test_a_device_that_attends_to_equal_heads_alone(device: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_DEVICE_LACKS", "CONCAT")
     found = device("none", device_runs.refusals, model)
     assert found["ragged"].startswith("UnsupportedModelError: ")
     assert "TEST0 has no attention over heads of different lengths" in found["ragged"]
-    assert "offload_kqv=False" in found["ragged"]
+    assert "it lacks CONCAT" in found["ragged"] and "offload_kqv=False" in found["ragged"]
     assert found["uniform"] and found["cells"] == 45
+    assert found["auto"] == "auto: windowkv"
     assert found["host"] and len(np.unique(found["host_cells"])) > 2
+
+
+def check_head_by_head(
+    device: Run, model: Path, layers: int, policies: Sequence[Any], atol: float, **kwargs: Any
+) -> list[dict[str, Any]]:
+    """A device without the op against the CPU, which has it: the same cells, and the same answers within rounding. Until something is
+    evicted both run stock's kernel, so that the scores are equal."""
+    variants: list[dict[str, Any]] = [{"kv_policy": p, "kv_budget": 40, "attention": "stock", **kwargs} for p in policies]
+    found = device("none", device_runs.answers, model, layers, variants)
+    want = device("cpu", device_runs.answers, model, 0, variants)
+    for variant, here, there in zip(variants, found, want, strict=True):
+        assert here["n_compactions"] == 1
+        assert here["positions"] == there["positions"], variant
+        assert any(len({len(own) for own in heads}) > 1 for heads in here["positions"]), variant
+        np.testing.assert_allclose(here["logits"], there["logits"], atol=atol, err_msg=str(variant))
+        assert any("head by head, 2 attention operations" in text for text in here["warnings"])
+    return found
+
+
+@pytest.mark.parametrize("layers", [2, 99], ids=["partial", "all"])
+def test_head_by_head(device: Run, model: Path, layers: int) -> None:
+    found = check_head_by_head(device, model, layers, [ADAKV, by_importance()], 2e-2, type_k=1, type_v=1)
+    assert all(own["n_ragged"] == 0 for own in found)  # on the device
+
+
+@pytest.mark.parametrize(("type_name", "atol"), [("f32", 2e-2), ("bf16", 3e-2), ("q8_0", 0.1), ("q4_0", 0.2)])
+def test_head_by_head_over_other_cells(device: Run, model: Path, type_name: str, atol: float) -> None:
+    """Heads of q8_0 and q4_0 begin at multiples of 32 rows, or the device would refuse them. Stock's kernel on the CPU, which the
+    device runs, quantises queries as well; our op does not."""
+    check_head_by_head(device, model, 99, [ADAKV], atol, type_k=TYPES[type_name], type_v=TYPES[type_name])
+
+
+@pytest.mark.parametrize(
+    "write", [tiny_model.write_gpt_oss, tiny_model.write_lfm2, tiny_model.write_granite_hybrid], ids=lambda f: f.__name__
+)
+def test_head_by_head_beside_sinks_windows_and_recurrent_states(device: Run, write: Callable[..., Path], tmp_path: Path) -> None:
+    check_head_by_head(device, write(tmp_path / "tiny.gguf"), 99, [ADAKV], 2e-2, type_k=1, type_v=1)
+
+
+def test_head_by_head_on_two_devices(device: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_DEVICE_COUNT", "2")
+    check_head_by_head(device, model, 99, [ADAKV], 2e-2, type_k=1, type_v=1)
+
+
+def test_head_by_head_with_many_heads(device: Run, tmp_path: Path) -> None:
+    """More nodes than llama.cpp's bound for a model of so few tensors, 1,024."""
+    path = tiny_model.write_llama(tmp_path / "many.gguf", n_layer=6, n_head=32, n_head_kv=32)
+    variants = [{"kv_policy": ADAKV, "kv_budget": 40, "attention": "stock", "type_k": 1, "type_v": 1}]
+    found = device("none", device_runs.answers, path, 99, variants)
+    want = device("cpu", device_runs.answers, path, 0, variants)
+    assert found[0]["positions"] == want[0]["positions"]
+    np.testing.assert_allclose(found[0]["logits"], want[0]["logits"], atol=2e-2)
+
+
+def test_many_tokens_go_head_by_head_where_there_is_the_op(device: Run, model: Path) -> None:
+    """More than 8 tokens over ragged heads; "ragged" and "stock" ask for one of both whatever the number."""
+    common = {"kv_policy": ADAKV, "kv_budget": 40, "type_k": 1, "type_v": 1}
+    names = ("auto", "ragged", "stock")
+    auto, ragged, stock = device("cuda", device_runs.pieces, model, [{**common, "attention": name} for name in names])
+    assert [own["n_ragged"] for own in auto] == [n <= 8 and N_LAYER for n in device_runs.PIECES]
+    assert [own["n_ragged"] for own in ragged] == [N_LAYER] * len(ragged)
+    assert [own["n_ragged"] for own in stock] == [0] * len(stock)
+    for one, other, third in zip(auto, ragged, stock, strict=True):
+        np.testing.assert_allclose(one["logits"], other["logits"], atol=2e-2)
+        np.testing.assert_allclose(one["logits"], third["logits"], atol=2e-2)
+        assert not np.array_equal(other["logits"], third["logits"])
+
+
+@pytest.mark.parametrize("type_name", ["f16", "q8_0"])
+def test_head_by_head_after_snapshots_and_growth(device: Run, model: Path, type_name: str) -> None:
+    """Going back gives the same answers to the bit, and growth does not move them."""
+    cells = {"type_k": TYPES[type_name], "type_v": TYPES[type_name]}
+    found = device("none", device_runs.twice, model, {"kv_policy": ADAKV, "kv_budget": 40, **cells})
+    assert found["n_pools"] > 3  # the pool moved while tokens came
+    assert np.array_equal(found["first"], found["second"])
+    assert np.array_equal(found["first"], found["roomy"])
+
+
+def test_decoding_head_by_head_keeps_its_graph(device: Run, model: Path) -> None:
+    """One mask for all heads crosses the bus, whose rows the device's table says."""
+    stock = device("none", device_runs.per_token, model, None, 0)
+    for budget in (40, 120):
+        found = device("none", device_runs.per_token, model, ADAKV, budget)
+        assert found["n_ragged"] == 0
+        assert found["n_graphs"] == stock["n_graphs"] == 12
+        assert found["n_graphs_new"] == 0
+        assert found["n_sync"] <= stock["n_sync"]
+        assert (found["n_get"], found["bytes_get"]) == (stock["n_get"], stock["bytes_get"])
+        # 1,024 columns at most, the table's ranges and rows, the row of the observed query
+        assert found["bytes_set"] <= stock["bytes_set"] + 12 * (2 * 1024 + 4 * N_LAYER * N_HEAD_KV * 3 + 8)
+        assert found["bytes_live"] == found["bytes_peak"]
+
+
+def test_graphs_serve_as_many_tokens_as_with_equal_heads(device: Run, model: Path) -> None:
+    """Heads of different lengths reach a multiple of 256 at different tokens; a graph for each would be built at most tokens of a
+    large model."""
+    found = device("none", device_runs.graphs_built, model, ADAKV, 900)
+    assert found["n_lengths"] > 3
+    assert found["n_graphs_new"] <= found["n_pools"] + 600 // 256 + 1
+
+
+def test_auto_keeps_heads_equal_where_others_are_slow(device: Run, model: Path) -> None:
+    found = device("none", device_runs.stands_in, model)
+    assert found["policy"] == "auto: windowkv"
+    assert found["cell_types"] == ("q8_0", "q8_0")
+    assert len(np.unique(found["cells"])) == 1
+    assert sum("kv_policy='auto' gives all heads equally many cells, as 'windowkv'" in text for text in found["warnings"]) == 1
+    equal = {name: getattr(Auto(), name) for name in ("omega", "token_share", "window_size", "carry", "task")}
+    assert found["options"] == equal
+    # with the op nothing stands in
+    with_op = device("cpu", device_runs.stands_in, model)
+    assert (with_op["policy"], with_op["warnings"]) == ("auto", [])
+    assert len(np.unique(with_op["cells"])) > 1
 
 
 def test_bench_measures_the_device(device: Run, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from ..errors import MissingProfileError
@@ -10,6 +10,7 @@ from ..heads import Kind, ModelHeads
 from .base import KVPolicy, at_least
 from .headkv import ByImportance
 from .parts import Across, Allocation
+from .windowkv import WindowKV
 from .windowkv_adakv import WindowAdaKV
 
 __all__ = ["Auto"]
@@ -25,6 +26,9 @@ class Auto(ByImportance, WindowAdaKV):
     that copy from the text, which need more cells than the attention of the prompt's end shows. The bytes of one f16
     cell hold 1.9 cells in q8_0; a fractional budget is a share of the bytes that f16 cells would take. The measurements
     are in windowkv_edge/eval/README.md. ``type_k`` and ``type_v`` override q8_0.
+
+    On a device that cannot attend to heads of different lengths at once it is the same selection with equal heads
+    (:class:`WindowKV` with these options), in the same cells.
 
     Takes the arguments of all three, and:
 
@@ -51,7 +55,10 @@ class Auto(ByImportance, WindowAdaKV):
             raise ValueError("auto divides by importance with across='model' only; leave importance or across out")
 
     def bind(self, model: ModelHeads) -> KVPolicy:
-        """The policy for one model: with its head scores if it has any, else without."""
+        """The policy for one model: with its head scores if it has any, else without; with equal heads where its device
+        is slow with others."""
+        if not model.has_ragged:
+            return WindowKV(**{own.name: getattr(self, own.name) for own in fields(WindowKV)})
         try:
             return super().bind(model)
         except MissingProfileError:

@@ -4,7 +4,10 @@
 //
 // TEST_DEVICE_COUNT in the environment is the number of devices, 1 or 2, the default is 1; TEST_DEVICE_KERNEL says what computes
 // GGML_OP_FLASH_ATTN_RAGGED: "cpu", the default; "cuda" or "metal", the GPU's kernel in the emulator; "none", the op is not supported.
-// TEST_DEVICE_NO_SINKS names an attention operation that is supported without sinks only, such as FLASH_ATTN_RAGGED.
+// TEST_DEVICE_NO_SINKS names an attention operation that is supported without sinks only, such as FLASH_ATTN_RAGGED; TEST_DEVICE_LACKS
+// an operation that is not supported at all.
+//
+// As on Vulkan, what FLASH_ATTN_EXT reads has to begin where a tensor may begin: its graph fails otherwise.
 
 #include <stdint.h>
 
