@@ -145,7 +145,7 @@ void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * 
         case FATTN_BF16: launch_lanes<fattn_row_bf16>(ctx, dst, a); break;
         case FATTN_Q8_0: launch_lanes<fattn_row_q8_0>(ctx, dst, a); break;
         case FATTN_Q4_0: launch_lanes<fattn_row_q4_0>(ctx, dst, a); break;
-        default: GGML_ABORT("fatal error");
+        default:         launch_lanes<fattn_row_any> (ctx, dst, a); break;
     }
 }
 

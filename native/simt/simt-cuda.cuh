@@ -12,10 +12,14 @@
 //                                         lanes of a warp, as for the next two
 //   simt_shuffle_xor(x, m)                x of the lane whose number differs in the bits m
 //   simt_any(x)                           whether x holds for any lane
-//   simt_load_u16, simt_load_u32x4        aligned loads from device memory
+//   simt_load_u16, _u32, _u32x4           aligned loads from device memory
 //   simt_frag                             16 x 16 floats that a warp holds together; made of products of matrices of simt_f16 in
 //                                         memory of the block, whose rows are ld apart: a multiple of 8 (of 4 for floats)
 //   simt_f16, simt_to_f16                 half precision
+//   simt_dp2a_lo, _hi(a, b, c)            c + the products of the two int16 in a and the lower, or upper, two int8 in b
+//   simt_known(p)                         p, a pointer, as a value: not to be computed again where it is used
+//   simt_byte_f32(x, i)                   byte i of x, 0 to 255, added to SIMT_BYTE_F32_ZERO: without a conversion, of which devices
+//                                         make few at a time
 //   simt_get, simt_pack, simt_unpack_f16, simt_bits_to_f32, simt_min, simt_max, simt_exp2
 
 #include "common.cuh"
@@ -75,6 +79,10 @@ static __device__ __forceinline__ uint16_t simt_load_u16(const char * p) {
     return __ldg(reinterpret_cast<const unsigned short *>(p));
 }
 
+static __device__ __forceinline__ uint32_t simt_load_u32(const char * p) {
+    return __ldg(reinterpret_cast<const uint32_t *>(p));
+}
+
 static __device__ __forceinline__ uint4 simt_load_u32x4(const char * p) {
     return __ldg(reinterpret_cast<const uint4 *>(p));
 }
@@ -93,6 +101,35 @@ static __device__ __forceinline__ float2 simt_unpack_f16(uint32_t x) {
 
 static __device__ __forceinline__ float simt_bits_to_f32(uint32_t x) {
     return __uint_as_float(x);
+}
+
+#define SIMT_BYTE_F32_ZERO 8388608.0f // 2^23, whose last bit is 1
+
+static __device__ __forceinline__ float simt_byte_f32(uint32_t x, int i) {
+    return __uint_as_float(__byte_perm(x, 0x4B000000, 0x7440 + i));
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_DP4A
+
+static __device__ int32_t simt_dp2a_lo(uint32_t, uint32_t, int32_t) { NO_DEVICE_CODE; return 0; }
+static __device__ int32_t simt_dp2a_hi(uint32_t, uint32_t, int32_t) { NO_DEVICE_CODE; return 0; }
+
+#else
+
+static __device__ __forceinline__ int32_t simt_dp2a_lo(uint32_t a, uint32_t b, int32_t c) {
+    return __dp2a_lo((int) a, (int) b, c);
+}
+
+static __device__ __forceinline__ int32_t simt_dp2a_hi(uint32_t a, uint32_t b, int32_t c) {
+    return __dp2a_hi((int) a, (int) b, c);
+}
+
+#endif
+
+template <typename T>
+static __device__ __forceinline__ T * simt_known(T * p) {
+    asm("" : "+l"(p));
+    return p;
 }
 
 template <typename T>
