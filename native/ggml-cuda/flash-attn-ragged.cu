@@ -150,5 +150,9 @@ void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * 
 }
 
 bool ggml_cuda_flash_attn_ragged_supported(int device, const ggml_tensor * dst) {
-    return ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc) >= GGML_CUDA_CC_VOLTA && fattn_supported(dst);
+    const int cc        = ggml_cuda_info().devices[device].cc;
+    const int warp_size = ggml_cuda_info().devices[device].warp_size;
+
+    // the kernels' shuffles are those of 32 lanes: some devices of HIP have waves of 64
+    return warp_size == 32 && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_VOLTA && fattn_supported(dst);
 }

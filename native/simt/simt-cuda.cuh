@@ -1,6 +1,6 @@
 #pragma once
 
-// The primitives that the texts of native/simt/ are written in, for CUDA. They are what those texts may use beside C++:
+// The primitives that the texts of native/simt/ are written in, for CUDA, and for HIP on devices with waves of 32 lanes. They are what those texts may use beside C++:
 //
 //   SIMT_FUNC, SIMT_UNROLL                what stands before functions and loops
 //   SIMT_GLOBAL(T), SIMT_SHARED(T)        pointers into device memory and into memory of a block
@@ -24,7 +24,9 @@
 
 #include "common.cuh"
 
+#ifndef GGML_USE_HIP
 #include <mma.h>
+#endif
 
 #define SIMT_FUNC __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
@@ -109,7 +111,18 @@ static __device__ __forceinline__ float simt_byte_f32(uint32_t x, int i) {
     return __uint_as_float(__byte_perm(x, 0x4B000000, 0x7440 + i));
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_DP4A
+#if defined(GGML_USE_HIP)
+
+// there is no such instruction
+static __device__ __forceinline__ int32_t simt_dp2a_lo(uint32_t a, uint32_t b, int32_t c) {
+    return c + (int16_t) a*(int8_t) b + (int16_t) (a >> 16)*(int8_t) (b >> 8);
+}
+
+static __device__ __forceinline__ int32_t simt_dp2a_hi(uint32_t a, uint32_t b, int32_t c) {
+    return simt_dp2a_lo(a, b >> 16, c);
+}
+
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_DP4A
 
 static __device__ int32_t simt_dp2a_lo(uint32_t, uint32_t, int32_t) { NO_DEVICE_CODE; return 0; }
 static __device__ int32_t simt_dp2a_hi(uint32_t, uint32_t, int32_t) { NO_DEVICE_CODE; return 0; }
@@ -128,7 +141,9 @@ static __device__ __forceinline__ int32_t simt_dp2a_hi(uint32_t a, uint32_t b, i
 
 template <typename T>
 static __device__ __forceinline__ T * simt_known(T * p) {
+#ifndef GGML_USE_HIP
     asm("" : "+l"(p));
+#endif
     return p;
 }
 
@@ -160,7 +175,61 @@ static __device__ __forceinline__ half simt_to_f16(float x) {
     return __float2half(x);
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_VOLTA
+#if defined(GGML_USE_HIP)
+
+// Without the matrix instructions, which differ from one family of devices to the next: a lane holds eight consecutive elements of the
+// 256
+struct simt_frag {
+    float x[8];
+};
+
+static __device__ __forceinline__ int simt_frag_row() { return threadIdx.x%32/2; }
+static __device__ __forceinline__ int simt_frag_col() { return threadIdx.x%2*8; }
+
+static __device__ __forceinline__ void simt_frag_zero(simt_frag & c) {
+    SIMT_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        c.x[i] = 0.0f;
+    }
+}
+
+static __device__ __forceinline__ void simt_frag_load(simt_frag & c, const float * p, int ld) {
+    SIMT_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        c.x[i] = p[simt_frag_row()*ld + simt_frag_col() + i];
+    }
+}
+
+static __device__ __forceinline__ void simt_frag_store(float * p, const simt_frag & c, int ld) {
+    SIMT_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        p[simt_frag_row()*ld + simt_frag_col() + i] = c.x[i];
+    }
+}
+
+// c += a*b
+static __device__ __forceinline__ void simt_frag_mma(simt_frag & c, const half * a, int ld_a, const half * b, int ld_b) {
+    for (int k = 0; k < 16; ++k) {
+        const float x = __half2float(a[simt_frag_row()*ld_a + k]);
+        SIMT_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            c.x[i] += x*__half2float(b[k*ld_b + simt_frag_col() + i]);
+        }
+    }
+}
+
+// c += a*b^T
+static __device__ __forceinline__ void simt_frag_mma_t(simt_frag & c, const half * a, int ld_a, const half * b, int ld_b) {
+    for (int k = 0; k < 16; ++k) {
+        const float x = __half2float(a[simt_frag_row()*ld_a + k]);
+        SIMT_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            c.x[i] += x*__half2float(b[(simt_frag_col() + i)*ld_b + k]);
+        }
+    }
+}
+
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_VOLTA
 
 // there are no such products, ggml_cuda_flash_attn_ragged_supported() says so
 struct simt_frag {};
