@@ -10,7 +10,10 @@
 // of 128 threads leave 128, 168 and 255 registers to a thread
 template <typename row_t>
 static constexpr int n_blocks_sm_vec(int n_rows) {
-    return (n_rows <= 2 ? 4 : n_rows <= 4 ? 3 : 2) - (std::is_same_v<row_t, fattn_row_any> && n_rows <= 4 ? 1 : 0);
+    if (std::is_same_v<row_t, fattn_row_any>) {
+        return n_rows == 1 ? 3 : 2; // two rows in 168 registers spill on sm_75
+    }
+    return n_rows <= 2 ? 4 : n_rows <= 4 ? 3 : 2;
 }
 
 static constexpr int N_BLOCKS_SM_TILE = 2;
