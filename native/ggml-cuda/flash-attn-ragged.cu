@@ -10,7 +10,10 @@
 // of 128 threads leave 128, 168 and 255 registers to a thread
 template <typename row_t>
 static constexpr int n_blocks_sm_vec(int n_rows) {
-    return (n_rows <= 2 ? 4 : n_rows <= 4 ? 3 : 2) - (std::is_same_v<row_t, fattn_row_any> && n_rows <= 4 ? 1 : 0);
+    if (std::is_same_v<row_t, fattn_row_any>) {
+        return n_rows == 1 ? 3 : 2; // two rows in 168 registers spill on sm_75
+    }
+    return n_rows <= 2 ? 4 : n_rows <= 4 ? 3 : 2;
 }
 
 static constexpr int N_BLOCKS_SM_TILE = 2;
@@ -145,10 +148,14 @@ void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * 
         case FATTN_BF16: launch_lanes<fattn_row_bf16>(ctx, dst, a); break;
         case FATTN_Q8_0: launch_lanes<fattn_row_q8_0>(ctx, dst, a); break;
         case FATTN_Q4_0: launch_lanes<fattn_row_q4_0>(ctx, dst, a); break;
-        default: GGML_ABORT("fatal error");
+        default:         launch_lanes<fattn_row_any> (ctx, dst, a); break;
     }
 }
 
 bool ggml_cuda_flash_attn_ragged_supported(int device, const ggml_tensor * dst) {
-    return ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc) >= GGML_CUDA_CC_VOLTA && fattn_supported(dst);
+    const int cc        = ggml_cuda_info().devices[device].cc;
+    const int warp_size = ggml_cuda_info().devices[device].warp_size;
+
+    // the kernels' shuffles are those of 32 lanes: some devices of HIP have waves of 64
+    return warp_size == 32 && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_VOLTA && fattn_supported(dst);
 }

@@ -5,9 +5,10 @@
 
 enum { FATTN_N_WARPS = 4, FATTN_N_THREADS = 32*FATTN_N_WARPS }; // of a block
 
-enum { FATTN_DIMS = 8 }; // consecutive elements of a row that one lane holds: 16 bytes of F16, the widest load
+enum { FATTN_DIMS = 8 }; // elements of a row that one lane holds: 16 bytes of F16, the widest load
 
-enum { FATTN_F32, FATTN_F16, FATTN_BF16, FATTN_Q8_0, FATTN_Q4_0 }; // formats of a row of a pool
+// formats of a row of a pool; ALIGN2: rows that are not made of whole words
+enum { FATTN_F32, FATTN_F16, FATTN_BF16, FATTN_Q8_0, FATTN_Q4_0, FATTN_Q8_0_ALIGN2, FATTN_Q4_0_ALIGN2 };
 
 #define FATTN_LOG2E 1.44269504f // log2(e)
 

@@ -1,27 +1,28 @@
 // Sums over the lanes of a group, dealt out to these lanes.
 
-template <int n>
+template <typename T, int n>
 struct fattn_values {
-    float x[n];
+    T x[n];
 };
 
-// n sums over m + m lanes: in every step a lane keeps one half of its values and gives the other half away
-template <int n, int m>
+// n sums over the lanes whose numbers differ in the bits m, 2*m and so on below m_end: in every step a lane keeps one half of its values
+// and gives the other half away
+template <typename T, int n, int m, int m_end>
 struct fattn_deal {
     enum { HALF = n > 1 ? n/2 : 1 };
 
-    typedef fattn_deal<HALF, m/2> next;
+    typedef fattn_deal<T, HALF, 2*m, m_end> next;
 
     enum { N = next::N }; // sums that a lane ends up with
 
-    static SIMT_FUNC fattn_values<N> sums(fattn_values<n> x, int32_t lane) {
+    static SIMT_FUNC fattn_values<T, N> sums(fattn_values<T, n> x, int32_t lane) {
         const bool high = (lane & m) != 0;
 
-        fattn_values<HALF> res;
+        fattn_values<T, HALF> res;
         SIMT_UNROLL
         for (int i = 0; i < HALF; ++i) {
-            const float lo = x.x[i];
-            const float hi = x.x[n - HALF + i];
+            const T lo = x.x[i];
+            const T hi = x.x[n - HALF + i];
             res.x[i] = n > 1 ? (high ? hi : lo) + simt_shuffle_xor(high ? lo : hi, m) : lo + simt_shuffle_xor(lo, m);
         }
         return next::sums(res, lane);
@@ -32,11 +33,11 @@ struct fattn_deal {
     static SIMT_FUNC int32_t owner(int32_t i)    { return (n > 1 && i >= HALF ? m : 0) + next::owner(n > 1 ? i % HALF : i); }
 };
 
-template <int n>
-struct fattn_deal<n, 0> {
+template <typename T, int n, int m_end>
+struct fattn_deal<T, n, m_end, m_end> {
     enum { N = n };
 
-    static SIMT_FUNC fattn_values<n> sums(fattn_values<n> x, int32_t) { return x; }
+    static SIMT_FUNC fattn_values<T, n> sums(fattn_values<T, n> x, int32_t) { return x; }
 
     static SIMT_FUNC int32_t first(int32_t) { return 0; }
     static SIMT_FUNC int32_t owner(int32_t) { return 0; }

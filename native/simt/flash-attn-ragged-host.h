@@ -10,13 +10,15 @@
 #include <algorithm>
 
 // -1 for types of which the kernels know nothing
-static inline int fattn_type(ggml_type type) {
-    switch (type) {
+static inline int fattn_type(const ggml_tensor * pool) {
+    // an even number of blocks, whose sizes are 2 more than a multiple of 4
+    const bool words = pool->ne[0] % 64 == 0 && pool->nb[1] % 4 == 0 && pool->view_offs % 4 == 0;
+    switch (pool->type) {
         case GGML_TYPE_F32:  return FATTN_F32;
         case GGML_TYPE_F16:  return FATTN_F16;
         case GGML_TYPE_BF16: return FATTN_BF16;
-        case GGML_TYPE_Q8_0: return FATTN_Q8_0;
-        case GGML_TYPE_Q4_0: return FATTN_Q4_0;
+        case GGML_TYPE_Q8_0: return words ? FATTN_Q8_0 : FATTN_Q8_0_ALIGN2;
+        case GGML_TYPE_Q4_0: return words ? FATTN_Q4_0 : FATTN_Q4_0_ALIGN2;
         default:             return -1;
     }
 }
@@ -28,8 +30,8 @@ static inline fattn_args fattn_args_of(const ggml_tensor * dst) {
     const ggml_tensor * v = dst->src[2];
 
     fattn_args a = {};
-    a.type_k    = fattn_type(k->type);
-    a.type_v    = fattn_type(v->type);
+    a.type_k    = fattn_type(k);
+    a.type_v    = fattn_type(v);
     a.n_embd_k  = k->ne[0];
     a.n_embd_v  = v->ne[0];
     a.n_tokens  = q->ne[1];
@@ -99,7 +101,7 @@ static inline size_t fattn_part_size(const fattn_args & a, int n_rows_block) {
 static inline bool fattn_supported(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     for (const ggml_tensor * pool : { dst->src[1], dst->src[2] }) {
-        if (fattn_type(pool->type) < 0 || pool->ne[0] > 32*FATTN_DIMS || pool->ne[0] % FATTN_DIMS != 0) {
+        if (fattn_type(pool) < 0 || pool->ne[0] > 32*FATTN_DIMS || pool->ne[0] % FATTN_DIMS != 0) {
             return false;
         }
         const size_t align = ggml_is_quantized(pool->type) ? 2 : 16;

@@ -6,8 +6,8 @@
 //   flash-attn-ragged-rows.h      formats of a row of a pool
 //   flash-attn-ragged-work.h      how the work is divided among blocks
 //   flash-attn-ragged-combine.h   results, and those of rows that were attended in parts
-//   flash-attn-ragged-vec.h       kernel for few rows: decoding; its steps are in flash-attn-ragged-vec-steps.h, with
-//                                 sums over lanes from flash-attn-ragged-deal.h
+//   flash-attn-ragged-vec.h       kernel for few rows: decoding; its steps are in flash-attn-ragged-vec-steps.h, with products from
+//                                 flash-attn-ragged-products.h and sums over lanes from flash-attn-ragged-deal.h
 //   flash-attn-ragged-tile.h      kernel for many rows: prompts
 //
 // Shapes in these files are in ggml's order: the first size is that of a row in memory.
@@ -40,6 +40,7 @@ static SIMT_FUNC float fattn_tanh(float x) {
 #include "flash-attn-ragged-rows.h"
 #include "flash-attn-ragged-work.h"
 #include "flash-attn-ragged-combine.h"
+#include "flash-attn-ragged-products.h"
 #include "flash-attn-ragged-deal.h"
 #include "flash-attn-ragged-vec-steps.h"
 #include "flash-attn-ragged-vec.h"

@@ -67,9 +67,9 @@ SIMT_FUNC void fattn_tile_load_cells(
         float      scale = 0.0f;
         if (d < n_embd) {
             // what lies behind the last cell is not there, its weight is zero
-            const typename row_t::raw r = row_t::load(head, (cell0 + simt_min(j, n_left - 1))*nb, d, type);
+            const typename row_t::raw r = row_t::load(row_t::place_of(head, d, type), (cell0 + simt_min(j, n_left - 1))*nb, type);
             x     = row_t::unpack(r, d, type);
-            scale = row_t::scale(r, type);
+            scale = row_t::scale(r, d, type);
         } else {
             for (int c = 0; c < FATTN_DIMS; ++c) {
                 x.x[c] = 0.0f;
@@ -77,7 +77,7 @@ SIMT_FUNC void fattn_tile_load_cells(
         }
         SIMT_UNROLL
         for (int c = 0; c < FATTN_DIMS; ++c) {
-            dst[j*ld + d + c] = simt_to_f16(x.x[c]*scale);
+            dst[j*ld + row_t::element(d, c, type)] = simt_to_f16(x.x[c]*scale);
         }
     }
 }

@@ -14,13 +14,23 @@ struct fattn_vec_shape {
 template <typename row_t, int n_lanes, int n_rows>
 struct fattn_vec_steps {
     typedef fattn_vec_shape<n_lanes, n_rows> shape;
+    typedef fattn_products<row_t>            products;
 
     enum { N_STEPS = shape::N_STEPS };
 
-    // score s*n_rows + r: of step s and row r
-    typedef fattn_deal<N_STEPS*n_rows, n_lanes/2> deal;
+    // Score s*n_rows + r: of step s and row r. The lanes of a block of quantised keys, which have one scale, come first: afterwards a
+    // lane has sums of one step alone
+    enum { N_LANES_BLOCK = 32/FATTN_DIMS };
 
-    enum { N_OWN = deal::N }; // scores of a lane, of consecutive rows and one step
+    typedef fattn_deal<typename products::sum, N_STEPS*n_rows, 1, N_LANES_BLOCK> deal_block;
+    typedef fattn_deal<float, deal_block::N, N_LANES_BLOCK, n_lanes>             deal_blocks;
+
+    enum { N_OWN = deal_blocks::N }; // scores of a lane, of consecutive rows and one step
+
+    typedef fattn_values<float, N_OWN> weights;
+
+    static SIMT_FUNC int32_t first_of(int32_t lane) { return deal_block::first(lane) + deal_blocks::first(lane); }
+    static SIMT_FUNC int32_t owner_of(int32_t i)    { return deal_block::owner(i) + deal_blocks::owner(i % deal_block::N); }
 
     // where a lane stands
     struct place {
@@ -34,9 +44,22 @@ struct fattn_vec_steps {
         int32_t own_s;
     };
 
-    // [FATTN_DIMS, n_rows] F32: a lane's part of a row for every row of the item, queries or sums of values
+    // [FATTN_DIMS, n_rows] F32: a lane's part of a row for every row of the item, sums of values
     struct rows {
         fattn_dims x[n_rows];
+    };
+
+    // the same of queries, and the units of the rows whose weights this lane computes
+    struct queries {
+        typename products::query x[n_rows];
+
+        float unit[N_OWN];
+    };
+
+    // a lane's part of the first cell of the head
+    struct pools {
+        typename row_t::place k;
+        typename row_t::place v;
     };
 
     // cells of N_STEPS steps, as they lie in memory: a lane's part of each
@@ -60,29 +83,63 @@ struct fattn_vec_steps {
         res.d0      = res.lane*FATTN_DIMS;
         res.has_k   = res.d0 < a.n_embd_k;
         res.has_v   = res.d0 < a.n_embd_v;
-        res.own_row = deal::first(res.lane)%n_rows;
-        res.own_s   = deal::first(res.lane)/n_rows;
+        res.own_row = first_of(res.lane)%n_rows;
+        res.own_s   = first_of(res.lane)/n_rows;
         return res;
     }
 
     // x: queries, scaled once instead of all scores; zeros for rows that are not there and elements behind n_embd_k
-    static SIMT_FUNC void load_queries(fattn_args a, SIMT_GLOBAL(const char) q, fattn_piece piece, place at, SIMT_THREAD(rows) x) {
+    static SIMT_FUNC void load_queries(fattn_args a, SIMT_GLOBAL(const char) q, fattn_piece piece, place at, SIMT_THREAD(queries) x) {
+        rows y;
         SIMT_UNROLL
         for (int r = 0; r < n_rows; ++r) {
             const int32_t row = piece.row0 + r;
             SIMT_UNROLL
             for (int i = 0; i < FATTN_DIMS; ++i) {
-                x.x[r].x[i] = 0.0f;
+                y.x[r].x[i] = 0.0f;
             }
             if (row < a.n_rows && at.has_k) {
                 SIMT_GLOBAL(const float) src = SIMT_CAST(const float,
-                        q + row/a.n_gqa*a.nb_q1 + fattn_head_of(a, piece.ih, row)*a.nb_q2) + at.d0;
+                        q + row/a.n_gqa*a.nb_q1 + fattn_head_of(a, piece.ih, row)*a.nb_q2);
                 SIMT_UNROLL
                 for (int i = 0; i < FATTN_DIMS; ++i) {
-                    x.x[r].x[i] = src[i]*a.scale;
+                    y.x[r].x[i] = src[row_t::element(at.d0, i, a.type_k)]*a.scale;
                 }
             }
         }
+        SIMT_UNROLL
+        for (int r = 0; r < n_rows; ++r) {
+            const float unit = products::UNITS ? unit_of(y.x[r]) : 1.0f;
+
+            x.x[r] = products::to_query(y.x[r], unit > 0.0f ? 1.0f/unit : 0.0f);
+            SIMT_UNROLL
+            for (int i = 0; i < N_OWN; ++i) {
+                x.unit[i] = r == 0 || r == at.own_row + i ? unit : x.unit[i];
+            }
+        }
+    }
+
+    // of a query, a lane's part of which is x
+    static SIMT_FUNC float unit_of(fattn_dims x) {
+        float max = 0.0f;
+        SIMT_UNROLL
+        for (int i = 0; i < FATTN_DIMS; ++i) {
+            max = simt_max(max, simt_max(x.x[i], -x.x[i]));
+        }
+        SIMT_UNROLL
+        for (int m = 1; m < n_lanes; m *= 2) {
+            max = simt_max(max, simt_shuffle_xor(max, m));
+        }
+        return fattn_query_unit(max);
+    }
+
+    static SIMT_FUNC pools pools_of(fattn_args a, fattn_tensors t, fattn_piece piece, place at) {
+        const int64_t first = t.ranges[2*piece.ih];
+
+        pools res;
+        res.k = row_t::place_of(simt_known(t.k + first*a.nb_k), at.has_k ? at.d0 : 0, a.type_k);
+        res.v = row_t::place_of(simt_known(t.v + first*a.nb_v), at.has_v ? at.d0 : 0, a.type_v);
+        return res;
     }
 
     // sums of values and softmax before the first cell
@@ -105,43 +162,58 @@ struct fattn_vec_steps {
         }
     }
 
-    // c: the cells of this group from cell0 on, N_CELLS_STEP apart; k and v: [n_embd, cells] of the head. What lies behind the last
-    // cell that a row sees is not there, and the last one in its place: its weight is 0
-    static SIMT_FUNC void load_cells(
-            fattn_args a, SIMT_GLOBAL(const char) k, SIMT_GLOBAL(const char) v,
-            int32_t cell0, int32_t n_visible, place at, SIMT_THREAD(cells) c) {
+    // c: the cells of this group from cell0 on, N_CELLS_STEP apart. What lies behind the last cell that a row sees is not there, and
+    // the last one in its place: its weight is 0
+    static SIMT_FUNC void load_cells(fattn_args a, pools p, int32_t cell0, int32_t n_visible, SIMT_THREAD(cells) c) {
         SIMT_UNROLL
         for (int s = 0; s < N_STEPS; ++s) {
             const uint32_t cell = simt_min(cell0 + s*shape::N_CELLS_STEP, n_visible - 1);
 
-            c.k[s] = row_t::load(k, cell*a.nb_k, at.has_k ? at.d0 : 0, a.type_k);
-            c.v[s] = row_t::load(v, cell*a.nb_v, at.has_v ? at.d0 : 0, a.type_v);
+            c.k[s] = row_t::load(p.k, cell*a.nb_k, a.type_k);
+            c.v[s] = row_t::load(p.v, cell*a.nb_v, a.type_v);
         }
     }
 
     // [N_OWN] scores of this lane: products of queries x and keys, summed over the lanes of the group
-    static SIMT_FUNC fattn_values<N_OWN> scores(fattn_args a, place at, SIMT_THREAD(const rows) x, SIMT_THREAD(const cells) c) {
-        fattn_values<N_STEPS*n_rows> dots; // over a lane's part of a row
+    static SIMT_FUNC weights scores(fattn_args a, place at, SIMT_THREAD(const queries) x, SIMT_THREAD(const cells) c) {
+        const int32_t d = at.has_k ? at.d0 : 0;
+
+        fattn_values<typename products::sum, N_STEPS*n_rows> dots; // over a lane's part of a row
         SIMT_UNROLL
         for (int s = 0; s < N_STEPS; ++s) {
-            const fattn_dims y     = row_t::unpack(c.k[s], at.has_k ? at.d0 : 0, a.type_k);
-            const float      scale = row_t::scale(c.k[s], a.type_k);
+            const typename products::key y = products::to_key(c.k[s], d, a.type_k);
             SIMT_UNROLL
             for (int r = 0; r < n_rows; ++r) {
-                float dot = 0.0f;
-                SIMT_UNROLL
-                for (int i = 0; i < FATTN_DIMS; ++i) {
-                    dot += x.x[r].x[i]*y.x[i];
-                }
-                dots.x[s*n_rows + r] = dot*scale;
+                dots.x[s*n_rows + r] = products::dot(x.x[r], y);
             }
         }
-        return deal::sums(dots, at.lane);
+        const fattn_values<typename products::sum, deal_block::N> sums = deal_block::sums(dots, at.lane);
+
+        typename row_t::raw own = c.k[0];
+        SIMT_UNROLL
+        for (int s = 1; s < N_STEPS; ++s) {
+            own = s == at.own_s ? c.k[s] : own;
+        }
+        const float scale = row_t::scale(own, d, a.type_k);
+
+        fattn_values<float, deal_block::N> scaled;
+        SIMT_UNROLL
+        for (int i = 0; i < deal_block::N; ++i) {
+            scaled.x[i] = (float) sums.x[i]*scale;
+        }
+        weights res = deal_blocks::sums(scaled, at.lane);
+        if (products::UNITS) {
+            SIMT_UNROLL
+            for (int i = 0; i < N_OWN; ++i) {
+                res.x[i] *= x.unit[i];
+            }
+        }
+        return res;
     }
 
     // w: scores with the softcap, FATTN_MASKED for cells that a row does not see. masked: there may be such cells
     static SIMT_FUNC void mask(
-            fattn_args a, int32_t cell0, bool masked, place at, SIMT_THREAD(const softmax) own, SIMT_THREAD(fattn_values<N_OWN>) w) {
+            fattn_args a, int32_t cell0, bool masked, place at, SIMT_THREAD(const softmax) own, SIMT_THREAD(weights) w) {
         if (a.softcap != 0.0f) {
             SIMT_UNROLL
             for (int i = 0; i < N_OWN; ++i) {
@@ -158,14 +230,14 @@ struct fattn_vec_steps {
 
     // One step of the online softmax: w, scores before, become weights. If a score is larger than all before, the sums o and own.sum
     // are scaled to the new maximum: rarely, after the first tiles
-    static SIMT_FUNC void weigh(place at, SIMT_THREAD(softmax) own, SIMT_THREAD(rows) o, SIMT_THREAD(fattn_values<N_OWN>) w) {
+    static SIMT_FUNC void weigh(place at, SIMT_THREAD(softmax) own, SIMT_THREAD(rows) o, SIMT_THREAD(weights) w) {
         float max_new[N_OWN];
         bool  grows = false;
         SIMT_UNROLL
         for (int i = 0; i < N_OWN; ++i) {
             max_new[i] = simt_max(own.max[i], w.x[i]);
             SIMT_UNROLL
-            for (int m = n_lanes/2; m > n_lanes/2/N_STEPS; m /= 2) {
+            for (int m = 1; m < N_STEPS; m *= 2) {
                 max_new[i] = simt_max(max_new[i], simt_shuffle_xor(max_new[i], m));
             }
             grows = grows || max_new[i] > own.max[i];
@@ -180,7 +252,7 @@ struct fattn_vec_steps {
             }
             SIMT_UNROLL
             for (int r = 0; r < n_rows; ++r) {
-                const float w_row = simt_shuffle(w_old[r%N_OWN], deal::owner(r), n_lanes, at.lane0);
+                const float w_row = simt_shuffle(w_old[r%N_OWN], owner_of(r), n_lanes, at.lane0);
                 SIMT_UNROLL
                 for (int i = 0; i < FATTN_DIMS; ++i) {
                     o.x[r].x[i] *= w_row;
@@ -196,14 +268,15 @@ struct fattn_vec_steps {
 
     // o += weights*values, with the weights of all steps and rows from the lanes that have them
     static SIMT_FUNC void add_values(
-            fattn_args a, place at, SIMT_THREAD(const fattn_values<N_OWN>) w, SIMT_THREAD(const cells) c, SIMT_THREAD(rows) o) {
+            fattn_args a, place at, SIMT_THREAD(const weights) w, SIMT_THREAD(const cells) c, SIMT_THREAD(rows) o) {
         SIMT_UNROLL
         for (int s = 0; s < N_STEPS; ++s) {
-            const fattn_dims y     = row_t::unpack(c.v[s], at.has_v ? at.d0 : 0, a.type_v);
-            const float      scale = row_t::scale(c.v[s], a.type_v);
+            const int32_t    d     = at.has_v ? at.d0 : 0;
+            const fattn_dims y     = row_t::unpack(c.v[s], d, a.type_v);
+            const float      scale = row_t::scale (c.v[s], d, a.type_v);
             SIMT_UNROLL
             for (int r = 0; r < n_rows; ++r) {
-                const float w_row = simt_shuffle(w.x[r%N_OWN], deal::owner(s*n_rows + r), n_lanes, at.lane0)*scale;
+                const float w_row = simt_shuffle(w.x[r%N_OWN], owner_of(s*n_rows + r), n_lanes, at.lane0)*scale;
                 SIMT_UNROLL
                 for (int i = 0; i < FATTN_DIMS; ++i) {
                     o.x[r].x[i] += w_row*y.x[i];
@@ -217,15 +290,15 @@ struct fattn_vec_steps {
         SIMT_UNROLL
         for (int i = 0; i < N_OWN; ++i) {
             SIMT_UNROLL
-            for (int m = n_lanes/2; m > n_lanes/2/N_STEPS; m /= 2) {
+            for (int m = 1; m < N_STEPS; m *= 2) {
                 own.sum[i] += simt_shuffle_xor(own.sum[i], m);
             }
         }
     }
 
     // row r of the groups of a warp, relative to their maximum, into row `warp` of sh [LD, FATTN_N_WARPS]
-    static SIMT_FUNC void store_warp(place at, int r, SIMT_THREAD(const softmax) own, SIMT_THREAD(rows) o, SIMT_SHARED(float) sh, simt_ids id) {
-        const float max_own = simt_shuffle(own.max[r%N_OWN], deal::owner(r), n_lanes, at.lane0);
+    static SIMT_FUNC void store_warp(fattn_args a, place at, int r, SIMT_THREAD(const softmax) own, SIMT_THREAD(rows) o, SIMT_SHARED(float) sh, simt_ids id) {
+        const float max_own = simt_shuffle(own.max[r%N_OWN], owner_of(r), n_lanes, at.lane0);
 
         float max_all = max_own;
         SIMT_UNROLL
@@ -234,7 +307,7 @@ struct fattn_vec_steps {
         }
         const float w_own = simt_exp2(max_own - max_all);
 
-        float sum_all = simt_shuffle(own.sum[r%N_OWN], deal::owner(r), n_lanes, at.lane0)*w_own;
+        float sum_all = simt_shuffle(own.sum[r%N_OWN], owner_of(r), n_lanes, at.lane0)*w_own;
         SIMT_UNROLL
         for (int m = n_lanes; m < 32; m *= 2) {
             sum_all += simt_shuffle_xor(sum_all, m);
@@ -252,7 +325,7 @@ struct fattn_vec_steps {
         if (at.group == 0) {
             SIMT_UNROLL
             for (int i = 0; i < FATTN_DIMS; ++i) {
-                sh[id.warp*shape::LD + at.d0 + i] = o.x[r].x[i];
+                sh[id.warp*shape::LD + row_t::element(at.d0, i, a.type_v)] = o.x[r].x[i];
             }
         }
         if (id.lane == 0) {

@@ -14,10 +14,7 @@ SIMT_FUNC void fattn_vec_attend(fattn_args a, fattn_tensors t, fattn_piece piece
 
     const typename steps::place at = steps::place_of(a, id);
 
-    const int64_t first = t.ranges[2*piece.ih];
-
-    SIMT_GLOBAL(const char) k = t.k + first*a.nb_k; // [n_embd_k, cells] of the head
-    SIMT_GLOBAL(const char) v = t.v + first*a.nb_v; // [n_embd_v, cells]
+    const typename steps::pools pools = steps::pools_of(a, t, piece, at);
 
     int32_t n_visible = 0;          // cells that one row at least sees
     int32_t n_common  = 0x7FFFFFFF; // that all see
@@ -30,7 +27,7 @@ SIMT_FUNC void fattn_vec_attend(fattn_args a, fattn_tensors t, fattn_piece piece
         }
     }
 
-    typename steps::rows    x;
+    typename steps::queries x;
     typename steps::rows    o;
     typename steps::softmax own;
     steps::load_queries(a, t.q, piece, at, x);
@@ -40,9 +37,9 @@ SIMT_FUNC void fattn_vec_attend(fattn_args a, fattn_tensors t, fattn_piece piece
         const int32_t cell0 = tile*shape::N_CELLS_TILE + id.warp*shape::N_CELLS_WARP + at.group;
 
         typename steps::cells c;
-        steps::load_cells(a, k, v, cell0, n_visible, at, c);
+        steps::load_cells(a, pools, cell0, n_visible, c);
 
-        fattn_values<steps::N_OWN> w = steps::scores(a, at, x, c);
+        typename steps::weights w = steps::scores(a, at, x, c);
         steps::mask(a, cell0, (tile + 1)*shape::N_CELLS_TILE > n_common, at, own, w);
         steps::weigh(at, own, o, w);
         steps::add_values(a, at, w, c, o);
@@ -51,7 +48,7 @@ SIMT_FUNC void fattn_vec_attend(fattn_args a, fattn_tensors t, fattn_piece piece
 
     SIMT_UNROLL
     for (int r = 0; r < n_rows; ++r) {
-        steps::store_warp(at, r, own, o, sh, id);
+        steps::store_warp(a, at, r, own, o, sh, id);
         simt_barrier();
         if (piece.row0 + r < a.n_rows) {
             steps::write_row(a, t, piece, r, sh, id);
@@ -66,24 +63,28 @@ SIMT_FUNC void fattn_vec(fattn_args a, fattn_tensors t, SIMT_SHARED(float) sh, s
     typedef fattn_vec_shape<n_lanes, n_rows> shape;
 
     const fattn_share share = fattn_share_of(a, t.ranges, n_rows, shape::N_CELLS_TILE, id);
-    if (a.n_splits > 0) {
-        const int32_t n_tiles = fattn_n_tiles(a, t.ranges, share.item0, n_rows, shape::N_CELLS_TILE);
-        fattn_vec_attend<row_t, n_lanes, n_rows>(a, t, fattn_piece_of(a, share.item0, n_rows, share.begin, share.end, n_tiles), sh, id);
-        return;
-    }
+
+    // one loop for shares and splits: what it calls makes nearly all of the kernel
+    const int32_t item_end = a.n_splits > 0 ? share.item0 + 1 : a.n_head_kv;
 
     int32_t n_own  = 0; // tiles of one of 32 heads, a lane has one
-    int32_t before = 0; // of the heads before
-    for (int32_t ih = 0; ih < a.n_head_kv && before < share.end; ++ih) {
-        if (ih % 32 == 0) {
-            n_own = ih + id.lane < a.n_head_kv ? fattn_head_tiles(t.ranges, ih + id.lane, shape::N_CELLS_TILE) : 0;
+    int32_t before = 0; // of the items before
+    for (int32_t item = share.item0; item < item_end && (before < share.end || a.n_splits > 0); ++item) {
+        int32_t n_tiles;
+        if (a.n_splits > 0) {
+            n_tiles = fattn_n_tiles(a, t.ranges, item, n_rows, shape::N_CELLS_TILE);
+        } else {
+            if (item % 32 == 0) {
+                n_own = item + id.lane < a.n_head_kv ? fattn_head_tiles(t.ranges, item + id.lane, shape::N_CELLS_TILE) : 0;
+            }
+            n_tiles = simt_shuffle(n_own, item % 32, 32, 0);
         }
-        const int32_t n_tiles = simt_shuffle(n_own, ih % 32, 32, 0);
-        const int32_t tile0   = simt_max(0, share.begin - before);
-        const int32_t tile1   = simt_min(n_tiles, share.end - before);
+        const int32_t tile0 = simt_max(0, share.begin - before);
+        const int32_t tile1 = simt_min(n_tiles, share.end - before);
         before += n_tiles;
-        if (tile0 < tile1) {
-            fattn_vec_attend<row_t, n_lanes, n_rows>(a, t, fattn_piece_of(a, ih, n_rows, tile0, tile1, n_tiles), sh, id);
+        // a split without tiles is a part too
+        if (tile0 < tile1 || a.n_splits > 0) {
+            fattn_vec_attend<row_t, n_lanes, n_rows>(a, t, fattn_piece_of(a, item, n_rows, tile0, tile1, n_tiles), sh, id);
         }
     }
 }

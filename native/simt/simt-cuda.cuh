@@ -1,6 +1,6 @@
 #pragma once
 
-// The primitives that the texts of native/simt/ are written in, for CUDA. They are what those texts may use beside C++:
+// The primitives that the texts of native/simt/ are written in, for CUDA, and for HIP on devices with waves of 32 lanes. They are what those texts may use beside C++:
 //
 //   SIMT_FUNC, SIMT_UNROLL                what stands before functions and loops
 //   SIMT_GLOBAL(T), SIMT_SHARED(T)        pointers into device memory and into memory of a block
@@ -12,15 +12,21 @@
 //                                         lanes of a warp, as for the next two
 //   simt_shuffle_xor(x, m)                x of the lane whose number differs in the bits m
 //   simt_any(x)                           whether x holds for any lane
-//   simt_load_u16, simt_load_u32x4        aligned loads from device memory
+//   simt_load_u16, _u32, _u32x4           aligned loads from device memory
 //   simt_frag                             16 x 16 floats that a warp holds together; made of products of matrices of simt_f16 in
 //                                         memory of the block, whose rows are ld apart: a multiple of 8 (of 4 for floats)
 //   simt_f16, simt_to_f16                 half precision
+//   simt_dp2a_lo, _hi(a, b, c)            c + the products of the two int16 in a and the lower, or upper, two int8 in b
+//   simt_known(p)                         p, a pointer, as a value: not to be computed again where it is used
+//   simt_byte_f32(x, i)                   byte i of x, 0 to 255, added to SIMT_BYTE_F32_ZERO: without a conversion, of which devices
+//                                         make few at a time
 //   simt_get, simt_pack, simt_unpack_f16, simt_bits_to_f32, simt_min, simt_max, simt_exp2
 
 #include "common.cuh"
 
+#ifndef GGML_USE_HIP
 #include <mma.h>
+#endif
 
 #define SIMT_FUNC __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
@@ -75,6 +81,10 @@ static __device__ __forceinline__ uint16_t simt_load_u16(const char * p) {
     return __ldg(reinterpret_cast<const unsigned short *>(p));
 }
 
+static __device__ __forceinline__ uint32_t simt_load_u32(const char * p) {
+    return __ldg(reinterpret_cast<const uint32_t *>(p));
+}
+
 static __device__ __forceinline__ uint4 simt_load_u32x4(const char * p) {
     return __ldg(reinterpret_cast<const uint4 *>(p));
 }
@@ -93,6 +103,48 @@ static __device__ __forceinline__ float2 simt_unpack_f16(uint32_t x) {
 
 static __device__ __forceinline__ float simt_bits_to_f32(uint32_t x) {
     return __uint_as_float(x);
+}
+
+#define SIMT_BYTE_F32_ZERO 8388608.0f // 2^23, whose last bit is 1
+
+static __device__ __forceinline__ float simt_byte_f32(uint32_t x, int i) {
+    return __uint_as_float(__byte_perm(x, 0x4B000000, 0x7440 + i));
+}
+
+#if defined(GGML_USE_HIP)
+
+// there is no such instruction
+static __device__ __forceinline__ int32_t simt_dp2a_lo(uint32_t a, uint32_t b, int32_t c) {
+    return c + (int16_t) a*(int8_t) b + (int16_t) (a >> 16)*(int8_t) (b >> 8);
+}
+
+static __device__ __forceinline__ int32_t simt_dp2a_hi(uint32_t a, uint32_t b, int32_t c) {
+    return simt_dp2a_lo(a, b >> 16, c);
+}
+
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_DP4A
+
+static __device__ int32_t simt_dp2a_lo(uint32_t, uint32_t, int32_t) { NO_DEVICE_CODE; return 0; }
+static __device__ int32_t simt_dp2a_hi(uint32_t, uint32_t, int32_t) { NO_DEVICE_CODE; return 0; }
+
+#else
+
+static __device__ __forceinline__ int32_t simt_dp2a_lo(uint32_t a, uint32_t b, int32_t c) {
+    return __dp2a_lo((int) a, (int) b, c);
+}
+
+static __device__ __forceinline__ int32_t simt_dp2a_hi(uint32_t a, uint32_t b, int32_t c) {
+    return __dp2a_hi((int) a, (int) b, c);
+}
+
+#endif
+
+template <typename T>
+static __device__ __forceinline__ T * simt_known(T * p) {
+#ifndef GGML_USE_HIP
+    asm("" : "+l"(p));
+#endif
+    return p;
 }
 
 template <typename T>
@@ -123,7 +175,61 @@ static __device__ __forceinline__ half simt_to_f16(float x) {
     return __float2half(x);
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_VOLTA
+#if defined(GGML_USE_HIP)
+
+// Without the matrix instructions, which differ from one family of devices to the next: a lane holds eight consecutive elements of the
+// 256
+struct simt_frag {
+    float x[8];
+};
+
+static __device__ __forceinline__ int simt_frag_row() { return threadIdx.x%32/2; }
+static __device__ __forceinline__ int simt_frag_col() { return threadIdx.x%2*8; }
+
+static __device__ __forceinline__ void simt_frag_zero(simt_frag & c) {
+    SIMT_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        c.x[i] = 0.0f;
+    }
+}
+
+static __device__ __forceinline__ void simt_frag_load(simt_frag & c, const float * p, int ld) {
+    SIMT_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        c.x[i] = p[simt_frag_row()*ld + simt_frag_col() + i];
+    }
+}
+
+static __device__ __forceinline__ void simt_frag_store(float * p, const simt_frag & c, int ld) {
+    SIMT_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        p[simt_frag_row()*ld + simt_frag_col() + i] = c.x[i];
+    }
+}
+
+// c += a*b
+static __device__ __forceinline__ void simt_frag_mma(simt_frag & c, const half * a, int ld_a, const half * b, int ld_b) {
+    for (int k = 0; k < 16; ++k) {
+        const float x = __half2float(a[simt_frag_row()*ld_a + k]);
+        SIMT_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            c.x[i] += x*__half2float(b[k*ld_b + simt_frag_col() + i]);
+        }
+    }
+}
+
+// c += a*b^T
+static __device__ __forceinline__ void simt_frag_mma_t(simt_frag & c, const half * a, int ld_a, const half * b, int ld_b) {
+    for (int k = 0; k < 16; ++k) {
+        const float x = __half2float(a[simt_frag_row()*ld_a + k]);
+        SIMT_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            c.x[i] += x*__half2float(b[(simt_frag_col() + i)*ld_b + k]);
+        }
+    }
+}
+
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_VOLTA
 
 // there are no such products, ggml_cuda_flash_attn_ragged_supported() says so
 struct simt_frag {};

@@ -51,6 +51,10 @@ inline ushort simt_load_u16(device const char * p) {
     return *(device const ushort *) p;
 }
 
+inline uint simt_load_u32(device const char * p) {
+    return *(device const uint *) p;
+}
+
 inline uint4 simt_load_u32x4(device const char * p) {
     return *(device const uint4 *) p;
 }
@@ -69,6 +73,26 @@ inline float2 simt_unpack_f16(uint x) {
 
 inline float simt_bits_to_f32(uint x) {
     return as_type<float>(x);
+}
+
+#define SIMT_BYTE_F32_ZERO 8388608.0f
+
+inline float simt_byte_f32(uint x, int i) {
+    return as_type<float>(0x4B000000u | (x >> 8*i & 0xFFu));
+}
+
+// no instruction; formats that are known when a pipeline is made do without
+inline int simt_dp2a_lo(uint a, uint b, int c) {
+    return c + (int) (short) a*(int) (char) b + (int) (short) (a >> 16)*(int) (char) (b >> 8);
+}
+
+inline int simt_dp2a_hi(uint a, uint b, int c) {
+    return simt_dp2a_lo(a, b >> 16, c);
+}
+
+template <typename T>
+inline device T * simt_known(device T * p) {
+    return p;
 }
 
 inline half simt_to_f16(float x) {

@@ -201,25 +201,47 @@ static void test_faults_of_our_kernels(const simt_device & device, ggml_backend_
 // cost
 //
 
-// What a token costs on a device of 132 multiprocessors, as in tests/gpu/README.md's measurements. Bounds:
-//   rounds of the kernel for cells   a tile is a round, and 4 are for the table of heads, queries and the parts' ends
+// loads of a lane for its part of a row: 16 bytes of F16, words of values and the one with the scale
+static int64_t n_loads_of(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F16:  return 1;
+        case GGML_TYPE_Q8_0: return 3;
+        case GGML_TYPE_Q4_0: return 2;
+        default: GGML_ABORT("no bound for %s", ggml_type_name(type));
+    }
+}
+
+// What a token costs on a device of 132 multiprocessors, as in tests/gpu/README.md's measurements; what is far longer has more turns of
+// the same loop. Bounds:
+//   blocks                           what a device keeps in flight at a time: 4 or 3 of a multiprocessor, by their registers (CUDA),
+//                                    2 of the largest device (Metal). More would wait for their turn, and write parts
+//   rounds of the kernel for cells   a turn of the loop over tiles is a round, and 4 are for the table of heads, queries and the parts'
+//                                    ends
+//   loads of the kernel for cells    of a lane: those of a turn, which are independent, and for every head of a share those of queries
+//                                    and of the table. Quantised rows read two bytes at a time take 5 loads where 3 and 2 are enough
+//   barriers of it                   two a row and head of a share, none in the loop
 //   rounds that combine parts        32 parts a round (4 warps, FATTN_N_PARTS_STEP each), and 4 for the table and the softmaxes.
 //                                    A loop over all parts in every thread, 2 rounds a part, took 70 to 174 of 90 to 190 us
-//   bytes                            cells are read once: 2 % for rows whose first and last bytes share a word with others
+//   bytes read                       cells are read once: 2 % for rows whose first and last bytes share a word with others
+//   bytes written                    every result once; a part for every row, block and head at most: a share ends in one head and
+//                                    begins in another
 static void test_cost(ggml_backend_t backend) {
     const auto uniform = [](int64_t n_head_kv, int64_t n) { return std::vector<int64_t>(n_head_kv, n); };
     const std::vector<int64_t> ragged = { 8192, 200, 4096, 1, 12000, 2048, 6000, 231 };
 
-    const std::vector<ragged_case> cases = {
-        { 128, 128, GGML_TYPE_F16,  GGML_TYPE_F16,  4, 1, uniform(8, 4096),  0.0f, false, true, 1 },
-        { 128, 128, GGML_TYPE_F16,  GGML_TYPE_F16,  4, 1, ragged,            0.0f, false, true, 1 },
-        { 128, 128, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, 4, 1, ragged,            0.0f, false, true, 1 },
-        { 64,  64,  GGML_TYPE_F16,  GGML_TYPE_F16,  3, 1, uniform(3, 16384), 0.0f, false, true, 1 },
-        { 64,  64,  GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, 3, 1, uniform(3, 491),   0.0f, false, true, 1 },
-        { 128, 128, GGML_TYPE_Q4_0, GGML_TYPE_Q4_0, 1, 1, uniform(40, 300),  0.0f, false, true, 1 },
-    };
+    std::vector<ragged_case> cases;
+    for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        cases.push_back({ 128, 128, type, type, 4, 1, uniform(8, 4096),  0.0f, false, true, 1 });
+        cases.push_back({ 128, 128, type, type, 4, 1, ragged,            0.0f, false, true, 1 });
+        cases.push_back({ 64,  64,  type, type, 3, 1, uniform(3, 16384), 0.0f, false, true, 1 });
+    }
+    cases.push_back({ 64,  64,  GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, 3, 1, uniform(3, 491),  0.0f, false, true, 1 });
+    cases.push_back({ 128, 128, GGML_TYPE_Q4_0, GGML_TYPE_Q4_0, 1, 1, uniform(40, 300), 0.0f, false, true, 1 });
+
+    const int n_sm = simt_cuda_n_sm;
+    simt_cuda_n_sm = 132;
     for (const simt_device & device : DEVICES) {
-        simt_cuda_n_sm = 132;
+        const bool cuda = device.name == std::string("CUDA");
         for (const auto & tc : cases) {
             rng.seed(1);
             ragged_graph g   = build_graph(tc, backend);
@@ -236,22 +258,44 @@ static void test_cost(ggml_backend_t backend) {
             for (const int64_t n : tc.n_cells) {
                 n_cells += n;
             }
-            const int64_t n_tile  = 64/(tc.hsk/8)*(tc.n_gqa > 4 ? 2 : 4)*2; // fattn_vec_shape::N_CELLS_TILE
-            const int64_t n_tiles = (n_cells/n_tile + (int64_t) tc.n_cells.size() + cells.n_blocks - 1)/cells.n_blocks + 1;
+            const int64_t n_heads = tc.n_cells.size();
+            const int64_t n_steps = tc.n_gqa > 4 ? 2 : 4;
+            const int64_t n_tile  = 64/(tc.hsk/8)*n_steps*2; // fattn_vec_shape::N_CELLS_TILE
+            const int64_t n_turns = (n_cells/n_tile + n_heads + cells.n_blocks - 1)/cells.n_blocks + 1;
             const int64_t n_parts = *std::max_element(tc.n_cells.begin(), tc.n_cells.end())*cells.n_blocks/n_cells + 2;
+
+            // heads that a share of so many turns reaches into
+            int64_t n_heads_share = 1;
+            for (int64_t ih = 0; ih < n_heads; ++ih) {
+                int64_t n = 0, rest = n_turns - 1;
+                for (int64_t i = ih; i < n_heads && rest > 0; ++i, ++n) {
+                    rest -= i == ih ? 1 : (tc.n_cells[i] + n_tile - 1)/n_tile;
+                }
+                n_heads_share = std::max(n_heads_share, n);
+            }
+            const int64_t n_rows = tc.n_gqa == 3 ? 4 : tc.n_gqa;
 
             const auto at_most = [](const char * what, int64_t got, int64_t bound) {
                 expect(got <= bound, what, std::to_string(got) + ", at most " + std::to_string(bound));
             };
-            at_most("rounds over cells", cells.n_rounds, n_tiles + 4);
+            at_most("blocks", cells.n_blocks, cuda ? 132*(n_rows <= 2 ? 4 : 3) : 160);
+            at_most("rounds over cells", cells.n_rounds, n_turns + 4);
+            at_most("loads for cells", cells.n_loads,
+                    n_turns*n_steps*(n_loads_of(tc.type_k) + n_loads_of(tc.type_v)) + n_heads_share*(8 + 3)*n_rows + n_heads + 8);
+            at_most("barriers over cells", cells.n_barriers, n_heads_share*2*n_rows);
             at_most("rounds over parts", combine.n_rounds, (n_parts + 31)/32 + 4);
             at_most("barriers of combine", combine.n_barriers, 1);
             for (const char * pool : { "k", "v" }) {
                 const ggml_tensor * t = pool[0] == 'k' ? g.k : g.v;
                 at_most(pool, cells.bytes_read.at(pool), n_cells*t->nb[1]*102/100);
             }
+            const int64_t bytes_results = n_heads*tc.n_gqa*tc.hsv*4;
+            at_most("bytes of results", cells.bytes_written.at("the result") + combine.bytes_written.at("the result"), bytes_results);
+            at_most("bytes of parts", cells.bytes_written.at(cuda ? "scratch" : "the parts"),
+                    (cells.n_blocks + n_heads)*tc.n_gqa*(tc.hsv + 2)*4);
         }
     }
+    simt_cuda_n_sm = n_sm;
 }
 
 int main(int argc, char ** argv) {

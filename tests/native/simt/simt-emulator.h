@@ -107,7 +107,8 @@ struct launch_cost {
     int32_t n_loads    = 0; // from device memory
     int32_t n_barriers = 0; // of the block
 
-    std::map<std::string, int64_t> bytes_read; // of a region, in whole words; by every block that reads them once more
+    std::map<std::string, int64_t> bytes_read;    // of a region, in whole words; by every block that reads them once more
+    std::map<std::string, int64_t> bytes_written; // every time
 };
 
 // memory of the device
@@ -118,7 +119,8 @@ struct region {
 
     std::vector<trace> traces;
 
-    int64_t bytes_read = 0; // by the launch that runs
+    int64_t bytes_read    = 0; // by the launch that runs
+    int64_t bytes_written = 0;
 };
 
 class machine {
@@ -126,7 +128,7 @@ public:
     // threads of blocks are numbered from 0; seed of the order in which they run
     explicit machine(uint32_t seed = 0) : rng(seed) {}
 
-    void add(const void * data, size_t size, const std::string & name) { regions[(uintptr_t) data] = { (char *) data, size, name, std::vector<trace>(size/4 + 1), 0 }; }
+    void add(const void * data, size_t size, const std::string & name) { regions[(uintptr_t) data] = { (char *) data, size, name, std::vector<trace>(size/4 + 1) }; }
     void remove(const void * data) { regions.erase((uintptr_t) data); }
     void clear() { regions.clear(); }
 
@@ -156,8 +158,10 @@ public:
             run_block(n_threads, kernel);
         }
         for (auto & [_, r] : regions) {
-            costs.back().bytes_read[r.name] = r.bytes_read;
-            r.bytes_read = 0;
+            costs.back().bytes_read   [r.name] = r.bytes_read;
+            costs.back().bytes_written[r.name] = r.bytes_written;
+            r.bytes_read    = 0;
+            r.bytes_written = 0;
         }
     }
 
@@ -266,7 +270,9 @@ public:
                     4*i, r->name.c_str(), thread_name(other).c_str());
             }
         }
-        if (!writes) {
+        if (writes) {
+            r->bytes_written += size;
+        } else {
             count_load(*r, (p - r->data)/4, (p - r->data + size - 1)/4);
         }
     }

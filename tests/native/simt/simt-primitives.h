@@ -44,6 +44,7 @@ struct simt_f32x2 {
 #define simt_shuffle_xor(x, m) simt::current_machine()->shuffle_xor(x, m, __LINE__)
 
 inline uint16_t   simt_load_u16  (SIMT_GLOBAL(const char) p) { return simt::load<uint16_t>(p); }
+inline uint32_t   simt_load_u32  (SIMT_GLOBAL(const char) p) { return simt::load<uint32_t>(p); }
 inline simt_u32x4 simt_load_u32x4(SIMT_GLOBAL(const char) p) { return simt::load<simt_u32x4>(p); }
 
 inline simt_u32x4 simt_pack(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return { { a, b, c, d } }; }
@@ -63,6 +64,19 @@ inline float simt_bits_to_f32(uint32_t x) {
     memcpy(&res, &x, sizeof(res));
     return res;
 }
+
+#define SIMT_BYTE_F32_ZERO 8388608.0f
+
+inline float simt_byte_f32(uint32_t x, int i) { return simt_bits_to_f32(0x4B000000u | (x >> 8*i & 0xFF)); }
+
+inline int32_t simt_dp2a_lo(uint32_t a, uint32_t b, int32_t c) {
+    simt::current_machine()->use();
+    return c + (int16_t) a*(int8_t) b + (int16_t) (a >> 16)*(int8_t) (b >> 8);
+}
+
+inline int32_t simt_dp2a_hi(uint32_t a, uint32_t b, int32_t c) { return simt_dp2a_lo(a, b >> 16, c); }
+
+template <typename T> SIMT_GLOBAL(T) simt_known(const SIMT_GLOBAL(T) & p) { return p; }
 
 template <typename T> T simt_min(T a, T b) { return a < b ? a : b; }
 template <typename T> T simt_max(T a, T b) { return a > b ? a : b; }

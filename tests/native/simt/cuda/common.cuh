@@ -20,11 +20,12 @@ struct ggml_cuda_device_info {
     struct {
         int cc;
         int nsm;
+        int warp_size;
     } devices[1];
 };
 
 inline ggml_cuda_device_info ggml_cuda_info() {
-    return { { { GGML_CUDA_CC_VOLTA, simt_cuda_n_sm } } };
+    return { { { GGML_CUDA_CC_VOLTA, simt_cuda_n_sm, 32 } } };
 }
 
 inline int ggml_cuda_highest_compiled_arch(int cc) {
