@@ -130,13 +130,13 @@ class PolicyCache:
         )
         self._check_ready(bound.ragged)
         lacks = f"{self._path}: a device of its layers cannot attend to heads of different lengths at once"
-        if bound.name != policy.name:
+        if not has_ragged and bound.name != policy.name:
             text = f"{lacks}, so that kv_policy={policy.name!r} gives all heads equally many cells, as {bound.name!r}"
             warnings.warn(text, stacklevel=5)
         elif bound.ragged and not has_ragged:
             text = (
                 f"{lacks}: with kv_policy={policy.name!r} it does so head by head, {n_head_kv} attention operations "
-                "per layer and token instead of one, in no more memory; 'auto' and 'windowkv' keep heads equal there"
+                "per layer and token instead of one; 'auto' and 'windowkv' keep heads equal there"
             )
             warnings.warn(text, stacklevel=5)
         return bound

@@ -41,6 +41,10 @@ bool llama_kv_ragged_workspace::alloc(ggml_backend_t backend, ggml_cgraph * gf) 
         it->ops = std::move(ops);
     }
     const bool ok = ggml_gallocr_alloc_graph(it->galloc.get(), gf);
+    if (!ok) {
+        it->galloc.reset(); // it takes the places for found
+        it->ops.clear();
+    }
     claim.add(n_bytes() - n_before);
     return ok;
 }

@@ -13,9 +13,12 @@
 // An exception may come from the middle of what the caches of a memory note about positions, and upstream's note some for a trial while
 // they look for slots. What they hold then cannot be told, so that nothing of it stays
 struct llama_kv_ragged_decoding {
+    // An allocator of graphs that found no memory takes the places of the graph for found. And the graph of the worst case, which knows
+    // the scales of the layers, may be half built.
+    static void reserve_anew(llama_context & lctx) { lctx.sched_need_reserve = true; }
+
     static int failed(llama_context & lctx, int status, const char * what) {
-        // the graph of the worst case, which knows the scales of the layers, may be half built
-        lctx.sched_need_reserve = true;
+        reserve_anew(lctx);
 
         llama_memory_i & mem = *lctx.get_memory();
         try {
@@ -40,7 +43,11 @@ static int decode(llama_context & lctx, const B & batch) {
     }
 
     try {
-        return lctx.decode(batch);
+        const int status = lctx.decode(batch);
+        if (status == -2) {
+            llama_kv_ragged_decoding::reserve_anew(lctx);
+        }
+        return status;
     } catch (const std::bad_alloc &) {
         return llama_kv_ragged_decoding::failed(lctx, -2, "memory ran out");
     } catch (const std::exception & err) {

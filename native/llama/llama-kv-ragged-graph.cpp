@@ -113,7 +113,7 @@ const llm_graph_input_ragged::cell_class & llm_graph_input_ragged::get_class(ggm
     const auto view    = mctx->get_cells(il, ih);
 
     for (const auto & cls : classes) {
-        // their reads are as long now, they need not grow at the same time
+        // heads of one class hold equally many cells for ever, so that the reads of the first one serve all
         const bool as_mine = by_head == (cls.ih != llama_kv_cache_ragged_context::ALL_HEADS);
         if (as_mine && cls.n_cells == view.n_cells && cls.n_read == view.n_read) {
             return cls;
@@ -248,12 +248,12 @@ void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
     std::vector<int64_t> idxs(n_tokens);
 
     for (const auto & cls : classes) {
-        // new cells are the last ones: query t sees the cells [0, n_old + t]
-        const int64_t n_old = mctx->get_cells(cls.il, cls.ih).n_cells - n_tokens;
-
         if (!cls.idxs) {
             continue;
         }
+        // new cells are the last ones: query t sees the cells [0, n_old + t]
+        const int64_t n_old = mctx->get_cells(cls.il, cls.ih).n_cells - n_tokens;
+
         std::iota(idxs.begin(), idxs.end(), n_old);
         ggml_backend_tensor_set(cls.idxs, idxs.data(), 0, ggml_nbytes(cls.idxs));
         if (cls.mask) {
@@ -338,7 +338,7 @@ static ggml_tensor * concat_heads(ggml_context * ctx, std::vector<ggml_tensor *>
 }
 
 // [n_embd_head, n_head, n_tokens] -> [n_embd_head, n_tokens, n_head]
-static ggml_tensor * by_head(ggml_context * ctx, ggml_tensor * cur) {
+static ggml_tensor * heads_last(ggml_context * ctx, ggml_tensor * cur) {
     return ggml_permute(ctx, cur, 0, 2, 1, 3);
 }
 
@@ -396,10 +396,10 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
         ggml_tensor * q_obs = ggml_view_3d(ctx, q_cur, q_cur->ne[0], q_cur->ne[1], n_observed,
                 q_cur->nb[1], q_cur->nb[2], (q_cur->ne[2] - n_observed)*q_cur->nb[2]);
 
-        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, get_queries(il), by_head(ctx, q_obs), idxs));
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, get_queries(il), heads_last(ctx, q_obs), idxs));
     }
 
-    ggml_tensor * q = by_head(ctx, q_cur);
+    ggml_tensor * q = heads_last(ctx, q_cur);
 
     // stock's attention over cells of some heads and their queries
     const auto attend = [&](ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, const llm_graph_input_ragged::cell_class & cls) {
@@ -418,8 +418,8 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
         ggml_tensor * k_all = view_cells(ctx, view.k, view.cap, view.cap, n_head_kv);
         ggml_tensor * v_all = view_cells(ctx, view.v, view.cap, view.cap, n_head_kv);
 
-        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, k_all, by_head(ctx, k_cur), cls.idxs));
-        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, v_all, by_head(ctx, v_cur), cls.idxs));
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, k_all, heads_last(ctx, k_cur), cls.idxs));
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, v_all, heads_last(ctx, v_cur), cls.idxs));
 
         cur = attend(q, view_cells(ctx, view.k, view.cap, cls.n_read, n_head_kv), view_cells(ctx, view.v, view.cap, cls.n_read, n_head_kv), sinks, cls);
         g.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, il });

@@ -97,14 +97,11 @@ std::vector<int64_t> llama_kv_ragged_layer::capacity(const std::vector<int64_t> 
         return res;
     }
 
-    int64_t first = 0;
-    int64_t end   = 0; // of the reads
+    // a head is read to the next multiple of n_pad: for the others that ends before the last one's does
     for (int64_t & n : res) {
-        n     = GGML_PAD(n, n_align);
-        end   = std::max(end, first + GGML_PAD(n, n_pad));
-        first += n;
+        n = GGML_PAD(n, n_align);
     }
-    res.back() = GGML_PAD(res.back() + end - first, n_pad);
+    res.back() = GGML_PAD(res.back(), n_pad);
     return res;
 }
 
@@ -114,7 +111,7 @@ void llama_kv_ragged_layer::check_ragged() const {
                     "and to attend head by head it lacks %s: choose a policy that gives all heads of a layer the same number of cells, or "
                     "keep the cells in host memory, where the CPU attends to them, with offload_kqv=False (slower), or load the model with "
                     "n_gpu_layers=0", ggml_backend_dev_name(dev), il, n_embd_head_k, sinks ? ", learned attention sinks" : "",
-                    missing_by_head ? missing_by_head : "nothing but is a CPU"));
+                    missing_by_head ? missing_by_head : "nothing, but it is a CPU"));
     }
 }
 

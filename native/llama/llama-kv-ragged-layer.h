@@ -41,7 +41,7 @@ struct llama_kv_ragged_layer {
     // whether the device attends over heads of different lengths with GGML_OP_FLASH_ATTN_RAGGED
     bool has_ragged;
 
-    // what the device lacks to attend head by head, the name of an operation; nullptr if it does
+    // the operation that the device lacks to attend head by head; nullptr if it lacks none
     const char * missing_by_head;
 
     // heads that are attended one by one begin at multiples of this many rows: where a kernel may expect a tensor to begin

@@ -74,7 +74,7 @@ bool llama_kv_ragged_policy_request(
         view.n_threads      = choice.n_threads();
         view.n_cells_thread = 65536; // selecting among fewer takes no longer than a thread does to start
 
-        llama_kv_ragged_claim claim(seq.get_meter(), wkv::select_bytes(policy, shapes, view.n_threads));
+        llama_kv_ragged_claim claim(seq.get_meter(), wkv::select_bytes(view));
 
         const auto        scores  = [&](int32_t il0, int32_t il1) { return choice.score(il0, il1); };
         const std::string refused = wkv::select_cells(view, n_cells, scores, choice.keep);

@@ -235,7 +235,7 @@ size_t llama_kv_ragged_score(
     ggml_tensor * queries = seq.observed.queries[i].tensor;
 
     const attention attn = { llama_kv_ragged_scale(lctx, layer.il), hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, layer.n_gqa(),
-        ggml_backend_dev_type(layer.dev) == GGML_BACKEND_DEVICE_TYPE_CPU };
+        layer.on_cpu() };
 
     const int64_t n_gqa     = layer.n_gqa();
     const int64_t n_head_kv = layer.n_head_kv;
@@ -248,7 +248,7 @@ size_t llama_kv_ragged_score(
     auto       groups = make_groups(pool, len, n_most*n_cols*(int64_t) sizeof(float), std::min(scoring.n_bytes_max,
             scoring.n_bytes_group >= 0 ? scoring.n_bytes_group : attn.on_cpu ? 0 : N_BYTES_GROUP));
 
-    llama_kv_ragged_compute graph(lctx, layer, workspace, (16 + 16*parts.size())*(groups.size() + 1));
+    llama_kv_ragged_compute graph(lctx, layer, workspace, (16 + 20*parts.size())*(groups.size() + 1));
     ggml_context * ctx = graph.get_ctx();
 
     // A learned sink takes a share of every query's attention. Where this backend cannot read the model's tensor, the scores

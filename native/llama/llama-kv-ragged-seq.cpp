@@ -136,8 +136,9 @@ bool llama_kv_ragged_seq::has_room(int64_t n_tokens) const {
 }
 
 int64_t llama_kv_ragged_seq::n_slack(size_t i, int64_t n_mean) const {
-    // a prompt that arrives in pieces doubles its pool in six steps, a compressed cache stays within 2 %; heads of
-    // different lengths grow by the same number of cells, because they fill together
+    // a prompt that arrives in pieces doubles its pool in six steps, a compressed cache stays within 2 %, beside the rows that a
+    // device asks for (llama_kv_ragged_layer::capacity()); heads of different lengths grow by the same number of cells, because
+    // they fill together
     return boundary == 0 ? n_mean/8 : std::max<int64_t>(cells[i].is_uniform() ? 0 : 16, n_mean/64);
 }
 

@@ -29,19 +29,25 @@ bool needs_scores_for_budgets(const wkv_policy & policy) {
     return policy.allocation.heads == WKV_HEADS_SCORE;
 }
 
-int64_t select_bytes(const wkv_policy & policy, const wkv_shapes & shapes, int32_t n_threads) {
-    const size_t  n_heads = size_t(shapes.n_layer)*shapes.n_head_kv;
-    const int64_t n_most  = *std::max_element(shapes.cells, shapes.cells + n_heads);
-    const int64_t n_cells = std::accumulate(shapes.cells, shapes.cells + n_heads, int64_t(0));
+int64_t select_bytes(const cache_view & view) {
+    const auto & shapes = view.shapes;
+    const auto & policy = view.policy;
+
+    const size_t  n_heads   = size_t(shapes.n_layer)*shapes.n_head_kv;
+    const int64_t n_most    = *std::max_element(shapes.cells, shapes.cells + n_heads);
+    const int32_t n_step    = competes_in_model(policy.allocation) ? shapes.n_layer : std::min(shapes.n_layer, n_layers_ranked(view));
+    const int64_t n_compete = needs_scores_for_budgets(policy) ? int64_t(view.offsets[view.index(n_step, 0)]) : 0;
 
     // Every thread ranks a head at a time: two copies of its scores while they are pooled, or a mean over heads or layers in double
-    // precision and what it is made from; and windows, of 16 bytes each. Counts and the last keys take at most half a byte for every
-    // cell of heads that compete.
+    // precision and what it is made from; and windows, of 16 bytes each. Layers whose heads differ have a mean over the union of their
+    // cells. Counts and the last keys take at most 3/4 of a byte for every cell of heads that compete.
     const wkv_selection & p = policy.selection;
 
+    const bool    differ = std::any_of(shapes.cells, shapes.cells + n_heads, [&](int32_t n) { return n != n_most; });
     const bool    mean   = p.scope == WKV_SCOPE_LAYER || p.share == WKV_SHARE_MEAN || policy.scoring.query_heads == WKV_QUERY_HEADS_EACH;
-    const int64_t n_head = p.kind == WKV_KIND_WINDOWS ? (mean ? 24 : 8) + 16/std::min(p.omega, 16) : p.kind == WKV_KIND_TOKENS ? 8 : 0;
-    return n_head*n_most*n_threads + (competes_in_model(policy.allocation) ? n_cells/2 : 0);
+    const int64_t n_mean = !mean ? 8 : differ && p.share == WKV_SHARE_MEAN ? 64*std::min(p.gamma, shapes.n_layer) : 24;
+    const int64_t n_cell = p.kind == WKV_KIND_WINDOWS ? n_mean + 16/std::min(p.omega, 16) : p.kind == WKV_KIND_TOKENS ? 8 : 0;
+    return n_cell*n_most*view.n_threads_for(0, n_step) + 3*n_compete/4;
 }
 
 static std::string beta_error(const wkv_allocation & p) {

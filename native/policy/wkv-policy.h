@@ -32,9 +32,6 @@ std::vector<int32_t> window_sizes(const wkv_policy & policy);
 // whether budgets() looks at positions and scores
 bool needs_scores_for_budgets(const wkv_policy & policy);
 
-// host memory that select_cells() takes beside scores and marks, in bytes
-int64_t select_bytes(const wkv_policy & policy, const wkv_shapes & shapes, int32_t n_threads);
-
 // whether no layer holds more than n_cells cells per head on average: there is nothing to evict then
 bool fits(const wkv_shapes & shapes, int64_t n_cells);
 
@@ -121,6 +118,9 @@ using scores_fn = std::function<const float *(int32_t il0, int32_t il1)>;
 
 // budgets() and select() in one, for scores that come when they are needed: layer by layer, unless heads compete over the model.
 std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & scores, marks & keep);
+
+// host memory that select_cells() takes beside scores and marks, in bytes at most
+int64_t select_bytes(const cache_view & view);
 
 // "" or what is wrong with a selection of the caller's: over n_cells cells per (layer, kv head) on average, or a head without any
 std::string keep_error(const wkv_shapes & shapes, int64_t n_cells, const uint8_t * keep);

@@ -37,8 +37,9 @@ void for_each(int32_t n_threads, size_t n, const std::function<void(size_t)> & f
 
     std::vector<std::thread> team;
     try {
-        team.reserve(std::min<size_t>(n_threads, n) - 1);
-        while (team.size() < team.capacity()) {
+        const size_t n_more = std::min<size_t>(n_threads, n) - 1;
+        team.reserve(n_more);
+        while (team.size() < n_more) {
             team.emplace_back(work);
         }
     } catch (const std::exception &) {

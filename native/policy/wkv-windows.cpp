@@ -268,6 +268,9 @@ int32_t n_whole(window_set & set, const wkv_selection & p) {
 // so far is anything sorted. count: cells of a window.
 template <typename F>
 static size_t put_best_first(std::vector<window> & windows, size_t first, int64_t n, F count) {
+    if (n <= 0) {
+        return first;
+    }
     const auto at  = [&](size_t i) { return windows.begin() + i; };
     const auto sum = [&](size_t i0, size_t i1) {
         int64_t res = 0;
