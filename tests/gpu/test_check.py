@@ -105,7 +105,7 @@ def test_a_build_without_libraries_is_named(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_failed_step_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "gpu_name", lambda: "Test 2")
-    common = ["--backend", "CPU", "--programs", str(tmp_path), "--build", str(tmp_path), "--results", str(tmp_path)]
+    common = ["--backend", "CPU", "--build", str(tmp_path), "--results", str(tmp_path)]
     assert check.main(["--steps", "ops", *common]) == 1
     found = json.loads((tmp_path / "test-2.json").read_text())
     assert not found["ops"]["ok"] and "test-backend-ops-ragged" in found["ops"]["error"]
