@@ -131,7 +131,15 @@ def file_name(gpu: str) -> str:
 
 
 def _has_data(found: Json) -> bool:
-    return bool(set(found) - {"ok", "error", "date", "commit", "seconds"})
+    """Whether a step measured anything."""
+
+    def is_empty(value: Any) -> bool:
+        if isinstance(value, dict | list):
+            return all(map(is_empty, value.values() if isinstance(value, dict) else value))
+        return False
+
+    about = {"ok", "error", "date", "commit", "seconds", "model"}
+    return not is_empty({key: value for key, value in found.items() if key not in about})
 
 
 def take(file: Path, folder: Path = RESULTS) -> tuple[Path, list[str]]:

@@ -302,7 +302,7 @@ def ops(target: Target) -> Json:
     try:
         found = _counts(target.run(command))
     except Failed as error:
-        raise Failed(str(error), _counts(error.output)) from error
+        raise Failed(str(error), _counts(error.output) or _counts_so_far(error.output)) from error
     if not found:
         raise Failed("the cases were not counted")
     return found
@@ -313,8 +313,18 @@ def _counts(text: str) -> Json:
     last = re.search(r"^(\d+) tested, (\d+) failed, (\d+) not supported$", text, re.M)
     if last is None:
         return {}
-    worst = max((float(x) for x in re.findall(r"OK \(([0-9.e+-]+)\)", text)), default=0.0)
-    return {"tested": int(last[1]), "failed": int(last[2]), "not_supported": int(last[3]), "worst_nmse": worst}
+    counts = {"tested": int(last[1]), "failed": int(last[2]), "not_supported": int(last[3])}
+    return {**counts, "worst_nmse": _worst(text)}
+
+
+def _counts_so_far(text: str) -> Json:
+    """Of cases that did not end, {} if there are none."""
+    ends = re.findall(r": (OK|FAIL) \(", text)
+    return {"tested": len(ends), "failed": ends.count("FAIL"), "worst_nmse": _worst(text)} if ends else {}
+
+
+def _worst(text: str) -> float:
+    return max((float(x) for x in re.findall(r"OK \(([0-9.e+-]+)\)", text)), default=0.0)
 
 
 def speed(target: Target) -> Json:
@@ -415,27 +425,25 @@ def _cuda_tool(target: Target, name: str) -> str:
 def sanitizer(target: Target) -> Json:
     """compute-sanitizer (memory, races, barriers) over cases of the op: tools without an error, and what all of them said."""
     sanitizer_here = _cuda_tool(target, "compute-sanitizer")
-    found: Json = {"tools": [], "cases": list(SANITIZED), "said": {}}
-    failed = []
-    for tool in TOOLS:
+    found: Json = {"tools": [], "said": {}}
+    failed, end = [], target.deadline
+    for i, tool in enumerate(TOOLS):
+        now = time.monotonic()
+        target.deadline = now + (end - now) / (len(TOOLS) - i)  # a slow tool leaves time to the next
         said: list[str] = []
         found["said"][tool] = said
         try:
             for case in SANITIZED:
                 program = [target.op, "test", "-b", target.backend, "-p", case]
-                command = [sanitizer_here, "--tool", tool, "--error-exitcode", "9", *program]
-                try:
-                    out = target.run(command)
-                except Failed as error:
-                    said += [case, *_said(error.output)]
-                    raise Failed(f"{tool}, {case}: {error}") from error
-                said += _said(out)
+                said += _said(target.run([sanitizer_here, "--tool", tool, "--error-exitcode", "9", *program]))
             found["tools"].append(tool)
         except Failed as error:
-            failed.append(str(error))
+            said += _said(error.output)
+            failed.append(f"{tool}, {case}: {error}")
+    target.deadline = end
     if failed:
         raise Failed("\n".join(failed), found)
-    return found
+    return {**found, "cases": list(SANITIZED)}
 
 
 def _said(text: str) -> list[str]:
@@ -451,7 +459,8 @@ def profile(target: Target) -> Json:
     for case in target.sizes.profiled:
         command = [
             ncu, "--csv", "--print-units", "base", "--clock-control", "none", "--metrics", ",".join(METRICS),
-            "--kernel-name", "regex:flash_attn", "--filter-mode", "per-launch-config", "--launch-count", str(N_LAUNCHES), target.op, "perf", "-b", target.backend, "-p", case,
+            "--kernel-name", "regex:flash_attn", "--filter-mode", "per-launch-config", "--launch-count", str(N_LAUNCHES),
+            target.op, "perf", "-b", target.backend, "-p", case,
         ]  # fmt: skip
         try:
             found["cases"][case] = kernels(target.run(command))

@@ -153,6 +153,33 @@ def test_targets_follow_from_what_was_measured() -> None:
     assert report.targets({"speed": {"ok": False, "error": "x"}}) == []
 
 
+def test_plans_are_plans() -> None:
+    """Of the sizes that no test here runs."""
+    import sessions
+
+    own = steps.FULL.sessions
+    plans = {name: sessions.plan_of({**own["common"], **fields}) for name, fields in own["plans"].items()}
+    assert plans["filled_q8_0"].types == ("q8_0",) and plans["filled_q8_0"].lengths == (16384,)
+    assert sessions.plan_of(steps.FULL.model["speed"]).lengths == (4096,)
+
+
+def test_a_dirty_tree_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*args: str) -> str:
+        own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *own, *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-q", "-m", "a")
+    git("tag", "v1")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    assert check.commit_here() == git("rev-parse", "--short", "HEAD")
+    (tmp_path / "a").write_text("2")
+    assert check.commit_here() == git("rev-parse", "--short", "HEAD") + "-dirty"
+
+
 def test_unknown_steps_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         check.main(["--steps", "speeed", "--backend", "CPU", "--results", str(tmp_path)])
