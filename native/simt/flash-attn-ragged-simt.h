@@ -31,9 +31,9 @@ struct fattn_tensors {
 };
 
 // tanh by the exponential function: the fast tanh of some compilers is off by more than scores are allowed to be. From 15 on it
-// rounds to 1
+// rounds to 1; below, e becomes 0. Of NaN it is NaN
 static SIMT_FUNC float fattn_tanh(float x) {
-    const float e = simt_exp2(2.0f*FATTN_LOG2E*simt_max(-15.0f, simt_min(15.0f, x)));
+    const float e = simt_exp2(2.0f*FATTN_LOG2E*simt_min(15.0f, x));
     return (e - 1.0f)/(e + 1.0f);
 }
 

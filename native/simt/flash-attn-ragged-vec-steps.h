@@ -13,8 +13,8 @@ struct fattn_vec_shape {
 // the steps of the kernel for one size of heads and one number of rows
 template <typename row_t, int n_lanes, int n_rows>
 struct fattn_vec_steps {
-    typedef fattn_vec_shape<n_lanes, n_rows> shape;
-    typedef fattn_products<row_t>            products;
+    typedef fattn_vec_shape<n_lanes, n_rows>        shape;
+    typedef typename fattn_products_of<row_t>::type products;
 
     enum { N_STEPS = shape::N_STEPS };
 
@@ -119,12 +119,13 @@ struct fattn_vec_steps {
         }
     }
 
-    // of a query, a lane's part of which is x
+    // Of a query, a lane's part of which is x. The bits of numbers without a sign are in the order of the numbers, and NaN is above all
+    // of them, while the maximum of floats drops it
     static SIMT_FUNC float unit_of(fattn_dims x) {
-        float max = 0.0f;
+        uint32_t max = 0;
         SIMT_UNROLL
         for (int i = 0; i < FATTN_DIMS; ++i) {
-            max = simt_max(max, simt_max(x.x[i], -x.x[i]));
+            max = simt_max(max, simt_f32_to_bits(x.x[i]) & 0x7FFFFFFFu);
         }
         SIMT_UNROLL
         for (int m = 1; m < n_lanes; m *= 2) {

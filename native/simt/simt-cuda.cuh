@@ -20,7 +20,7 @@
 //   simt_known(p)                         p, a pointer, as a value: not to be computed again where it is used
 //   simt_byte_f32(x, i)                   byte i of x, 0 to 255, added to SIMT_BYTE_F32_ZERO: without a conversion, of which devices
 //                                         make few at a time
-//   simt_get, simt_pack, simt_unpack_f16, simt_bits_to_f32, simt_min, simt_max, simt_exp2
+//   simt_get, simt_pack, simt_unpack_f16, simt_bits_to_f32, simt_f32_to_bits, simt_min, simt_max, simt_exp2
 
 #include "common.cuh"
 
@@ -103,6 +103,10 @@ static __device__ __forceinline__ float2 simt_unpack_f16(uint32_t x) {
 
 static __device__ __forceinline__ float simt_bits_to_f32(uint32_t x) {
     return __uint_as_float(x);
+}
+
+static __device__ __forceinline__ uint32_t simt_f32_to_bits(float x) {
+    return __float_as_uint(x);
 }
 
 #define SIMT_BYTE_F32_ZERO 8388608.0f // 2^23, whose last bit is 1

@@ -75,6 +75,10 @@ inline float simt_bits_to_f32(uint x) {
     return as_type<float>(x);
 }
 
+inline uint simt_f32_to_bits(float x) {
+    return as_type<uint>(x);
+}
+
 #define SIMT_BYTE_F32_ZERO 8388608.0f
 
 inline float simt_byte_f32(uint x, int i) {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-STEPS = ("build", "ops", "speed", "sessions", "model", "identities", "sanitizer", "profile")
+STEPS = ("build", "ops", "sanitizer", "speed", "identities", "sessions", "profile", "model")
 BEGIN, END = (
     "<!-- hardware: written by python -m tests.gpu.check --readme tests/gpu/README.md -->",
     "<!-- end of hardware -->",
@@ -130,21 +130,41 @@ def file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 
-def take(file: Path, folder: Path = RESULTS) -> Path:
-    """Write the steps of a results file, such as one from another machine, into the results of its GPU; their file.
+def _has_data(found: Json) -> bool:
+    """Whether a step measured anything."""
 
-    A step that the file does not have stays as it was measured before.
+    def is_empty(value: Any) -> bool:
+        if isinstance(value, dict | list):
+            return all(map(is_empty, value.values() if isinstance(value, dict) else value))
+        return False
+
+    about = {"ok", "error", "date", "commit", "seconds", "model"}
+    return not is_empty({key: value for key, value in found.items() if key not in about})
+
+
+def take(file: Path, folder: Path = RESULTS) -> tuple[Path, list[str]]:
+    """Write the steps of a results file, such as one from another machine, into the results of its GPU.
+
+    A step that the file does not have stays as it was measured before, and so does one that failed before it measured anything.
+
+    Returns:
+        the file of the results, and the failed steps that were left out.
     """
     new = json.loads(file.read_text(encoding="utf-8"))
     if "gpu" not in new:
         raise SystemExit(f"{file} is no file of results: it names no GPU")
     path = folder / file_name(new["gpu"])
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    merged = {**old, **new}
+    left_out = [
+        name
+        for name in STEPS
+        if name in new and not new[name]["ok"] and not _has_data(new[name]) and _has_data(old.get(name, {}))
+    ]
+    merged = {**old, **{name: found for name, found in new.items() if name not in left_out}}
     merged["targets"] = targets(merged)
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
-    return path
+    return path, left_out
 
 
 def all_results(folder: Path = RESULTS) -> list[Json]:

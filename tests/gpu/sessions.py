@@ -3,7 +3,7 @@
     python sessions.py '{"model": MODEL, "gpu_layers": N, "plans": {NAME: PLAN}, "common": PLAN}'
 
 MODEL is a file or a shape with random weights; PLAN has fields of :class:`windowkv_edge.bench.Plan`, "policies" by their names.
-Writes a line ``{NAME: {"rows": [...]}}`` after every plan.
+Writes a line ``{NAME: {"rows": [...]}}`` after every length of a plan, with the rows of the lengths before: the last one counts.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def main(text: str) -> None:
         for key, fields in wanted["plans"].items():
             plan = plan_of({**wanted["common"], **fields})
             bench = Bench(model, info, plan, is_random=name in SHAPES or not model.has_text)
-            print(json.dumps({key: {"rows": [asdict(row) for row in bench.run()]}}), flush=True)
+            rows: list[dict[str, Any]] = []
+            for group in bench.groups():
+                rows += map(asdict, group)
+                print(json.dumps({key: {"rows": rows}}), flush=True)
     finally:
         model.close()
 

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -23,12 +24,16 @@ HERE = Path(__file__).parent
 
 Json = dict[str, Any]
 
-# The address sanitizer's shadow covers addresses that CUDA wants; what a driver never frees is not ours
-ASAN_ON_DEVICE = "protect_shadow_gap=0:detect_leaks=0"
-
 TOOLS = ("memcheck", "racecheck", "synccheck")
 # few cells each: a sanitizer is some hundred times slower
-SANITIZED = ("n_tokens=8,n_cells=[45", "n_tokens=1,n_cells=[38", "n_gqa=8,n_tokens=40,n_cells=[9]", "n_cells=[0,0,0]")
+SANITIZED = (
+    "n_tokens=8,n_cells=[45",
+    "n_tokens=1,n_cells=[38",
+    "n_gqa=8,n_tokens=40,n_cells=[9]",
+    "n_cells=[0,0,0]",
+    "type_k=q8_0,type_v=q8_0,n_gqa=8,n_tokens=1,n_cells=[313,",
+    "type_k=q4_0,type_v=q4_0,n_gqa=4,n_tokens=1,n_cells=[326,",
+)
 
 # ncu's names, and ours
 METRICS = {
@@ -36,7 +41,10 @@ METRICS = {
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
     "launch__registers_per_thread": "registers",
+    "smsp__issue_active.avg.per_cycle_active": "issued_per_cycle",
 }
+# ncu prints when the program has ended, so the launches of a kernel that it looks at have to be few: of a case about 40
+N_LAUNCHES = 10
 
 
 class Failed(Exception):
@@ -66,7 +74,7 @@ class Sizes:
         sessions: plans for windowkv_edge.bench; the weights are random, so no head scores but made-up ones.
         model: plans for a real model: its speed, needles on the device and on the CPU, and a compaction whose cells are
             compared.
-        profiled: measured cases of the step profile.
+        profiled: measured cases of the step profile; a text selects one of them, as grids do not tell sizes apart.
     """
 
     ops: str
@@ -74,7 +82,13 @@ class Sizes:
     n_models: int
     sessions: Json
     model: Json
-    profiled: tuple[str, ...] = ("hs=64,type=f16", "hs=128,type=f16,n_tokens=1,n_threads=1,ragged")
+    profiled: tuple[str, ...] = (
+        "hs=64,type=f16,n_tokens=1,n_cells=16384",
+        "hs=128,type=f16,n_tokens=1,n_cells=16384,n_threads=1,ragged=1",
+        "hs=128,type=f16,n_tokens=1,n_cells=131072,n_threads=1,ragged=0",
+        "hs=128,type=q8_0,n_tokens=1,n_cells=131072,n_threads=1,ragged=0",
+        "hs=128,type=q4_0,n_tokens=1,n_cells=131072,n_threads=1,ragged=0",
+    )
 
 
 FULL = Sizes(
@@ -86,6 +100,13 @@ FULL = Sizes(
         "plans": {
             "filled": {"lengths": [16384, 131072], "fill": True},
             "prompt": {"lengths": [32768], "baselines": ["f16"], "references": [], "rounds": 8},
+            "filled_q8_0": {
+                "lengths": [16384],
+                "fill": True,
+                "types": ["q8_0"],
+                "baselines": ["q8_0"],
+                "references": [],
+            },
         },
         "common": {"policies": ["auto", "windowkv", "headkv-r2"], "budgets": [0.12]},
     },
@@ -110,7 +131,7 @@ FULL = Sizes(
 
 SMALL = Sizes(
     ops="n_tokens=8,n_cells=[45",
-    speed="hs=64,type=q8_0,n_tokens=1,n_threads=1",
+    speed="hs=64,type=q8_0,n_tokens=1,n_cells=16384,n_threads=1",
     n_models=1,
     sessions={
         "model": "tiny",
@@ -155,6 +176,7 @@ class Target:
         sizes: how much to do.
         python_path: folders of Python packages that all steps may import.
         needed: libraries that must be there at run time; the loader is told where they are.
+        log: a file for every command and what it wrote.
         deadline: when the step that runs now has to be over, time.monotonic().
     """
 
@@ -166,6 +188,7 @@ class Target:
     sizes: Sizes = FULL
     python_path: Sequence[Path] = ()
     needed: Sequence[str] = ()
+    log: Path | None = None
     deadline: float = field(default=float("inf"))
 
     @property
@@ -195,17 +218,25 @@ class Target:
             except subprocess.TimeoutExpired:
                 _end(process)
                 out, errors = process.communicate()
+                self._write_log(words, "ended", out, errors)
                 raise Failed(
                     f"{Path(words[0]).name} was not done after {left:.0f} s and was ended", output=out
                 ) from None
             except BaseException:
                 _end(process)
                 raise
+        self._write_log(words, f"gave {process.returncode}", out, errors)
         if process.returncode != 0:
             lines = [line for line in out.splitlines() if "FAIL" in line] or out.splitlines()[-5:]
             text = "\n".join([*lines[:20], errors[-2000:]])
             raise Failed(f"{words[0]} gave {process.returncode}: {text}", output=out)
         return out
+
+    def _write_log(self, words: Sequence[str], end: str, out: str, errors: str) -> None:
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(f"$ {shlex.join(words)}\n# {end}\n{out}\n# stderr\n{errors}\n")
 
     def _library_path(self) -> dict[str, str]:
         folders = [str(path) for name in self.needed if (path := folder_of_library(name)) is not None]
@@ -271,7 +302,7 @@ def ops(target: Target) -> Json:
     try:
         found = _counts(target.run(command))
     except Failed as error:
-        raise Failed(str(error), _counts(error.output)) from error
+        raise Failed(str(error), _counts(error.output) or _counts_so_far(error.output)) from error
     if not found:
         raise Failed("the cases were not counted")
     return found
@@ -282,8 +313,18 @@ def _counts(text: str) -> Json:
     last = re.search(r"^(\d+) tested, (\d+) failed, (\d+) not supported$", text, re.M)
     if last is None:
         return {}
-    worst = max((float(x) for x in re.findall(r"OK \(([0-9.e+-]+)\)", text)), default=0.0)
-    return {"tested": int(last[1]), "failed": int(last[2]), "not_supported": int(last[3]), "worst_nmse": worst}
+    counts = {"tested": int(last[1]), "failed": int(last[2]), "not_supported": int(last[3])}
+    return {**counts, "worst_nmse": _worst(text)}
+
+
+def _counts_so_far(text: str) -> Json:
+    """Of cases that did not end, {} if there are none."""
+    ends = re.findall(r": (OK|FAIL) \(", text)
+    return {"tested": len(ends), "failed": ends.count("FAIL"), "worst_nmse": _worst(text)} if ends else {}
+
+
+def _worst(text: str) -> float:
+    return max((float(x) for x in re.findall(r"OK \(([0-9.e+-]+)\)", text)), default=0.0)
 
 
 def speed(target: Target) -> Json:
@@ -316,7 +357,7 @@ def sessions(target: Target) -> Json:
 def model(target: Target) -> Json:
     """A real model: speed, needles on the device and on the CPU, and how many of the CPU's cells the device chooses."""
     if target.model is None:
-        raise Skipped("no --model")
+        raise Skipped("no --model FILE: it needs a GGUF file of a small chat model, such as SmolLM2-135M-Instruct")
     plans, found = target.sizes.model, {"model": target.model.name}
     layers = -1 if target.on_device else 0
     with tempfile.TemporaryDirectory() as work:
@@ -363,11 +404,9 @@ def tiny_models(target: Target) -> list[Path]:
 def identities(target: Target) -> Json:
     """A session with a policy that evicts nothing gives stock's logits, compaction moves the right rows."""
     layers = "99" if target.on_device else "0"
-    options = [os.environ.get("ASAN_OPTIONS", ""), ASAN_ON_DEVICE if target.on_device else ""]
-    env = {"ASAN_OPTIONS": ":".join(option for option in options if option)}
     models = tiny_models(target)
     for path in models:
-        if target.run([target.programs / "test-ragged", path, layers], env).strip() != "ok":
+        if target.run([target.programs / "test-ragged", path, layers]).strip() != "ok":
             raise Failed(f"test-ragged {path.name} did not say ok")
     return {"models": [path.name for path in models]}
 
@@ -384,13 +423,33 @@ def _cuda_tool(target: Target, name: str) -> str:
 
 
 def sanitizer(target: Target) -> Json:
-    """compute-sanitizer (memory, races, barriers) over cases of the op."""
-    program_of_tool = _cuda_tool(target, "compute-sanitizer")
-    for tool in TOOLS:
-        for case in SANITIZED:
-            program = [target.op, "test", "-b", target.backend, "-p", case]
-            target.run([program_of_tool, "--tool", tool, "--error-exitcode", "9", *program])
-    return {"tools": list(TOOLS), "cases": list(SANITIZED)}
+    """compute-sanitizer (memory, races, barriers) over cases of the op: tools without an error, and what all of them said."""
+    sanitizer_here = _cuda_tool(target, "compute-sanitizer")
+    found: Json = {"tools": [], "said": {}}
+    failed, end = [], target.deadline
+    for i, tool in enumerate(TOOLS):
+        now = time.monotonic()
+        target.deadline = now + (end - now) / (len(TOOLS) - i)  # a slow tool leaves time to the next
+        said: list[str] = []
+        found["said"][tool] = said
+        try:
+            for case in SANITIZED:
+                program = [target.op, "test", "-b", target.backend, "-p", case]
+                said += _said(target.run([sanitizer_here, "--tool", tool, "--error-exitcode", "9", *program]))
+            found["tools"].append(tool)
+        except Failed as error:
+            said += _said(error.output)
+            failed.append(f"{tool}, {case}: {error}")
+    target.deadline = end
+    if failed:
+        raise Failed("\n".join(failed), found)
+    return {**found, "cases": list(SANITIZED)}
+
+
+def _said(text: str) -> list[str]:
+    """The lines that are compute-sanitizer's; of many errors the first and the sum."""
+    lines = [line for line in text.splitlines() if line.startswith("=========")]
+    return lines if len(lines) <= 60 else [*lines[:50], "...", *lines[-9:]]
 
 
 def profile(target: Target) -> Json:
@@ -400,7 +459,8 @@ def profile(target: Target) -> Json:
     for case in target.sizes.profiled:
         command = [
             ncu, "--csv", "--print-units", "base", "--clock-control", "none", "--metrics", ",".join(METRICS),
-            "--kernel-name", "regex:flash_attn", target.op, "perf", "-b", target.backend, "-p", case,
+            "--kernel-name", "regex:flash_attn", "--filter-mode", "per-launch-config", "--launch-count", str(N_LAUNCHES),
+            target.op, "perf", "-b", target.backend, "-p", case,
         ]  # fmt: skip
         try:
             found["cases"][case] = kernels(target.run(command))

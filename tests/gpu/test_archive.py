@@ -89,34 +89,33 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def commands_of_the_readme() -> list[list[str]]:
+def command_of_the_readme() -> str:
     """What a person types on the machine with the GPU."""
-    (block,) = (
-        text for text in re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.S) if "tar xf" in text
-    )
-    return [shlex.split(line, comments=True) for line in block.splitlines()]
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    (block,) = (text for text in blocks if "-m tarfile" in text)
+    (line,) = block.splitlines()
+    return str(line)
 
 
 def run_readme(
     packed: Path, python: Path, folder: Path, model: Path | None, more: list[str], env: dict[str, str]
 ) -> dict[str, Any]:
-    """Results of the README's commands in a clean folder, with further options."""
+    """Results of the README's command in a clean folder, which stands for /tmp too, with further options."""
     (folder / packed.name).symlink_to(packed)
     if model:
         (folder / "model.gguf").symlink_to(model)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "GGML_", "WINDOWKV_"))}
-    unpack, run = commands_of_the_readme()
-    subprocess.run(unpack, cwd=folder, check=True)
-    assert run[0] == "python"
+    command = command_of_the_readme().replace(" /tmp", f" {folder}")
     if not model:
-        at = run.index("--model")
-        run = [*run[:at], *run[at + 2 :]]
+        command = command.replace(" --model model.gguf", "")
     done = subprocess.run(
-        [str(python), *run[1:], "--small", *more], cwd=folder, capture_output=True, text=True, timeout=300,
-        env={**clean, "HOME": str(folder), "OMP_WAIT_POLICY": "passive", **env},
+        f"{command} --small {shlex.join(more)}", shell=True, cwd=folder, capture_output=True, text=True, timeout=300,
+        env={**clean, "HOME": str(folder), "OMP_WAIT_POLICY": "passive", **env, "PATH": f"{python.parent}:{os.environ['PATH']}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    (file,) = (folder / "windowkv-gpu/tests/gpu/results").glob("*.json")
+    (file,) = (folder / "results").glob("*.json")
+    log = (folder / "results/log.txt").read_text(encoding="utf-8")
+    assert log.count("test-backend-ops-ragged test -b") == 1 and " tested, 0 failed, 0 not supported" in log
     found = dict(json.loads(file.read_text(encoding="utf-8")))
     assert {found[name]["commit"] for name in report.STEPS if name in found} == {"abc1234"}
     return {**found, "printed": done.stdout}
@@ -232,7 +231,7 @@ def test_a_step_ends_in_time_with_its_children(tmp_path: Path) -> None:
     (tmp_path / "rows").write_text("\n".join(lines))
     script.write_text(f"#!/bin/sh\ncat {tmp_path}/rows\nsleep 60 & echo $! > {tmp_path}/child\nwait\n")
     script.chmod(0o755)
-    slow = check.Check(target(tmp_path), tmp_path / "results.json", "abc", 0.1, dict)
+    slow = check.Check(target(tmp_path), tmp_path / "results.json", "abc", 0.14, dict)
     start = time.monotonic()
     assert not slow.step("speed")
     assert time.monotonic() - start < 30
@@ -288,8 +287,13 @@ def test_cases_that_fail_are_counted(tmp_path: Path) -> None:
         steps.ops(target(tmp_path))
     assert error.value.found == {"tested": 2, "failed": 1, "not_supported": 0, "worst_nmse": 1e-07}
     script.write_text("#!/bin/sh\necho 'Backend CUDA0'\nexit 139\n")
-    with pytest.raises(steps.Failed, match="gave 139"):
+    with pytest.raises(steps.Failed, match="gave 139") as error:
         steps.ops(target(tmp_path))
+    assert error.value.found == {}
+    script.write_text("#!/bin/sh\necho 'a: OK (1e-07)'\necho 'b: OK (2e-07)'\nprintf 'c: O'\nsleep 60\n")
+    with pytest.raises(steps.Failed, match="was ended") as error:
+        steps.ops(target(tmp_path, deadline=time.monotonic() + 2))
+    assert error.value.found == {"tested": 2, "failed": 0, "worst_nmse": 2e-07}
     script.write_text("#!/bin/sh\nexit 0\n")
     with pytest.raises(steps.Failed, match="were not counted"):
         steps.ops(target(tmp_path))
@@ -344,7 +348,8 @@ def test_kernels_are_profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "out").write_text(NCU)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found = steps.profile(target(tmp_path))
-    assert found["cases"]["hs=64,type=f16"] == [
+    assert list(found["cases"]) == list(steps.FULL.profiled)
+    assert found["cases"][steps.FULL.profiled[0]] == [
         {"kernel": "flash_attn_ext_vec", "grid": "(3, 1, 132)", "n": 2, "ns": 13100.0, "registers": 151.0},
         {"kernel": "flash_attn_ragged_combine", "grid": "(12, 1, 1)", "n": 1, "ns": 174000.5},
     ]
@@ -354,12 +359,67 @@ def test_kernels_are_profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         steps.profile(target(tmp_path))
 
 
-def test_profiled_cases_exist(native_tests: Path) -> None:
-    """Their text is in the description of a measured case of the GPU's list."""
+def test_profiled_cases_exist() -> None:
+    """Each text is in the description of one measured case of the GPU's list."""
     source = (ROOT / "tests/native/ragged-perf.h").read_text(encoding="utf-8")
-    assert 'return "hs="' in source
+    names = re.search(r"perf_case::vars\(\) const \{\n(.*?)\n\}", source, re.S)
+    assert names and re.findall(r'",?(\w+)="', names[1]) == ["hs", "type", "n_tokens", "n_cells", "n_threads", "ragged"]
+
+    def vars_of(hs: int, kind: str, n_tokens: int, n_cells: int, ragged: int) -> str:
+        return f"hs={hs},type={kind},n_tokens={n_tokens},n_cells={n_cells},n_threads=1,ragged={ragged}"
+
+    cases = []
+    for kind in ("f16", "q8_0", "q4_0"):
+        for n_cells in (4096, 16384, 131072):
+            cases += [vars_of(128, kind, 1, n_cells, ragged) for ragged in (0, 1)]
+            cases.append(vars_of(128, kind, 8, n_cells, 0))
+        cases += [vars_of(128, kind, 512, 16384, 0), vars_of(64, kind, 1, 16384, 0)]
     for case in (*steps.FULL.profiled, steps.SMALL.speed):
-        assert re.fullmatch(r"hs=(64|128),type=(f16|q8_0|q4_0)(,n_tokens=\d+)?(,n_threads=1)?(,ragged)?", case), case
+        assert sum(case in own for own in cases) == 1, case
+
+
+SANITIZER = """#!/bin/sh
+echo "$@" >> {folder}/args
+echo "========= COMPUTE-SANITIZER"
+echo "  a row of ours"
+case "$*" in *racecheck*) echo "========= Error: Race reported"; echo "========= RACECHECK SUMMARY: 1 hazard"; exit 9;; esac
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+def test_what_the_sanitizer_says_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool that finds something does not stop the next one."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(SANITIZER.format(folder=tmp_path))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    log = tmp_path / "log.txt"
+    with pytest.raises(steps.Failed, match="racecheck, n_tokens=8.*gave 9") as error:
+        steps.sanitizer(target(tmp_path, log=log))
+    found = error.value.found
+    assert found["tools"] == ["memcheck", "synccheck"] and "cases" not in found
+    right = ["========= COMPUTE-SANITIZER", "========= ERROR SUMMARY: 0 errors"]
+    assert found["said"] == {
+        "memcheck": right * len(steps.SANITIZED),
+        "racecheck": [
+            "========= COMPUTE-SANITIZER",
+            "========= Error: Race reported",
+            "========= RACECHECK SUMMARY: 1 hazard",
+        ],
+        "synccheck": right * len(steps.SANITIZED),
+    }
+    text = log.read_text()
+    assert text.count("--error-exitcode 9") == 2 * len(steps.SANITIZED) + 1 and text.count("# gave 9") == 1
+    assert text.count("a row of ours") == 2 * len(steps.SANITIZED) + 1
+
+
+def test_sessions_say_what_they_have_after_every_length(tmp_path: Path) -> None:
+    """The last line counts, and one that is cut off does not."""
+    script = 'import time; print(\'{"a": {"rows": [1]}}\\n{"a": {"rows": [1, 2]}}\\n{"b": 3}\\n{"a": {"rows"\', end="", flush=True); time.sleep(60)'
+    slow = target(tmp_path, deadline=time.monotonic() + 3)
+    with pytest.raises(steps.Failed) as error:
+        slow.run([sys.executable, "-c", script])
+    assert steps._json_lines(error.value.output) == {"a": {"rows": [1, 2]}, "b": 3}
 
 
 def test_libraries_of_cuda_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,12 +440,12 @@ def test_libraries_of_cuda_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
 #
 
 
-def test_results_of_another_machine_are_taken(tmp_path: Path) -> None:
+def test_results_of_another_machine_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "here").mkdir()
     old = {
         "ops": {"ok": True, "commit": "a"},
-        "speed": {"ok": True, "commit": "a", "rows": []},
+        "speed": {"ok": True, "commit": "a", "rows": [], "columns": ["size"]},
         "gpu": "G",
         "backend": "CUDA0",
     }
@@ -395,6 +455,29 @@ def test_results_of_another_machine_are_taken(tmp_path: Path) -> None:
     assert check.main(["--take", str(tmp_path / "there/results.json"), "--results", str(tmp_path / "here")]) == 0
     found = json.loads((tmp_path / "here/g.json").read_text())
     assert (found["ops"]["commit"], found["speed"]["commit"], found["targets"]) == ("a", "b", [])
+    # a step that did not start says nothing, one that failed behind its first rows does
+    for speed, stays in (
+        ({"rows": [["64", "f16", "3 x 3", "1", "49152", "1", "14.0", "12.0", "1.17", "40 %"]]}, False),
+        ({}, True),
+    ):
+        failed = {"ok": False, "error": "x", "commit": "c", "date": "d", "seconds": 1.0, **speed}
+        ops = {"ok": False, "error": "x", "commit": "c"}
+        (tmp_path / "there/results.json").write_text(
+            json.dumps({"ops": ops, "speed": failed, "gpu": "G", "backend": "CUDA0"})
+        )
+        (tmp_path / "here/g.json").write_text(json.dumps(old))
+        assert check.main(["--take", str(tmp_path / "there/results.json"), "--results", str(tmp_path / "here")]) == 0
+        found = json.loads((tmp_path / "here/g.json").read_text())
+        assert (found["speed"]["commit"] == "a") is stays and found["ops"]["commit"] == "c"
+        assert ("speed: failed without a measurement" in capsys.readouterr().out) is stays
+    for nothing in (
+        {},
+        {"cases": {}},
+        {"model": "m.gguf"},
+        {"tools": [], "said": {"memcheck": []}},
+        {"rows": [], "columns": []},
+    ):
+        assert not report._has_data({"ok": False, "error": "x", **nothing})
     (tmp_path / "there/results.json").write_text("{}")
     with pytest.raises(SystemExit, match="it names no GPU"):
         check.main(["--take", str(tmp_path / "there/results.json"), "--results", str(tmp_path / "here")])

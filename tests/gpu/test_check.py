@@ -105,7 +105,7 @@ def test_a_build_without_libraries_is_named(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_failed_step_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "gpu_name", lambda: "Test 2")
-    common = ["--backend", "CPU", "--programs", str(tmp_path), "--build", str(tmp_path), "--results", str(tmp_path)]
+    common = ["--backend", "CPU", "--build", str(tmp_path), "--results", str(tmp_path)]
     assert check.main(["--steps", "ops", *common]) == 1
     found = json.loads((tmp_path / "test-2.json").read_text())
     assert not found["ops"]["ok"] and "test-backend-ops-ragged" in found["ops"]["error"]
@@ -151,6 +151,33 @@ def test_targets_follow_from_what_was_measured() -> None:
     text = report.target_lines([{"gpu": "Test 3", "targets": found}])
     assert text.count("MISSED") == 3 and "0.59 (>= 0.6): MISSED" in text
     assert report.targets({"speed": {"ok": False, "error": "x"}}) == []
+
+
+def test_plans_are_plans() -> None:
+    """Of the sizes that no test here runs."""
+    import sessions
+
+    own = steps.FULL.sessions
+    plans = {name: sessions.plan_of({**own["common"], **fields}) for name, fields in own["plans"].items()}
+    assert plans["filled_q8_0"].types == ("q8_0",) and plans["filled_q8_0"].lengths == (16384,)
+    assert sessions.plan_of(steps.FULL.model["speed"]).lengths == (4096,)
+
+
+def test_a_dirty_tree_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*args: str) -> str:
+        own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *own, *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-q", "-m", "a")
+    git("tag", "v1")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    assert check.commit_here() == git("rev-parse", "--short", "HEAD")
+    (tmp_path / "a").write_text("2")
+    assert check.commit_here() == git("rev-parse", "--short", "HEAD") + "-dirty"
 
 
 def test_unknown_steps_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

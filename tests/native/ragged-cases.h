@@ -345,6 +345,21 @@ static std::vector<ragged_case> make_test_cases(bool all) {
         add(20,  4,   GGML_TYPE_BF16, GGML_TYPE_F32, 2, n_t, 1500);
     }
 
+    // Decoding with quantised cells: a kernel of its own where keys and values have one type, which hardly any case above comes to
+    int j = 0;
+    for (const auto type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        for (const int64_t hs : { 64, 128, 256 }) {
+            for (const int64_t n_gqa : { 1, 2, 4, 8 }) {
+                const int64_t n = 300 + j*59 % 400;
+                res.push_back({ hs, hs, type, type, n_gqa, 1, { n, 0, n/2 | 1 }, j % 5 == 3 ? 10.0f : 0.0f, j % 3 == 2, true, threads[j % 3] });
+                if (n_gqa <= 4 && j % 3 == 0) {
+                    res.push_back({ hs, hs, type, type, n_gqa, 2, { n/2 | 1, 0, n }, 0.0f, j % 3 == 2, true, threads[j % 3] });
+                }
+                j++;
+            }
+        }
+    }
+
     // long prompts, long heads, nothing at all, fewer cells than threads
     res.push_back({ 64,  64,  GGML_TYPE_F16,  GGML_TYPE_F16,  3, 2048, { 2048, 3000 },             0.0f, false, true,  2 });
     res.push_back({ 128, 128, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, 2, 2048, { 2500 },                   0.0f, true,  true,  2 });

@@ -32,7 +32,7 @@ struct perf_case {
 
 std::string perf_case::vars() const {
     return "hs=" + std::to_string(hs) + ",type=" + ggml_type_name(type) + ",n_tokens=" + std::to_string(n_tokens) +
-        ",n_threads=" + std::to_string(n_threads) + (ragged ? ",ragged" : "");
+        ",n_cells=" + std::to_string(n_cells) + ",n_threads=" + std::to_string(n_threads) + ",ragged=" + std::to_string(ragged);
 }
 
 std::vector<int64_t> perf_case::cells_of_heads() const {

@@ -101,6 +101,8 @@ static int usage(const char * name) {
 }
 
 int main(int argc, char ** argv) {
+    setvbuf(stdout, nullptr, _IOLBF, BUFSIZ); // who ends this has the lines so far
+
     std::string mode = "test";
     std::string folder;
     std::string backend_filter;

@@ -9,6 +9,7 @@
 
 #include "ggml-backend.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -17,6 +18,8 @@ bool on_device = false;
 bool no_ragged = false;
 
 int main(int argc, char ** argv) {
+    setvbuf(stdout, nullptr, _IOLBF, BUFSIZ); // who ends this has the lines so far
+
     if (argc < 2 || argc > 4 || (argc == 4 && strcmp(argv[3], "uniform") != 0)) {
         fprintf(stderr, "usage: %s MODEL.gguf [LAYERS_ON_THE_GPU [uniform]]\n", argv[0]);
         return 2;

@@ -68,7 +68,6 @@ static bool test(const simt_device & device, const ragged_case & tc, ggml_backen
     const bool   ok    = worst <= MAX_NMSE_GPU;
 
     printf("  FLASH_ATTN_RAGGED(%s): %s (%.1e) %s\n", tc.vars().c_str(), ok ? "OK" : "FAIL", worst, res.error.c_str());
-    fflush(stdout);
     return ok;
 }
 
@@ -197,6 +196,32 @@ static void test_faults_of_our_kernels(const simt_device & device, ggml_backend_
     }
 }
 
+// A query with an element that is no number, or infinite: its result is NaN as a whole, whatever the keys are, and the others are right
+static void test_queries_that_are_not_finite(const simt_device & device, ggml_backend_t backend) {
+    for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        for (const float softcap : { 0.0f, 10.0f }) {
+            for (const float x : { NAN, INFINITY }) {
+                const ragged_case tc = { 64, 64, type, type, 3, 1, { 300, 33 }, softcap, true, true, 1 };
+                rng.seed(1);
+                ragged_graph g = build_graph(tc, backend);
+                result right = compute(device, g, 1);
+
+                ((float *) g.q->data)[2*tc.hsk + 37] = x;
+                result res = compute(device, g, 1);
+
+                // a softcap makes infinite scores finite, as it should; products of whole numbers never were infinite
+                const bool is_finite = softcap != 0.0f && type == GGML_TYPE_F16 && std::isinf(x);
+                const auto row = res.out.begin() + 2*tc.hsv;
+                const bool ok  = is_finite || std::all_of(row, row + tc.hsv, [](float y) { return std::isnan(y); });
+                std::fill_n(row, tc.hsv, 0.0f);
+                std::fill_n(right.out.begin() + 2*tc.hsv, tc.hsv, 0.0f);
+                expect(ok && res.error.empty() && res.out == right.out, "a query that is not finite",
+                        tc.vars() + " " + std::to_string(x) + res.error);
+            }
+        }
+    }
+}
+
 //
 // cost
 //
@@ -299,6 +324,8 @@ static void test_cost(ggml_backend_t backend) {
 }
 
 int main(int argc, char ** argv) {
+    setvbuf(stdout, nullptr, _IOLBF, BUFSIZ); // who ends this has the lines so far
+
     std::string text;
     int  part = 0, n_parts = 1;
     bool faults = false;
@@ -331,6 +358,7 @@ int main(int argc, char ** argv) {
         test_faults_of_small_kernels();
         for (const auto & own : DEVICES) {
             test_faults_of_our_kernels(own, backend.get());
+            test_queries_that_are_not_finite(own, backend.get());
         }
     }
     if (cost) {

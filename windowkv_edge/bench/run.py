@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from statistics import fmean, median
@@ -151,7 +151,11 @@ class Bench:
         return res
 
     def run(self) -> list[Row]:
-        """The gate, then every length.
+        """The gate, then every length; raises what :meth:`groups` raises."""
+        return [row for rows in self.groups() for row in rows]
+
+    def groups(self) -> Iterator[list[Row]]:
+        """The gate, then the rows of one length after the other.
 
         Raises:
             GateError: a session answers differently from stock.
@@ -162,7 +166,8 @@ class Bench:
         for length in self.plan.lengths:
             self._check_memory(length)
         self.gate()
-        return [row for length in self.plan.lengths for row in self._group(length)]
+        for length in self.plan.lengths:
+            yield self._group(length)
 
     #
     # gate

@@ -65,6 +65,13 @@ inline float simt_bits_to_f32(uint32_t x) {
     return res;
 }
 
+inline uint32_t simt_f32_to_bits(float x) {
+    simt::current_machine()->use();
+    uint32_t res;
+    memcpy(&res, &x, sizeof(res));
+    return res;
+}
+
 #define SIMT_BYTE_F32_ZERO 8388608.0f
 
 inline float simt_byte_f32(uint32_t x, int i) { return simt_bits_to_f32(0x4B000000u | (x >> 8*i & 0xFF)); }
