@@ -276,6 +276,16 @@ class Context:
         """Attention of layers whose heads hold equally many cells: "auto", "stock" or "ragged"."""
         check(lib.wkv_set_attention(self._ctx, getattr(lib, f"WKV_ATTENTION_{name}".upper())))
 
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """What is evaluated inside is only observed: its positions are given up afterwards, and a compaction that follows
+        takes its queries for the newest ones."""
+        check(lib.wkv_observe_begin(self._ctx))
+        try:
+            yield
+        finally:
+            check(lib.wkv_observe_end(self._ctx))
+
     def compact(self, policy: Any, n_cells: int) -> int:
         """Cells released over all layers and heads."""
         return check(lib.wkv_compact(self._ctx, policy, n_cells))

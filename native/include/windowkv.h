@@ -60,6 +60,7 @@ struct wkv_stats {
     int32_t type_v;
     int64_t bytes_live;         // bytes of the live buffers: pools, observed queries, tables on GPUs
     int64_t bytes_pool;         // of these, the K and V pools
+    int64_t bytes_cell;         // of these, a cell of every head of every layer takes
     int64_t bytes_full;         // what the stock cache holds for n_past positions in these layers
     int64_t bytes_peak;         // largest bytes_live so far; what growth and compaction hold for a moment, on the host too, included
     int64_t bytes_released;     // given back by the last compaction
@@ -119,6 +120,13 @@ WKV_API int wkv_set_observed(struct llama_context * ctx, int32_t n_observed);
 // The positions so far end a prompt: the queries of its last tokens stay available, whatever is generated and taken back after it,
 // until the next call or compaction, which says the same.
 WKV_API int wkv_prompt_done(struct llama_context * ctx);
+
+// Tokens evaluated between these two calls are only observed: wkv_observe_end() gives up their positions, with what they did to
+// sliding windows and recurrent states, and a compaction that follows at once takes their queries for the newest ones. Thus a
+// question chooses the cells of a document of which only a part was read. Between them nothing can be compacted, and no position
+// from before removed; clearing the cache ends it.
+WKV_API int wkv_observe_begin(struct llama_context * ctx);
+WKV_API int wkv_observe_end  (struct llama_context * ctx);
 
 // Called inside llama_decode() before it evaluates a single token behind a prompt: behind several tokens that came at once while
 // the function was set, since when nobody compacted or called wkv_prompt_done(). It may call these two and read the context,

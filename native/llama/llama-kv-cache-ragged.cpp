@@ -120,6 +120,7 @@ void llama_kv_cache_ragged::clear(bool data) {
     llama_kv_cache::clear(data);
 
     snapshot_drop();
+    visit.reset();
     seq.clear();
     llama_kv_ragged_trim();
     epoch++;
@@ -216,6 +217,11 @@ bool llama_kv_cache_ragged::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
         return true;
     }
 
+    if (visit && p0 > 0 && p0 < (llama_pos) visit->n_pos) {
+        LLAMA_LOG_DEBUG("%s: position %d is older than the tokens that are only observed (from %u)\n", __func__, p0, visit->n_pos);
+        return false;
+    }
+
     if (p1 >= 0 && p1 < (llama_pos) seq.n_pos) {
         LLAMA_LOG_DEBUG("%s: [%d, %d) is not a tail of the %u positions\n", __func__, p0, p1, seq.n_pos);
         return false;
@@ -285,20 +291,34 @@ void llama_kv_cache_ragged::snapshot_restore() {
     synchronize();
 
     auto next = snapshot->seq.copy(/*exact =*/ false); // nothing changes until it exists
-    try {
-        for (const auto & restore : snapshot->others) {
-            restore();
-        }
-    } catch (const std::exception &) {
-        snapshot->mem->clear(true); // some of its caches went back, and others did not
-        llama_kv_ragged_refuse("memory ran out while a snapshot was restored, the cache was cleared and the snapshot given up");
-    }
+    snapshot->others.restore();
     seq = std::move(next);
     epoch++;
 }
 
 void llama_kv_cache_ragged::snapshot_drop() {
     snapshot.reset();
+}
+
+void llama_kv_cache_ragged::observe_begin(llama_memory_i & mem) {
+    if (visit) {
+        throw std::invalid_argument("tokens are only observed already: end that first");
+    }
+    synchronize();
+    visit = std::make_unique<llama_kv_ragged_visit>(llama_kv_ragged_visit { seq.n_pos, seq.prompt_begin, { *this, mem } });
+}
+
+void llama_kv_cache_ragged::observe_end() {
+    if (!visit) {
+        throw std::invalid_argument("nothing is only observed: begin that first, and do not clear the cache meanwhile");
+    }
+    synchronize();
+    const auto own = std::move(visit);
+    if (seq.n_pos > own->n_pos) {
+        own->others.restore();
+        seq.withdraw(own->n_pos);
+        seq.prompt_begin = own->prompt_begin;
+    }
 }
 
 bool llama_kv_cache_ragged::prepare_room(const std::vector<llama_ubatch> & ubatches) {

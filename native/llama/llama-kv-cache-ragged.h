@@ -122,6 +122,13 @@ public:
     void snapshot_restore();
     void snapshot_drop();
 
+    // Tokens evaluated between the two are only observed: their positions are given up again, with what they did to windows and recurrent
+    // states, and their queries are the newest ones for a compaction that follows at once. Clearing the cache ends it, too.
+    void observe_begin(llama_memory_i & mem);
+    void observe_end();
+
+    bool is_observing() const { return visit != nullptr; }
+
     //
     // preparation and graph API
     //
@@ -161,6 +168,14 @@ private:
     llama_kv_ragged_seq seq;
 
     std::unique_ptr<llama_kv_ragged_snapshot> snapshot;
+
+    // what observe_end() goes back to
+    struct llama_kv_ragged_visit {
+        uint32_t               n_pos;
+        int32_t                prompt_begin;
+        llama_kv_ragged_others others;
+    };
+    std::unique_ptr<llama_kv_ragged_visit> visit;
 
     attention_type attention = ATTENTION_AUTO;
 

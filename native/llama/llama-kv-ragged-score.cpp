@@ -55,7 +55,7 @@ struct head_group {
 static constexpr int64_t N_BYTES_GROUP = 8 << 20;
 
 static observers find_observers(const llama_kv_ragged_seq & seq, const std::vector<int32_t> & window_sizes) {
-    const auto start = [&](int32_t n) { return int32_t(seq.n_pos) - n; };
+    const auto start = [&, end = seq.observed_end()](int32_t n) { return end - n; };
 
     observers res;
     res.rows = seq.observed.find(start(*std::max_element(window_sizes.begin(), window_sizes.end())));

@@ -160,6 +160,8 @@ void llama_kv_ragged_seq::reserve(int64_t n_tokens, bool exact) {
 }
 
 std::vector<int64_t> llama_kv_ragged_seq::append(uint32_t n_tokens, bool may_be_prompt) {
+    observed.trim(n_pos); // those of withdrawn positions
+
     const auto rows = observed.observe(n_pos, n_tokens);
 
     if (may_be_prompt && !in_prompt() && n_tokens > 1) {
@@ -170,9 +172,18 @@ std::vector<int64_t> llama_kv_ragged_seq::append(uint32_t n_tokens, bool may_be_
 }
 
 void llama_kv_ragged_seq::trim(uint32_t p0) {
-    n_pos        = p0;
-    prompt_begin = prompt_begin < int32_t(p0) ? prompt_begin : -1;
+    withdraw(p0);
     observed.trim(p0);
+}
+
+void llama_kv_ragged_seq::withdraw(uint32_t p0) {
+    n_pos             = p0;
+    prompt_begin      = prompt_begin < int32_t(p0) ? prompt_begin : -1;
+    observed.n_prompt = std::min(observed.n_prompt, p0);
+}
+
+int32_t llama_kv_ragged_seq::observed_end() const {
+    return std::max<int32_t>(n_pos, observed.pos.empty() ? 0 : *std::max_element(observed.pos.begin(), observed.pos.end()) + 1);
 }
 
 void llama_kv_ragged_seq::end_prompt() {

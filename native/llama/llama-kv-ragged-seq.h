@@ -99,6 +99,12 @@ struct llama_kv_ragged_seq {
     // forget the positions from p0 on; p0 is 0 or not below the boundary
     void trim(uint32_t p0);
 
+    // the same, but their queries stay observed, as if they came next, until others do
+    void withdraw(uint32_t p0);
+
+    // behind the newest query that observes: n_pos, or more after withdraw()
+    int32_t observed_end() const;
+
     bool in_prompt() const { return prompt_begin >= 0; }
 
     // the positions so far end a prompt

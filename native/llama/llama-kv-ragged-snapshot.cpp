@@ -1,6 +1,7 @@
 #include "llama-kv-ragged-snapshot.h"
 
 #include "llama-kv-cache-iswa.h"
+#include "llama-kv-ragged-create.h"
 #include "llama-memory-hybrid.h"
 #include "llama-memory-recurrent.h"
 
@@ -57,14 +58,25 @@ private:
     }
 };
 
-llama_kv_ragged_snapshot::llama_kv_ragged_snapshot(const llama_kv_ragged_seq & seq, llama_kv_cache & kv, llama_memory_i & mem) :
-    seq(seq.copy(/*exact =*/ true)), mem(&mem) {
-    others.push_back(llama_kv_ragged_copy::of(kv));
+llama_kv_ragged_others::llama_kv_ragged_others(llama_kv_cache & kv, llama_memory_i & mem) : mem(&mem) {
+    fns.push_back(llama_kv_ragged_copy::of(kv));
     if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(&mem)) {
-        others.push_back(llama_kv_ragged_copy::of(*iswa->get_swa()));
+        fns.push_back(llama_kv_ragged_copy::of(*iswa->get_swa()));
     } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(&mem)) {
-        others.push_back(llama_kv_ragged_copy::of(*hybrid->get_mem_recr()));
+        fns.push_back(llama_kv_ragged_copy::of(*hybrid->get_mem_recr()));
     } else {
         GGML_ASSERT(&mem == &kv);
+    }
+}
+
+void llama_kv_ragged_others::restore() const {
+    try {
+        for (const auto & fn : fns) {
+            fn();
+        }
+    } catch (const std::exception &) {
+        llama_memory_i * mem = this->mem; // clearing may give this copy up
+        mem->clear(true); // some of its caches went back, and others did not
+        llama_kv_ragged_refuse("memory ran out while a copy of the cache was restored, the cache was cleared and the copy given up");
     }
 }

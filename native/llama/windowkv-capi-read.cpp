@@ -118,6 +118,8 @@ static void ragged_stats(const llama_memory_i & mem, const llama_kv_cache_ragged
     stats.t_gather_ms    = own.t_gather_ms;
     for (size_t i = 0; i < layers.size(); ++i) {
         stats.bytes_pool += seq.cells[i].pool.bytes();
+        stats.bytes_cell += layers[i].n_head_kv*
+            (ggml_row_size(layers[i].type_k, layers[i].n_embd_head_k) + ggml_row_size(layers[i].type_v, layers[i].n_embd_head_v));
         stats.bytes_full += layers[i].n_head_kv*seq.n_pos*
             (ggml_row_size(own.stock_type_k, layers[i].n_embd_head_k) + ggml_row_size(own.stock_type_v, layers[i].n_embd_head_v));
     }
@@ -228,7 +230,7 @@ int64_t wkv_get_queries(
 
         const auto        & seq  = kv.get_seq();
         const ggml_tensor * src  = seq.observed.queries[layer].tensor;
-        const auto          held = seq.observed.find(int32_t(seq.n_pos) - int32_t(seq.observed.n_observed));
+        const auto          held = seq.observed.find(seq.observed_end() - int32_t(seq.observed.n_observed));
 
         check_room(n_rows, held.size()*src->ne[0]);
         check_room(n_pos,  held.size());

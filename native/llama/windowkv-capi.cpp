@@ -198,6 +198,20 @@ int wkv_snapshot_drop(struct llama_context * ctx) {
     });
 }
 
+int wkv_observe_begin(struct llama_context * ctx) {
+    return wkv_with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        kv.observe_begin(*ctx->get_memory());
+        return WKV_OK;
+    });
+}
+
+int wkv_observe_end(struct llama_context * ctx) {
+    return wkv_with_idle_cache(ctx, [](llama_kv_cache_ragged & kv) {
+        kv.observe_end();
+        return WKV_OK;
+    });
+}
+
 int wkv_fill(struct llama_context * ctx, int32_t n_tokens) {
     if (!ctx || !ctx->get_memory()) {
         return wkv_fail(WKV_ERR_ARGUMENT, "the context is null or has no memory");
