@@ -278,13 +278,17 @@ class Context:
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """What is evaluated inside is only observed: its positions are given up afterwards, and a compaction that follows
-        takes its queries for the newest ones."""
+        """What is evaluated inside is only observed: its positions are given up afterwards, and a compaction that
+        follows takes its queries for the newest ones."""
         check(lib.wkv_observe_begin(self._ctx))
         try:
             yield
         finally:
-            check(lib.wkv_observe_end(self._ctx))
+            self.end_observing()
+
+    def end_observing(self) -> None:
+        """What :meth:`observing` does at its end; Ctrl-C may have kept it from doing so."""
+        check(lib.wkv_observe_end(self._ctx))
 
     def compact(self, policy: Any, n_cells: int) -> int:
         """Cells released over all layers and heads."""

@@ -18,7 +18,8 @@ from .errors import NativeError, UnsupportedCallError
 from .evaluation import PolicyEvaluation
 from .guard import Closed, Guard, Interrupts, interrupt_soon
 from .policies import Full, KVPolicy, get_policy
-from .policies.base import at_least, true_or_false
+from .limit import PREFILLS, Limit, Prefill, check_limit
+from .policies.base import at_least, number_of, one_of, true_or_false
 from .session import AfterPrompt, PolicyCache, ragged_cache
 from .stats import KVStats
 
@@ -26,6 +27,7 @@ __all__ = ["Llama"]
 
 DEFAULT_BUDGET = 0.12
 DEFAULT_MIN_PROMPT = 256
+DEFAULT_GROWTH = 1.5
 
 REFUSED = (
     ("embedding", "use a second session without a policy for embeddings"),
@@ -54,13 +56,28 @@ class Llama(PolicyEvaluation):
             take; ``type_k`` and ``type_v`` override what it prefers.
         kv_min_prompt: with a fractional budget, sequences shorter than this many tokens are left whole
             (12 % of a 30-token chat would be 3 cells). Default 256.
+        kv_growth: after the first compaction, a prompt is compacted if something grew by more than this factor: the
+            cells held, compared with what ``kv_budget`` grants for the positions seen; or, with a fractional budget,
+            these positions, compared with those at the last compaction. Default 1.5; 1 compacts after every prompt.
+        kv_limit: bound of the cells at every moment: cells per (layer, kv head) on average (4096), or bytes ("512MiB").
+            Before a batch of a prompt there are no more, and while an answer grows neither, so that the peak is the
+            limit and one batch. None = none. With a limit, ``kv_budget`` is 1.0 by default: what fits stays.
+        kv_prefill: how a prompt is evaluated. "exact": with the full cache, which the limit bounds afterwards.
+            "bounded": where a batch finds no room, what was read so far is compacted, as the prompt's last tokens
+            attend to it: they are evaluated behind it, and taken back. "auto": bounded where the prompt does not fit
+            the limit.
         kv_exact: attend to f16 and f32 cells with stock's kernel until something is evicted, which gives stock's logits
             bit for bit. False = with ours from the start, which rounds differently and is faster on the CPU.
 
     A prompt is evaluated with the full cache and compacted afterwards, so the first generated token comes from full
-    attention. A prompt is what ``generate`` (and everything built on it) evaluates first, or one call of ``eval`` with
-    more than one token. Libraries that decode on ``ctx`` themselves get their prompt compacted before the first single
-    token that follows it.
+    attention. A prompt is what ``generate`` (and everything built on it) evaluates first. By hand it is what calls of
+    ``eval`` with more than one token evaluate; it ends with :meth:`sample`, :meth:`kv_compact` or a single token.
+    Libraries that decode on ``ctx`` themselves get their prompt compacted before the first single token that follows.
+
+    The first prompt is compacted if it exceeds the budget, later ones (a chat's turns) if the cache grew, see
+    ``kv_growth``: no more than ``kv_growth`` times the budget's cells are held when an answer begins. All cells compete
+    then, those of earlier turns with those of a document, observed by the newest prompt's end. The cells of an answer
+    come on top.
 
     With a policy flash attention is on, whatever ``flash_attn`` says. A session serves one thread at a time, in the
     process that created it.
@@ -80,7 +97,10 @@ class Llama(PolicyEvaluation):
         kv_policy: str | KVPolicy | None = None,
         kv_budget: float | int | None = None,
         kv_min_prompt: int = DEFAULT_MIN_PROMPT,
+        kv_growth: float = DEFAULT_GROWTH,
         kv_exact: bool = True,
+        kv_limit: int | str | None = None,
+        kv_prefill: Prefill = "auto",
         **kwargs: Any,
     ) -> None:
         if "_kv_guard" in self.__dict__:  # a second time: nothing else would free the first one's memory
@@ -95,19 +115,33 @@ class Llama(PolicyEvaluation):
             raise ValueError(
                 f"kv_budget={kv_budget!r} without kv_policy has no effect; name a policy, e.g. kv_policy='auto'"
             )
-        kv_min_prompt, kv_exact = plain(kv_min_prompt), plain(kv_exact)
+        if kv_policy is None and (kv_limit is not None or kv_prefill != "auto"):
+            raise ValueError(
+                f"kv_limit={kv_limit!r} and kv_prefill={kv_prefill!r} without kv_policy have no effect; name a policy, "
+                "e.g. kv_policy='auto'"
+            )
+        if kv_prefill == "bounded" and kv_limit is None:
+            raise ValueError("kv_prefill='bounded' needs a limit, e.g. kv_limit=4096 (cells per head) or '512MiB'")
+        one_of("kv_prefill", kv_prefill, PREFILLS)
+        self._kv_limit = None if kv_limit is None else Limit(check_limit(kv_limit))
+        self._kv_prefill = kv_prefill
+        kv_min_prompt, kv_growth, kv_exact = plain(kv_min_prompt), plain(kv_growth), plain(kv_exact)
         at_least("kv_min_prompt", kv_min_prompt, 0)
+        number_of("kv_growth", kv_growth, 1)
         true_or_false("kv_exact", kv_exact)
         check_numbers(kwargs)
         policy = None if kv_policy is None else get_policy(kv_policy)
         if kv_budget is not None:
             kv_budget = check_budget(kv_budget)
-        self._kv_when = AfterPrompt(DEFAULT_BUDGET if kv_budget is None else kv_budget, kv_min_prompt)
+        default = DEFAULT_BUDGET if kv_limit is None else 1.0
+        self._kv_when = AfterPrompt(default if kv_budget is None else kv_budget, kv_min_prompt, kv_growth)
 
         # what is absent stays absent in a copy: it may be resolved otherwise there
-        self._kv_given = {**kwargs, "kv_min_prompt": kv_min_prompt, "kv_exact": kv_exact}
+        self._kv_given = {**kwargs, "kv_min_prompt": kv_min_prompt, "kv_growth": kv_growth, "kv_exact": kv_exact}
         if kv_budget is not None:
             self._kv_given["kv_budget"] = kv_budget
+        if kv_limit is not None:
+            self._kv_given |= {"kv_limit": kv_limit, "kv_prefill": kv_prefill}
 
         self._start_evaluation()
         if policy is None:
@@ -144,6 +178,8 @@ class Llama(PolicyEvaluation):
                 exact=exact,
                 guard=self._kv_guard,
             )
+            if self._kv_limit is not None:
+                self._kv_limit.check(cache.kv.stats(), cache.bound)
             self._watch_context(cache)
             self._kv_initial = super().__getstate__()  # type: ignore[no-untyped-call]
         except BaseException:
@@ -184,8 +220,8 @@ class Llama(PolicyEvaluation):
 
     @property
     def kv_budget(self) -> float | int:
-        """The budget; setting it takes effect at the next compaction. A prompt that was compacted before is evaluated
-        anew when it is asked again.
+        """The budget; setting it takes effect at the next prompt's end, whatever ``kv_growth`` says. A prompt that was
+        compacted before is evaluated anew when it is asked again.
 
         Raises:
             TypeError, ValueError: when set, see the class.
@@ -201,7 +237,8 @@ class Llama(PolicyEvaluation):
             cache = self._kv_cache
             changed = (type(budget), budget) != (type(before), before)  # 1 is a cell, 1.0 all of them
             if cache is not None and changed and cache.kv.stats().n_boundary > 0:
-                self._requires_eval = True
+                self._kv_when.changed = self._requires_eval = True
+                self._kv_prompts.changed(0)
 
     def kv_compact(self, kv_budget: float | int | None = None) -> KVStats:
         """Compact now, whatever ``kv_min_prompt`` says.
@@ -222,22 +259,28 @@ class Llama(PolicyEvaluation):
             cache = self._need_cache("kv_compact()")
             budget = self.kv_budget if kv_budget is None else check_budget(kv_budget)
             self._agree(cache)
-            cache.compact(cache.n_cells(budget), self._task(cache))
+            was_open, self._kv_prompts.is_open = self._kv_prompts.is_open, False
             try:
+                cache.compact(cache.n_cells(budget), self._task(cache))
+            except BaseException:
+                self._kv_prompts.is_open = was_open
+                raise
+            try:
+                self._keep_logits(cache)
                 return self.kv_stats()
             except NativeError as error:
                 raise NativeError(f"the compaction is done, reading its statistics failed: {error}") from error
 
     def kv_stats(self) -> KVStats:
-        """Cells, bytes and times of the cache now.
+        """Cells, bytes and times of the cache now, and what was evaluated of the prompts.
 
         Raises:
             UnsupportedCallError: the session was closed or cannot be used now (see the class).
         """
         with self._kv_guard.use("kv_stats()", reads=True):
             if self._kv_cache is None:
-                return KVStats.read(_native.Context(self._ctx.ctx), None)
-            return KVStats.read(self._kv_cache.kv, self._kv_cache.name)
+                return KVStats.read(_native.Context(self._ctx.ctx), None, self._kv_prompts)
+            return KVStats.read(self._kv_cache.kv, self._kv_cache.name, self._kv_prompts)
 
     def kv_positions(self, layer: int, head: int) -> npt.NDArray[np.int32]:
         """Positions that one kv head holds, ascending.
@@ -326,6 +369,7 @@ class Llama(PolicyEvaluation):
             return
         self._kv_failed.clear()
         with self._use("reset()"):
+            self._kv_prompts.is_open = False
             if self._kv_cache is not None:
                 with self._aligned():
                     self._clear()

@@ -124,7 +124,7 @@ WKV_API int wkv_prompt_done(struct llama_context * ctx);
 // Tokens evaluated between these two calls are only observed: wkv_observe_end() gives up their positions, with what they did to
 // sliding windows and recurrent states, and a compaction that follows at once takes their queries for the newest ones. Thus a
 // question chooses the cells of a document of which only a part was read. Between them nothing can be compacted, and no position
-// from before removed; clearing the cache ends it.
+// from before removed; clearing the cache ends it. wkv_observe_end() returns 1, or 0 if there was nothing to end.
 WKV_API int wkv_observe_begin(struct llama_context * ctx);
 WKV_API int wkv_observe_end  (struct llama_context * ctx);
 

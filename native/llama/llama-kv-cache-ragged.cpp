@@ -308,9 +308,9 @@ void llama_kv_cache_ragged::observe_begin(llama_memory_i & mem) {
     visit = std::make_unique<llama_kv_ragged_visit>(llama_kv_ragged_visit { seq.n_pos, seq.prompt_begin, { *this, mem } });
 }
 
-void llama_kv_cache_ragged::observe_end() {
+bool llama_kv_cache_ragged::observe_end() {
     if (!visit) {
-        throw std::invalid_argument("nothing is only observed: begin that first, and do not clear the cache meanwhile");
+        return false;
     }
     synchronize();
     const auto own = std::move(visit);
@@ -319,6 +319,7 @@ void llama_kv_cache_ragged::observe_end() {
         seq.withdraw(own->n_pos);
         seq.prompt_begin = own->prompt_begin;
     }
+    return true;
 }
 
 bool llama_kv_cache_ragged::prepare_room(const std::vector<llama_ubatch> & ubatches) {

@@ -123,9 +123,10 @@ public:
     void snapshot_drop();
 
     // Tokens evaluated between the two are only observed: their positions are given up again, with what they did to windows and recurrent
-    // states, and their queries are the newest ones for a compaction that follows at once. Clearing the cache ends it, too.
+    // states, and their queries are the newest ones for a compaction that follows at once. Clearing the cache ends it, too; ending it
+    // says whether there was something to end.
     void observe_begin(llama_memory_i & mem);
-    void observe_end();
+    bool observe_end();
 
     bool is_observing() const { return visit != nullptr; }
 

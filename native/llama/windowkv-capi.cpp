@@ -207,8 +207,7 @@ int wkv_observe_begin(struct llama_context * ctx) {
 
 int wkv_observe_end(struct llama_context * ctx) {
     return wkv_with_idle_cache(ctx, [](llama_kv_cache_ragged & kv) {
-        kv.observe_end();
-        return WKV_OK;
+        return int(kv.observe_end());
     });
 }
 

@@ -1,0 +1,251 @@
+"""``kv_limit``: what a session holds at any moment, of prompts and answers of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tiny_model
+from scripted import OTHERS, TOKENS, Script, answer
+
+from windowkv_edge import POLICIES, HeadScores, KVPolicy, Llama, _native, get_policy
+from windowkv_edge.policies.headkv import ByImportance
+
+Open = Callable[..., Llama]
+
+LIMIT, BATCH = 160, 32
+LONG = np.random.default_rng(3).integers(0, tiny_model.N_VOCAB, 1500).tolist()
+
+WRITERS = {
+    "llama": tiny_model.write_llama,
+    "gpt-oss": tiny_model.write_gpt_oss,
+    "lfm2": tiny_model.write_lfm2,
+    "granite": tiny_model.write_granite_hybrid,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("limit")
+    return {name: write(folder / f"{name}.gguf") for name, write in WRITERS.items()}
+
+
+def logits(llm: Llama) -> npt.NDArray[np.float32]:
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
+
+
+def n_held(llm: Llama) -> float:
+    return float(llm.kv_stats().cells.mean())
+
+
+def watch_cells(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Cells held after every batch."""
+    seen: list[float] = []
+    decode = llm._ctx.decode
+
+    def call(batch: Any) -> None:
+        decode(batch)
+        seen.append(float(_native.Context(llm.ctx).cells().mean()))
+
+    monkeypatch.setattr(llm._ctx, "decode", call)
+    return seen
+
+
+#
+# tokens that are only observed
+#
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_observing_leaves_no_trace(models: dict[str, Path], opened: Open, name: str) -> None:
+    """What follows is what would have followed, bit for bit, with windows and recurrent states."""
+    results = []
+    for observe in (False, True):
+        llm = opened(models[name], kv_policy="full", n_batch=BATCH)
+        llm.eval(TOKENS[:200])
+        if observe:
+            kv = llm._kv
+            assert kv is not None
+            with kv.observing():
+                for i in range(0, 96, BATCH):
+                    llm._batch.set_batch(batch=OTHERS[i : i + BATCH], n_past=llm.n_tokens + i, logits_all=False)
+                    llm._ctx.decode(llm._batch)
+            assert kv.stats().n_past == 200
+        rows = []
+        for token in TOKENS[200:210]:
+            llm.eval([token])
+            rows.append(logits(llm))
+        results.append(np.array(rows))
+        llm.close()
+    assert np.array_equal(*results)
+
+
+def test_the_observed_choose(models: dict[str, Path], opened: Open) -> None:
+    """A compaction behind observed tokens has their scores; the next batch forgets them."""
+    llm = opened(models["llama"], kv_policy="snapkv", n_batch=BATCH)
+    kv = llm._kv
+    assert kv is not None
+    llm.eval(TOKENS[:100])
+    llm.eval(OTHERS[:8])
+    want = [own[:100] for own in kv.scores(0, 1)]
+    llm.n_tokens = 100
+    llm._sync_positions()
+    with kv.observing():
+        llm._batch.set_batch(batch=OTHERS[:8], n_past=100, logits_all=False)
+        llm._ctx.decode(llm._batch)
+    got = kv.scores(0, 1)
+    for g, w in zip(got, want, strict=True):
+        # the shares that both query heads pay these cells differ a little
+        np.testing.assert_allclose(g / g.sum(), w / w.sum(), rtol=0.1, atol=1e-4)
+    llm.eval(TOKENS[100:108])
+    assert not np.allclose(kv.scores(0, 1)[0][:100], got[0], rtol=1e-2)
+
+
+def test_observing_is_checked(models: dict[str, Path], opened: Open) -> None:
+    llm = opened(models["llama"], kv_policy="snapkv")
+    kv = llm._kv
+    assert kv is not None
+    llm.eval(TOKENS[:100])
+    with kv.observing():
+        with pytest.raises(ValueError, match="end that first"), kv.observing():
+            pass
+        with pytest.raises(ValueError, match="only observed"):
+            llm.kv_compact(32)
+    with kv.observing():
+        llm.reset()
+    assert len(answer(llm, TOKENS[:100], 3)) == 3
+
+
+#
+# prompts
+#
+
+
+def policy_of(name: str) -> KVPolicy:
+    """With what a model without head scores and tokenizer lacks."""
+    if name == "script":
+        return Script(action=lambda: None)
+    policy = get_policy(name)
+    if isinstance(policy, ByImportance) and name != "auto":
+        rng = np.random.default_rng(0)
+        return replace(policy, importance=HeadScores({kind: rng.random((3, 4)) for kind in ("r", "r2")}))
+    return replace(policy, task="localization") if policy.needs_task else policy
+
+
+@pytest.mark.parametrize("name", [*(name for name in POLICIES if name != "full"), "script"])
+def test_a_prompt_stays_within_the_limit(
+    models: dict[str, Path], opened: Open, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    llm = opened(models["llama"], kv_policy=policy_of(name), kv_limit=LIMIT, n_batch=BATCH)
+    seen = watch_cells(llm, monkeypatch)
+    out = answer(llm, LONG[:700], 40)
+    assert len(out) == 40
+    assert max(seen) <= LIMIT + BATCH
+    assert n_held(llm) <= LIMIT
+    assert llm.n_tokens == 739
+
+
+@pytest.mark.parametrize("model", WRITERS)
+def test_windows_and_recurrent_layers_bound_themselves(
+    models: dict[str, Path], opened: Open, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    llm = opened(models[model], kv_policy="auto", kv_limit=LIMIT, n_batch=BATCH)
+    seen = watch_cells(llm, monkeypatch)
+    assert len(answer(llm, LONG[:700], 300)) == 300
+    assert max(seen) <= LIMIT + BATCH
+    assert max(seen[-299:]) <= LIMIT
+
+
+def test_the_peak_in_bytes(tmp_path: Path, opened: Open) -> None:
+    """30 layers, as the copy that moves cells holds one layer twice; before the first compaction stock's attention reads
+    pieces of 256 cells, which the limit and a batch are a multiple of."""
+    model = tiny_model.write_llama(tmp_path / "deep.gguf", n_layer=30, head_dim=64)
+    stats = opened(model, kv_policy="snapkv")._kv.stats()  # type: ignore[union-attr]
+    beside = int(stats.bytes_live) - int(stats.bytes_pool)
+    n_bytes = int(stats.bytes_cell) * (512 - BATCH) + beside
+    llm = opened(model, kv_policy="snapkv", kv_limit=f"{n_bytes}B", n_batch=BATCH)
+    answer(llm, LONG, 50)
+    got = llm.kv_stats()
+    assert 0.8 * n_bytes < got.bytes_live <= n_bytes
+    assert got.bytes_peak <= 1.05 * (n_bytes + BATCH * int(stats.bytes_cell))
+    assert got.n_past == len(LONG) + 49
+
+
+def test_a_prompt_that_fits_is_exact(models: dict[str, Path], opened: Open) -> None:
+    stock, llm = (
+        opened(models["llama"], flash_attn=True, n_batch=BATCH),
+        opened(models["llama"], kv_policy="snapkv", kv_limit=300, n_batch=BATCH),
+    )
+    assert answer(stock, TOKENS[:200], 20) == answer(llm, TOKENS[:200], 20)
+    assert llm.kv_stats().n_compactions == 0
+
+
+def test_exact_prompts_shrink_afterwards(models: dict[str, Path], opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token is that of the full cache."""
+    stock, llm = (
+        opened(models["llama"], flash_attn=True, n_batch=BATCH),
+        opened(models["llama"], kv_policy="snapkv", kv_limit=LIMIT, kv_prefill="exact", n_batch=BATCH),
+    )
+    seen = watch_cells(llm, monkeypatch)
+    assert answer(stock, LONG[:700], 1) == answer(llm, LONG[:700], 1)
+    assert max(seen) == 700
+    assert n_held(llm) <= LIMIT
+    assert len(answer(llm, LONG[:700], 100)) == 100
+    assert n_held(llm) <= LIMIT
+
+
+def test_a_budget_below_the_limit(models: dict[str, Path], opened: Open) -> None:
+    llm = opened(models["llama"], kv_policy="snapkv", kv_limit=LIMIT, kv_budget=70, n_batch=BATCH)
+    answer(llm, LONG[:700], 1)
+    assert n_held(llm) == 70
+
+
+def test_pieces_stay_within_the_limit(models: dict[str, Path], opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = opened(models["llama"], kv_policy="snapkv", kv_limit=LIMIT, n_batch=BATCH)
+    seen = watch_cells(llm, monkeypatch)
+    for i in range(0, 700, 100):
+        llm.eval(LONG[i : i + 100])
+    llm.sample(temp=0.0)
+    assert max(seen) <= LIMIT + BATCH
+    assert n_held(llm) <= LIMIT
+    assert llm.kv_stats().n_past == 700
+
+
+def test_what_is_asked_chooses(models: dict[str, Path], opened: Open) -> None:
+    """Two questions keep other cells of the same document, in all of its parts."""
+    kept = []
+    for question in (TOKENS[:16], OTHERS[:16]):
+        llm = opened(models["llama"], kv_policy="snapkv", kv_limit=LIMIT, n_batch=BATCH)
+        answer(llm, LONG[:700] + question, 1)
+        kept.append(set(llm.kv_positions(0, 0).tolist()))
+    early = [{at for at in own if at < 300} for own in kept]
+    assert early[0] and early[1] and early[0] != early[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        ({"kv_limit": "12 apples"}, ValueError, "expected bytes such as 512MiB"),
+        ({"kv_limit": "MiB"}, ValueError, "expected bytes"),
+        ({"kv_limit": 0.5}, TypeError, "expected a number of cells per head"),
+        ({"kv_limit": True}, TypeError, "expected a number of cells"),
+        ({"kv_limit": 0}, ValueError, "at least 1"),
+        ({"kv_limit": 20}, ValueError, "holds 20 cells per head, expected at least"),
+        ({"kv_limit": "1KiB"}, ValueError, "holds 0 cells per head"),
+        ({"kv_prefill": "bounded"}, ValueError, "needs a limit"),
+        ({"kv_prefill": "fast", "kv_limit": 512}, ValueError, "expected one of exact, bounded, auto"),
+        ({"kv_limit": 512, "kv_policy": None}, ValueError, "without kv_policy"),
+        ({"kv_limit": 512, "kv_policy": "full"}, ValueError, "keeps every cell"),
+    ],
+)
+def test_bad_limits_are_refused(
+    models: dict[str, Path], opened: Open, given: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        opened(models["llama"], **{"kv_policy": "snapkv", **given})

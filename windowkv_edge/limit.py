@@ -1,0 +1,102 @@
+"""A session's memory: how many cells there may be at any moment, and when that asks for a compaction."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .budget import plain
+from .policies import KVPolicy
+
+__all__ = ["PREFILLS", "Limit", "Prefill", "check_limit", "n_asks"]
+
+Prefill = Literal["exact", "bounded", "auto"]
+PREFILLS: tuple[Prefill, ...] = get_args(Prefill)
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def check_limit(limit: Any) -> int | str:
+    """Return a valid limit: an int >= 1 counts cells per head, a text such as "512MiB" bytes.
+
+    Raises:
+        TypeError: neither an int nor a text.
+        ValueError: out of range, or no number of bytes.
+    """
+    limit = plain(limit)
+    expected = 'expected a number of cells per head (4096), or of bytes ("512MiB")'
+    if isinstance(limit, bool) or not isinstance(limit, (int, str)):
+        raise TypeError(f"kv_limit is {limit!r}, {expected}")
+    if isinstance(limit, int):
+        if not 1 <= limit < 2**31:
+            raise ValueError(f"kv_limit is {limit} cells, expected at least 1 and less than 2^31")
+        return limit
+    _n_bytes(limit)
+    return limit
+
+
+def _n_bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)\s*", text, re.ASCII | re.IGNORECASE)
+    unit = found and _UNITS.get(found[2].lower())
+    if not found or not unit:
+        raise ValueError(
+            f"kv_limit is {text!r}, expected bytes such as 512MiB or 1.5GiB; for cells per head give an int"
+        )
+    return int(float(found[1]) * unit)
+
+
+def n_asks(policy: KVPolicy) -> int:
+    """Tokens at a prompt's end that are taken for what is asked, unless somebody knows better: as many as the policy
+    observes, 64 at most."""
+    return min(int(policy.n_observed), 64)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What the cells of a session may take.
+
+    Before every batch of a prompt the heads hold at most :meth:`n_cells` cells on average, and while an answer grows
+    never more; so the peak is the limit and one batch. Pools come in pieces of 32 cells, and before the first
+    compaction of 256, as stock's attention reads them.
+
+    Args:
+        given: what :func:`check_limit` returned.
+    """
+
+    given: int | str
+
+    def n_cells(self, stats: Any) -> int:
+        """Cells per (layer, kv head) on average.
+
+        Args:
+            stats: the native statistics: bytes of a cell, and of what lies beside the cells.
+        """
+        if isinstance(self.given, int):
+            return self.given
+        beside = int(stats.bytes_live) - int(stats.bytes_pool)
+        # pools have free rows, a 64th of a compressed cache
+        return max(0, (_n_bytes(self.given) - beside) * 64 // (65 * int(stats.bytes_cell)))
+
+    def check(self, stats: Any, policy: KVPolicy) -> None:
+        """Raise ValueError if that is less than a policy needs: twice :func:`n_asks`.
+
+        Args:
+            stats: see :meth:`n_cells`.
+            policy: the policy.
+        """
+        if policy.name == "full":
+            raise ValueError("kv_policy='full' keeps every cell, which kv_limit does not allow; leave one of them out")
+        n, n_least = self.n_cells(stats), 2 * n_asks(policy)
+        if n < n_least:
+            beside = int(stats.bytes_live) - int(stats.bytes_pool)
+            least = (n_least * int(stats.bytes_cell) * 65 // 64 + beside) / 2**20
+            raise ValueError(
+                f"kv_limit={self.given!r} holds {n} cells per head, expected at least {n_least} ({least:.1f} MiB), "
+                f"{policy.name!r} would have nothing to choose from"
+            )
+
+    @staticmethod
+    def slack(n_cells: int) -> int:
+        """Cells of room that a compaction makes while an answer grows, so that one is not due for every token."""
+        return max(1, n_cells // 8)
