@@ -58,7 +58,6 @@ class PolicyEvaluation(llama_cpp.Llama):
         self._kv_known = 0  # positions of the cache when this class last changed it
         self._kv_failed: list[BaseException] = []  # inside llama_decode, to be raised by the next call
         self._kv_prompts = Prompts()
-        self._kv_n_asks = 0  # tokens at the prompt's end that ask; 0: as many as the policy observes
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens. Several of them, in one call or in more, are a prompt (see the class); a single one behind
@@ -353,13 +352,13 @@ class PolicyEvaluation(llama_cpp.Llama):
             n = max(1, int(n * n_cells / n_held) - 1)
         given = self._kv_limit and self._kv_limit.given
         raise UnsupportedCallError(
-            f"kv_policy={cache.policy.name!r} holds {n_held:.0f} cells per head, and kv_limit={given!r} leaves room for "
+            f"kv_policy={cache.policy.name!r} holds {n_held:.0f} cells per head, kv_limit={given!r} leaves room for "
             f"{n_cells}; choose a larger limit or another policy"
         )
 
     def _asks(self, cache: PolicyCache, tokens: Sequence[int]) -> list[int]:
         """Of the tokens of a prompt that are left the last ones: what is asked."""
-        return list(tokens[-min(self._kv_n_asks or n_asks(cache.bound), self.n_batch) :])
+        return list(tokens[-min(n_asks(cache.bound), self.n_batch) :])
 
     def _observe(self, cache: PolicyCache, asks: list[int]) -> None:
         """Have tokens observe what was read so far, as if they came next."""

@@ -47,8 +47,7 @@ def _n_bytes(text: str) -> int:
 
 
 def n_asks(policy: KVPolicy) -> int:
-    """Tokens at a prompt's end that are taken for what is asked, unless somebody knows better: as many as the policy
-    observes, 64 at most."""
+    """Tokens at a prompt's end that are taken for what is asked: as many as the policy observes, 64 at most."""
     return min(int(policy.n_observed), 64)
 
 
