@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import warnings
 import weakref
@@ -10,13 +11,16 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import llama_cpp
+import numpy as np
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from . import _native
 from .arguments import check_grammar, check_tokens, need_tokenizer
 from .errors import UnsupportedCallError, UnsupportedModelError
 from .guard import Guard, Interrupts, interrupt_soon
+from .pins import Pins, n_system
 from .policies import KVPolicy, Task
+from .prompts import Prompts, Step, n_shared, why_missed
 from .session import AfterPrompt, PolicyCache
 from .task import prompt_task
 
@@ -51,9 +55,12 @@ class PolicyEvaluation(llama_cpp.Llama):
         self._kv_step: Literal["prompt", "answer"] | None = None
         self._kv_known = 0  # positions of the cache when this class last changed it
         self._kv_failed: list[BaseException] = []  # inside llama_decode, to be raised by the next call
+        self._kv_prompts = Prompts()
+        self._kv_pins = Pins()
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens; a prompt is compacted afterwards (see the class).
+        """Evaluate tokens. Several of them, in one call or in more, are a prompt (see the class); a single one behind
+        them ends it.
 
         Raises:
             ValueError: a token is outside of the vocabulary.
@@ -65,36 +72,51 @@ class PolicyEvaluation(llama_cpp.Llama):
             After any of them ``n_tokens`` counts what the cache holds.
         """
         with self._use("eval()"):
-            if self._kv_cache is None:
-                super().eval(tokens)
-                return
-            check_tokens(tokens, self._n_vocab)
-            is_prompt = self._kv_step == "prompt" or (self._kv_step is None and len(tokens) > 1)
-            if self._kv_step == "prompt":
+            step: Step = self._kv_step
+            n_before = self.n_tokens
+            if step == "prompt":
                 self._kv_step = "answer"
-            self._sync_positions()
-            if len(tokens) > 1:
-                self._kv_cache.kv.reserve(len(tokens))
-            self._evaluate(self._kv_cache, tokens)
-            if is_prompt:
-                self._prompt_ended(self._kv_cache)
+            elif step is None and len(tokens) > 1:
+                step = "piece"
+            try:
+                if self._kv_cache is None:
+                    super().eval(tokens)
+                else:
+                    self._eval(self._kv_cache, tokens, step)
+            finally:
+                self._kv_prompts.evaluated(step, max(0, self.n_tokens - n_before), n_before)
+            if step == "prompt" and self._kv_cache is not None:
+                self._end_prompt(self._kv_cache)
+
+    def _eval(self, cache: PolicyCache, tokens: Sequence[int], step: Step) -> None:
+        check_tokens(tokens, self._n_vocab)
+        self._sync_positions()
+        if step not in ("prompt", "piece") and len(tokens) > 0 and self._kv_prompts.is_open:
+            self._end_prompt(cache)
+        if len(tokens) > 1:
+            cache.kv.reserve(len(tokens))
+        self._evaluate(cache, tokens)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """See ``llama_cpp.Llama.generate``; what it evaluates first is the prompt.
+        """See ``llama_cpp.Llama.generate``; what it evaluates first ends the prompt. The prompt that was compacted last
+        is not evaluated again, whatever was generated behind it.
 
         Raises:
             ValueError, UnsupportedCallError, NativeError, KeyboardInterrupt, Exception: see :meth:`eval`.
         """
+        tokens = list(tokens)
         if self._kv_cache is not None:
-            tokens = list(tokens)
             check_tokens(tokens, self._n_vocab)  # before anything of the last prompt goes
         own = super().generate(tokens, *args, **kwargs)
+        reset = kwargs.get("reset", args[6] if len(args) > 6 else True)
         step: Literal["prompt", "answer"] | None = "prompt"
         sent = None
         try:
             while True:
                 # only while it runs: somebody may hold it for long, and evaluate another prompt meanwhile
                 with self._use("generate()"):
+                    if step == "prompt":
+                        self._prompt_begins(tokens if reset else [], len(tokens))
                     before, self._kv_step = self._kv_step, step
                     try:
                         token = own.send(sent)
@@ -111,11 +133,12 @@ class PolicyEvaluation(llama_cpp.Llama):
             own.close()
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
-        """See ``llama_cpp.Llama.sample``.
+        """See ``llama_cpp.Llama.sample``; a prompt that was evaluated by hand ends here (see the class).
 
         Raises:
             UnsupportedCallError: there are no logits to sample from, or the session cannot be used now (see the class).
             AssertionError: nothing was evaluated (stock's).
+            NativeError, KeyboardInterrupt, Exception: the compaction failed, see :meth:`eval`.
         """
         with self._kv_guard.use("sample()", reads=True):
             idx = kwargs.get("idx")
@@ -125,6 +148,12 @@ class PolicyEvaluation(llama_cpp.Llama):
                     f"sample(): there are no logits {'of the last token' if idx is None else f'at idx={idx}'}; "
                     "evaluate tokens first (with logits_all=True for others than the last)"
                 )
+            cache = self._kv_cache
+            if cache is None:
+                self._kv_prompts.is_open = False
+            elif self._kv_prompts.is_open and cache.kv.stats().n_past == self.n_tokens:
+                with self._use("sample()"):
+                    self._end_prompt(cache)
             return int(super().sample(*args, **kwargs))
 
     #
@@ -179,6 +208,8 @@ class PolicyEvaluation(llama_cpp.Llama):
             self._ctx.kv_cache_seq_rm(-1, 0, -1)
         self.n_tokens = self._kv_known = 0
         self._requires_eval = True
+        self._kv_prompts.is_open = False
+        self._kv_prompts.changed(0)
 
     def _sync_positions(self) -> None:
         """Bring the native cache to ``n_tokens`` positions, as ``eval`` does before every decode."""
@@ -207,13 +238,15 @@ class PolicyEvaluation(llama_cpp.Llama):
     def _evaluate(self, cache: PolicyCache, tokens: Sequence[int]) -> None:
         kv = cache.kv
         _native.clear_error()
+        self._kv_prompts.changed(self.n_tokens)
         try:
-            # what is a prompt here is known better: a last batch of one token, drafts. A token that a user evaluates
-            # may follow a prompt of others
-            kv.watch(len(tokens) == 1 and self._kv_step is None)
             with self._aligned(), Interrupts() as interrupts:
                 for i in range(0, max(1, len(tokens)), self.n_batch):  # as stock does
-                    super().eval(tokens[i : i + self.n_batch])
+                    batch = tokens[i : i + self.n_batch]
+                    # What generate() evaluates is known better here, and so is a last batch of one token. Of what is
+                    # evaluated by hand, one token may follow a prompt of others, and theirs may follow several tokens
+                    kv.watch(self._kv_step is None and (len(batch) > 1 or len(tokens) == 1))
+                    super().eval(batch)
                     interrupts.check()
                     self._raise_failed()
         except RuntimeError as error:
@@ -245,17 +278,68 @@ class PolicyEvaluation(llama_cpp.Llama):
         elif not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):  # recurrent layers cannot go back
             self._clear()
 
+    def _prompt_begins(self, tokens: Sequence[int], n_prompt: int) -> None:
+        """Before ``generate`` evaluates n_prompt tokens; of ``tokens``, the first ones may be there."""
+        cache, prompts = self._kv_cache, self._kv_prompts
+        n_same = n_shared(tokens, self.input_ids[: self.n_tokens])
+        n_boundary = 0 if cache is None else int(cache.kv.stats().n_boundary)
+        why = "" if n_same == 0 else why_missed(n_prompt, n_same, self.n_tokens, n_boundary, self._kv_when.changed)
+        prompts.begin(n_prompt, n_same, why)
+        self._find_system(tokens)
+        if cache is not None and self.n_tokens < self._kv_known:  # set back: the last logits are of another position
+            self._requires_eval = True
+
+        # the same prompt again: below the boundary nothing can be removed, so that its last token cannot be evaluated
+        # again for its logits, as stock does
+        logits = prompts.logits(n_same) if cache is not None and n_same == n_prompt == n_boundary else None
+        row = None if logits is None else llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        if logits is None or not row:
+            return
+        with self._aligned():
+            self._requires_eval = True
+            if self._ctx.kv_cache_seq_rm(-1, n_same, -1):
+                self.n_tokens = self._kv_known = n_same
+                ctypes.memmove(row, logits.ctypes.data, logits.nbytes)
+                self._requires_eval = False
+            else:  # not for what was compacted
+                prompts.begin(n_prompt, n_same, why_missed(n_prompt, n_same, self.n_tokens, 0, False))
+
+    def _find_system(self, tokens: Sequence[int]) -> None:
+        pins = self._kv_pins
+        n = n_system(pins.text, tokens, lambda token: self._model.detokenize([token], True)) if pins.text else 0
+        pins.system = (0, n) if n > 0 else None
+
+    def _end_prompt(self, cache: PolicyCache) -> None:
+        self._prompt_ended(cache)
+        self._keep_logits(cache)
+
     def _prompt_ended(self, cache: PolicyCache) -> None:
         """Compact if the cache says that it is time; either way the prompt's last queries stay observed."""
-        stats = cache.kv.stats()
-        if not self._kv_when.is_due(stats.n_past, stats.n_boundary):
+        self._kv_prompts.is_open = False
+        stats, n_cells = cache.kv.stats(), cache.n_cells(self._kv_when.budget)
+        n_held = float(cache.kv.cells().mean())
+        if not self._kv_when.is_due(int(stats.n_past), int(stats.n_boundary), n_held, n_cells):
             cache.kv.prompt_done()
             return
         try:
-            cache.compact(cache.n_cells(self._kv_when.budget), self._task(cache))
+            self._compact(cache, n_cells)
         except BaseException:
             cache.kv.prompt_done()
             raise
+        self._kv_when.changed = False
+
+    def _compact(self, cache: PolicyCache, n_cells: int) -> None:
+        cache.kv.set_pinned(self._kv_pins.ranges(n_cells))
+        cache.compact(n_cells, self._task(cache))
+
+    def _keep_logits(self, cache: PolicyCache) -> None:
+        """Those of the last position, if it ends what was compacted and they are known."""
+        stats = cache.kv.stats()
+        if self._requires_eval or not stats.n_boundary == stats.n_past == self.n_tokens == self._kv_known:
+            return
+        row = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        if row:
+            self._kv_prompts.keep(self.n_tokens, np.ctypeslib.as_array(row, shape=(self._n_vocab,)))
 
     def _prompt_below(self) -> None:
         """Inside ``llama_decode``: a single token follows a prompt that was not compacted."""

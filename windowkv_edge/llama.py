@@ -17,8 +17,9 @@ from .budget import check_budget, plain
 from .errors import NativeError, UnsupportedCallError
 from .evaluation import PolicyEvaluation
 from .guard import Closed, Guard, Interrupts, interrupt_soon
+from .pins import Range, n_pinned, system_text
 from .policies import Full, KVPolicy, get_policy
-from .policies.base import at_least, true_or_false
+from .policies.base import at_least, number_of, true_or_false
 from .session import AfterPrompt, PolicyCache, ragged_cache
 from .stats import KVStats
 
@@ -26,6 +27,7 @@ __all__ = ["Llama"]
 
 DEFAULT_BUDGET = 0.12
 DEFAULT_MIN_PROMPT = 256
+DEFAULT_GROWTH = 1.5
 
 REFUSED = (
     ("embedding", "use a second session without a policy for embeddings"),
@@ -54,13 +56,23 @@ class Llama(PolicyEvaluation):
             take; ``type_k`` and ``type_v`` override what it prefers.
         kv_min_prompt: with a fractional budget, sequences shorter than this many tokens are left whole
             (12 % of a 30-token chat would be 3 cells). Default 256.
+        kv_growth: after the first compaction, a prompt is compacted if something grew by more than this factor: the
+            cells held, compared with what ``kv_budget`` grants for the positions seen; or, with a fractional budget,
+            these positions, compared with those at the last compaction. Default 1.5; 1 compacts after every prompt.
+        kv_pin_system: in chats, the system prompt always stays, see :meth:`kv_pin`; where it takes more than half of
+            the budget it does not, and a warning says so. Default True.
         kv_exact: attend to f16 and f32 cells with stock's kernel until something is evicted, which gives stock's logits
             bit for bit. False = with ours from the start, which rounds differently and is faster on the CPU.
 
     A prompt is evaluated with the full cache and compacted afterwards, so the first generated token comes from full
-    attention. A prompt is what ``generate`` (and everything built on it) evaluates first, or one call of ``eval`` with
-    more than one token. Libraries that decode on ``ctx`` themselves get their prompt compacted before the first single
-    token that follows it.
+    attention. A prompt is what ``generate`` (and everything built on it) evaluates first. By hand it is what calls of
+    ``eval`` with more than one token evaluate; it ends with :meth:`sample`, :meth:`kv_compact` or a single token.
+    Libraries that decode on ``ctx`` themselves get their prompt compacted before the first single token that follows.
+
+    The first prompt is compacted if it exceeds the budget, later ones (a chat's turns) if the cache grew, see
+    ``kv_growth``: no more than ``kv_growth`` times the budget's cells are held when an answer begins. All cells compete
+    then, those of earlier turns with those of a document, observed by the newest prompt's end. The cells of an answer
+    come on top.
 
     With a policy flash attention is on, whatever ``flash_attn`` says. A session serves one thread at a time, in the
     process that created it.
@@ -80,6 +92,8 @@ class Llama(PolicyEvaluation):
         kv_policy: str | KVPolicy | None = None,
         kv_budget: float | int | None = None,
         kv_min_prompt: int = DEFAULT_MIN_PROMPT,
+        kv_growth: float = DEFAULT_GROWTH,
+        kv_pin_system: bool = True,
         kv_exact: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -95,17 +109,21 @@ class Llama(PolicyEvaluation):
             raise ValueError(
                 f"kv_budget={kv_budget!r} without kv_policy has no effect; name a policy, e.g. kv_policy='auto'"
             )
-        kv_min_prompt, kv_exact = plain(kv_min_prompt), plain(kv_exact)
+        kv_min_prompt, kv_growth, kv_exact = plain(kv_min_prompt), plain(kv_growth), plain(kv_exact)
         at_least("kv_min_prompt", kv_min_prompt, 0)
+        number_of("kv_growth", kv_growth, 1)
+        kv_pin_system = plain(kv_pin_system)
+        true_or_false("kv_pin_system", kv_pin_system)
         true_or_false("kv_exact", kv_exact)
         check_numbers(kwargs)
         policy = None if kv_policy is None else get_policy(kv_policy)
         if kv_budget is not None:
             kv_budget = check_budget(kv_budget)
-        self._kv_when = AfterPrompt(DEFAULT_BUDGET if kv_budget is None else kv_budget, kv_min_prompt)
+        self._kv_when = AfterPrompt(DEFAULT_BUDGET if kv_budget is None else kv_budget, kv_min_prompt, kv_growth)
 
         # what is absent stays absent in a copy: it may be resolved otherwise there
-        self._kv_given = {**kwargs, "kv_min_prompt": kv_min_prompt, "kv_exact": kv_exact}
+        own = {"kv_min_prompt": kv_min_prompt, "kv_growth": kv_growth, "kv_pin_system": kv_pin_system}
+        self._kv_given = {**kwargs, **own, "kv_exact": kv_exact}
         if kv_budget is not None:
             self._kv_given["kv_budget"] = kv_budget
 
@@ -184,8 +202,8 @@ class Llama(PolicyEvaluation):
 
     @property
     def kv_budget(self) -> float | int:
-        """The budget; setting it takes effect at the next compaction. A prompt that was compacted before is evaluated
-        anew when it is asked again.
+        """The budget; setting it takes effect at the next prompt's end, whatever ``kv_growth`` says. A prompt that was
+        compacted before is evaluated anew when it is asked again.
 
         Raises:
             TypeError, ValueError: when set, see the class.
@@ -201,7 +219,8 @@ class Llama(PolicyEvaluation):
             cache = self._kv_cache
             changed = (type(budget), budget) != (type(before), before)  # 1 is a cell, 1.0 all of them
             if cache is not None and changed and cache.kv.stats().n_boundary > 0:
-                self._requires_eval = True
+                self._kv_when.changed = self._requires_eval = True
+                self._kv_prompts.changed(0)
 
     def kv_compact(self, kv_budget: float | int | None = None) -> KVStats:
         """Compact now, whatever ``kv_min_prompt`` says.
@@ -222,22 +241,76 @@ class Llama(PolicyEvaluation):
             cache = self._need_cache("kv_compact()")
             budget = self.kv_budget if kv_budget is None else check_budget(kv_budget)
             self._agree(cache)
-            cache.compact(cache.n_cells(budget), self._task(cache))
+            was_open, self._kv_prompts.is_open = self._kv_prompts.is_open, False
             try:
+                self._compact(cache, cache.n_cells(budget))
+            except BaseException:
+                self._kv_prompts.is_open = was_open
+                raise
+            try:
+                self._keep_logits(cache)
                 return self.kv_stats()
             except NativeError as error:
                 raise NativeError(f"the compaction is done, reading its statistics failed: {error}") from error
 
+    def kv_pin(self, start: int, stop: int) -> None:
+        """Positions [start, stop) of the sequence, read or yet to come, stay in every compaction with every policy.
+
+        They count in the budget; the policy chooses the other cells. Pins hold until :meth:`kv_unpin`, also for prompts
+        that come after a reset.
+
+        Raises:
+            UnsupportedCallError: the session has no policy or cannot be used now (see the class), or some of these
+                positions were evicted.
+            TypeError, ValueError: no such positions, or all pins together leave nothing of ``kv_budget`` for others.
+                With a fractional budget the compaction raises that, and nothing is evicted.
+        """
+        with self._use("kv_pin()"):
+            cache = self._need_cache("kv_pin()")
+            start, stop = _native.int32("start", start), _native.int32("stop", stop)
+            if not 0 <= start < stop <= self._n_ctx:
+                raise ValueError(f"kv_pin({start}, {stop}): expected 0 <= start < stop <= n_ctx ({self._n_ctx})")
+            n = n_pinned([*self._kv_pins.asked, (start, stop)])
+            if isinstance(self.kv_budget, int) and n >= self.kv_budget:
+                raise ValueError(
+                    f"kv_pin({start}, {stop}): {n} positions would be pinned, and kv_budget={self.kv_budget} leaves "
+                    "nothing for other cells; pin fewer, or raise it"
+                )
+            n_boundary = int(cache.kv.stats().n_boundary)
+            for il, ih in np.ndindex(*cache.kv.cells().shape) if start < n_boundary else ():
+                held = cache.kv.positions(il, ih)
+                if np.count_nonzero((held >= start) & (held < min(stop, n_boundary))) < min(stop, n_boundary) - start:
+                    raise UnsupportedCallError(
+                        f"kv_pin({start}, {stop}): some of these positions were evicted; pin before the prompt is "
+                        "compacted, or call reset() and evaluate it again"
+                    )
+            self._kv_pins.asked.append((start, stop))
+
+    def kv_unpin(self) -> None:
+        """Forget every :meth:`kv_pin`.
+
+        Raises:
+            UnsupportedCallError: the session has no policy or cannot be used now (see the class).
+        """
+        with self._use("kv_unpin()"):
+            self._need_cache("kv_unpin()")
+            self._kv_pins.asked.clear()
+
+    @property
+    def kv_pinned(self) -> tuple[Range, ...]:
+        """Positions [start, stop) that are pinned: by :meth:`kv_pin`, then a chat's system prompt."""
+        return tuple(self._kv_pins.ranges())
+
     def kv_stats(self) -> KVStats:
-        """Cells, bytes and times of the cache now.
+        """Cells, bytes and times of the cache now, and what was evaluated of the prompts.
 
         Raises:
             UnsupportedCallError: the session was closed or cannot be used now (see the class).
         """
         with self._kv_guard.use("kv_stats()", reads=True):
             if self._kv_cache is None:
-                return KVStats.read(_native.Context(self._ctx.ctx), None)
-            return KVStats.read(self._kv_cache.kv, self._kv_cache.name)
+                return KVStats.read(_native.Context(self._ctx.ctx), None, self._kv_prompts)
+            return KVStats.read(self._kv_cache.kv, self._kv_cache.name, self._kv_prompts)
 
     def kv_positions(self, layer: int, head: int) -> npt.NDArray[np.int32]:
         """Positions that one kv head holds, ascending.
@@ -259,6 +332,15 @@ class Llama(PolicyEvaluation):
     #
     # llama_cpp.Llama
     #
+
+    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        """See ``llama_cpp.Llama.create_chat_completion``; the system prompt is pinned (``kv_pin_system``).
+
+        Raises:
+            ValueError, RuntimeError: see :meth:`generate`, and llama-cpp-python's.
+        """
+        self._kv_pins.text = system_text(messages) if self._kv_given["kv_pin_system"] else ""
+        return super().create_chat_completion(messages, *args, **kwargs)
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """See ``llama_cpp.Llama.embed``; needs a session without a policy.
@@ -326,6 +408,9 @@ class Llama(PolicyEvaluation):
             return
         self._kv_failed.clear()
         with self._use("reset()"):
+            self._kv_prompts.is_open = False
+            if self._kv_step is None:
+                self._kv_pins.system = None
             if self._kv_cache is not None:
                 with self._aligned():
                     self._clear()

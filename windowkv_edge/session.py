@@ -52,28 +52,46 @@ def ragged_cache(policy: KVPolicy | None, path: str, cells: str | None) -> Itera
 
 @dataclass
 class AfterPrompt:
-    """When a session compacts: behind every prompt that its budget does not hold.
+    """When a session compacts: behind the first prompt that its budget does not hold, and behind later ones that made
+    the cache grow.
+
+    A budget grants cells for the positions seen, C. After a later prompt a compaction is due if the heads hold more
+    than ``growth * C`` cells on average, or, with a fraction, if the sequence has more than ``growth`` times the
+    positions that it had at the last compaction. So a session holds no more than ``growth * C`` cells when it begins to
+    answer, and short turns do not compact.
 
     Args:
         budget: see :func:`windowkv_edge.budget.check_budget`.
         min_prompt: with a fraction, sequences of fewer positions are left whole.
+        growth: at least 1; 1 compacts behind every prompt.
+
+    Attributes:
+        changed: the budget is another one since the last compaction. The next prompt is compacted then, whatever grew.
     """
 
     budget: float | int
     min_prompt: int
+    growth: float = 1.5
+    changed: bool = False
 
-    def is_due(self, n_past: int, n_boundary: int) -> bool:
+    def is_due(self, n_past: int, n_boundary: int, n_held: float, n_cells: int) -> bool:
         """Whether the end of a prompt is to be compacted.
 
         Args:
             n_past: positions in the cache.
             n_boundary: positions that were there at the last compaction, 0 if there was none.
+            n_held: cells per (layer, kv head) on average.
+            n_cells: those that the budget grants for these positions.
         """
         if n_past <= n_boundary:
             return False
-        if isinstance(self.budget, int):
-            return n_past > self.budget
-        return n_past >= self.min_prompt and self.budget < 1.0
+        is_share = not isinstance(self.budget, int)
+        grew = n_held > self.growth * n_cells or (is_share and n_past > self.growth * n_boundary)
+        if n_boundary > 0 and not grew and not self.changed:
+            return False
+        if is_share:
+            return n_past >= self.min_prompt and self.budget < 1.0
+        return n_past > self.budget
 
 
 class PolicyCache:

@@ -12,6 +12,7 @@ from .budget import TYPES
 
 if TYPE_CHECKING:
     from ._native import Context
+    from .prompts import Prompts
 
 __all__ = ["KVStats", "cell_types"]
 
@@ -44,6 +45,10 @@ class KVStats:
         n_compactions: compactions since the context was created.
         t_score_ms: last compaction, scoring, in ms.
         t_compact_ms: last compaction, selection and gather, in ms.
+        n_evaluated, n_reused: tokens of all prompts since the session was created: those that were evaluated, and those
+            that the cache held already.
+        n_evaluated_last, n_reused_last: the same of the last prompt.
+        miss: why tokens that the last prompt shared with the cache had to be evaluated again, in words; "" if none had.
     """
 
     policy: str
@@ -59,9 +64,14 @@ class KVStats:
     n_compactions: int
     t_score_ms: float
     t_compact_ms: float
+    n_evaluated: int = 0
+    n_reused: int = 0
+    n_evaluated_last: int = 0
+    n_reused_last: int = 0
+    miss: str = ""
 
     @classmethod
-    def read(cls, ctx: Context, policy: str | None) -> KVStats:
+    def read(cls, ctx: Context, policy: str | None, prompts: Prompts) -> KVStats:
         """What a context holds now; policy is None if the context was created without one.
 
         Raises:
@@ -86,6 +96,11 @@ class KVStats:
             n_compactions=stats.n_compactions,
             t_score_ms=stats.t_score_ms,
             t_compact_ms=stats.t_select_ms + stats.t_gather_ms,
+            n_evaluated=prompts.n_evaluated,
+            n_reused=prompts.n_reused,
+            n_evaluated_last=prompts.n_evaluated_last,
+            n_reused_last=prompts.n_reused_last,
+            miss=prompts.miss,
         )
 
     def __str__(self) -> str:
@@ -96,5 +111,7 @@ class KVStats:
             f"{self.policy}: {spread} cells per head for {self.n_past} positions, "
             f"{self.bytes_live / 2**20:.1f} MiB live ({self.bytes_full / 2**20:.1f} MiB in stock llama.cpp), "
             f"{self.bytes_peak / 2**20:.1f} MiB at peak, {other}{self.n_compactions} compactions, "
-            f"the last in {self.t_score_ms + self.t_compact_ms:.0f} ms"
+            f"the last in {self.t_score_ms + self.t_compact_ms:.0f} ms, "
+            f"{self.n_reused_last} of {self.n_reused_last + self.n_evaluated_last} tokens of the last prompt reused"
+            + (f" ({self.miss})" if self.miss else "")
         )

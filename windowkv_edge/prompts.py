@@ -1,0 +1,113 @@
+"""What a session remembers of its prompts: how many tokens it evaluated, and the logits behind the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Prompts", "Step", "n_shared", "why_missed"]
+
+Step = Literal["prompt", "answer", "piece"] | None
+"""What is evaluated: by ``generate`` its prompt or what it generated, by hand several tokens or (None) one."""
+
+
+def n_shared(tokens: Sequence[int], cached: npt.NDArray[np.intc]) -> int:
+    """Tokens that a prompt and what a cache has seen share at their beginning."""
+    n = min(len(tokens), len(cached))
+    same = np.asarray(tokens[:n], dtype=np.int64) == cached[:n]
+    return n if same.all() else int(same.argmin())
+
+
+def why_missed(n_prompt: int, n_same: int, n_past: int, n_boundary: int, budget_changed: bool) -> str:
+    """In words why a prompt cannot continue the cache behind the tokens that they share.
+
+    Args:
+        n_prompt: tokens of the prompt.
+        n_same: of these, the first ones that the cache has seen.
+        n_past: positions in the cache.
+        n_boundary: positions below this one were compacted.
+        budget_changed: ``kv_budget`` is another one since the last compaction.
+    """
+    is_same = n_same == n_prompt
+    where = f"the prompt {'ends' if is_same else 'differs'} at token {n_same} of {n_prompt}"
+    if is_same and budget_changed and n_boundary > 0:
+        return f"kv_budget was changed since the first {n_boundary} positions were compacted"
+    if n_same - is_same < n_boundary:
+        return f"{where}, and positions below {n_boundary} were compacted"
+    return f"{where}, and the window or recurrent layers moved on to {n_past} and cannot go back that far"
+
+
+class Prompts:
+    """Counts, and the logits of the last compacted prompt's last token: with them the same prompt needs no evaluation.
+
+    Attributes:
+        is_open: tokens were evaluated by hand, in one call or several, and nothing was sampled behind them yet.
+        n_evaluated, n_reused: tokens of all prompts.
+        n_evaluated_last, n_reused_last: of the last one.
+        miss: why tokens that the last prompt shared with the cache were evaluated again, "" if none were.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.n_evaluated = self.n_reused = 0
+        self.n_evaluated_last = self.n_reused_last = 0
+        self.miss = ""
+        self._n_prompt = self._n_same = 0
+        self._why = ""
+        self._at = 0
+        self._logits: npt.NDArray[np.float32] | None = None
+
+    #
+    # counts
+    #
+
+    def begin(self, n_prompt: int, n_same: int, why: str) -> None:
+        """A prompt begins, or goes on with pieces that were evaluated by hand.
+
+        Args:
+            n_prompt: its tokens.
+            n_same: of these, the first ones that the cache has seen.
+            why: :func:`why_missed`, if these cannot be reused.
+        """
+        if not self.is_open:
+            self.n_evaluated_last = 0
+        self._n_prompt, self._n_same, self._why = n_prompt, n_same, why
+        self.n_reused_last = 0
+        self.miss = ""
+
+    def evaluated(self, step: Step, n: int, n_before: int) -> None:
+        """n tokens were evaluated behind n_before positions."""
+        if step == "piece":
+            if not self.is_open:
+                self.begin(0, 0, "")
+            self.is_open = True
+        elif step != "prompt":
+            return
+        else:
+            self.n_reused_last = max(0, min(n_before, self._n_same) - self.n_evaluated_last)
+            # of a prompt that is there as a whole the last token is evaluated again, for its logits
+            self.miss = self._why if n_before < self._n_same - (self._n_same == self._n_prompt) else ""
+        self.n_evaluated += n
+        self.n_evaluated_last += n
+        self.n_reused += self.n_reused_last if step == "prompt" else 0
+
+    #
+    # logits
+    #
+
+    def keep(self, n_tokens: int, logits: npt.NDArray[np.float32]) -> None:
+        """Keep a copy of the logits behind n_tokens positions, float32 [n_vocab]."""
+        self._logits, self._at = None, n_tokens
+        self._logits = logits.copy()
+
+    def logits(self, n_tokens: int) -> npt.NDArray[np.float32] | None:
+        """Those that :meth:`keep` kept behind so many positions."""
+        return self._logits if self._at == n_tokens else None
+
+    def changed(self, n_tokens: int) -> None:
+        """The cache forgets the positions from n_tokens on."""
+        if n_tokens < self._at:
+            self._logits, self._at = None, 0
