@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -53,6 +53,12 @@ def answer(llm: Llama, tokens: list[int], n: int = 1) -> list[int]:
         return [next(stream) for _ in range(n)]
     finally:
         stream.close()
+
+
+def evaluate(llm: Llama, tokens: Sequence[int]) -> None:
+    """A whole prompt by hand; sampling ends it."""
+    llm.eval(tokens)
+    llm.sample(temp=0.0)
 
 
 def positions(llm: Llama) -> list[list[int]]:

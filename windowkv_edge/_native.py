@@ -165,8 +165,8 @@ def policy_struct(parts: Parts) -> Any:
 Cache = Sequence[Sequence[npt.NDArray[Any]]]
 """Per layer and kv head an array [cells]."""
 
-Choose = Callable[[Cache, Cache, Cache], None]
-"""``choose(positions, scores, keep)``: int32, float32 and uint8."""
+Choose = Callable[[int, Cache, Cache, Cache], None]
+"""``choose(n_cells, positions, scores, keep)``: int32, float32 and uint8, of the cells that are not pinned."""
 
 
 def _split(pointer: Any, dtype: type, cells: npt.NDArray[np.int32], writeable: bool = False) -> Cache:
@@ -272,6 +272,11 @@ class Context:
         """Whether the function of :meth:`on_prompt` is called."""
         check(lib.wkv_on_prompt(self._ctx, self._on_prompt if on else ffi.NULL, ffi.NULL))
 
+    def set_pinned(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Cells of these positions stay in every compaction, [start, stop) each."""
+        flat = np.array(ranges, dtype=np.int32).reshape(-1)
+        check(lib.wkv_set_pinned(self._ctx, ffi.from_buffer("int32_t[]", flat), len(ranges)))
+
     def set_attention(self, name: str) -> None:
         """Attention of layers whose heads hold equally many cells: "auto", "stock" or "ragged"."""
         check(lib.wkv_set_attention(self._ctx, getattr(lib, f"WKV_ATTENTION_{name}".upper())))
@@ -320,7 +325,7 @@ class Context:
                 n = shapes.n_layer, shapes.n_head_kv
                 cells = np.frombuffer(ffi.buffer(shapes.cells, 4 * n[0] * n[1]), dtype=np.int32).reshape(n)
                 chosen = _split(keep, np.uint8, cells, writeable=True)
-                choose(_split(positions, np.int32, cells), _split(scores, np.float32, cells), chosen)
+                choose(int(n_cells), _split(positions, np.int32, cells), _split(scores, np.float32, cells), chosen)
                 return 0
             except BaseException as error:  # C cannot pass it on
                 failed.append(error)

@@ -43,14 +43,15 @@ def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "l
 
     stats = kv.stats()
     if int(kv.cells().max(initial=0)) <= n_cells:
+        kv.prompt_done()
         return 0
 
-    def choose(positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> None:
+    def choose(budget: int, positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> None:
         n_past, n_gqa = int(stats.n_past), int(stats.n_gqa)
         own = kv.copy()
         view = CacheView(own, positions, n_past, n_gqa, cell_types(stats), task, n_observed(policy))
         try:
-            _mark(policy, policy.select(scores, n_cells, view), positions, keep)
+            _mark(policy, policy.select(scores, budget, view), positions, keep)
         finally:
             own.close()  # whoever keeps the view
 

@@ -19,6 +19,7 @@ from .arguments import check_grammar, check_tokens, need_tokenizer
 from .errors import UnsupportedCallError, UnsupportedModelError
 from .guard import Guard, Interrupts, interrupt_soon
 from .limit import Limit, Prefill, n_asks
+from .pins import Pins, n_system
 from .policies import KVPolicy, Task
 from .prompts import Prompts, Step, n_shared, why_missed
 from .session import AfterPrompt, PolicyCache
@@ -58,6 +59,7 @@ class PolicyEvaluation(llama_cpp.Llama):
         self._kv_known = 0  # positions of the cache when this class last changed it
         self._kv_failed: list[BaseException] = []  # inside llama_decode, to be raised by the next call
         self._kv_prompts = Prompts()
+        self._kv_pins = Pins()
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens. Several of them, in one call or in more, are a prompt (see the class); a single one behind
@@ -291,6 +293,7 @@ class PolicyEvaluation(llama_cpp.Llama):
         n_boundary = 0 if cache is None else int(cache.kv.stats().n_boundary)
         why = "" if n_same == 0 else why_missed(n_prompt, n_same, self.n_tokens, n_boundary, self._kv_when.changed)
         prompts.begin(n_prompt, n_same, why)
+        self._find_system(tokens)
         if cache is not None and self.n_tokens < self._kv_known:  # set back: the last logits are of another position
             self._requires_eval = True
 
@@ -309,6 +312,10 @@ class PolicyEvaluation(llama_cpp.Llama):
             else:  # not for what was compacted
                 prompts.begin(n_prompt, n_same, why_missed(n_prompt, n_same, self.n_tokens, 0, False))
 
+    def _find_system(self, tokens: Sequence[int]) -> None:
+        pins = self._kv_pins
+        n = n_system(pins.text, tokens, lambda token: self._model.detokenize([token], True)) if pins.text else 0
+        pins.system = (0, n) if n > 0 else None
     #
     # the limit
     #
@@ -343,9 +350,9 @@ class PolicyEvaluation(llama_cpp.Llama):
 
     def _shrink(self, cache: PolicyCache, n_cells: int) -> None:
         """Compact to n_cells cells per head; a policy that counts otherwise gets fewer, until these are."""
-        n, task = max(1, n_cells), self._task(cache)
+        n = max(1, n_cells)
         for _ in range(4):
-            cache.compact(n, task)
+            self._compact(cache, n)
             n_held = float(cache.kv.cells().mean())
             if n_held <= n_cells:
                 return
@@ -386,11 +393,15 @@ class PolicyEvaluation(llama_cpp.Llama):
             cache.kv.prompt_done()
             return
         try:
-            cache.compact(n_cells, self._task(cache))
+            self._compact(cache, n_cells)
         except BaseException:
             cache.kv.prompt_done()
             raise
         self._kv_when.changed = False
+
+    def _compact(self, cache: PolicyCache, n_cells: int) -> None:
+        cache.kv.set_pinned(self._kv_pins.ranges(n_cells))
+        cache.compact(n_cells, self._task(cache))
 
     def _keep_logits(self, cache: PolicyCache) -> None:
         """Those of the last position, if it ends what was compacted and they are known."""

@@ -17,6 +17,7 @@ from .budget import check_budget, plain
 from .errors import NativeError, UnsupportedCallError
 from .evaluation import PolicyEvaluation
 from .guard import Closed, Guard, Interrupts, interrupt_soon
+from .pins import Range, n_pinned, system_text
 from .policies import Full, KVPolicy, get_policy
 from .limit import PREFILLS, Limit, Prefill, check_limit
 from .policies.base import at_least, number_of, one_of, true_or_false
@@ -66,6 +67,8 @@ class Llama(PolicyEvaluation):
             "bounded": where a batch finds no room, what was read so far is compacted, as the prompt's last tokens
             attend to it: they are evaluated behind it, and taken back. "auto": bounded where the prompt does not fit
             the limit.
+        kv_pin_system: in chats, the system prompt always stays, see :meth:`kv_pin`; where it takes more than half of
+            the budget it does not, and a warning says so. Default True.
         kv_exact: attend to f16 and f32 cells with stock's kernel until something is evicted, which gives stock's logits
             bit for bit. False = with ours from the start, which rounds differently and is faster on the CPU.
 
@@ -98,6 +101,7 @@ class Llama(PolicyEvaluation):
         kv_budget: float | int | None = None,
         kv_min_prompt: int = DEFAULT_MIN_PROMPT,
         kv_growth: float = DEFAULT_GROWTH,
+        kv_pin_system: bool = True,
         kv_exact: bool = True,
         kv_limit: int | str | None = None,
         kv_prefill: Prefill = "auto",
@@ -128,6 +132,8 @@ class Llama(PolicyEvaluation):
         kv_min_prompt, kv_growth, kv_exact = plain(kv_min_prompt), plain(kv_growth), plain(kv_exact)
         at_least("kv_min_prompt", kv_min_prompt, 0)
         number_of("kv_growth", kv_growth, 1)
+        kv_pin_system = plain(kv_pin_system)
+        true_or_false("kv_pin_system", kv_pin_system)
         true_or_false("kv_exact", kv_exact)
         check_numbers(kwargs)
         policy = None if kv_policy is None else get_policy(kv_policy)
@@ -137,7 +143,8 @@ class Llama(PolicyEvaluation):
         self._kv_when = AfterPrompt(default if kv_budget is None else kv_budget, kv_min_prompt, kv_growth)
 
         # what is absent stays absent in a copy: it may be resolved otherwise there
-        self._kv_given = {**kwargs, "kv_min_prompt": kv_min_prompt, "kv_growth": kv_growth, "kv_exact": kv_exact}
+        own = {"kv_min_prompt": kv_min_prompt, "kv_growth": kv_growth, "kv_pin_system": kv_pin_system}
+        self._kv_given = {**kwargs, **own, "kv_exact": kv_exact}
         if kv_budget is not None:
             self._kv_given["kv_budget"] = kv_budget
         if kv_limit is not None:
@@ -261,7 +268,7 @@ class Llama(PolicyEvaluation):
             self._agree(cache)
             was_open, self._kv_prompts.is_open = self._kv_prompts.is_open, False
             try:
-                cache.compact(cache.n_cells(budget), self._task(cache))
+                self._compact(cache, cache.n_cells(budget))
             except BaseException:
                 self._kv_prompts.is_open = was_open
                 raise
@@ -270,6 +277,54 @@ class Llama(PolicyEvaluation):
                 return self.kv_stats()
             except NativeError as error:
                 raise NativeError(f"the compaction is done, reading its statistics failed: {error}") from error
+
+    def kv_pin(self, start: int, stop: int) -> None:
+        """Positions [start, stop) of the sequence, read or yet to come, stay in every compaction with every policy.
+
+        They count in the budget; the policy chooses the other cells. Pins hold until :meth:`kv_unpin`, also for prompts
+        that come after a reset.
+
+        Raises:
+            UnsupportedCallError: the session has no policy or cannot be used now (see the class), or some of these
+                positions were evicted.
+            TypeError, ValueError: no such positions, or all pins together leave nothing of ``kv_budget`` for others.
+                With a fractional budget the compaction raises that, and nothing is evicted.
+        """
+        with self._use("kv_pin()"):
+            cache = self._need_cache("kv_pin()")
+            start, stop = _native.int32("start", start), _native.int32("stop", stop)
+            if not 0 <= start < stop <= self._n_ctx:
+                raise ValueError(f"kv_pin({start}, {stop}): expected 0 <= start < stop <= n_ctx ({self._n_ctx})")
+            n = n_pinned([*self._kv_pins.asked, (start, stop)])
+            if isinstance(self.kv_budget, int) and n >= self.kv_budget:
+                raise ValueError(
+                    f"kv_pin({start}, {stop}): {n} positions would be pinned, and kv_budget={self.kv_budget} leaves "
+                    "nothing for other cells; pin fewer, or raise it"
+                )
+            n_boundary = int(cache.kv.stats().n_boundary)
+            for il, ih in np.ndindex(*cache.kv.cells().shape) if start < n_boundary else ():
+                held = cache.kv.positions(il, ih)
+                if np.count_nonzero((held >= start) & (held < min(stop, n_boundary))) < min(stop, n_boundary) - start:
+                    raise UnsupportedCallError(
+                        f"kv_pin({start}, {stop}): some of these positions were evicted; pin before the prompt is "
+                        "compacted, or call reset() and evaluate it again"
+                    )
+            self._kv_pins.asked.append((start, stop))
+
+    def kv_unpin(self) -> None:
+        """Forget every :meth:`kv_pin`.
+
+        Raises:
+            UnsupportedCallError: the session has no policy or cannot be used now (see the class).
+        """
+        with self._use("kv_unpin()"):
+            self._need_cache("kv_unpin()")
+            self._kv_pins.asked.clear()
+
+    @property
+    def kv_pinned(self) -> tuple[Range, ...]:
+        """Positions [start, stop) that are pinned: by :meth:`kv_pin`, then a chat's system prompt."""
+        return tuple(self._kv_pins.ranges())
 
     def kv_stats(self) -> KVStats:
         """Cells, bytes and times of the cache now, and what was evaluated of the prompts.
@@ -302,6 +357,15 @@ class Llama(PolicyEvaluation):
     #
     # llama_cpp.Llama
     #
+
+    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        """See ``llama_cpp.Llama.create_chat_completion``; the system prompt is pinned (``kv_pin_system``).
+
+        Raises:
+            ValueError, RuntimeError: see :meth:`generate`, and llama-cpp-python's.
+        """
+        self._kv_pins.text = system_text(messages) if self._kv_given["kv_pin_system"] else ""
+        return super().create_chat_completion(messages, *args, **kwargs)
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """See ``llama_cpp.Llama.embed``; needs a session without a policy.
@@ -370,6 +434,8 @@ class Llama(PolicyEvaluation):
         self._kv_failed.clear()
         with self._use("reset()"):
             self._kv_prompts.is_open = False
+            if self._kv_step is None:
+                self._kv_pins.system = None
             if self._kv_cache is not None:
                 with self._aligned():
                     self._clear()

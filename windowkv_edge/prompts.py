@@ -33,7 +33,7 @@ def why_missed(n_prompt: int, n_same: int, n_past: int, n_boundary: int, budget_
     """
     is_same = n_same == n_prompt
     where = f"the prompt {'ends' if is_same else 'differs'} at token {n_same} of {n_prompt}"
-    if is_same and budget_changed:
+    if is_same and budget_changed and n_boundary > 0:
         return f"kv_budget was changed since the first {n_boundary} positions were compacted"
     if n_same - is_same < n_boundary:
         return f"{where}, and positions below {n_boundary} were compacted"

@@ -111,6 +111,12 @@ WKV_API int wkv_reserve(struct llama_context * ctx, int32_t n_tokens);
 // anything; recurrent states stay as they are. For measuring speed and memory at depths whose prompt would take hours.
 WKV_API int wkv_fill(struct llama_context * ctx, int32_t n_tokens);
 
+// Positions whose cells stay in every compaction from now on: n ranges, row major [n, 2], from the first position to one behind the last,
+// of positions that are there or will be; n = 0: none. They count in its n_cells, which has to leave at least one for the others, and
+// the policy chooses among these as if they were the whole cache; a position that some head has lost is as any other. They belong to
+// the context, and clearing the cache leaves them.
+WKV_API int wkv_set_pinned(struct llama_context * ctx, const int32_t * ranges, size_t n);
+
 // choose between attention kernels, for measuring and tests (enum wkv_attention)
 WKV_API int wkv_set_attention(struct llama_context * ctx, int32_t attention);
 
@@ -129,8 +135,8 @@ WKV_API int wkv_observe_begin(struct llama_context * ctx);
 WKV_API int wkv_observe_end  (struct llama_context * ctx);
 
 // Called inside llama_decode() before it evaluates a single token behind a prompt: behind several tokens that came at once while
-// the function was set, since when nobody compacted or called wkv_prompt_done(). It may call these two and read the context,
-// nothing else.
+// the function was set, since when nobody compacted or called wkv_prompt_done(). It may call these two and wkv_set_pinned(), and read
+// the context, nothing else.
 typedef void (*wkv_prompt_fn)(void * user);
 
 // fn = NULL: no more

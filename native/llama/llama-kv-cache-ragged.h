@@ -6,6 +6,7 @@
 #include "llama-kv-ragged-snapshot.h"
 #include "llama-kv-ragged-stats.h"
 #include "llama-kv-ragged-table.h"
+#include "policy/wkv-pinned.h"
 
 #include <functional>
 #include <memory>
@@ -106,6 +107,11 @@ public:
 
     void set_attention(attention_type value);
 
+    // positions whose cells stay in every compaction, whatever is evaluated or cleared
+    void set_pinned(std::vector<wkv::position_range> value) { pinned = std::move(value); }
+
+    const std::vector<wkv::position_range> & get_pinned() const { return pinned; }
+
     // called before a single token is evaluated behind a prompt that nobody has ended; it may compact
     void set_on_prompt(std::function<void()> fn);
 
@@ -179,6 +185,8 @@ private:
     std::unique_ptr<llama_kv_ragged_visit> visit;
 
     attention_type attention = ATTENTION_AUTO;
+
+    std::vector<wkv::position_range> pinned;
 
     uint64_t epoch = 0; // bumped whenever a pool moves
 

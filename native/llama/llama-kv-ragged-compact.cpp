@@ -34,7 +34,7 @@ llama_kv_ragged_choice::llama_kv_ragged_choice(
     cells(seq.n_cells()), keep(cells.data(), cells.size()), lctx(lctx), seq(seq), scoring(scoring), claim(seq.get_meter()) {
 }
 
-const float * llama_kv_ragged_choice::score(size_t il0, size_t il1) {
+float * llama_kv_ragged_choice::score(size_t il0, size_t il1) {
     const auto & layers = seq.get_layers();
 
     const auto   first    = cells.begin() + il0*layers[0].n_head_kv;

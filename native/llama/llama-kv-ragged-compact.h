@@ -21,7 +21,7 @@ public:
 
     // Scores of the layers il0 to il1 - 1, computed now: one plane per window, of every (layer, kv head) [cells], by query head
     // [n_gqa, cells]; zeros without windows. Valid until the next call.
-    const float * score(size_t il0, size_t il1);
+    float * score(size_t il0, size_t il1);
 
     // those of the context, as far as memory allows
     int32_t n_threads() const;

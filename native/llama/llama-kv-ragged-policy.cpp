@@ -23,7 +23,7 @@ wkv_shapes llama_kv_ragged_shapes(const llama_kv_ragged_seq & seq, const std::ve
     return { (int32_t) seq.get_layers().size(), (int32_t) layer.n_head_kv, (int32_t) layer.n_gqa(), (int32_t) seq.n_pos, cells.data() };
 }
 
-static std::vector<wkv::cell_positions> cell_positions(const llama_kv_ragged_seq & seq) {
+std::vector<wkv::cell_positions> llama_kv_ragged_positions(const llama_kv_ragged_seq & seq) {
     std::vector<wkv::cell_positions> res;
     for (const auto & cur : seq.cells) {
         for (const auto & kept : cur.kept) {
@@ -33,8 +33,35 @@ static std::vector<wkv::cell_positions> cell_positions(const llama_kv_ragged_seq
     return res;
 }
 
+llama_kv_ragged_rest::llama_kv_ragged_rest(
+        const llama_kv_ragged_seq & seq, const std::vector<wkv::position_range> & pinned, const std::vector<int32_t> & n_cells) :
+    claim(seq.get_meter(), wkv::rest_cells::n_bytes(n_cells)), cells(pinned, llama_kv_ragged_positions(seq), n_cells) {
+}
+
+std::shared_ptr<const llama_kv_ragged_rest> llama_kv_ragged_without(
+        const llama_kv_ragged_seq & seq, const std::vector<wkv::position_range> & pinned, int64_t & n_cells) {
+    if (pinned.empty()) {
+        return nullptr;
+    }
+    const auto cells = seq.n_cells();
+
+    const auto res   = std::make_shared<llama_kv_ragged_rest>(seq, pinned, cells);
+
+    const int64_t n_pinned = res->cells.n_pinned();
+    if (n_pinned == 0) {
+        return nullptr;
+    }
+    if (n_cells <= n_pinned && !wkv::fits(llama_kv_ragged_shapes(seq, cells), n_cells)) {
+        throw std::invalid_argument(format("%" PRId64 " positions are pinned and the budget is %" PRId64 " cells per head, which leaves nothing "
+                    "for the others: pin fewer, or give it more", n_pinned, n_cells));
+    }
+    n_cells = std::max<int64_t>(0, n_cells - n_pinned);
+    return res;
+}
+
 bool llama_kv_ragged_policy_request(
-        const llama_kv_ragged_seq & seq, const wkv_policy & policy, int64_t n_cells, llama_kv_ragged_request & request) {
+        const llama_kv_ragged_seq & seq, const wkv_policy & policy, const std::vector<wkv::position_range> & pinned, int64_t n_cells,
+        llama_kv_ragged_request & request) {
     const std::string error = wkv::policy_error(policy);
     if (!error.empty()) {
         throw std::invalid_argument("policy: " + error);
@@ -44,12 +71,16 @@ bool llama_kv_ragged_policy_request(
     llama_kv_ragged_check_request(seq, sizes.empty() ? 0 : *std::max_element(sizes.begin(), sizes.end()), n_cells);
     n_cells = std::min<int64_t>(n_cells, INT32_MAX); // no head holds more
 
-    const auto cells  = seq.n_cells();
+    const auto rest   = llama_kv_ragged_without(seq, pinned, n_cells);
+    const auto cells  = rest ? rest->cells.cells() : seq.n_cells();
     const auto shapes = llama_kv_ragged_shapes(seq, cells);
 
     const std::string misfit = wkv::shapes_error(policy, shapes);
     if (!misfit.empty()) {
         throw std::invalid_argument("policy: " + misfit);
+    }
+    if (n_cells == 0) {
+        return false;
     }
 
     // heads that compete need scores, unless everything fits; for the others the budgets tell before anything is computed
@@ -67,19 +98,31 @@ bool llama_kv_ragged_policy_request(
 
     request.scoring.by_query_head = policy.scoring.query_heads == WKV_QUERY_HEADS_EACH;
     request.scoring.window_sizes  = sizes;
-    request.select = [&seq, &policy, n_cells](llama_kv_ragged_choice & choice) {
-        const wkv_shapes shapes = llama_kv_ragged_shapes(seq, choice.cells);
+    request.select = [&seq, &policy, rest, n_cells](llama_kv_ragged_choice & choice) {
+        const auto     & cells  = rest ? rest->cells.cells() : choice.cells;
+        const wkv_shapes shapes = llama_kv_ragged_shapes(seq, cells);
 
-        wkv::cache_view view(policy, shapes, cell_positions(seq));
+        wkv::cache_view view(policy, shapes, rest ? rest->cells.positions() : llama_kv_ragged_positions(seq));
         view.n_threads      = choice.n_threads();
         view.n_cells_thread = 65536; // selecting among fewer takes no longer than a thread does to start
 
         llama_kv_ragged_claim claim(seq.get_meter(), wkv::select_bytes(view));
 
-        const auto        scores  = [&](int32_t il0, int32_t il1) { return choice.score(il0, il1); };
-        const std::string refused = wkv::select_cells(view, n_cells, scores, choice.keep);
+        const auto scores = [&](int32_t il0, int32_t il1) {
+            float * res = choice.score(il0, il1);
+            if (rest) {
+                rest->cells.take(res, view.index(il0, 0), view.index(il1, 0), wkv::window_sizes(policy).size(), view.n_rows());
+            }
+            return res;
+        };
+
+        wkv::marks        own     = rest ? wkv::marks(cells.data(), cells.size()) : wkv::marks();
+        const std::string refused = wkv::select_cells(view, n_cells, scores, rest ? own : choice.keep);
         if (!refused.empty()) {
             llama_kv_ragged_refuse_unsupported(refused);
+        }
+        if (rest) {
+            rest->cells.give(own, choice.keep);
         }
     };
     return true;

@@ -87,6 +87,22 @@ int wkv_set_observed(struct llama_context * ctx, int32_t n_observed) {
     });
 }
 
+int wkv_set_pinned(struct llama_context * ctx, const int32_t * ranges, size_t n) {
+    return wkv_with_prompt(ctx, [&](llama_kv_cache_ragged & kv) {
+        std::vector<wkv::position_range> pinned;
+        for (size_t i = 0; i < n; ++i) {
+            const wkv::position_range cur = { ranges[2*i], ranges[2*i + 1] };
+            if (cur.first < 0 || cur.last <= cur.first) {
+                return wkv_fail(WKV_ERR_ARGUMENT, format("range %zu is positions %d to %d, expected 0 or more, and the end behind the start",
+                            i, cur.first, cur.last));
+            }
+            pinned.push_back(cur);
+        }
+        kv.set_pinned(std::move(pinned));
+        return int(WKV_OK);
+    });
+}
+
 int wkv_set_attention(struct llama_context * ctx, int32_t attention) {
     return wkv_with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
         switch (attention) {
@@ -118,7 +134,7 @@ int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy
             return wkv_fail(WKV_ERR_ARGUMENT, "policy is null");
         }
         llama_kv_ragged_request request;
-        if (!llama_kv_ragged_policy_request(kv.get_seq(), *policy, n_cells, request)) {
+        if (!llama_kv_ragged_policy_request(kv.get_seq(), *policy, kv.get_pinned(), n_cells, request)) {
             kv.end_prompt();
             return 0;
         }
@@ -127,25 +143,29 @@ int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy
 }
 
 // the caller's selection, which sees all cells at once
-static void select_custom(const llama_kv_ragged_seq & seq, llama_kv_ragged_choice & choice, int64_t n_cells, wkv_select_fn fn, void * user) {
-    const size_t n      = std::accumulate(choice.cells.begin(), choice.cells.end(), size_t(0));
-    const auto   shapes = llama_kv_ragged_shapes(seq, choice.cells);
+static void select_custom(
+        const llama_kv_ragged_seq & seq, const llama_kv_ragged_rest * rest, llama_kv_ragged_choice & choice, int64_t n_cells, wkv_select_fn fn,
+        void * user) {
+    const auto & cells     = rest ? rest->cells.cells() : choice.cells;
+    const auto   positions = rest ? rest->cells.positions() : llama_kv_ragged_positions(seq);
+    const size_t n         = std::accumulate(cells.begin(), cells.end(), size_t(0));
+    const auto   shapes    = llama_kv_ragged_shapes(seq, cells);
 
     const llama_kv_ragged_claim claim(seq.get_meter(), n*(sizeof(int32_t) + sizeof(uint8_t)));
 
     std::vector<int32_t> pos;
     std::vector<uint8_t> keep(n, 0);
     pos.reserve(n);
-    for (const auto & cur : seq.cells) {
-        for (size_t ih = 0; ih < cur.kept.size(); ++ih) {
-            const size_t i0 = pos.size();
-            pos.insert(pos.end(), cur.kept[ih].begin(), cur.kept[ih].end());
-            pos.resize(i0 + cur.kept[ih].size() + (seq.n_pos - cur.boundary));
-            std::iota(pos.begin() + i0 + cur.kept[ih].size(), pos.end(), cur.boundary);
+    for (size_t i = 0; i < cells.size(); ++i) {
+        for (int32_t ic = 0; ic < cells[i]; ++ic) {
+            pos.push_back(positions[i][ic]);
         }
     }
 
-    const float * scores = choice.score(0, seq.get_layers().size());
+    float * scores = choice.score(0, seq.get_layers().size());
+    if (rest) {
+        rest->cells.take(scores, 0, cells.size(), 1, 1);
+    }
     if (fn(user, &shapes, n_cells, pos.data(), scores, keep.data()) != 0) {
         throw std::invalid_argument("the selection was given up, nothing was evicted");
     }
@@ -154,10 +174,14 @@ static void select_custom(const llama_kv_ragged_seq & seq, llama_kv_ragged_choic
         throw std::invalid_argument(error);
     }
 
-    const uint8_t * own = keep.data();
-    for (size_t i = 0; i < choice.cells.size(); ++i) {
-        choice.keep.set(i, own);
-        own += choice.cells[i];
+    wkv::marks      chosen = rest ? wkv::marks(cells.data(), cells.size()) : wkv::marks();
+    const uint8_t * own    = keep.data();
+    for (size_t i = 0; i < cells.size(); ++i) {
+        (rest ? chosen : choice.keep).set(i, own);
+        own += cells[i];
+    }
+    if (rest) {
+        rest->cells.give(chosen, choice.keep);
     }
 }
 
@@ -168,10 +192,16 @@ int64_t wkv_compact_custom(struct llama_context * ctx, int32_t window_size, int6
         }
         llama_kv_ragged_check_request(kv.get_seq(), window_size, n_cells);
 
+        const auto rest = llama_kv_ragged_without(kv.get_seq(), kv.get_pinned(), n_cells);
+        if (n_cells == 0) {
+            kv.end_prompt();
+            return 0;
+        }
+
         llama_kv_ragged_request request;
         request.scoring.window_sizes.assign(window_size > 0 ? 1 : 0, window_size);
         request.select = [&](llama_kv_ragged_choice & choice) {
-            select_custom(kv.get_seq(), choice, n_cells, fn, user);
+            select_custom(kv.get_seq(), rest.get(), choice, n_cells, fn, user);
         };
         return kv.compact(*ctx, request);
     });

@@ -106,11 +106,17 @@ def logits(llm: Any) -> np.ndarray:
     return np.ctypeslib.as_array(low.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
 
 
+def evaluate(llm: Any, prompt: list[int]) -> None:
+    """Sampling ends the prompt."""
+    llm.eval(prompt)
+    llm.sample(temp=0.0)
+
+
 def decode(llm: Any, n_prompt: int, n_tokens: int) -> np.ndarray:
     """Logits [1 + n_tokens, n_vocab] behind a prompt and every token."""
     every = tokens(n_prompt + n_tokens)
     if n_prompt:
-        llm.eval(every[:n_prompt])
+        evaluate(llm, every[:n_prompt])
     rows = [logits(llm)]
     for token in every[n_prompt:]:
         llm.eval([token])
@@ -165,7 +171,7 @@ def pieces(model: Path, variants: Sequence[Json]) -> list[list[Json]]:
         kwargs = dict(variant)
         attention = kwargs.pop("attention")
         with session(model, 99, **kwargs) as llm:
-            llm.eval(tokens(300))
+            evaluate(llm, tokens(300))
             llm._kv.watch(False)
             llm._kv.set_attention(attention)
             own = []
@@ -194,7 +200,7 @@ def twice(model: Path, kwargs: Json) -> Json:
     res: Json = {}
     sizes: set[int] = set()
     with session(model, 99, **kwargs) as llm:
-        llm.eval(tokens(300))
+        evaluate(llm, tokens(300))
         llm._kv.watch(False)
         llm._kv.snapshot_save()
         for name in ("first", "second", "roomy"):
@@ -352,7 +358,7 @@ def out_of_memory(model: Path, policy: Any) -> Json:
     for name in ("enough", "short"):
         rows, rest = [], tokens(300)
         with session(model, 99, kv_policy=policy, kv_budget=40, n_ubatch=32) as llm:
-            llm.eval(tokens(300))
+            evaluate(llm, tokens(300))
             llm._kv.watch(False)  # the pieces below are no prompts
             for n in (*[1] * 40, 250, 1, 1):
                 piece, rest = rest[:n], rest[n:]

@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from scripted import TOKENS, answer, positions
+from scripted import TOKENS, answer, evaluate, positions
 
 from windowkv_edge import (
     Llama,
@@ -97,7 +97,7 @@ def test_stock_defaults_are_accepted(tiny: Path, opened: Callable[..., Llama]) -
             logits_all=False, type_k=None, type_v=None, offload_kqv=True, op_offload=None, draft_model=None, numa=False,
         )  # fmt: skip
     assert len(warned) == 1
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     assert (llm.kv_stats().cells == 60).all()
 
 
@@ -197,7 +197,7 @@ def test_numbers_of_numpy(tiny: Path, opened: Callable[..., Llama]) -> None:
         kv_exact=np.bool_(True), n_ctx=np.int64(512), n_batch=np.int32(128),
     )  # fmt: skip
     assert type(llm.kv_budget) is float and llm.kv_budget == 0.25 and llm.kv_policy == SnapKV(window_size=16)
-    llm.eval(np.array(TOKENS))  # type: ignore[arg-type]
+    evaluate(llm, np.array(TOKENS))  # type: ignore[arg-type]
     assert (llm.kv_stats().cells == 100).all()
     llm.kv_budget = np.int64(60)  # type: ignore[assignment]
     assert type(llm.kv_budget) is int and llm.kv_budget == 60
@@ -211,7 +211,7 @@ def test_numbers_of_numpy(tiny: Path, opened: Callable[..., Llama]) -> None:
 @pytest.mark.parametrize("bad", [True, "12", None, [50], np.array([50]), np.bool_(True), float("nan"), float("inf"), -0.5, 0])
 def test_budgets_that_are_none(tiny: Path, opened: Callable[..., Llama], bad: Any) -> None:
     llm = opened(tiny, kv_policy=SnapKV(), kv_budget=60)
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     if bad is not None:  # the session's
         with pytest.raises((TypeError, ValueError), match="kv_budget is"):
             llm.kv_compact(bad)
@@ -241,13 +241,13 @@ def test_a_policy_that_the_cells_cannot_serve(tiny: Path, opened: Callable[..., 
     assert llm.kv_policy is before
     with pytest.raises(UnsupportedModelError, match="use f16 cells"):
         opened(tiny, kv_policy="expected-attention", type_k=8, type_v=8)
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     assert llm.kv_stats().n_compactions == 1
 
 
 def test_budgets_beyond_the_interface_are_refused(tiny: Path, opened: Callable[..., Llama]) -> None:
     llm = opened(tiny, kv_policy=SnapKV())
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     for budget in (2**31, 10**30):
         with pytest.raises(ValueError, match=r"less than 2\^31"):
             llm.kv_compact(budget)
@@ -270,7 +270,7 @@ def test_a_task_cannot_be_told_without_a_tokenizer(tiny: Path, opened: Callable[
     with pytest.raises(UnsupportedModelError, match="has no tokenizer; give the policy task='localization'"):
         opened(tiny, kv_policy="windowkv-paper")
     llm = opened(tiny, kv_policy="windowkv-paper(task='aggregation')", kv_budget=100)
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     assert llm.kv_stats().n_compactions == 1
     with pytest.raises(UnsupportedModelError, match="has no tokenizer"):
         llm.kv_policy = "windowkv-paper"

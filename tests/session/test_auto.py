@@ -9,6 +9,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import tiny_model
+from scripted import evaluate
 
 from windowkv_edge import Auto, HeadScores, Llama
 from windowkv_edge.heads import ModelHeads
@@ -20,7 +21,7 @@ Open = Callable[..., Llama]
 def test_a_budget_is_one_of_bytes(session: Open, document: str) -> None:
     llm = session(kv_policy="auto", kv_budget=0.12)
     tokens = llm.tokenize(document.encode())[:900]
-    llm.eval(tokens)
+    evaluate(llm, tokens)
     stats = llm.kv_stats()
     assert stats.cell_types == ("q8_0", "q8_0")
     assert stats.cells.sum() == 90 * int(0.12 * 900 * 16 / 8.5)
@@ -33,7 +34,7 @@ def test_a_budget_is_one_of_bytes(session: Open, document: str) -> None:
 def test_what_the_caller_says_about_cells_goes_first(session: Open, document: str) -> None:
     for kind, name, bits in ((llama_cpp.GGML_TYPE_F16, "f16", 16), (llama_cpp.GGML_TYPE_Q4_0, "q4_0", 4.5)):
         llm = session(kv_policy="auto", kv_budget=0.12, type_k=kind, type_v=kind)
-        llm.eval(llm.tokenize(document.encode())[:600])
+        evaluate(llm, llm.tokenize(document.encode())[:600])
         assert llm.kv_stats().cell_types == (name, name)
         assert llm.kv_stats().cells.sum() == 90 * int(0.12 * 600 * 16 / bits)
 
@@ -41,10 +42,10 @@ def test_what_the_caller_says_about_cells_goes_first(session: Open, document: st
 def test_numbers_count_cells_and_other_policies_positions(session: Open, document: str) -> None:
     llm = session(kv_policy="auto", kv_budget=70)
     tokens = llm.tokenize(document.encode())[:600]
-    llm.eval(tokens)
+    evaluate(llm, tokens)
     assert llm.kv_stats().cells.sum() == 90 * 70
     llm.kv_policy, llm.kv_budget = "snapkv", 0.12
-    llm.eval(tokens)
+    evaluate(llm, tokens)
     assert llm.kv_stats().cell_types == ("q8_0", "q8_0")
     assert (llm.kv_stats().cells == 72).all()
 
@@ -71,7 +72,7 @@ def test_window_layers_keep_their_cells(opened: Open, gemma3: Path, document: st
     others = set()
     for policy in ("auto", "windowkv"):
         llm = opened(gemma3, kv_policy=policy, kv_budget=0.12)
-        llm.eval(llm.tokenize(document.encode())[:900])
+        evaluate(llm, llm.tokenize(document.encode())[:900])
         others.add(llm.kv_stats().bytes_other)
     assert len(others) == 1
 
@@ -80,7 +81,7 @@ def test_heads_that_q8_0_does_not_fit(tmp_path: Path, opened: Open) -> None:
     """48 values are no whole blocks of 32: f16 cells, and fractions of positions."""
     path = tiny_model.write_llama(tmp_path / "odd.gguf", head_dim=48)
     llm = opened(path, kv_policy=Auto(), kv_budget=0.25, n_ctx=512)
-    llm.eval(np.random.default_rng(0).integers(0, tiny_model.N_VOCAB, 400).tolist())
+    evaluate(llm, np.random.default_rng(0).integers(0, tiny_model.N_VOCAB, 400).tolist())
     assert llm.kv_stats().cell_types == ("f16", "f16")
     assert llm.kv_stats().cells.sum() == 100 * llm.kv_stats().cells.size
 

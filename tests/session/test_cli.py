@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import pytest
+from scripted import evaluate
 from typer.testing import CliRunner
 
 import windowkv_edge
@@ -179,7 +180,7 @@ def test_the_forecast_of_the_bytes_is_what_a_session_holds(smollm2: Path, docume
     cost = next(row for row in info["costs"] if row["policy"] == "windowkv")
     llm = Llama(str(smollm2), n_ctx=768, kv_policy="windowkv", kv_budget=0.25, n_threads=2, verbose=False)
     try:
-        llm.eval(llm.tokenize(document.encode())[:600])
+        evaluate(llm, llm.tokenize(document.encode())[:600])
         stats = llm.kv_stats()
     finally:
         llm.close()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from scripted import TOKENS, answer, positions
+from scripted import TOKENS, answer, evaluate, positions
 
 from windowkv_edge import (
     Llama,
@@ -20,10 +20,10 @@ def test_a_copy_resolves_what_was_left_out(tiny: Path, opened: Callable[..., Lla
     copy = pickle.loads(pickle.dumps(llm))
     try:
         for session in (llm, copy):
-            session.eval(TOKENS)
+            evaluate(session, TOKENS)
         assert llm.kv_stats().cell_types == copy.kv_stats().cell_types == ("q8_0", "q8_0")
         assert positions(llm) == positions(copy)
-        given = {"model_path", "n_ctx", "n_threads", "n_threads_batch", "verbose", "kv_policy", "kv_min_prompt", "kv_exact"}
+        given = {"model_path", "n_ctx", "n_threads", "n_threads_batch", "verbose", "kv_policy", "kv_min_prompt", "kv_growth", "kv_pin_system", "kv_exact"}
         assert set(llm.__getstate__()) == set(copy.__getstate__()) == given
     finally:
         copy.close()

@@ -9,7 +9,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from scripted import OTHERS, TOKENS, Script, answer, decode, once, positions
+from scripted import OTHERS, TOKENS, Script, answer, decode, evaluate, once, positions
 
 from windowkv_edge import (
     CacheView,
@@ -55,9 +55,9 @@ def test_a_stream_that_somebody_holds(tiny: Path, opened: Callable[..., Llama]) 
     stream = llm.generate(TOKENS, temp=0.0)
     next(stream)
     llm.reset()
-    llm.eval(OTHERS)
+    evaluate(llm, OTHERS)
     assert (llm.kv_stats().cells == 60).all() and llm.kv_stats().n_past == 400
-    llm.eval(TOKENS[:100])
+    evaluate(llm, TOKENS[:100])
     assert (llm.kv_stats().cells == 60).all() and llm.kv_stats().n_past == 500
     other = llm.generate(TOKENS[:300], temp=0.0)
     next(other)
@@ -70,7 +70,7 @@ def test_a_stream_that_somebody_holds(tiny: Path, opened: Callable[..., Llama]) 
 @pytest.mark.parametrize("pieces", [[400], [200, 200]])
 def test_libraries_that_decode_on_the_context(tiny: Path, opened: Callable[..., Llama], pieces: list[int]) -> None:
     llm, fresh = (opened(tiny, kv_policy=SnapKV(), kv_budget=60, n_ctx=1024) for _ in range(2))
-    fresh.eval(TOKENS)
+    evaluate(fresh, TOKENS)
     at = 0
     for n in pieces:
         assert decode(llm, TOKENS[at : at + n]) == 0
@@ -144,7 +144,7 @@ def test_old_failures_do_not_pile_up(tiny: Path, opened: Callable[..., Llama]) -
         decode(llm, TOKENS)
         decode(llm, [1])
     llm.kv_policy = "snapkv"  # type: ignore[assignment]
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     assert (llm.kv_stats().cells == 50).all()
 
 

@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import tiny_model
-from scripted import Script, answer, positions
+from scripted import Script, answer, evaluate, positions
 
 import windowkv_edge
 from windowkv_edge import KVPolicy, Llama, NativeError, SnapKV, StreamingLLM, UnsupportedCallError, _native
@@ -131,14 +131,15 @@ def script() -> KVPolicy:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda llm: llm.eval(FIRST),
+        lambda llm: evaluate(llm, FIRST),
         lambda llm: answer(llm, FIRST, 4),
+        lambda llm: answer(llm, SECOND, 4),
         lambda llm: llm.reset(),
         lambda llm: setattr(llm, "kv_policy", StreamingLLM()),
         lambda llm: setattr(llm, "kv_budget", 20),
         lambda llm: llm.kv_compact(8),
     ],
-    ids=["eval", "generate", "reset", "policy", "budget", "compact"],
+    ids=["eval", "generate", "again", "reset", "policy", "budget", "compact"],
 )
 def test_a_session_goes_on(model: Path, call: Callable[[Llama], object], make: Callable[[], KVPolicy]) -> None:
     own = make()

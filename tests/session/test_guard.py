@@ -11,7 +11,7 @@ from typing import Any
 
 import llama_cpp
 import pytest
-from scripted import TOKENS, Script
+from scripted import TOKENS, Script, evaluate
 
 from windowkv_edge import Llama, SnapKV, UnsupportedCallError
 
@@ -40,7 +40,7 @@ def test_a_policy_leaves_its_session_alone(
     llm = opened(tiny, kv_policy=Script(action=lambda: call(sessions[0])), kv_budget=60)
     sessions.append(llm)
     with pytest.raises(UnsupportedCallError, match=f"{name} was called while kv_policy='script' selects"):
-        llm.eval(TOKENS)
+        evaluate(llm, TOKENS)
     assert (llm.kv_stats().cells == 400).all() and llm.kv_stats().n_compactions == 0
     assert llm.kv_budget == 60 and llm.kv_policy is not None and llm.kv_policy.name == "script"
     llm.eval([1])
@@ -63,7 +63,7 @@ def test_completions_while_a_policy_selects(smollm2: Path, opened: Callable[...,
             said.append(str(caught.value))
 
     llm = opened(smollm2, kv_policy=Script(action=action), kv_budget=20, n_ctx=128)
-    llm.eval(TOKENS[:60])
+    evaluate(llm, TOKENS[:60])
     assert len(said) == 4 and all("generate() was called while kv_policy='script' selects" in one for one in said)
     assert (llm.kv_stats().cells == 20).all() and llm.n_tokens == 60
 
@@ -72,7 +72,7 @@ def test_a_policy_may_look(tiny: Path, opened: Callable[..., Llama]) -> None:
     sessions: list[Llama] = []
     llm = opened(tiny, kv_policy=Script(action=lambda: (sessions[0].kv_stats(), sessions[0].kv_positions(0, 0))), kv_budget=60)
     sessions.append(llm)
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     assert (llm.kv_stats().cells == 60).all()
 
 
@@ -89,7 +89,7 @@ def test_two_threads_at_once(tiny: Path, opened: Callable[..., Llama], policy: b
 
     def work() -> None:
         if policy:
-            llm.eval(TOKENS)
+            evaluate(llm, TOKENS)
         else:
             next(llm.generate(TOKENS, temp=0.0, logits_processor=llama_cpp.LogitsProcessorList([wait])))
 
@@ -113,7 +113,7 @@ def test_two_threads_at_once(tiny: Path, opened: Callable[..., Llama], policy: b
 
 def test_a_forked_child_is_told(tiny: Path, opened: Callable[..., Llama]) -> None:
     llm = opened(tiny, kv_policy=SnapKV(), kv_budget=60)
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

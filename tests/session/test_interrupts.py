@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_model
-from scripted import OTHERS, TOKENS, Script, alarm, answer, once
+from scripted import OTHERS, TOKENS, Script, alarm, answer, evaluate, once
 
 from windowkv_edge import Llama, SnapKV, StreamingLLM
 from windowkv_edge.compaction import compact
@@ -19,7 +19,7 @@ from windowkv_edge.compaction import compact
 def test_ctrl_c_in_select(tiny: Path, opened: Callable[..., Llama], capfd: pytest.CaptureFixture[str]) -> None:
     llm = opened(tiny, kv_policy=Script(action=once(KeyboardInterrupt())), kv_budget=60)
     with pytest.raises(KeyboardInterrupt):
-        llm.eval(TOKENS)
+        evaluate(llm, TOKENS)
     assert llm.n_tokens == llm.kv_stats().n_past == 400
     assert (llm.kv_stats().cells == 400).all()
     assert "ignored" not in capfd.readouterr().err
@@ -82,14 +82,14 @@ def test_signals_while_evaluating(tmp_path: Path, opened: Callable[..., Llama], 
     for _ in range(2):  # the first one reserves its graphs
         llm.reset()
         start = time.perf_counter()
-        llm.eval(TOKENS)
+        evaluate(llm, TOKENS)
         took = time.perf_counter() - start
     interrupted = 0
     for i in range(1, 31):
         llm.reset()
         try:
             with alarm(took * i / 25):
-                llm.eval(TOKENS)
+                evaluate(llm, TOKENS)
         except KeyboardInterrupt:
             interrupted += 1
         assert llm.n_tokens == llm.kv_stats().n_past
@@ -156,5 +156,5 @@ def test_signals_while_setting_a_policy(tiny: Path, opened: Callable[..., Llama]
         assert llm._kv.stats().n_observed == llm.kv_policy.n_observed
         assert llm.n_tokens == llm.kv_stats().n_past
         llm.reset()
-        llm.eval(TOKENS[:100])
+        evaluate(llm, TOKENS[:100])
         assert (llm.kv_stats().cells == 60).all()

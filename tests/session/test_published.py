@@ -49,7 +49,7 @@ def test_a_budget_beyond_all_cells(tiny: Path, opened: Callable[..., Llama]) -> 
     for policy in (AdaKV(), AdaKV(across="model"), WindowKV()):
         assert kv.compact(_native.policy_struct(policy.parts()), most) == 0
 
-    def choose(positions: Any, scores: Any, keep: Any) -> None:
+    def choose(n_cells: int, positions: Any, scores: Any, keep: Any) -> None:
         for layer in keep:
             for own in layer:
                 own[-50:] = 1

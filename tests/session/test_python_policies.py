@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_model
 from reference.attention import observe
+from scripted import evaluate
 
 from windowkv_edge import H2O, CacheView, ExpectedAttention, KVPolicy, Llama, NativeError, SnapKV, WindowKV, WindowKVError, get_policy
 from windowkv_edge.bench.session import Model
@@ -114,7 +115,7 @@ def test_what_a_policy_sees(tiny: Path, opened: Callable[..., Llama]) -> None:
         return last(scores, budget, ctx)
 
     llm = opened(tiny, kv_policy=Script(answer=answer), kv_budget=0.25)
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     assert seen == {"n": 400, "budget": 100, "shape": (3, 2, 2), "types": ("f16", "f16")}
     assert llm.kv_positions(2, 1).tolist() == list(range(300, 400))
 
@@ -141,7 +142,7 @@ def test_heads_of_different_lengths(tiny: Path, opened: Callable[..., Llama]) ->
         return [[layer[0][-budget - 20 :], layer[1][20 - budget :]] for layer in ctx.positions]
 
     llm = opened(tiny, kv_policy=Script(answer=answer), kv_budget=60)
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     assert llm.kv_stats().cells.tolist() == [[80, 40]] * 3
 
 
@@ -165,7 +166,7 @@ def test_errors_surface_and_nothing_is_evicted(
     """At the call that compacted; the session goes on, and compacts with a policy that works."""
     llm = opened(tiny, kv_policy=Script(answer=answer, ragged=False), kv_budget=60)
     with pytest.raises(error, match=message) as caught:
-        llm.eval(TOKENS)
+        evaluate(llm, TOKENS)
     # a debugger must not look at native memory that is gone
     frames = [entry.frame for entry in caught.traceback if entry.frame.code.name in ("choose", "select", "_mark")]
     assert all(not isinstance(value, np.ndarray | list) for frame in frames for value in frame.f_locals.values())
@@ -174,13 +175,13 @@ def test_errors_surface_and_nothing_is_evicted(
     llm.eval(TOKENS[:1])
     assert (llm.kv_stats().cells == 401).all()
     llm.kv_policy = Script(answer=last)
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     assert (llm.kv_stats().cells == 60).all()
 
 
 def test_nothing_to_evict_asks_nobody(tiny: Path, opened: Callable[..., Llama]) -> None:
     llm = opened(tiny, kv_policy=Script(answer=lambda *_: 1 / 0), kv_budget=500)
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     llm.kv_compact(400)
     assert (llm.kv_stats().cells == 400).all()
 
@@ -204,7 +205,7 @@ def test_the_example_of_the_readme(smollm2: Path, document: str, opened: Callabl
     scope: dict[str, Any] = {"__name__": "readme"}
     exec(compile(code[: code.index("llm = ")], "README.md", "exec", dont_inherit=True), scope)
     llm = opened(smollm2, kv_policy=scope["ByValue"](), kv_budget=0.12)
-    llm.eval(llm.tokenize(document.encode())[:600])
+    evaluate(llm, llm.tokenize(document.encode())[:600])
     assert (llm.kv_stats().cells == 72).all()
     kept = llm.kv_positions(11, 1).tolist()
     assert kept[:4] == [0, 1, 2, 3] and kept[-1] == 599
@@ -344,7 +345,7 @@ def test_packages_bring_policies(package: Path, tiny: Path, opened: Callable[...
     assert policy_names() == [*POLICIES, "broken", "last", "odd"]
     llm = opened(tiny, kv_policy="last(window_size=6)", kv_budget=50)
     assert llm.kv_policy is not None and llm.kv_policy.n_observed == 6
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     assert llm.kv_positions(0, 0).tolist() == list(range(350, 400))
     with pytest.raises(ValueError, match="'broken' .* cannot be loaded: .*; repair or remove"):
         get_policy("broken")

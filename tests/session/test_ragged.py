@@ -14,6 +14,7 @@ import pytest
 import tiny_model
 from policy_table import kept
 from reference.tiny_llama import TinyLlama
+from scripted import evaluate
 
 from windowkv_edge import (
     AdaKV,
@@ -81,7 +82,7 @@ def test_answers_are_computed_from_the_cells(name: str, tiny: Path, tiny_session
     # stock attention over the cells of uniform layers rounds F32 cells and queries to F16
     atol = 1e-3 if POLICIES[name].ragged else 1.5e-2
     pos = 300
-    llm.eval(TOKENS[:pos])
+    evaluate(llm, TOKENS[:pos])
     assert llm.kv_stats().cells.mean() == 30
     if POLICIES[name].ragged:
         assert llm.kv_stats().cells.std() > 3
@@ -141,7 +142,7 @@ def test_selection_equals_the_reference(name: str, session: Callable[..., Llama]
 def test_memory_is_what_the_heads_hold(session: Callable[..., Llama], document: str) -> None:
     """No padding to the longest head: packed cells, 16 free ones a head, and the observed queries."""
     llm = session(n_ctx=4096, kv_policy=AdaKV(window_size=16), kv_budget=0.12)
-    llm.eval((llm.tokenize(document.encode()) * 2)[:2000])
+    evaluate(llm, (llm.tokenize(document.encode()) * 2)[:2000])
     stats = llm.kv_stats()
     cell = (64 + 64) * 2
     queries = 2 * 30 * 9 * 64 * 2 * 16
@@ -153,7 +154,7 @@ def test_memory_is_what_the_heads_hold(session: Callable[..., Llama], document: 
 
 def test_sequence_rules_hold_for_ragged_heads(tiny_session: Callable[..., Llama]) -> None:
     llm = tiny_session(kv_policy=AdaKV(window_size=8, alpha_safeguard=0.1), kv_budget=30)
-    llm.eval(TOKENS[:200])
+    evaluate(llm, TOKENS[:200])
     before = [[llm.kv_positions(il, ih).tolist() for ih in range(2)] for il in range(3)]
     for token in TOKENS[200:240]:
         llm.eval([token])
@@ -170,7 +171,7 @@ def test_sequence_rules_hold_for_ragged_heads(tiny_session: Callable[..., Llama]
 
 def test_snapshot_of_ragged_heads(tiny_session: Callable[..., Llama]) -> None:
     llm = tiny_session(kv_policy=AdaKV(window_size=8, alpha_safeguard=0.1), kv_budget=30)
-    llm.eval(TOKENS[:200])
+    evaluate(llm, TOKENS[:200])
     llm._kv.snapshot_save()  # type: ignore[union-attr]
     want = []
     for _ in range(3):
@@ -312,7 +313,7 @@ def test_head_scores_are_looked_for(tiny: Path, tmp_path: Path) -> None:
     given.save(beside)
     llm = Llama(str(path), n_ctx=512, kv_policy="headkv", kv_budget=30, verbose=False)
     np.testing.assert_allclose(llm._kv_bound.shares, given.kv_heads("r", 2), rtol=1e-4)  # type: ignore[attr-defined]
-    llm.eval(TOKENS[:200])
+    evaluate(llm, TOKENS[:200])
     assert llm.kv_stats().cells.std() > 1
     llm.close()
 
@@ -324,7 +325,7 @@ def test_head_scores_are_looked_for(tiny: Path, tmp_path: Path) -> None:
         Llama(str(path), kv_policy="headkv", verbose=False)
     # a failed change of policy leaves the session as it was
     llm = Llama(str(path), n_ctx=512, kv_policy="adakv", kv_budget=30, verbose=False)
-    llm.eval(TOKENS[:200])
+    evaluate(llm, TOKENS[:200])
     with pytest.raises(ValueError, match="not a file of head scores"):
         llm.kv_policy = "headkv"
     assert llm.kv_policy.name == "adakv" and llm.kv_stats().cells.mean() == 30

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tiny_model
+from scripted import evaluate
 
 from windowkv_edge import Llama, UnsupportedCallError, UnsupportedModelError
 
@@ -90,7 +91,7 @@ def test_gemma_with_room_for_all_is_stock(
 @pytest.mark.parametrize("policy", ["windowkv", "adakv"])
 def test_gemma_keeps_its_budget(policy: str, gemma3: Path, gemma_tokens: list[int], opened: Open) -> None:
     llm = opened(gemma3, kv_policy=policy, kv_budget=0.12)
-    llm.eval(gemma_tokens[:1500])
+    evaluate(llm, gemma_tokens[:1500])
     stats = llm.kv_stats()
     assert (stats.layers, stats.cells.shape, stats.n_past) == (GEMMA_LAYERS, (3, 1), 1500)
     assert stats.cells.sum() == 3 * 180
@@ -113,7 +114,7 @@ def test_gemma_windows_stand_at_true_positions(
     gemma_stock.eval(gemma_tokens[:1500])
     want = follow(gemma_stock, gemma_tokens[1500:1540])
     llm = opened(gemma3, kv_policy="snapkv", kv_budget=0.5)
-    llm.eval(gemma_tokens[:1500])
+    evaluate(llm, gemma_tokens[:1500])
     got = follow(llm, gemma_tokens[1500:1540])
     assert llm.kv_stats().cells.max() == 750 + 40
     assert (got.argmax(axis=1) == want.argmax(axis=1)).mean() > 0.7
@@ -141,7 +142,7 @@ def test_gemma_goes_back_only_as_far_as_its_window(gemma3: Path, gemma_tokens: l
     """Nothing was compacted, but the windows have moved on: removing nothing in one cache and something in the other
     would answer from a window with a hole."""
     llm = opened(gemma3, kv_policy="snapkv", kv_budget=1700, n_batch=256, n_ubatch=256)
-    llm.eval(gemma_tokens[:1000])
+    evaluate(llm, gemma_tokens[:1000])
 
     before = llm.kv_stats().cells.copy()
     assert not llm._ctx.kv_cache_seq_rm(-1, 300, -1)
@@ -158,12 +159,12 @@ def test_gemma_goes_back_only_as_far_as_its_window(gemma3: Path, gemma_tokens: l
 
     # a few tokens back is no trouble
     llm.reset()
-    llm.eval(gemma_tokens[:900])
+    evaluate(llm, gemma_tokens[:900])
     follow(llm, gemma_tokens[900:920])
     llm.n_tokens = 905
     got_back = follow(llm, gemma_tokens[1600:1610])
     fresh.reset()
-    fresh.eval(gemma_tokens[:900])
+    evaluate(fresh, gemma_tokens[:900])
     follow(fresh, gemma_tokens[900:905])
     assert np.abs(got_back - follow(fresh, gemma_tokens[1600:1610])).max() < 1e-2
     assert llm.kv_stats().n_past == 915
@@ -180,7 +181,7 @@ def test_gemma_reset(gemma3: Path, gemma_tokens: list[int], opened: Open) -> Non
 
 def test_a_batch_that_does_not_follow_is_refused(gemma3: Path, gemma_tokens: list[int], opened: Open) -> None:
     llm = opened(gemma3, kv_policy="snapkv", kv_budget=0.25)
-    llm.eval(gemma_tokens[:600])
+    evaluate(llm, gemma_tokens[:600])
     batch = llama_cpp.llama_batch_init(1, 0, 1)
     batch.n_tokens, batch.token[0], batch.pos[0] = 1, gemma_tokens[600], 700
     batch.n_seq_id[0], batch.seq_id[0][0], batch.logits[0] = 1, 0, 1
@@ -192,7 +193,7 @@ def test_a_batch_that_does_not_follow_is_refused(gemma3: Path, gemma_tokens: lis
 
 def test_shifts_are_refused(gemma3: Path, gemma_tokens: list[int], opened: Open) -> None:
     llm = opened(gemma3, kv_policy="snapkv", kv_budget=400)
-    llm.eval(gemma_tokens[:300])
+    evaluate(llm, gemma_tokens[:300])
     mem = llama_cpp.llama_get_memory(llm.ctx)
     assert not llama_cpp.llama_memory_can_shift(mem)
     llama_cpp.llama_memory_seq_add(mem, 0, 100, -1, -50)
@@ -242,7 +243,7 @@ def test_tiny_with_room_for_all_is_stock(arch: str, tiny_of: Callable[[str], Pat
 @pytest.mark.parametrize("arch", MODELS)
 def test_tiny_keeps_its_budget(arch: str, policy: str, tiny_of: Callable[[str], Path], opened: Open) -> None:
     llm = opened(tiny_of(arch), kv_policy=policy, kv_budget=0.25)
-    llm.eval(TOKENS)
+    evaluate(llm, TOKENS)
     stats = llm.kv_stats()
     assert stats.cells.shape == (2, 2) and stats.cells.sum() == 4 * 100
     assert stats.bytes_released > 0
@@ -253,7 +254,7 @@ def test_tiny_keeps_its_budget(arch: str, policy: str, tiny_of: Callable[[str], 
 @pytest.mark.parametrize("arch", HYBRIDS)
 def test_recurrent_layers_do_not_go_back(arch: str, tiny_of: Callable[[str], Path], opened: Open) -> None:
     llm = opened(tiny_of(arch), kv_policy="snapkv", kv_budget=0.25)
-    llm.eval(TOKENS[:300])
+    evaluate(llm, TOKENS[:300])
     follow(llm, TOKENS[300:320])
     assert llm._ctx.kv_cache_seq_rm(-1, 320, -1)  # nothing to remove
     for p0 in (100, 310):  # compacted; not compacted
@@ -269,7 +270,7 @@ def test_recurrent_layers_do_not_go_back(arch: str, tiny_of: Callable[[str], Pat
     after = follow(llm, TOKENS[320:330])
 
     fresh = opened(tiny_of(arch), kv_policy="snapkv", kv_budget=0.25)
-    fresh.eval(TOKENS[:300])
+    evaluate(fresh, TOKENS[:300])
     assert np.abs(follow(fresh, TOKENS[300:330])[20:] - after).max() < 1e-2
 
 

@@ -14,8 +14,8 @@ import windowkv_edge
 
 #: of ours; whoever calls one can raise
 RAISING = {
-    "_agree", "_need_cache", "_refuse", "_set_states", "_use", "at_least", "check", "check_budget", "cls", "number_of", "one_of",
-    "queries", "rows", "share_of", "true_or_false", "use",
+    "_agree", "_need_cache", "_refuse", "_rows", "_set_states", "_use", "at_least", "check", "check_budget", "cls", "number_of",
+    "one_of", "queries", "rows", "share_of", "true_or_false", "use",
 }  # fmt: skip
 
 

@@ -210,6 +210,9 @@ class Chat:
         table = Table(show_header=False)
         table.add_row("policy", for_markup(f"{stats.policy}, budget {self.llm.kv_budget}"))
         table.add_row("positions seen", f"{stats.n_past:,} of {self.llm.n_ctx():,}")
+        table.add_row("of the last prompt", f"{stats.n_evaluated_last:,} evaluated, {stats.n_reused_last:,} reused")
+        if stats.miss:
+            table.add_row("", for_markup(stats.miss))
         cells = f"{stats.cells.min():,} min, {stats.cells.mean():,.1f} mean, {stats.cells.max():,} max"
         table.add_row("cells per head", cells)
         table.add_row("KV cache", f"{mib(stats.bytes_live)} MiB")

@@ -1,4 +1,9 @@
-"""Second questions: a document is compacted on its first question, then others ask about other places of it."""
+"""Second questions: a document is compacted on its first question, then others ask about other places of it.
+
+This is the way that a chat takes: a short question does not compact again (``kv_growth`` of
+:class:`windowkv_edge.Llama`). Here each of them is the second one; ``tests/measure/chat_turns.py`` asks them one behind
+the other.
+"""
 
 from __future__ import annotations
 

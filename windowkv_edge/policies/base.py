@@ -78,6 +78,7 @@ class CacheView:
     """What a policy in Python sees of a cache while it selects; it is valid during that call only.
 
     Layers are those that policies compress, in their order. Before the first compaction all heads hold all positions.
+    Pinned cells (``Llama.kv_pin``) stay anyway: the view, the scores and the budget are about the others.
 
     Attributes:
         positions: per layer and kv head int32 [cells], ascending.
@@ -113,7 +114,7 @@ class CacheView:
             TypeError: layer or head is no int.
             NativeError: memory ran out.
         """
-        return self._kv.rows(layer, head, "k")
+        return self._rows(layer, head, "k")
 
     def values(self, layer: int, head: int) -> npt.NDArray[np.float32]:
         """V of one kv head: a copy, float32 [cells, head_dim].
@@ -121,7 +122,12 @@ class CacheView:
         Raises:
             ValueError, TypeError, NativeError: see :meth:`keys`.
         """
-        return self._kv.rows(layer, head, "v")
+        return self._rows(layer, head, "v")
+
+    def _rows(self, layer: int, head: int, which: Literal["k", "v"]) -> npt.NDArray[np.float32]:
+        rows = self._kv.rows(layer, head, which)
+        own = self.positions[layer][head]
+        return rows if len(rows) == len(own) else rows[np.isin(self._kv.positions(layer, head), own)]
 
     def queries(self, layer: int, head: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """The last queries of one *query* head, RoPE included: positions int32 [observed], a copy float32 [observed,

@@ -1,0 +1,46 @@
+"""Pinned positions (ours): their cells always stay and count in the budget; a policy chooses among the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .common import Cache, Kept
+
+
+def common(positions: Cache) -> set[int]:
+    """Positions that every head holds."""
+    return set.intersection(*(set(own.tolist()) for layer in positions for own in layer))
+
+
+def pinned(
+    policy: Callable[[Cache, Sequence[Cache], int], Kept],
+    positions: Cache,
+    scores: Sequence[Cache],
+    n_cells: int,
+    ranges: Sequence[tuple[int, int]],
+) -> Kept:
+    """The cells that stay.
+
+    Args:
+        policy: called with the positions and scores of the cells that are not pinned, and what is left of n_cells.
+        positions: the cache.
+        scores: one or more planes of scores, [cells] or [n_gqa, cells] per head.
+        n_cells: mean cells per head.
+        ranges: positions [start, stop); those that some head has lost are as any other.
+    """
+    held = {at for at in common(positions) if any(start <= at < stop for start, stop in ranges)}
+    is_pinned = [[np.isin(own, list(held)) for own in layer] for layer in positions]
+
+    def rest(cache: Cache) -> Cache:
+        return [
+            [own[..., ~stays] for own, stays in zip(layer, marks, strict=True)]
+            for layer, marks in zip(cache, is_pinned, strict=True)
+        ]
+
+    chosen = policy(rest(positions), [rest(plane) for plane in scores], n_cells - len(held))
+    for layer, marks in zip(chosen, is_pinned, strict=True):
+        for own, stays in zip(layer, marks, strict=True):
+            stays[~stays] = own
+    return is_pinned
