@@ -3,6 +3,7 @@
 #include "simt/flash-attn-ragged-host.h"
 #include "simt/simt-cuda.cuh"
 #include "simt/flash-attn-ragged-simt.h"
+#include "simt/flash-attn-ragged-mma.h"
 
 #include <type_traits>
 
@@ -18,6 +19,18 @@ static constexpr int n_blocks_sm_vec(int n_rows) {
 
 static constexpr int N_BLOCKS_SM_TILE = 2;
 
+// Queries and sums of values of a warp take up to 96 registers, quantised cells on their way 16 to 24 and their addresses as many
+template <typename row_t>
+static constexpr int n_blocks_sm_mma(int n_embd, int n_rows) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_AMPERE
+    return 2; // copies go through registers too, and a multiprocessor has no memory for more blocks
+#endif
+    if (n_embd > 128 || n_rows > 16) {
+        return 2;
+    }
+    return row_t::IS_F16 && n_rows == 8 ? 4 : 3;
+}
+
 template <typename row_t, int n_lanes, int n_rows>
 SIMT_KERNEL(FATTN_N_THREADS, n_blocks_sm_vec<row_t>(n_rows)) flash_attn_ragged_vec(
         const fattn_args a, const char * q, const char * k, const char * v, const int32_t * ranges, const float * sinks, float * part, float * dst) {
@@ -26,6 +39,16 @@ SIMT_KERNEL(FATTN_N_THREADS, n_blocks_sm_vec<row_t>(n_rows)) flash_attn_ragged_v
     const fattn_tensors t = { SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst) };
 
     fattn_vec<row_t, n_lanes, n_rows>(a, t, sh, simt_get_ids());
+}
+
+template <typename row_t, int n_embd, int n_rows>
+SIMT_KERNEL(FATTN_N_THREADS, n_blocks_sm_mma<row_t>(n_embd, n_rows)) flash_attn_ragged_mma(
+        const fattn_args a, const char * q, const char * k, const char * v, const int32_t * ranges, const float * sinks, float * part, float * dst) {
+    SIMT_SHARED_ARRAY(simt_f16, sh, (fattn_mma_shared<row_t, n_embd, n_rows>::N));
+
+    const fattn_tensors t = { SIMT_ENTER(q), SIMT_ENTER(k), SIMT_ENTER(v), SIMT_ENTER(ranges), SIMT_ENTER(sinks), SIMT_ENTER(part), SIMT_ENTER(dst) };
+
+    fattn_mma<row_t, n_embd, n_rows>(a, t, sh, simt_get_ids());
 }
 
 template <typename row_t, int n_rows, int n_cells, int n_embd>
@@ -95,20 +118,41 @@ static void launch_vec(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fattn
     launch_combine<n_rows>(ctx, t, a, part.get(), shape::N_CELLS_TILE);
 }
 
+// blocks of so much memory that a multiprocessor has room for. What a block can ask for is all that there is, less 1 KiB of it that every
+// block takes for the system from sm_80 on
+static int n_blocks_memory(const ggml_backend_cuda_context & ctx, size_t size) {
+    const auto & device = ggml_cuda_info().devices[ctx.device];
+    const size_t own    = device.cc >= GGML_CUDA_CC_AMPERE ? 1024 : 0;
+    return std::max<size_t>(1, (device.smpbo + own)/(size + own));
+}
+
+template <typename row_t, int n_embd, int n_rows>
+static void launch_mma(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fattn_args a) {
+    typedef fattn_mma_shape<n_embd, n_rows> shape;
+
+    const fattn_pointers t(dst);
+
+    const int n_blocks_sm = std::min(n_blocks_sm_mma<row_t>(n_embd, n_rows),
+            n_blocks_memory(ctx, fattn_mma_shared<row_t, n_embd, n_rows>::N*sizeof(simt_f16)));
+
+    fattn_plan_shares(a, dst, n_rows, shape::N_CELLS_TILE, n_busy(ctx, n_blocks_sm), shape::N_TILES_MIN);
+    ggml_cuda_pool_alloc<float> part(ctx.pool(), fattn_part_size(a, n_rows));
+
+    simt_launch(flash_attn_ragged_mma<row_t, n_embd, n_rows>, a.n_blocks, FATTN_N_THREADS, ctx.stream(),
+            a, t.q, t.k, t.v, t.ranges, t.sinks, part.get(), t.dst);
+    launch_combine<n_rows>(ctx, t, a, part.get(), shape::N_CELLS_TILE);
+}
+
 template <typename row_t, int n_rows, int n_cells, int n_embd>
 static void launch_tile(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fattn_args a) {
     const fattn_pointers t(dst);
 
-    fattn_plan_splits(a, dst, n_rows, n_cells, n_busy(ctx, N_BLOCKS_SM_TILE));
-    ggml_cuda_pool_alloc<float> part(ctx.pool());
-    if (a.n_splits > 1) {
-        part.alloc(fattn_part_size(a, n_rows));
-    }
+    fattn_plan_shares(a, dst, n_rows, n_cells, n_busy(ctx, N_BLOCKS_SM_TILE), FATTN_TILE_N_TILES_MIN);
+    ggml_cuda_pool_alloc<float> part(ctx.pool(), fattn_part_size(a, n_rows));
+
     simt_launch(flash_attn_ragged_tile<row_t, n_rows, n_cells, n_embd>, a.n_blocks, FATTN_N_THREADS, ctx.stream(),
             a, t.q, t.k, t.v, t.ranges, t.sinks, part.get(), t.dst);
-    if (a.n_splits > 1) {
-        launch_combine<n_rows>(ctx, t, a, part.get(), n_cells);
-    }
+    launch_combine<n_rows>(ctx, t, a, part.get(), n_cells);
 }
 
 template <typename row_t, int n_lanes>
@@ -126,6 +170,36 @@ static void launch_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst, cons
     }
 }
 
+template <typename row_t, int n_embd>
+static void launch_mma_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fattn_args & a) {
+    switch (fattn_mma_rows(a)) {
+        case 8:  launch_mma<row_t, n_embd, 8> (ctx, dst, a); break;
+        case 16: launch_mma<row_t, n_embd, 16>(ctx, dst, a); break;
+        case 32: launch_mma<row_t, n_embd, 32>(ctx, dst, a); break;
+        default: launch_mma<row_t, n_embd, n_embd <= 128 ? 64 : 32>(ctx, dst, a); break;
+    }
+}
+
+template <typename row_t>
+static void launch_mma_embd(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fattn_args & a) {
+    switch (fattn_n_lanes(a)) {
+        case 8:  launch_mma_rows<row_t, 64> (ctx, dst, a); break;
+        case 16: launch_mma_rows<row_t, 128>(ctx, dst, a); break;
+        default: launch_mma_rows<row_t, 256>(ctx, dst, a); break;
+    }
+}
+
+// Whether flash-attn-ragged-mma.h serves it:
+//   - products of sm_75 and later
+//   - both pools of a format that F16 has room for and that is unpacked by words; F32 and BF16 have a wider range, and keep it with few
+//     rows
+//   - 4 rows and more: every row costs the kernel for few rows 10 to 15 instructions a cell and warp, products of 8 rows cost as much as
+//     those of one. With 1 to 3 rows that kernel reads as fast, without the way through memory of the block
+static bool has_mma(const fattn_args & a, int cc) {
+    return GGML_CUDA_CC_IS_NVIDIA(cc) && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_TURING && a.n_rows >= 4 &&
+        a.type_k == a.type_v && (a.type_k == FATTN_F16 || a.type_k == FATTN_Q8_0 || a.type_k == FATTN_Q4_0);
+}
+
 template <typename row_t>
 static void launch_lanes(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fattn_args & a) {
     switch (fattn_n_lanes(a)) {
@@ -138,6 +212,14 @@ static void launch_lanes(ggml_backend_cuda_context & ctx, ggml_tensor * dst, con
 void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const fattn_args a = fattn_args_of(dst);
 
+    if (has_mma(a, ggml_cuda_info().devices[ctx.device].cc)) {
+        switch (a.type_k) {
+            case FATTN_F16:  launch_mma_embd<fattn_row_f16> (ctx, dst, a); break;
+            case FATTN_Q8_0: launch_mma_embd<fattn_row_q8_0>(ctx, dst, a); break;
+            default:         launch_mma_embd<fattn_row_q4_0>(ctx, dst, a); break;
+        }
+        return;
+    }
     if (a.type_k != a.type_v) {
         launch_lanes<fattn_row_any>(ctx, dst, a);
         return;

@@ -30,7 +30,7 @@ fattn_plan::fattn_plan(const ggml_tensor * op) : a(fattn_args_of(op)) {
         n_rows_block = N_ROWS_TILE;
         n_cells_tile = N_CELLS_TILE;
         kernel       = "kernel_flash_attn_ragged_tile_" + std::to_string(n_lanes);
-        fattn_plan_splits(a, op, n_rows_block, n_cells_tile, N_BUSY);
+        fattn_plan_shares(a, op, n_rows_block, n_cells_tile, N_BUSY, FATTN_TILE_N_TILES_MIN);
         return;
     }
     n_rows_block = fattn_vec_rows(a);

@@ -370,7 +370,8 @@ llama_kv_ragged_kernel llama_kv_cache_ragged::get_kernel(size_t i, int64_t n_tok
     }
     if (!is_uniform) {
         // With many tokens stock's tensor-core kernels are far ahead of ours: 512 tokens at 16,384 cells took 499 us against 2,385 on an
-        // H100, all heads in one launch. That 8 launches of an eighth each stay below 1.3 times as much is an estimate.
+        // H100, all heads in one launch. That 8 launches of an eighth each stay below 1.3 times as much is an estimate. Since then CUDA has
+        // flash-attn-ragged-mma.h, which would attend to all heads in one launch; whether that is faster nobody has measured
         return layer.has_by_head() && n_tokens > llama_kv_ragged_tables::N_TOKENS_MAX ? LLAMA_KV_RAGGED_KERNEL_BY_HEAD : LLAMA_KV_RAGGED_KERNEL_RAGGED;
     }
 

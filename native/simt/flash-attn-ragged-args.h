@@ -25,6 +25,7 @@ struct fattn_args {
     int32_t n_row_blocks; // of a kv head: items
     int32_t n_blocks;     // of the grid: shares of the work
     int32_t n_splits;     // 0, or parts of equal length that every item is cut into instead
+    int32_t n_tiles_min;  // that a share has at least
 
     int64_t  nb_q1, nb_q2; // bytes between tokens and heads of q
     uint32_t nb_k, nb_v;   // bytes between rows of the pools

@@ -1,4 +1,4 @@
-// Results: the last step of both kernels, and the kernel that combines parts.
+// Results: the last step of the kernels, and the kernel that combines parts.
 
 // query head of a row
 static SIMT_FUNC int32_t fattn_head_of(fattn_args a, int32_t ih, int32_t row) {
@@ -31,7 +31,8 @@ struct fattn_softmax {
 };
 
 //
-// sums of the warps of a block, in memory of the block: sh [ld, FATTN_N_WARPS], a row = sums of values, maximum, sum of weights
+// sums of n_warps warps of a block, in memory of the block: sh [ld, n_warps] with `stride` floats between warps, a row = sums of values,
+// maximum, sum of weights
 //
 
 struct fattn_warps {
@@ -40,31 +41,31 @@ struct fattn_warps {
     fattn_softmax all;
 };
 
-template <int ld>
+template <int ld, int n_warps = FATTN_N_WARPS, int stride = ld>
 SIMT_FUNC fattn_warps fattn_join_warps(SIMT_SHARED(float) sh) {
     fattn_warps res;
     res.all.max = FATTN_LOWEST;
     res.all.sum = 0.0f;
     SIMT_UNROLL
-    for (int i = 0; i < FATTN_N_WARPS; ++i) {
-        res.w[i]    = sh[i*ld + ld - 2];
+    for (int i = 0; i < n_warps; ++i) {
+        res.w[i]    = sh[i*stride + ld - 2];
         res.all.max = simt_max(res.all.max, res.w[i]);
     }
     SIMT_UNROLL
-    for (int i = 0; i < FATTN_N_WARPS; ++i) {
+    for (int i = 0; i < n_warps; ++i) {
         res.w[i]     = simt_exp2(res.w[i] - res.all.max);
-        res.all.sum += sh[i*ld + ld - 1]*res.w[i];
+        res.all.sum += sh[i*stride + ld - 1]*res.w[i];
     }
     return res;
 }
 
 // element d of the sum of values
-template <int ld>
+template <int ld, int n_warps = FATTN_N_WARPS, int stride = ld>
 SIMT_FUNC float fattn_join_value(SIMT_SHARED(float) sh, fattn_warps warps, int32_t d) {
     float res = 0.0f;
     SIMT_UNROLL
-    for (int i = 0; i < FATTN_N_WARPS; ++i) {
-        res += sh[i*ld + d]*warps.w[i];
+    for (int i = 0; i < n_warps; ++i) {
+        res += sh[i*stride + d]*warps.w[i];
     }
     return res;
 }
@@ -80,7 +81,8 @@ struct fattn_parts {
     int32_t slot0;
 };
 
-static SIMT_FUNC fattn_parts fattn_parts_of(fattn_args a, SIMT_GLOBAL(const int32_t) ranges, int32_t item, int32_t n_cells_tile, simt_ids id) {
+static SIMT_FUNC fattn_parts fattn_parts_of(
+        fattn_args a, SIMT_GLOBAL(const int32_t) ranges, int32_t item, int32_t n_rows_block, int32_t n_cells_tile, simt_ids id) {
     fattn_parts res;
     if (a.n_splits > 0) {
         res.block0  = item*a.n_splits;
@@ -88,7 +90,7 @@ static SIMT_FUNC fattn_parts fattn_parts_of(fattn_args a, SIMT_GLOBAL(const int3
         res.slot0   = 0;
         return res;
     }
-    const fattn_tiles tiles = fattn_count_tiles(a, ranges, item, n_cells_tile, id);
+    const fattn_tiles tiles = fattn_count_tiles(a, ranges, item, n_rows_block, n_cells_tile, id);
     const uint32_t    size  = fattn_share_size(a, tiles.total);
 
     res.block0  = (uint32_t) tiles.before/size;
@@ -202,7 +204,7 @@ SIMT_FUNC void fattn_combine(
     if (row >= a.n_rows) {
         return;
     }
-    const fattn_parts parts = fattn_parts_of(a, ranges, item, n_cells_tile, id);
+    const fattn_parts parts = fattn_parts_of(a, ranges, item, n_rows_block, n_cells_tile, id);
     if (a.n_splits == 0 && parts.n_parts == 1) {
         return; // attended as a whole
     }

@@ -72,14 +72,26 @@ static inline int fattn_vec_rows(const fattn_args & a) {
     return a.n_rows == 1 ? 1 : a.n_rows == 2 ? 2 : a.n_rows <= 4 ? 4 : 8;
 }
 
-// Work in equal shares, one for every block of the grid: n_busy at most, which keep the device busy, and not more than there can be
-// tiles. How many cells the heads have is known on the device alone; together they have no more than the pool has rows
-static inline void fattn_plan_shares(fattn_args & a, const ggml_tensor * dst, int n_rows_block, int n_cells_tile, int n_busy) {
-    GGML_ASSERT(a.n_rows <= n_rows_block);
-    a.n_row_blocks = 1;
-    a.n_blocks     = std::min<int64_t>(dst->src[1]->ne[1]/n_cells_tile + a.n_head_kv, n_busy);
-    a.n_splits     = 0;
+// rows of a block of the kernel of products in registers: those of more than 128 elements have room for 32
+static inline int fattn_mma_rows(const fattn_args & a) {
+    return a.n_rows <= 8 ? 8 : a.n_rows <= 16 ? 16 : a.n_rows <= 32 || fattn_n_lanes(a) == 32 ? 32 : 64;
 }
+
+// Work in equal shares of n_tiles_min tiles at least, one for every block of the grid: n_busy at most, which keep the device busy, and
+// not more than there can be shares. How many cells the heads have is known on the device alone; together they have no more than the
+// pool has rows
+static inline void fattn_plan_shares(
+        fattn_args & a, const ggml_tensor * dst, int n_rows_block, int n_cells_tile, int n_busy, int n_tiles_min = 1) {
+    a.n_row_blocks = (a.n_rows + n_rows_block - 1)/n_rows_block;
+
+    const int64_t n_tiles = (dst->src[1]->ne[1]/n_cells_tile + a.n_head_kv)*a.n_row_blocks;
+    a.n_blocks    = std::min<int64_t>((n_tiles + n_tiles_min - 1)/n_tiles_min, n_busy);
+    a.n_splits    = 0;
+    a.n_tiles_min = n_tiles_min;
+}
+
+// of a share of the kernel for many rows, whose tiles are small, since every part is written and read once more
+enum { FATTN_TILE_N_TILES_MIN = 4 };
 
 // Items in parts of equal length: as many as keep the device busy, with four tiles at least if heads are equally long, since every
 // part is written and read once more
@@ -89,7 +101,8 @@ static inline void fattn_plan_splits(fattn_args & a, const ggml_tensor * dst, in
     const int64_t n_items = (int64_t) a.n_row_blocks*a.n_head_kv;
     const int64_t n_tiles = dst->src[1]->ne[1]/n_cells_tile/a.n_head_kv + 1;
     a.n_splits = std::max<int64_t>(1, std::min((n_busy + n_items - 1)/n_items, n_tiles/4));
-    a.n_blocks = n_items*a.n_splits;
+    a.n_blocks    = n_items*a.n_splits;
+    a.n_tiles_min = 1;
 }
 
 // floats for the parts of all blocks, fattn_part() says where each lies

@@ -12,6 +12,8 @@ struct fattn_dims {
 //   fattn_dims unpack(raw, d, type) the same in F32, without the scale of its block
 //   float scale(raw, d, type)       that scale, 1 where there are no blocks
 //   int32_t element(d, i, type)     which element of the row the i-th one of the part is
+//   simt_u32x4 halves(raw, d)       the part as F16, with its scale: of formats for flash-attn-ragged-mma.h, which has rows of F16 as
+//                                   they are (IS_F16)
 // so that loads can be far ahead of their use. type is FATTN_*, and of use to fattn_row_any alone
 //
 
@@ -52,6 +54,8 @@ struct fattn_row_f32 {
 };
 
 struct fattn_row_f16 {
+    enum { IS_F16 = true };
+
     struct raw {
         simt_u32x4 a;
     };
@@ -150,6 +154,20 @@ static SIMT_FUNC float fattn_scale_of_word(uint32_t x, int32_t d) {
     return simt_unpack_f16(fattn_block_is_first(d) ? x : x >> 16).x;
 }
 
+// the scale twice, as F16
+static SIMT_FUNC uint32_t fattn_scale_f16x2(uint32_t x, int32_t d) {
+    return (fattn_block_is_first(d) ? x & 0xFFFF : x >> 16)*0x10001u;
+}
+
+// a part whose values are the bytes of lo and hi, zero standing for 0: two F16 in each word. 0x6400 is 1024, of whose F16 the last bit
+// is 1
+static SIMT_FUNC simt_u32x4 fattn_bytes_to_halves(uint32_t lo, uint32_t hi, uint32_t zero, uint32_t scale) {
+    const uint32_t z = (0x6400u + zero)*0x10001u;
+    return simt_pack(
+        simt_scale_f16x2(simt_bytes_f16x2(lo, 0), z, scale), simt_scale_f16x2(simt_bytes_f16x2(lo, 1), z, scale),
+        simt_scale_f16x2(simt_bytes_f16x2(hi, 0), z, scale), simt_scale_f16x2(simt_bytes_f16x2(hi, 1), z, scale));
+}
+
 // the last word of a part's values; scale: the word with the scale
 static SIMT_FUNC uint32_t fattn_last_word(uint32_t x, uint32_t scale, int32_t d) {
     const uint32_t mask = fattn_block_is_first(d) && d%32 == 32 - FATTN_DIMS ? 0xFFFF0000u : 0;
@@ -158,6 +176,8 @@ static SIMT_FUNC uint32_t fattn_last_word(uint32_t x, uint32_t scale, int32_t d)
 
 // block_q8_0, 34 bytes: the scale in F16, 32 values of int8
 struct fattn_row_q8_0 {
+    enum { IS_F16 = false };
+
     struct raw {
         uint32_t a, b; // 4 values each, from the low byte on
         uint32_t scale;
@@ -169,7 +189,8 @@ struct fattn_row_q8_0 {
         return fattn_block_place_of(head, d, 34);
     }
 
-    static SIMT_FUNC raw load(place at, uint32_t row, int) {
+    template <typename T> // uint32_t, or 64 bits that were multiplied as such
+    static SIMT_FUNC raw load(place at, T row, int) {
         raw r;
         r.scale = simt_load_u32(at.scale + row);
         r.a     = simt_load_u32(at.values + row);
@@ -196,6 +217,10 @@ struct fattn_row_q8_0 {
         return fattn_scale_of_word(r.scale, d);
     }
 
+    static SIMT_FUNC simt_u32x4 halves(raw r, int32_t d) {
+        return fattn_bytes_to_halves(low(r, d) ^ 0x80808080u, high(r, d) ^ 0x80808080u, 128, fattn_scale_f16x2(r.scale, d));
+    }
+
     static SIMT_FUNC int32_t element(int32_t d, int i, int) {
         return d/32*32 + (d + i + (fattn_block_is_first(d) ? 2 : 0))%32;
     }
@@ -204,6 +229,8 @@ struct fattn_row_q8_0 {
 // block_q4_0, 18 bytes: the scale in F16, 16 bytes with elements i (low half) and i + 16 (high half), 8 stands for zero. A part is
 // four bytes: four elements, and those that are 16 further on
 struct fattn_row_q4_0 {
+    enum { IS_F16 = false };
+
     struct raw {
         uint32_t a;
         uint32_t scale;
@@ -215,7 +242,8 @@ struct fattn_row_q4_0 {
         return fattn_block_place_of(head, d, 18);
     }
 
-    static SIMT_FUNC raw load(place at, uint32_t row, int) {
+    template <typename T> // uint32_t, or 64 bits that were multiplied as such
+    static SIMT_FUNC raw load(place at, T row, int) {
         raw r;
         r.scale = simt_load_u32(at.scale + row);
         r.a     = simt_load_u32(at.values + row);
@@ -240,6 +268,10 @@ struct fattn_row_q4_0 {
 
     static SIMT_FUNC float scale(raw r, int d, int) {
         return fattn_scale_of_word(r.scale, d);
+    }
+
+    static SIMT_FUNC simt_u32x4 halves(raw r, int32_t d) {
+        return fattn_bytes_to_halves(low(r, d), high(r, d), 8, fattn_scale_f16x2(r.scale, d));
     }
 
     static SIMT_FUNC int32_t element(int32_t d, int i, int) {

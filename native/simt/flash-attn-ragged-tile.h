@@ -174,21 +174,22 @@ SIMT_FUNC void fattn_tile_store_softmax(fattn_tile_shared sh, int32_t ir, int32_
     }
 }
 
-// the rows of sh.o: results where an item is not split, otherwise parts
+// the rows of sh.o: results where a piece is all of an item, otherwise parts
 template <int n_rows, int ld>
-SIMT_FUNC void fattn_tile_write(fattn_args a, fattn_tensors t, fattn_tile_shared sh, int32_t ih, int32_t row0, simt_ids id) {
+SIMT_FUNC void fattn_tile_write(fattn_args a, fattn_tensors t, fattn_tile_shared sh, fattn_piece piece, simt_ids id) {
     for (int32_t i = id.tid; i < n_rows*a.n_embd_v; i += FATTN_N_THREADS) {
         const int32_t r   = i/a.n_embd_v;
         const int32_t d   = i%a.n_embd_v;
-        const int32_t row = row0 + r;
+        const int32_t row = piece.row0 + r;
         if (row >= a.n_rows) {
             continue;
         }
         const float o = sh.o[r*ld + d];
-        if (a.n_splits == 1) {
-            t.dst[fattn_dst(a, ih, row) + d] = o*fattn_row_weight(a, t.sinks, fattn_head_of(a, ih, row), sh.max[r], sh.sum[r]);
+        if (piece.whole) {
+            t.dst[fattn_dst(a, piece.ih, row) + d] =
+                o*fattn_row_weight(a, t.sinks, fattn_head_of(a, piece.ih, row), sh.max[r], sh.sum[r]);
         } else {
-            SIMT_GLOBAL(float) y = t.part + fattn_part(a, id.block, 0, n_rows, r);
+            SIMT_GLOBAL(float) y = t.part + fattn_part(a, id.block, piece.slot, n_rows, r);
             y[d] = o;
             if (d == 0) {
                 y[a.n_embd_v]     = sh.max[r];
@@ -198,29 +199,22 @@ SIMT_FUNC void fattn_tile_write(fattn_args a, fattn_tensors t, fattn_tile_shared
     }
 }
 
-// Kernel: block = item*n_splits + split, for heads of up to n_embd elements
+// all rows of an item over the tiles of a piece
 template <typename row_t, int n_rows, int n_cells, int n_embd>
-SIMT_FUNC void fattn_tile(fattn_args a, fattn_tensors t, fattn_tile_shared sh, simt_ids id) {
+SIMT_FUNC void fattn_tile_attend(fattn_args a, fattn_tensors t, fattn_piece piece, fattn_tile_shared sh, simt_ids id) {
     typedef fattn_tile_shape<n_rows, n_cells, n_embd> shape;
 
-    const int32_t item  = id.block/a.n_splits;
-    const int32_t split = id.block%a.n_splits;
-    const int32_t ih    = item/a.n_row_blocks;
-    const int32_t row0  = item%a.n_row_blocks*n_rows;
-    const int64_t first = t.ranges[2*ih];
+    const int64_t first = t.ranges[2*piece.ih];
 
     SIMT_GLOBAL(const char) k = t.k + first*a.nb_k; // [n_embd_k, cells] of the head
     SIMT_GLOBAL(const char) v = t.v + first*a.nb_v; // [n_embd_v, cells]
 
-    const int32_t n_visible = fattn_n_visible(a, t.ranges, ih, simt_min(a.n_rows, row0 + n_rows) - 1); // by one row at least
-    const int32_t n_tiles   = (n_visible + n_cells - 1)/n_cells;
-    const int32_t tile0     = fattn_split_begin(a, n_tiles, split);
-    const int32_t tile1     = fattn_split_begin(a, n_tiles, split + 1);
+    const int32_t n_visible = fattn_n_visible(a, t.ranges, piece.ih, simt_min(a.n_rows, piece.row0 + n_rows) - 1); // by one row at least
 
     const int32_t n_pad_k = fattn_pad16(a.n_embd_k);
     const int32_t n_pad_v = fattn_pad16(a.n_embd_v);
 
-    fattn_tile_load_queries<n_rows, shape::LD_Q>(a, t.q, ih, row0, n_pad_k, sh.q, id);
+    fattn_tile_load_queries<n_rows, shape::LD_Q>(a, t.q, piece.ih, piece.row0, n_pad_k, sh.q, id);
     for (int32_t i = id.tid; i < n_rows*n_pad_v; i += FATTN_N_THREADS) {
         sh.o[i/n_pad_v*shape::LD_O + i%n_pad_v] = 0.0f;
     }
@@ -228,13 +222,13 @@ SIMT_FUNC void fattn_tile(fattn_args a, fattn_tensors t, fattn_tile_shared sh, s
     // the row of this thread in the softmax, with the lanes beside it
     const int32_t ir      = id.tid/shape::N_LANES_ROW;
     const int32_t lane    = id.tid%shape::N_LANES_ROW;
-    const int32_t visible = row0 + ir < a.n_rows ? fattn_n_visible(a, t.ranges, ih, row0 + ir) : 0;
+    const int32_t visible = piece.row0 + ir < a.n_rows ? fattn_n_visible(a, t.ranges, piece.ih, piece.row0 + ir) : 0;
 
     fattn_softmax own;
     own.max = FATTN_LOWEST;
     own.sum = 0.0f;
 
-    for (int32_t tile = tile0; tile < tile1; ++tile) {
+    for (int32_t tile = piece.tile0; tile < piece.tile1; ++tile) {
         const int32_t cell0 = tile*n_cells;
 
         fattn_tile_load_cells<row_t, n_cells, shape::LD_Q>(sh.kv, k, a.type_k, a.nb_k, cell0, n_visible - cell0, a.n_embd_k, n_pad_k, id);
@@ -255,5 +249,17 @@ SIMT_FUNC void fattn_tile(fattn_args a, fattn_tensors t, fattn_tile_shared sh, s
     fattn_tile_store_softmax<shape::N_LANES_ROW>(sh, ir, lane, own);
     simt_barrier();
 
-    fattn_tile_write<n_rows, shape::LD_O>(a, t, sh, ih, row0, id);
+    fattn_tile_write<n_rows, shape::LD_O>(a, t, sh, piece, id);
+    simt_barrier();
+}
+
+// Kernel: a block of n_rows rows, for heads of up to n_embd elements
+template <typename row_t, int n_rows, int n_cells, int n_embd>
+SIMT_FUNC void fattn_tile(fattn_args a, fattn_tensors t, fattn_tile_shared sh, simt_ids id) {
+    const fattn_share share = fattn_share_of(a, t.ranges, n_rows, n_cells, id);
+
+    fattn_walk walk = fattn_walk_of(share);
+    while (fattn_walk_next(a, t.ranges, share, n_rows, n_cells, id, walk)) {
+        fattn_tile_attend<row_t, n_rows, n_cells, n_embd>(a, t, walk.piece, sh, id);
+    }
 }

@@ -4,7 +4,8 @@
 //
 //   SIMT_FUNC, SIMT_UNROLL                what stands before functions and loops
 //   SIMT_GLOBAL(T), SIMT_SHARED(T)        pointers into device memory and into memory of a block
-//   SIMT_CAST(T, p)                       pointer into device memory of another type
+//   SIMT_CAST(T, p), SIMT_SHARED_CAST(T, p)
+//                                         pointer into device memory, and into memory of the block, of another type
 //   SIMT_THREAD(T)                        reference to a variable of the thread, that is to registers: what takes one is inlined
 //   simt_ids                              block of the grid, thread of the block, warp and lane
 //   simt_barrier()                        all threads of a block
@@ -18,14 +19,27 @@
 //   simt_f16, simt_to_f16                 half precision
 //   simt_dp2a_lo, _hi(a, b, c)            c + the products of the two int16 in a and the lower, or upper, two int8 in b
 //   simt_known(p)                         p, a pointer, as a value: not to be computed again where it is used
+//   simt_fresh(x)                         x, an int32_t, of which compilers know nothing: what follows from it is computed where it stands
 //   simt_byte_f32(x, i)                   byte i of x, 0 to 255, added to SIMT_BYTE_F32_ZERO: without a conversion, of which devices
 //                                         make few at a time
-//   simt_get, simt_pack, simt_unpack_f16, simt_bits_to_f32, simt_f32_to_bits, simt_min, simt_max, simt_exp2
+//   simt_mma_a, simt_mma_b, simt_mma_c    operands and sums of a product of matrices in registers of a warp: [16, 16] and [8, 16] F16, [8, 16]
+//                                         F32 (columns, rows), whose elements lanes know: see there
+//   simt_copy_async(dst, src), simt_copy_commit(), simt_copy_wait<n>()
+//                                         16 bytes from device memory to memory of the block, on their way while the thread goes on; what
+//                                         was copied between two commits is there for the thread when it has waited for all but the last
+//                                         n commits, for others after a barrier behind that
+//   simt_store_u32x4(dst, x)              16 bytes into memory of the block
+//   simt_bytes_f16x2(x, i), simt_scale_f16x2(x, zero, scale)
+//                                         bytes 2*i and 2*i + 1 of x, 0 to 255, as two F16, 1024 larger; (x - zero)*scale of two F16
+//   simt_get, simt_pack, simt_unpack_f16, simt_pack_f16, simt_bits_to_f32, simt_f32_to_bits, simt_min, simt_max, simt_exp2
 
 #include "common.cuh"
 
 #ifndef GGML_USE_HIP
 #include <mma.h>
+
+#include "cp-async.cuh"
+#include "mma.cuh"
 #endif
 
 #define SIMT_FUNC __device__ __forceinline__
@@ -34,10 +48,11 @@
 #define SIMT_GLOBAL(T) T *
 #define SIMT_SHARED(T) T *
 #define SIMT_CAST(T, p) reinterpret_cast<T *>(p)
+#define SIMT_SHARED_CAST(T, p) reinterpret_cast<T *>(p)
 #define SIMT_THREAD(T) T &
 
 // the entry of a kernel: memory of the block, and pointers as the texts have them
-#define SIMT_SHARED_ARRAY(T, name, n) __shared__ __align__(32) T name[n] // as matrices want it
+#define SIMT_SHARED_ARRAY(T, name, n) __shared__ __align__(128) T name[n] // as matrices want it
 #define SIMT_ENTER(p) p
 
 #define SIMT_KERNEL(n_threads, n_blocks_sm) static __global__ void __launch_bounds__(n_threads, n_blocks_sm)
@@ -101,6 +116,25 @@ static __device__ __forceinline__ float2 simt_unpack_f16(uint32_t x) {
     return __half22float2(*reinterpret_cast<const half2 *>(&x));
 }
 
+static __device__ __forceinline__ uint32_t simt_pack_f16(float lo, float hi) {
+    const half2 res = __floats2half2_rn(lo, hi);
+    return *reinterpret_cast<const uint32_t *>(&res);
+}
+
+static __device__ __forceinline__ void simt_store_u32x4(half * dst, uint4 x) {
+    *reinterpret_cast<uint4 *>(dst) = x;
+}
+
+static __device__ __forceinline__ uint32_t simt_bytes_f16x2(uint32_t x, int i) {
+    return __byte_perm(x, 0x64646464, i == 0 ? 0x4140 : 0x4342);
+}
+
+// zero and scale: the same number in both halves
+static __device__ __forceinline__ uint32_t simt_scale_f16x2(uint32_t x, uint32_t zero, uint32_t scale) {
+    const half2 res = __hmul2(__hsub2(*reinterpret_cast<const half2 *>(&x), *reinterpret_cast<const half2 *>(&zero)), *reinterpret_cast<const half2 *>(&scale));
+    return *reinterpret_cast<const uint32_t *>(&res);
+}
+
 static __device__ __forceinline__ float simt_bits_to_f32(uint32_t x) {
     return __uint_as_float(x);
 }
@@ -149,6 +183,13 @@ static __device__ __forceinline__ T * simt_known(T * p) {
     asm("" : "+l"(p));
 #endif
     return p;
+}
+
+static __device__ __forceinline__ int32_t simt_fresh(int32_t x) {
+#ifndef GGML_USE_HIP
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
 }
 
 template <typename T>
@@ -277,5 +318,110 @@ static __device__ __forceinline__ void simt_frag_mma_t(simt_frag & c, const half
     nvcuda::wmma::load_matrix_sync(fb, b, ld_b);
     nvcuda::wmma::mma_sync(c, fa, fb, c);
 }
+
+#endif
+
+//
+// matrices in registers, as the PTX documents lay them out in a warp: lane l has
+//
+//   simt_mma_a  rows l/4 and l/4 + 8, columns 2*(l%4) and the next, and the same 8 columns further on
+//   simt_mma_b  rows 2*(l%4) and the next, and the same 8 rows further on, of column l/4
+//   simt_mma_c  x[0] and x[1] of row l/4, x[2] and x[3] of row l/4 + 8, columns 2*(l%4) and the next
+//
+// simt_mma_load_a(a, p)    a: 16 x 16 in memory of the block. A lane names 16 bytes of it by p: of row l%16, columns 8*(l/16) on
+// simt_mma_load_a_t(a, p)  the same, transposed
+// simt_mma(c, a, b)        c += a*b
+// simt_transpose_f16(x)    of the 8 x 8 F16 of which lane l has row l/4, columns 2*(l%4) and the next: the transposed ones
+//
+
+#if defined(GGML_USE_HIP) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_TURING)
+
+// there are no such products, has_mma() of flash-attn-ragged.cu says so
+struct simt_mma_a { uint32_t x[4]; };
+struct simt_mma_b { uint32_t x[2]; };
+struct simt_mma_c { float    x[4]; };
+
+static __device__ void     simt_mma_load_a  (simt_mma_a &, const half *) { NO_DEVICE_CODE; }
+static __device__ void     simt_mma_load_a_t(simt_mma_a &, const half *) { NO_DEVICE_CODE; }
+static __device__ void     simt_mma(simt_mma_c &, const simt_mma_a &, const simt_mma_b &) { NO_DEVICE_CODE; }
+static __device__ uint32_t simt_transpose_f16(uint32_t x) { NO_DEVICE_CODE; return x; }
+
+#else
+
+struct simt_mma_a { ggml_cuda_mma::tile<16, 8, half2> m; };
+
+struct simt_mma_b {
+    uint32_t x[2];
+};
+
+struct simt_mma_c {
+    float x[4];
+};
+
+// ggml's load_ldmatrix() takes blocks of warps in two dimensions, and rows that are not permuted
+static __device__ __forceinline__ void simt_mma_load_a(simt_mma_a & a, const half * p) {
+    int * x = reinterpret_cast<int *>(a.m.x);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"((uint32_t) __cvta_generic_to_shared(p)));
+}
+
+static __device__ __forceinline__ void simt_mma_load_a_t(simt_mma_a & a, const half * p) {
+    int * x = reinterpret_cast<int *>(a.m.x);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x[0]), "=r"(x[2]), "=r"(x[1]), "=r"(x[3]) : "r"((uint32_t) __cvta_generic_to_shared(p)));
+}
+
+static __device__ __forceinline__ void simt_mma(simt_mma_c & c, const simt_mma_a & a, const simt_mma_b & b) {
+    ggml_cuda_mma::tile<16, 8, float> tc;
+    ggml_cuda_mma::tile<8,  8, half2> tb;
+    SIMT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        tc.x[i] = c.x[i];
+    }
+    tb.x[0] = *reinterpret_cast<const half2 *>(&b.x[0]);
+    tb.x[1] = *reinterpret_cast<const half2 *>(&b.x[1]);
+    ggml_cuda_mma::mma(tc, a.m, tb);
+    SIMT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        c.x[i] = tc.x[i];
+    }
+}
+
+static __device__ __forceinline__ uint32_t simt_transpose_f16(uint32_t x) {
+    return ggml_cuda_movmatrix((int) x);
+}
+
+#endif
+
+//
+// copies
+//
+
+#if !defined(GGML_USE_HIP) && defined(CP_ASYNC_AVAILABLE)
+
+static __device__ __forceinline__ void simt_copy_async(half * dst, const char * src) {
+    cp_async_cg_16<128>((uint32_t) __cvta_generic_to_shared(dst), src);
+}
+
+static __device__ __forceinline__ void simt_copy_commit() {
+    asm volatile("cp.async.commit_group;");
+}
+
+template <int n>
+static __device__ __forceinline__ void simt_copy_wait() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(n) : "memory");
+}
+
+#else
+
+// done when the thread goes on
+static __device__ __forceinline__ void simt_copy_async(half * dst, const char * src) {
+    simt_store_u32x4(dst, simt_load_u32x4(src));
+}
+
+static __device__ __forceinline__ void simt_copy_commit() {}
+
+template <int n>
+static __device__ __forceinline__ void simt_copy_wait() {}
 
 #endif

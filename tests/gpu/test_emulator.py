@@ -28,7 +28,8 @@ def test_cost_of_a_token(native_tests: Path) -> None:
     bounds = ["blocks", "rounds over cells", "loads for cells", "barriers over cells", "k", "v"]
     bounds += ["rounds over parts", "barriers of combine", "bytes of results", "bytes of parts"]
     for bound in bounds:
-        assert sum(line.startswith(f"  {bound}: OK") for line in run.stdout.splitlines()) == 22, bound
+        assert sum(line.startswith(f"  {bound}: OK") for line in run.stdout.splitlines()) == 27, bound
+    assert sum(line.startswith("  now:") for line in run.stdout.splitlines()) == 11
 
 
 @pytest.mark.parametrize("device", ["cuda", "metal"])

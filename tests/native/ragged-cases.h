@@ -10,6 +10,7 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -356,6 +357,23 @@ static std::vector<ragged_case> make_test_cases(bool all) {
                     res.push_back({ hs, hs, type, type, n_gqa, 2, { n/2 | 1, 0, n }, 0.0f, j % 3 == 2, true, threads[j % 3] });
                 }
                 j++;
+            }
+        }
+    }
+
+    // Groups of query heads, and a few tokens: products of 8 to 64 rows and what they leave over, ends of tiles of 32 to 128 cells, shares
+    // that begin and end anywhere
+    const std::vector<std::array<int64_t, 2>> groups = { { 4, 1 }, { 3, 2 }, { 8, 1 }, { 4, 3 }, { 4, 4 }, { 5, 5 }, { 4, 8 }, { 8, 8 }, { 12, 8 } };
+    j = 0;
+    for (const auto type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_BF16 }) {
+        for (const auto & [hsk, hsv] : std::vector<std::array<int64_t, 2>>{ { 64, 64 }, { 128, 128 }, { 256, 256 }, { 192, 128 }, { 96, 80 } }) {
+            for (const auto & [n_gqa, n_t] : groups) {
+                const bool whole = hsk % ggml_blck_size(type) == 0 && hsv % ggml_blck_size(type) == 0;
+                if (j++ % (type == GGML_TYPE_BF16 ? 4 : hsk % 128 == 0 || hsk == 64 ? 1 : 2) == 0 && whole) {
+                    const int64_t n = 130 + j*67 % 450;
+                    res.push_back({ hsk, hsv, type, type, n_gqa, n_t, j % 4 == 0 ? std::vector<int64_t>{ n + n_t } :
+                            std::vector<int64_t>{ n + n_t, 0, 1, n/3 | 1, 64 }, j % 3 == 1 ? 10.0f : 0.0f, j % 5 < 2, j % 7 != 4, threads[j % 3], j % 2 == 0 });
+                }
             }
         }
     }

@@ -160,6 +160,45 @@ static void test_faults_of_small_kernels() {
 
     got = run_kernel([](ids, auto data, auto) { simt_load_u32x4(SIMT_CAST(const char, data) + 8); });
     expect(has(got, "not aligned"), "a load that is not aligned", got);
+
+    // 64 threads read what 16 of them copy, without the wait or the barrier that they should come to first
+    const auto copy = [](bool waits, bool meets, int n_commits, auto id, auto data, auto sh) {
+        if (id.tid < 16) {
+            simt_copy_async(SIMT_SHARED_CAST(simt_f16, sh) + 8*id.tid, SIMT_CAST(const char, data) + 16*id.tid);
+        }
+        simt_copy_commit();
+        if (n_commits == 2) {
+            simt_copy_commit();
+        }
+        if (waits) {
+            simt_copy_wait<1>();
+        }
+        if (meets) {
+            simt_barrier();
+        }
+        const float x = sh[63 - id.tid];
+        if (!waits || n_commits == 1) {
+            simt_copy_wait<0>();
+        }
+        simt_barrier();
+        sh[id.tid] = x;
+    };
+    got = run_kernel([&](ids id, auto data, auto sh) { copy(true, true, 2, id, data, sh); });
+    expect(got.empty(), "a copy that is waited for", got);
+    got = run_kernel([&](ids id, auto data, auto sh) { copy(false, true, 2, id, data, sh); });
+    expect(has(got, "on its way"), "a copy that nobody waits for", got);
+    got = run_kernel([&](ids id, auto data, auto sh) { copy(true, true, 1, id, data, sh); });
+    expect(has(got, "on its way"), "a wait for all but the last copies", got);
+    got = run_kernel([&](ids id, auto data, auto sh) { copy(true, false, 2, id, data, sh); });
+    expect(has(got, "nobody wrote") || has(got, "race") || has(got, "on its way"), "a wait without a barrier", got);
+
+    got = run_kernel([](ids id, auto data, auto sh) {
+        sh[id.tid] = data[id.tid];
+        simt_barrier();
+        simt_mma_a a;
+        simt_mma_load_a(a, SIMT_SHARED_CAST(simt_f16, sh) + id.lane);
+    });
+    expect(has(got, "not aligned"), "rows of an operand that are not aligned", got);
 }
 
 // our kernels without one of their barriers, and with ranges that reach behind the pool
@@ -168,6 +207,9 @@ static void test_faults_of_our_kernels(const simt_device & device, ggml_backend_
     const std::vector<ragged_case> cases = {
         { 64,  64,  GGML_TYPE_F16,  GGML_TYPE_F16,  3, 1,  { 700, 0, 33 }, 0.0f, false, true, 1 },
         { 128, 128, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, 4, 20, { 300, 90 },    0.0f, true,  true, 1 },
+        // several heads in a share, of every 24 blocks
+        { 128, 128, GGML_TYPE_F16,  GGML_TYPE_F16,  4, 1,  std::vector<int64_t>(30, 90), 0.0f, false, true, 1 },
+        { 64,  64,  GGML_TYPE_F32,  GGML_TYPE_F32,  4, 20, { 300, 90 },    0.0f, true,  true, 1 },
     };
     for (const auto & tc : cases) {
         rng.seed(1);
@@ -200,8 +242,9 @@ static void test_faults_of_our_kernels(const simt_device & device, ggml_backend_
 static void test_queries_that_are_not_finite(const simt_device & device, ggml_backend_t backend) {
     for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
         for (const float softcap : { 0.0f, 10.0f }) {
-            for (const float x : { NAN, INFINITY }) {
-                const ragged_case tc = { 64, 64, type, type, 3, 1, { 300, 33 }, softcap, true, true, 1 };
+            for (const int i : { 0, 1, 2, 3 }) {
+                const float x = i % 2 ? INFINITY : NAN;
+                const ragged_case tc = { 64, 64, type, type, i < 2 ? 3 : 4, 1, { 300, 33 }, softcap, true, true, 1 };
                 rng.seed(1);
                 ragged_graph g = build_graph(tc, backend);
                 result right = compute(device, g, 1);
@@ -210,7 +253,8 @@ static void test_queries_that_are_not_finite(const simt_device & device, ggml_ba
                 result res = compute(device, g, 1);
 
                 // a softcap makes infinite scores finite, as it should; products of whole numbers never were infinite
-                const bool is_finite = softcap != 0.0f && type == GGML_TYPE_F16 && std::isinf(x);
+                const bool has_mma   = tc.n_gqa == 4 && device.name == std::string("CUDA");
+                const bool is_finite = softcap != 0.0f && (type == GGML_TYPE_F16 || has_mma) && std::isinf(x);
                 const auto row = res.out.begin() + 2*tc.hsv;
                 const bool ok  = is_finite || std::all_of(row, row + tc.hsv, [](float y) { return std::isnan(y); });
                 std::fill_n(row, tc.hsv, 0.0f);
@@ -236,20 +280,119 @@ static int64_t n_loads_of(ggml_type type) {
     }
 }
 
-// What a token costs on a device of 132 multiprocessors, as in tests/gpu/README.md's measurements; what is far longer has more turns of
+// what a kernel for cells reads and how its turns come about: those of the texts
+struct cost_shape {
+    int64_t n_rows;    // of a block
+    int64_t n_tile;    // cells of a turn
+    int64_t n_parts;   // loads of a lane of a turn, of K and of V each, that are parts of rows
+    int64_t n_rounds;  // waits of a turn
+    int64_t n_barriers, n_barriers_head; // of a turn, and of a head
+    int64_t n_queries; // loads of a lane for a head
+    int64_t n_blocks_sm;
+};
+
+// flash-attn-ragged-vec.h
+static cost_shape vec_shape(const ragged_case & tc) {
+    const int64_t n_rows  = tc.n_gqa*tc.n_tokens == 3 ? 4 : tc.n_gqa*tc.n_tokens;
+    const int64_t n_steps = n_rows > 4 ? 2 : 4;
+    return { n_rows, 64/(tc.hsk/8)*n_steps*2, n_steps, 1, 0, 2*n_rows, (8 + 3)*n_rows, n_rows <= 2 ? 4 : n_rows <= 4 ? 3 : 2 };
+}
+
+// flash-attn-ragged-mma.h: 16 KiB of keys and of values in parts of 16 bytes for 128 threads, or half of that
+static cost_shape mma_shape(const ragged_case & tc) {
+    const int64_t n_all  = tc.n_gqa*tc.n_tokens;
+    const int64_t n_rows = n_all <= 8 ? 8 : n_all <= 16 ? 16 : n_all <= 32 ? 32 : 64;
+    const int64_t n_n    = n_rows > 16 ? 2 : 1; // products of 8 rows of a warp
+    const int64_t n_kib  = n_rows > 32 ? 8 : 16;
+    return { n_rows, 512*n_kib/tc.hsk, n_kib/2, 2, 2, 3, n_n*(tc.hsk/4 + 2) + 6, n_rows > 16 ? 2 : n_rows == 8 && tc.type_k == GGML_TYPE_F16 ? 4 : 3 };
+}
+
+// What tokens cost on a device of 132 multiprocessors, as in tests/gpu/README.md's measurements; what is far longer has more turns of
 // the same loop. Bounds:
-//   blocks                           what a device keeps in flight at a time: 4 or 3 of a multiprocessor, by their registers (CUDA),
+//   blocks                           what a device keeps in flight at a time: 4 to 2 of a multiprocessor, by their registers (CUDA),
 //                                    2 of the largest device (Metal). More would wait for their turn, and write parts
-//   rounds of the kernel for cells   a turn of the loop over tiles is a round, and 4 are for the table of heads, queries and the parts'
-//                                    ends
+//   rounds of the kernel for cells   a turn of the loop over tiles is a round with few rows. With products of matrices, whose turns have
+//                                    as many cells as fit into 16 KiB, it is two, for keys and for values, which were loaded half a turn
+//                                    or a turn before. 4 are for the table of heads, queries and the parts' ends, of every head of a share
 //   loads of the kernel for cells    of a lane: those of a turn, which are independent, and for every head of a share those of queries
 //                                    and of the table. Quantised rows read two bytes at a time take 5 loads where 3 and 2 are enough
-//   barriers of it                   two a row and head of a share, none in the loop
+//   barriers of it                   with few rows two a row and head of a share, none in the loop; with products two a turn, as slots
+//                                    are full and free again, and three a head
 //   rounds that combine parts        32 parts a round (4 warps, FATTN_N_PARTS_STEP each), and 4 for the table and the softmaxes.
 //                                    A loop over all parts in every thread, 2 rounds a part, took 70 to 174 of 90 to 190 us
 //   bytes read                       cells are read once: 2 % for rows whose first and last bytes share a word with others
 //   bytes written                    every result once; a part for every row, block and head at most: a share ends in one head and
 //                                    begins in another
+static void test_cost_of(const simt_device & device, const ragged_case & tc, const cost_shape & shape, ggml_backend_t backend) {
+    rng.seed(1);
+    ragged_graph g   = build_graph(tc, backend);
+    const result res = compute(device, g, 1);
+
+    const bool cuda = device.name == std::string("CUDA");
+    printf("%s %s\n", device.name, tc.vars().c_str());
+    if (res.costs.size() != 2) {
+        expect(false, "two kernels", res.error);
+        return;
+    }
+    const simt::launch_cost & cells   = res.costs[0];
+    const simt::launch_cost & combine = res.costs[1];
+
+    int64_t n_cells = 0;
+    for (const int64_t n : tc.n_cells) {
+        n_cells += n;
+    }
+    const int64_t n_heads = tc.n_cells.size();
+    const int64_t n_min   = shape.n_rounds > 1 ? (4*shape.n_rows + shape.n_tile - 1)/shape.n_tile : 1; // turns of a share: n_tiles_min
+    const int64_t n_turns = std::max(n_min, (n_cells/shape.n_tile + n_heads + cells.n_blocks - 1)/cells.n_blocks + 1);
+    const int64_t n_parts = *std::max_element(tc.n_cells.begin(), tc.n_cells.end())*cells.n_blocks/n_cells + 2;
+
+    // heads that a share of so many turns reaches into
+    int64_t n_heads_share = 1;
+    for (int64_t ih = 0; ih < n_heads; ++ih) {
+        int64_t n = 0, rest = n_turns - 1;
+        for (int64_t i = ih; i < n_heads && rest > 0; ++i, ++n) {
+            rest -= i == ih ? 1 : (tc.n_cells[i] + shape.n_tile - 1)/shape.n_tile;
+        }
+        n_heads_share = std::max(n_heads_share, n);
+    }
+
+    const auto at_most = [](const char * what, int64_t got, int64_t bound) {
+        expect(got <= bound, what, std::to_string(got) + ", at most " + std::to_string(bound));
+    };
+    at_most("blocks", cells.n_blocks, cuda ? 132*shape.n_blocks_sm : 160);
+    at_most("rounds over cells", cells.n_rounds, n_turns*shape.n_rounds + (shape.n_rounds > 1 ? 4*n_heads_share : 4));
+    at_most("loads for cells", cells.n_loads,
+            n_turns*shape.n_parts*(n_loads_of(tc.type_k) + n_loads_of(tc.type_v)) + n_heads_share*shape.n_queries + n_heads + 8);
+    at_most("barriers over cells", cells.n_barriers, n_turns*shape.n_barriers + n_heads_share*shape.n_barriers_head);
+    at_most("rounds over parts", combine.n_rounds, (n_parts + 31)/32 + 4);
+    at_most("barriers of combine", combine.n_barriers, 1);
+    for (const char * pool : { "k", "v" }) {
+        const ggml_tensor * t = pool[0] == 'k' ? g.k : g.v;
+        at_most(pool, cells.bytes_read.at(pool), n_cells*t->nb[1]*102/100);
+    }
+    const int64_t n_rows = tc.n_gqa*tc.n_tokens;
+    at_most("bytes of results", cells.bytes_written.at("the result") + combine.bytes_written.at("the result"), n_heads*n_rows*tc.hsv*4);
+    at_most("bytes of parts", cells.bytes_written.at(cuda ? "scratch" : "the parts"), (cells.n_blocks + n_heads)*n_rows*(tc.hsv + 2)*4);
+}
+
+// what the kernels without products in registers cost, those of a device of sm_70, beside what replaced them
+static void print_costs(const ragged_case & tc, ggml_backend_t backend) {
+    for (const int cc : { 700, 800 }) {
+        simt_cuda_cc = cc;
+        rng.seed(1);
+        ragged_graph g   = build_graph(tc, backend);
+        const result res = compute(DEVICES[0], g, 1);
+        if (res.costs.empty()) {
+            expect(false, "costs", res.error);
+            continue;
+        }
+        const simt::launch_cost & c = res.costs[0];
+        printf("  %s: %d blocks, %d rounds, %d loads, %d barriers, %.1f MB of cells, %.2f MB of parts\n", cc == 700 ? "before" : "now", c.n_blocks,
+                c.n_rounds, c.n_loads, c.n_barriers, (c.bytes_read.at("k") + c.bytes_read.at("v"))*1e-6,
+                c.bytes_written.count("scratch") ? c.bytes_written.at("scratch")*1e-6 : 0.0);
+    }
+}
+
 static void test_cost(ggml_backend_t backend) {
     const auto uniform = [](int64_t n_head_kv, int64_t n) { return std::vector<int64_t>(n_head_kv, n); };
     const std::vector<int64_t> ragged = { 8192, 200, 4096, 1, 12000, 2048, 6000, 231 };
@@ -263,64 +406,32 @@ static void test_cost(ggml_backend_t backend) {
     cases.push_back({ 64,  64,  GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, 3, 1, uniform(3, 491),  0.0f, false, true, 1 });
     cases.push_back({ 128, 128, GGML_TYPE_Q4_0, GGML_TYPE_Q4_0, 1, 1, uniform(40, 300), 0.0f, false, true, 1 });
 
+    // what products in registers serve beside those
+    std::vector<ragged_case> groups;
+    groups.push_back({ 128, 128, GGML_TYPE_F16,  GGML_TYPE_F16,  4, 1, uniform(8, 16384), 0.0f, false, true, 1 });
+    groups.push_back({ 128, 128, GGML_TYPE_F16,  GGML_TYPE_F16,  8, 8, uniform(4, 4096),  0.0f, false, true, 1 });
+    groups.push_back({ 128, 128, GGML_TYPE_F16,  GGML_TYPE_F16,  4, 8, uniform(8, 4096),  0.0f, false, true, 1 });
+    groups.push_back({ 128, 128, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, 4, 8, ragged,            0.0f, false, true, 1 });
+    groups.push_back({ 64,  64,  GGML_TYPE_F16,  GGML_TYPE_F16,  3, 8, uniform(3, 4096),  0.0f, false, true, 1 });
+
     const int n_sm = simt_cuda_n_sm;
+    const int cc   = simt_cuda_cc;
     simt_cuda_n_sm = 132;
-    for (const simt_device & device : DEVICES) {
-        const bool cuda = device.name == std::string("CUDA");
-        for (const auto & tc : cases) {
-            rng.seed(1);
-            ragged_graph g   = build_graph(tc, backend);
-            const result res = compute(device, g, 1);
-            printf("%s %s\n", device.name, tc.vars().c_str());
-            if (res.costs.size() != 2) {
-                expect(false, "two kernels", res.error);
-                continue;
+    for (const auto & tc : cases) {
+        for (const simt_device & device : DEVICES) {
+            const bool has_mma = device.name == std::string("CUDA") && tc.n_gqa*tc.n_tokens >= 4;
+            test_cost_of(device, tc, has_mma ? mma_shape(tc) : vec_shape(tc), backend);
+            if (has_mma) {
+                print_costs(tc, backend);
             }
-            const simt::launch_cost & cells   = res.costs[0];
-            const simt::launch_cost & combine = res.costs[1];
-
-            int64_t n_cells = 0;
-            for (const int64_t n : tc.n_cells) {
-                n_cells += n;
-            }
-            const int64_t n_heads = tc.n_cells.size();
-            const int64_t n_steps = tc.n_gqa > 4 ? 2 : 4;
-            const int64_t n_tile  = 64/(tc.hsk/8)*n_steps*2; // fattn_vec_shape::N_CELLS_TILE
-            const int64_t n_turns = (n_cells/n_tile + n_heads + cells.n_blocks - 1)/cells.n_blocks + 1;
-            const int64_t n_parts = *std::max_element(tc.n_cells.begin(), tc.n_cells.end())*cells.n_blocks/n_cells + 2;
-
-            // heads that a share of so many turns reaches into
-            int64_t n_heads_share = 1;
-            for (int64_t ih = 0; ih < n_heads; ++ih) {
-                int64_t n = 0, rest = n_turns - 1;
-                for (int64_t i = ih; i < n_heads && rest > 0; ++i, ++n) {
-                    rest -= i == ih ? 1 : (tc.n_cells[i] + n_tile - 1)/n_tile;
-                }
-                n_heads_share = std::max(n_heads_share, n);
-            }
-            const int64_t n_rows = tc.n_gqa == 3 ? 4 : tc.n_gqa;
-
-            const auto at_most = [](const char * what, int64_t got, int64_t bound) {
-                expect(got <= bound, what, std::to_string(got) + ", at most " + std::to_string(bound));
-            };
-            at_most("blocks", cells.n_blocks, cuda ? 132*(n_rows <= 2 ? 4 : 3) : 160);
-            at_most("rounds over cells", cells.n_rounds, n_turns + 4);
-            at_most("loads for cells", cells.n_loads,
-                    n_turns*n_steps*(n_loads_of(tc.type_k) + n_loads_of(tc.type_v)) + n_heads_share*(8 + 3)*n_rows + n_heads + 8);
-            at_most("barriers over cells", cells.n_barriers, n_heads_share*2*n_rows);
-            at_most("rounds over parts", combine.n_rounds, (n_parts + 31)/32 + 4);
-            at_most("barriers of combine", combine.n_barriers, 1);
-            for (const char * pool : { "k", "v" }) {
-                const ggml_tensor * t = pool[0] == 'k' ? g.k : g.v;
-                at_most(pool, cells.bytes_read.at(pool), n_cells*t->nb[1]*102/100);
-            }
-            const int64_t bytes_results = n_heads*tc.n_gqa*tc.hsv*4;
-            at_most("bytes of results", cells.bytes_written.at("the result") + combine.bytes_written.at("the result"), bytes_results);
-            at_most("bytes of parts", cells.bytes_written.at(cuda ? "scratch" : "the parts"),
-                    (cells.n_blocks + n_heads)*tc.n_gqa*(tc.hsv + 2)*4);
         }
     }
+    for (const auto & tc : groups) {
+        test_cost_of(DEVICES[0], tc, mma_shape(tc), backend);
+        print_costs(tc, backend);
+    }
     simt_cuda_n_sm = n_sm;
+    simt_cuda_cc   = cc;
 }
 
 int main(int argc, char ** argv) {

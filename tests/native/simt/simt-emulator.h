@@ -5,6 +5,8 @@
 //   - an access outside of the block's memory, or a read of what nobody wrote
 //   - two accesses to the same bytes of shared or device memory by two threads without a barrier between, one of them a write
 //   - a barrier or a shuffle that not all threads of the block or warp come to
+//   - a read of what is copied asynchronously before the thread that copies has waited for it; for other threads the end of that wait is
+//     the write
 // It counts what a launch costs, see launch_cost.
 //
 // Order: fibers of a block take turns in an order that a seed shuffles at every barrier, blocks run one after another.
@@ -14,6 +16,7 @@
 #include "simt-fiber.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdarg>
 #include <cstddef>
 #include <cstdint>
@@ -79,6 +82,8 @@ struct trace {
     }
 };
 
+using words = std::array<uint32_t, 6>;
+
 enum class wait { none, block, warp, done };
 
 struct thread {
@@ -91,6 +96,12 @@ struct thread {
     uint32_t value  = 0; // bits of what is shuffled, before and after
     int32_t  mask   = 0; // what its exchange is told apart by
     int32_t  source = 0; // lane whose value it asks for
+
+    words told{}; // to all lanes of its warp
+
+    // asynchronous copies, oldest first: where they begin in shared memory, and how many of them every commit ended
+    std::vector<size_t> copies;
+    std::vector<size_t> commits;
 
     // of its kernel so far, see launch_cost
     int32_t n_rounds   = 0;
@@ -212,6 +223,49 @@ public:
         return exchange(x, lane0 + i, WARP, line);
     }
 
+    // what all lanes of the warp tell, by lane; valid until they come here again
+    const words * collect(const words & told, int line) {
+        current->told = told;
+        current->mask  = COLLECT;
+        use();
+        yield(wait::warp, line);
+        return collected[current->id/WARP].data();
+    }
+
+    // size bytes to a place in shared memory; they are there when copy_wait() has seen to them
+    void copy_async(size_t to, size_t begin, size_t end, region * r, const char * from, size_t size) {
+        if (to % size != 0) {
+            fail("thread %d of block %d copies %zu bytes to byte %zu of shared memory", current->id, block, size, to - begin);
+        }
+        global_access(r, from, size, false);
+        memcpy(shared_access(to, size, begin, end, true), from, size);
+        std::fill_n(written.begin() + to, size, ON_ITS_WAY);
+        current->copies.push_back(to);
+        copy_size = size;
+    }
+
+    void copy_commit() { current->commits.push_back(current->copies.size()); }
+
+    // for all but the last n commits
+    void copy_wait(size_t n) {
+        use();
+        auto & copies  = current->copies;
+        auto & commits = current->commits;
+        if (commits.size() <= n) {
+            return;
+        }
+        const size_t n_done = commits[commits.size() - 1 - n];
+        for (size_t i = 0; i < n_done; ++i) {
+            std::fill_n(written.begin() + copies[i], copy_size, 1);
+            shared_access(copies[i], copy_size, 0, shared.size(), true);
+        }
+        copies.erase(copies.begin(), copies.begin() + n_done);
+        commits.erase(commits.begin(), commits.end() - n);
+        for (auto & commit : commits) {
+            commit -= n_done;
+        }
+    }
+
     bool any(bool x, int line) {
         int32_t res = x;
         for (int m = 1; m < WARP; m *= 2) {
@@ -228,6 +282,10 @@ public:
         for (size_t i = offset; i < offset + size; ++i) {
             if (!writes && !written[i]) {
                 fail("thread %d of block %d reads byte %zu of shared memory, which nobody wrote", current->id, block, offset - begin);
+            }
+            if (written[i] == ON_ITS_WAY) {
+                fail("thread %d of block %d %s byte %zu of shared memory, to which a copy is on its way", current->id, block,
+                    writes ? "writes" : "reads", offset - begin);
             }
             written[i] = 1;
         }
@@ -278,7 +336,9 @@ public:
     }
 
 private:
-    static constexpr size_t STACK = 64*1024;
+    static constexpr size_t  STACK      = 256*1024;
+    static constexpr uint8_t ON_ITS_WAY = 2;
+    static constexpr int     COLLECT    = -1; // the mask of collect()
 
     std::map<uintptr_t, region> regions;
     std::mt19937                rng;
@@ -298,6 +358,9 @@ private:
     std::vector<char>     shared;
     std::vector<uint8_t>  written;
     std::vector<trace>    traces;
+    size_t                copy_size = 0;
+
+    std::vector<std::array<words, WARP>> collected; // by warp
 
     void count_load(region & r, size_t first, size_t last) {
         current->n_loads++;
@@ -355,6 +418,15 @@ private:
             if (!std::all_of(first, last, is_waiting)) {
                 continue;
             }
+            any = true;
+            if (first[0]->mask == COLLECT) {
+                collected.resize(std::max<size_t>(collected.size(), w + 1));
+                for (int i = 0; i < WARP; ++i) {
+                    collected[w][i] = first[i]->told;
+                    first[i]->waits = wait::none;
+                }
+                continue;
+            }
             uint32_t value[WARP];
             for (int i = 0; i < WARP; ++i) {
                 value[i] = first[first[i]->source]->value;
@@ -363,7 +435,6 @@ private:
                 first[i]->value = value[i];
                 first[i]->waits = wait::none;
             }
-            any = true;
         }
         return any;
     }
@@ -430,6 +501,8 @@ inline void machine::run_block(int n_threads, const std::function<void()> & fn) 
         threads[i]->n_loads    = 0;
         threads[i]->n_barriers = 0;
         threads[i]->used       = true;
+        threads[i]->copies.clear();
+        threads[i]->commits.clear();
         threads[i]->context.start(threads[i]->stack.get(), STACK, enter);
     }
 
@@ -463,6 +536,11 @@ inline void machine::run_block(int n_threads, const std::function<void()> & fn) 
         }
     }
     current_machine() = outer;
+    for (int i = 0; i < n_threads && error.empty(); ++i) {
+        if (!threads[i]->copies.empty()) {
+            error = "thread " + std::to_string(i) + " of block " + std::to_string(block) + " ends with copies on their way";
+        }
+    }
     if (!error.empty()) {
         throw failure(error);
     }

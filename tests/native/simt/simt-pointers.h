@@ -109,9 +109,21 @@ public:
 
     shared_ptr    operator+ (int64_t i) const { return { at + i*sizeof(T), begin, end }; }
 
-private:
     size_t at, begin, end;
 };
+
+template <typename T, typename U>
+shared_ptr<T> shared_cast(const shared_ptr<U> & p) {
+    return { p.at, p.begin, p.end };
+}
+
+// 16 bytes as they lie there
+template <typename T>
+void check_aligned(const shared_ptr<T> & p, size_t size) {
+    if ((p.at - p.begin) % size != 0) {
+        fail("%zu bytes of shared memory at byte %zu are not aligned", size, p.at - p.begin);
+    }
+}
 
 template <typename T>
 shared_ptr<T> shared_array(int line, size_t n) {

@@ -14,6 +14,7 @@
 #define SIMT_GLOBAL(T) simt::global_ptr<T>
 #define SIMT_SHARED(T) simt::shared_ptr<T>
 #define SIMT_CAST(T, p) simt::cast<T>(p)
+#define SIMT_SHARED_CAST(T, p) simt::shared_cast<T>(p)
 #define SIMT_THREAD(T) T &
 
 #define SIMT_SHARED_ARRAY(T, name, n) const auto name = simt::shared_array<T>(__LINE__, n)
@@ -58,6 +59,24 @@ inline simt_f32x2 simt_unpack_f16(uint32_t x) {
     return { ggml_fp16_to_fp32(x & 0xFFFF), ggml_fp16_to_fp32(x >> 16) };
 }
 
+inline uint32_t simt_pack_f16(float lo, float hi) {
+    return (uint32_t) ggml_fp32_to_fp16(lo) | (uint32_t) ggml_fp32_to_fp16(hi) << 16;
+}
+
+inline uint32_t simt_bytes_f16x2(uint32_t x, int i) {
+    simt::current_machine()->use();
+    x >>= 16*i;
+    return 0x64006400u | (x & 0xFF) | (x & 0xFF00) << 8;
+}
+
+// differences of whole numbers are exact
+inline uint32_t simt_scale_f16x2(uint32_t x, uint32_t zero, uint32_t scale) {
+    const simt_f32x2 a = simt_unpack_f16(x);
+    const simt_f32x2 b = simt_unpack_f16(zero);
+    const simt_f32x2 c = simt_unpack_f16(scale);
+    return simt_pack_f16((a.x - b.x)*c.x, (a.y - b.y)*c.y);
+}
+
 inline float simt_bits_to_f32(uint32_t x) {
     simt::current_machine()->use();
     float res;
@@ -82,6 +101,8 @@ inline int32_t simt_dp2a_lo(uint32_t a, uint32_t b, int32_t c) {
 }
 
 inline int32_t simt_dp2a_hi(uint32_t a, uint32_t b, int32_t c) { return simt_dp2a_lo(a, b >> 16, c); }
+
+inline int32_t simt_fresh(int32_t x) { return x; }
 
 template <typename T> SIMT_GLOBAL(T) simt_known(const SIMT_GLOBAL(T) & p) { return p; }
 
@@ -161,3 +182,86 @@ inline void simt_frag_mma_t(simt_frag & c, SIMT_SHARED(simt_f16) a, int ld_a, SI
         }
     }
 }
+
+inline void simt_store_u32x4(SIMT_SHARED(simt_f16) p, const simt_u32x4 & x) {
+    simt::check_aligned(p, sizeof(x));
+    simt::current_machine()->use();
+    memcpy(simt::current_machine()->shared_access(p.at, sizeof(x), p.begin, p.end, true), &x, sizeof(x));
+}
+
+//
+// matrices in registers and asynchronous copies, by the documents of PTX (m16n8k16, ldmatrix, movmatrix, cp.async)
+//
+
+struct simt_mma_a { uint32_t x[4]; };
+struct simt_mma_b { uint32_t x[2]; };
+struct simt_mma_c { float    x[4]; };
+
+inline float simt_f16_of(uint32_t x, int i) { return ggml_fp16_to_fp32(x >> 16*i & 0xFFFF); }
+
+// ldmatrix.x4: lane 8*j + i names row i of the matrix j, 8 x 8; matrices 0 and 1 are the upper and lower half of the left columns. A lane
+// answers for the row that it names
+inline const simt::words * simt_mma_rows(SIMT_SHARED(simt_f16) p) {
+    simt::check_aligned(p, 16);
+    uint32_t x[4];
+    memcpy(x, simt::current_machine()->shared_access(p.at, sizeof(x), p.begin, p.end, false), sizeof(x));
+    return simt::current_machine()->collect({ x[0], x[1], x[2], x[3] }, __LINE__);
+}
+
+inline void simt_mma_load_a(simt_mma_a & a, SIMT_SHARED(simt_f16) p) {
+    const auto * rows = simt_mma_rows(p);
+    const int    lane = simt_get_ids().lane;
+    for (int j = 0; j < 4; ++j) {
+        a.x[j] = rows[8*j + lane/4][lane%4];
+    }
+}
+
+inline void simt_mma_load_a_t(simt_mma_a & a, SIMT_SHARED(simt_f16) p) {
+    const auto * rows = simt_mma_rows(p);
+    const int    lane = simt_get_ids().lane;
+    const auto   get  = [&](int j, int i) { return rows[8*j + i][lane/4/2] >> lane/4%2*16 & 0xFFFF; };
+    for (int j = 0; j < 4; ++j) {
+        // the transposed matrix has right above what was left below
+        a.x[j/2 + j%2*2] = get(j, lane%4*2) | get(j, lane%4*2 + 1) << 16;
+    }
+}
+
+inline void simt_mma(simt_mma_c & c, const simt_mma_a & a, const simt_mma_b & b) {
+    const auto * all  = simt::current_machine()->collect({ a.x[0], a.x[1], a.x[2], a.x[3], b.x[0], b.x[1] }, __LINE__);
+    const int    lane = simt_get_ids().lane;
+
+    float x[2][16], y[2][16]; // rows of a, columns of b
+    for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < 4; ++j) {
+            for (int k = 0; k < 2; ++k) {
+                const auto & row = all[lane/4*4 + j];
+                const auto & col = all[(lane%4*2 + i)*4 + j];
+                for (int h = 0; h < 2; ++h) {
+                    x[i][8*k + 2*j + h] = simt_f16_of(row[2*k + i], h);
+                    y[i][8*k + 2*j + h] = simt_f16_of(col[4 + k],   h);
+                }
+            }
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        for (int k = 0; k < 16; ++k) {
+            c.x[i] += x[i/2][k]*y[i%2][k];
+        }
+    }
+}
+
+inline uint32_t simt_transpose_f16(uint32_t x) {
+    const auto * rows = simt::current_machine()->collect({ x }, __LINE__);
+    const int    lane = simt_get_ids().lane;
+    const auto   get  = [&](int i) { return rows[i*4 + lane/4/2][0] >> lane/4%2*16 & 0xFFFF; };
+    return get(lane%4*2) | get(lane%4*2 + 1) << 16;
+}
+
+inline void simt_copy_async(SIMT_SHARED(simt_f16) dst, SIMT_GLOBAL(const char) src) {
+    simt::current_machine()->copy_async(dst.at, dst.begin, dst.end, src.r, src.p, 16);
+}
+
+inline void simt_copy_commit() { simt::current_machine()->copy_commit(); }
+
+template <int n>
+void simt_copy_wait() { simt::current_machine()->copy_wait(n); }

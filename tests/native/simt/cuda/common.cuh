@@ -13,19 +13,25 @@
 typedef simt::machine * cudaStream_t;
 
 extern int simt_cuda_n_sm; // multiprocessors of the device
+extern int simt_cuda_cc;   // its compute capability
 
-static constexpr int GGML_CUDA_CC_VOLTA = 700;
+static constexpr int GGML_CUDA_CC_VOLTA  = 700;
+static constexpr int GGML_CUDA_CC_TURING = 750;
+static constexpr int GGML_CUDA_CC_AMPERE = 800;
+
+#define GGML_CUDA_CC_IS_NVIDIA(cc) ((cc) > 0)
 
 struct ggml_cuda_device_info {
     struct {
         int cc;
         int nsm;
         int warp_size;
+        size_t smpbo;
     } devices[1];
 };
 
 inline ggml_cuda_device_info ggml_cuda_info() {
-    return { { { GGML_CUDA_CC_VOLTA, simt_cuda_n_sm, 32 } } };
+    return { { { simt_cuda_cc, simt_cuda_n_sm, 32, 227*1024 } } }; // memory of a block as an H100 has it
 }
 
 inline int ggml_cuda_highest_compiled_arch(int cc) {

@@ -3,6 +3,7 @@
 #include "test-simt-ragged.h"
 
 int simt_cuda_n_sm = 6; // so that small cases fill the device
+int simt_cuda_cc   = GGML_CUDA_CC_AMPERE;
 
 simt_device simt_cuda() {
     return {
