@@ -2,6 +2,7 @@
 
 #include "llama-impl.h"
 #include "llama-kv-ragged-create.h"
+#include "llama-kv-ragged-select.h"
 #include "llama-kv-ragged-seq.h"
 
 #include <algorithm>
@@ -74,10 +75,16 @@ bool llama_kv_ragged_policy_request(
         view.n_threads      = choice.n_threads();
         view.n_cells_thread = 65536; // selecting among fewer takes no longer than a thread does to start
 
-        llama_kv_ragged_claim claim(seq.get_meter(), wkv::select_bytes(view));
+        llama_kv_ragged_claim claim(seq.get_meter());
+        bool                  claimed = false;
 
-        const auto        scores  = [&](int32_t il0, int32_t il1) { return choice.score(il0, il1); };
-        const std::string refused = wkv::select_cells(view, n_cells, scores, choice.keep);
+        const auto scores = [&](int32_t il0, int32_t il1) {
+            claim.add(claimed ? 0 : wkv::select_bytes(view));
+            claimed = true;
+            return choice.score(il0, il1);
+        };
+        llama_kv_ragged_device_keys devices(choice, view);
+        const std::string           refused = wkv::select_cells(view, n_cells, scores, choice.keep, &devices);
         if (!refused.empty()) {
             llama_kv_ragged_refuse_unsupported(refused);
         }

@@ -19,5 +19,5 @@ struct simt_device {
 
 extern int simt_cuda_n_sm; // multiprocessors of the CUDA device
 
-simt_device simt_cuda();
+simt_device simt_cuda();  // GGML_OP_RAGGED_SELECT, too
 simt_device simt_metal();
