@@ -70,6 +70,20 @@ float * llama_kv_ragged_choice::score(size_t il0, size_t il1) {
     return scores.data();
 }
 
+void llama_kv_ragged_choice::score(size_t il, const llama_kv_ragged_score_fn & stay) {
+    const int64_t t_start_us = ggml_time_us();
+
+    if (!workspace) {
+        workspace = std::make_unique<llama_kv_ragged_workspace>(seq.get_meter());
+    }
+    llama_kv_ragged_score(lctx, seq, il, scoring, *workspace, nullptr, 0, stay);
+
+    if (il + 1 == seq.get_layers().size()) {
+        workspace.reset();
+    }
+    t_score_us += ggml_time_us() - t_start_us;
+}
+
 int32_t llama_kv_ragged_choice::n_threads() const {
     // a thread needs memory for the head it is at: 1/16 of the heads take a byte for every cell at most
     return std::clamp<int64_t>(lctx.n_threads_batch(), 1, std::max<int64_t>(1, cells.size()/16));

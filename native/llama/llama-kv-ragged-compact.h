@@ -23,6 +23,13 @@ public:
     // [n_gqa, cells]; zeros without windows. Valid until the next call.
     float * score(size_t il0, size_t il1);
 
+    // the same of one layer, taken into the graph that computes them
+    void score(size_t il, const llama_kv_ragged_score_fn & stay);
+
+    llama_context                 & get_lctx()    const { return lctx; }
+    const llama_kv_ragged_seq     & get_seq()     const { return seq; }
+    const llama_kv_ragged_scoring & get_scoring() const { return scoring; }
+
     // those of the context, as far as memory allows
     int32_t n_threads() const;
 

@@ -2,6 +2,7 @@
 
 #include "llama-impl.h"
 #include "llama-kv-ragged-create.h"
+#include "llama-kv-ragged-select.h"
 #include "llama-kv-ragged-seq.h"
 
 #include <algorithm>
@@ -106,9 +107,12 @@ bool llama_kv_ragged_policy_request(
         view.n_threads      = choice.n_threads();
         view.n_cells_thread = 65536; // selecting among fewer takes no longer than a thread does to start
 
-        llama_kv_ragged_claim claim(seq.get_meter(), wkv::select_bytes(view));
+        llama_kv_ragged_claim claim(seq.get_meter());
+        bool                  claimed = false;
 
         const auto scores = [&](int32_t il0, int32_t il1) {
+            claim.add(claimed ? 0 : wkv::select_bytes(view));
+            claimed = true;
             float * res = choice.score(il0, il1);
             if (rest) {
                 rest->cells.take(res, view.index(il0, 0), view.index(il1, 0), wkv::window_sizes(policy).size(), view.n_rows());
@@ -116,8 +120,10 @@ bool llama_kv_ragged_policy_request(
             return res;
         };
 
-        wkv::marks        own     = rest ? wkv::marks(cells.data(), cells.size()) : wkv::marks();
-        const std::string refused = wkv::select_cells(view, n_cells, scores, rest ? own : choice.keep);
+        // devices know of no pinned cells
+        llama_kv_ragged_device_keys devices(choice, view);
+        wkv::marks                  own     = rest ? wkv::marks(cells.data(), cells.size()) : wkv::marks();
+        const std::string           refused = wkv::select_cells(view, n_cells, scores, rest ? own : choice.keep, rest ? nullptr : &devices);
         if (!refused.empty()) {
             llama_kv_ragged_refuse_unsupported(refused);
         }

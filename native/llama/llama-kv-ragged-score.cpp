@@ -225,7 +225,7 @@ static ggml_tensor * build_part(
 
 size_t llama_kv_ragged_score(
         llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring,
-        llama_kv_ragged_workspace & workspace, float * dst, size_t n_stride) {
+        llama_kv_ragged_workspace & workspace, float * dst, size_t n_stride, const llama_kv_ragged_score_fn & stay) {
     const auto & layer   = seq.get_layers()[i];
     const auto & hparams = lctx.get_model().hparams;
     const auto & pool    = seq.cells[i].pool;
@@ -248,7 +248,7 @@ size_t llama_kv_ragged_score(
     auto       groups = make_groups(pool, len, n_most*n_cols*(int64_t) sizeof(float), std::min(scoring.n_bytes_max,
             scoring.n_bytes_group >= 0 ? scoring.n_bytes_group : attn.on_cpu ? 0 : N_BYTES_GROUP));
 
-    llama_kv_ragged_compute graph(lctx, layer, workspace, (16 + 20*parts.size())*(groups.size() + 1));
+    llama_kv_ragged_compute graph(lctx, layer, workspace, (24 + 20*parts.size())*(groups.size() + 1));
     ggml_context * ctx = graph.get_ctx();
 
     // A learned sink takes a share of every query's attention. Where this backend cannot read the model's tensor, the scores
@@ -279,6 +279,10 @@ size_t llama_kv_ragged_score(
             ggml_tensor * sum = build_part(ctx, attn, k, q, sinks, obs.n(), group, cur);
             group.sum = group.sum ? ggml_add(ctx, group.sum, sum) : sum;
         }
+        if (stay) {
+            stay(graph, group.sum, group.ih);
+            continue;
+        }
         ggml_set_output(group.sum);
         graph.expand(group.sum);
     }
@@ -299,6 +303,9 @@ size_t llama_kv_ragged_score(
     }
 
     graph.compute();
+    if (stay) {
+        return 0;
+    }
 
     // the results of one window follow each other, those of query heads kv head by kv head
     size_t i0 = 0;

@@ -127,7 +127,7 @@ struct near_run {
 
 // what is known of the last key of every group
 struct digits {
-    int shift = 64; // bits that are not known
+    int shift = 64; // bits that are not known; of keys that are counted elsewhere there may be fewer
     int width;      // of a digit
 
     std::vector<uint64_t> known;  // [groups], the bits above
@@ -146,6 +146,14 @@ struct digits {
 // counts cells by the next digit
 static void count(const competition & c, digits & d, bool first, bool collect) {
     std::fill(d.counts.begin(), d.counts.end(), 0);
+
+    if (c.count) {
+        for (size_t i = 0; first && i < c.n; ++i) {
+            d.n_over[i] += c.n_stays[i];
+        }
+        c.count({ d.shift, d.width, c.n_group, d.known.data(), d.open.data() }, d.counts.data());
+        return;
+    }
 
     const int      shift = d.shift;
     const int      width = d.width;
@@ -214,6 +222,7 @@ void compete(const competition & c, int32_t * res) {
     const int64_t n_cells  = std::accumulate(c.n_cells, c.n_cells + c.n, int64_t(0));
 
     digits d;
+    d.shift = c.n_bits;
     d.known .assign(n_groups, 0);
     d.open  .assign(n_groups, 1);
     d.rest  .assign(n_groups, 0);
@@ -223,10 +232,11 @@ void compete(const competition & c, int32_t * res) {
 
     // counts take a quarter of a byte for every cell, and so do the runs that are collected
     int width = 4;
-    while (width < 12 && int64_t(c.n << (width + 1))*16 <= n_cells) {
+    const int width_max = c.count ? 8 : 12;
+    while (width < width_max && int64_t(c.n << (width + 1))*16 <= n_cells) {
         ++width;
     }
-    const int64_t n_near = 256 + n_cells/64;
+    const int64_t n_near = c.count ? -1 : 256 + n_cells/64;
 
     int64_t n_left  = n_cells;
     bool    decided = false;
@@ -261,7 +271,12 @@ void compete(const competition & c, int32_t * res) {
             }
             if (d.open[ig]) {
                 n_left += choose(c, d, ig, res);
-                decided = false;
+                if (c.count && n_won(i0, i0 + c.n_group, res, [&](size_t i) { return d.n_from[i]; }) == d.rest[ig]) {
+                    // no other digit is needed: all that have these are won
+                    take_rest(i0, i0 + c.n_group, d.rest[ig], d.n_from.data(), d.n_from.data(), res);
+                    d.open[ig] = 0;
+                }
+                decided = decided && !d.open[ig];
             }
         }
     }

@@ -48,6 +48,12 @@ void marks::set(size_t i, const uint8_t * keep) {
     }
 }
 
+void marks::load(size_t i, const uint32_t * bits) {
+    for (size_t iw = first[i]; iw < first[i + 1]; ++iw, bits += 2) {
+        words[iw] = uint64_t(bits[1]) << 32 | bits[0];
+    }
+}
+
 void marks::write(size_t i, uint8_t * keep) const {
     for (int32_t ic = 0; ic < cells[i]; ++ic) {
         keep[ic] = get(i, ic);

@@ -37,6 +37,7 @@ public:
     void copy (size_t i, size_t from);          // of a head that holds as many cells
     void set  (size_t i, const uint8_t * keep); // where it is not 0
     void write(size_t i, uint8_t * keep) const; // 1 or 0
+    void load (size_t i, const uint32_t * bits); // two words of 32 cells for every 64
 
     static size_t n_bytes(const int32_t * cells, size_t n_heads);
 

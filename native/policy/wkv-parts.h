@@ -111,6 +111,15 @@ struct key_run {
 
 constexpr double KEY_STAYS = std::numeric_limits<double>::infinity();
 
+// a digit of keys: the `width` bits from `shift` on, of those keys whose bits above are known
+struct key_digit {
+    int32_t          shift;
+    int32_t          width;
+    size_t           n_group;
+    const uint64_t * known; // [groups]
+    const uint8_t  * open;  // [groups], 0: its heads need no counts
+};
+
 // takes runs of one head, in any order and in any number of calls
 using run_fn = std::function<void(size_t i, const key_run * runs, size_t n)>;
 
@@ -130,6 +139,12 @@ struct competition {
     // different units at once.
     size_t                                            n_units;
     std::function<void(size_t iu, const run_fn & fn)> runs;
+
+    // In place of them, where keys are counted elsewhere: cells of every head by the next digit of their keys, [n << width]. Cells that
+    // stay are told beforehand, [n].
+    std::function<void(const key_digit & digit, int32_t * counts)> count   = {};
+    const int32_t *                                                n_stays = nullptr;
+    int32_t                                                        n_bits  = 64; // of a key
 };
 
 constexpr int32_t BUDGET_OPEN = INT32_MAX; // no head holds so many

@@ -105,7 +105,7 @@ int32_t cache_view::n_threads_for(int32_t il0, int32_t il1) const {
     return std::clamp<int64_t>(n, 1, n_threads);
 }
 
-static std::string not_finite(int32_t il, int32_t ih) {
+std::string not_finite(int32_t il, int32_t ih) {
     return "the scores of layer " + std::to_string(il) + ", kv head " + std::to_string(ih) +
         " are not finite: keys or queries of this prompt overflow in the type of the cells, try f32 cells or a model without a policy";
 }

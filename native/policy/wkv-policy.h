@@ -87,6 +87,8 @@ private:
     size_t        first     = 0; // cells of the layers before those that scores are known of
 };
 
+std::string not_finite(int32_t il, int32_t ih);
+
 // "" or the first of the layers il0 to il1 - 1, and its head, whose scores are not finite: every choice among them would be arbitrary
 std::string scores_error(const cache_view & view, int32_t il0, int32_t il1);
 
@@ -116,8 +118,11 @@ std::string select(const cache_view & view, const head_budgets & budgets, marks 
 // Planes of scores for some layers, as cache_view::set_scores() takes them; they stay valid until the next call.
 using scores_fn = std::function<const float *(int32_t il0, int32_t il1)>;
 
+class device_keys;
+
 // budgets() and select() in one, for scores that come when they are needed: layer by layer, unless heads compete over the model.
-std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & scores, marks & keep);
+// devices: layers are chosen there if they can be, with the same result; or nullptr
+std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & scores, marks & keep, device_keys * devices = nullptr);
 
 // host memory that select_cells() takes beside scores and marks, in bytes at most
 int64_t select_bytes(const cache_view & view);

@@ -1,5 +1,6 @@
 // Selection: its options, tokens that stay one by one, and select() as a whole.
 
+#include "wkv-device.h"
 #include "wkv-parts.h"
 #include "wkv-threads.h"
 
@@ -175,7 +176,7 @@ std::string select(const cache_view & view, const head_budgets & budgets, marks 
     return "";
 }
 
-std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & scores, marks & keep) {
+std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & scores, marks & keep, device_keys * devices) {
     head_budgets own;
     own_budgets(view, n_cells, own);
 
@@ -183,6 +184,13 @@ std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & s
     const int32_t n_step  = competes_in_model(view.policy.allocation) ? n_layer : n_layers_ranked(view);
     for (int32_t il0 = 0; il0 < n_layer; il0 += n_step) {
         const int32_t il1 = std::min(n_layer, il0 + n_step);
+        if (devices && fits_devices(view, il0, il1) && devices->hold(il0, il1)) {
+            const std::string error = select_on_devices(view, *devices, il0, il1, own, keep);
+            if (!error.empty()) {
+                return error;
+            }
+            continue;
+        }
         if (!window_sizes(view.policy).empty()) {
             view.set_scores(il0, il1, scores(il0, il1));
         }

@@ -95,7 +95,7 @@ static void compete_windows(const cache_view & view, competition c, const std::v
 // Windows first, then single tokens: a part of the budget is spent as if there were no more, and what is left goes to the best
 // tokens by the attention of more queries. Windows keep an answer whole, tokens what the text as a whole attends to. Returns the
 // cells of a head that come before single tokens.
-static int32_t n_before_tokens(const cache_view & view, const std::vector<int32_t> & own, size_t i) {
+int32_t n_before_tokens(const cache_view & view, const std::vector<int32_t> & own, size_t i) {
     const wkv_selection & p = view.policy.selection;
 
     const int32_t n_recent = n_recent_of(view.shapes.cells[i], p, own[i]);

@@ -48,6 +48,9 @@ bool same_cells(const cell_positions & a, int32_t n_a, const cell_positions & b,
 // newest cells that stay of a head with n cells and this budget
 int32_t n_recent_of(int32_t n, const wkv_selection & p, int32_t budget);
 
+// token_share: of a budget of head i, cells that come before single tokens
+int32_t n_before_tokens(const cache_view & view, const std::vector<int32_t> & own, size_t i);
+
 // windows that the layers il0 to il1 - 1 share, of a head or, with scope = layer, of all heads; budget is that of the first layer
 window_set windows_of(const cache_view & view, int32_t il0, int32_t il1, int32_t ih, int32_t budget);
 

@@ -31,6 +31,9 @@
 //   simt_store_u32x4(dst, x)              16 bytes into memory of the block
 //   simt_bytes_f16x2(x, i), simt_scale_f16x2(x, zero, scale)
 //                                         bytes 2*i and 2*i + 1 of x, 0 to 255, as two F16, 1024 larger; (x - zero)*scale of two F16
+//   simt_atomic_add(p, i, x), _or         p[i] += x of int32_t in device memory or memory of a block, p[i] |= x of uint32_t in device
+//                                         memory, whoever else does the same; others wait for a barrier
+//   simt_f64_to_bits, simt_bits_to_f64    doubles, which Metal has not
 //   simt_get, simt_pack, simt_unpack_f16, simt_pack_f16, simt_bits_to_f32, simt_f32_to_bits, simt_min, simt_max, simt_exp2
 
 #include "common.cuh"
@@ -90,6 +93,22 @@ static __device__ __forceinline__ bool simt_any(bool x) {
 template <typename T>
 static __device__ __forceinline__ T simt_shuffle_xor(T x, int m) {
     return __shfl_xor_sync(0xFFFFFFFF, x, m, 32);
+}
+
+static __device__ __forceinline__ void simt_atomic_add(int32_t * p, int32_t i, int32_t x) {
+    atomicAdd(p + i, x);
+}
+
+static __device__ __forceinline__ void simt_atomic_or(uint32_t * p, int32_t i, uint32_t x) {
+    atomicOr(p + i, x);
+}
+
+static __device__ __forceinline__ uint64_t simt_f64_to_bits(double x) {
+    return (uint64_t) __double_as_longlong(x);
+}
+
+static __device__ __forceinline__ double simt_bits_to_f64(uint64_t x) {
+    return __longlong_as_double((long long) x);
 }
 
 static __device__ __forceinline__ uint16_t simt_load_u16(const char * p) {

@@ -85,7 +85,7 @@ def test_our_files(file: Path, major: int, source: Path, cublas: Path, tmp_path:
     assert len(texts) == len(archs)
     for text in texts:
         kernels = re.findall(r"\.entry (\w+)\(.*?\n}", text, re.S)
-        assert len(kernels) > 50
+        assert len(kernels) > {"flash-attn-ragged": 50, "ragged-select": 4}[file.stem]
         # a division of 64-bit integers is a loop of some hundred instructions
         assert re.findall(r"\b(?:div|rem)\.[su]64\b.*", text) == []
 

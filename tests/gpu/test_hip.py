@@ -55,8 +55,8 @@ def test_our_files(file: Path, source: Path) -> None:
 def test_no_hip_build_calls_them(source: Path) -> None:
     """Such a device refuses the op, and attention takes the way of backends without it."""
     text = (source / "ggml/src/ggml-cuda/ggml-cuda.cu").read_text()
-    calls = [match.start() for match in re.finditer(r"ggml_cuda_flash_attn_ragged|flash-attn-ragged\.cuh", text)]
-    assert len(calls) == 3
+    calls = [match.start() for match in re.finditer(r"ggml_cuda_(flash_attn_ragged|ragged_select)|(flash-attn-ragged|ragged-select)\.cuh", text)]
+    assert len(calls) == 6
     for call in calls:
         before = text[:call]
         guard = before.rindex("\n#if ")

@@ -1,4 +1,4 @@
-// GGML_OP_FLASH_ATTN_RAGGED on every backend against a reference in double precision.
+// GGML_OP_FLASH_ATTN_RAGGED on every backend against a reference in double precision, and GGML_OP_RAGGED_SELECT where a backend has it.
 //
 //   test-backend-ops-ragged [test|perf] [-b BACKEND] [-p TEXT] [--all]
 //   test-backend-ops-ragged dump FOLDER
@@ -7,6 +7,7 @@
 // as .npy files. -b takes one backend, -p the cases whose description contains TEXT, --all many more of them.
 
 #include "ragged-perf.h"
+#include "select-cases.h"
 
 static std::vector<float> compute(ragged_graph & g, ggml_backend_t backend) {
     std::vector<float> res(ggml_nelements(g.out), NAN);
@@ -41,6 +42,12 @@ static bool test(const ragged_case & tc, ggml_backend_t backend, bool & supporte
 
     printf("  FLASH_ATTN_RAGGED(%s): %s (%.1e)\n", tc.vars().c_str(), ok ? "OK" : "FAIL", worst);
     return ok;
+}
+
+static bool test(const select_case & tc, ggml_backend_t backend) {
+    const std::string error = select_test(tc, [&](select_tensors & t, ggml_tensor * op) { return compute_select(backend, t, op); }).check();
+    printf("  RAGGED_SELECT(%s): %s %s\n", tc.vars().c_str(), error.empty() ? "OK" : "FAIL", error.c_str());
+    return error.empty();
 }
 
 //
@@ -173,6 +180,12 @@ int main(int argc, char ** argv) {
             n_refused += !supported;
             n_tested  += supported;
             n_failed  += !ok;
+        }
+        for (const auto & tc : make_select_cases()) {
+            if (supports_select(backend.get()) && ("RAGGED_SELECT " + tc.vars()).find(text) != std::string::npos) {
+                n_failed += !test(tc, backend.get());
+                n_tested++;
+            }
         }
     }
 

@@ -1,8 +1,9 @@
-// Policies with random options, many of them extreme, run under the sanitizers: nothing overflows, every head keeps a cell, and the
-// cells that stay are as many as the budgets say.
+// Policies with random options, many of them extreme, run under the sanitizers: nothing overflows, every head keeps a cell, the cells
+// that stay are as many as the budgets say, and the same where devices count and mark.
 //
 //   test-policy [N_CASES [SEED]]
 
+#include "wkv-device.h"
 #include "wkv-policy.h"
 #include "wkv-threads.h"
 
@@ -11,6 +12,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <numeric>
 #include <random>
@@ -217,6 +219,141 @@ struct inputs {
     }
 };
 
+static int n_held = 0; // selections of layers whose keys a device held
+
+// A device that sorts and counts in plain loops
+class plain_keys : public wkv::device_keys {
+public:
+    plain_keys(const wkv_policy & policy, const inputs & in, const wkv::cache_view & view) : policy(policy), in(in), view(view) {
+    }
+
+    bool hold(int32_t il0, int32_t il1) override {
+        if (one_in(10)) {
+            return false;
+        }
+        n_held++;
+        planes = in.planes(policy, view, il0, il1);
+        heads.clear();
+        size_t offset = 0;
+        for (size_t i = view.index(il0, 0); i < view.index(il1, 0); ++i) {
+            const int32_t n = in.cells[i];
+            heads.push_back({ planes.data() + offset, nullptr, {}, std::vector<uint8_t>(n, 0) }); // without an order
+            heads.back().pooled = wkv::pool(policy.scoring, heads.back().scores, std::max(0, n - policy.scoring.window_size));
+            offset += n;
+        }
+        for (auto & head : heads) {
+            head.token_scores = head.scores + (policy.scoring.token_window_size > 0 ? offset : 0);
+        }
+        return true;
+    }
+
+    int64_t not_finite() override { return -1; }
+
+    void count(wkv::places kind, const wkv::key_digit & digit, int32_t * counts) override {
+        for (size_t i = 0; i < heads.size(); ++i) {
+            for (const place & own : order(kind, heads[i])) {
+                if (digit.open[i/digit.n_group] && own.key >> digit.shift >> digit.width == digit.known[i/digit.n_group]) {
+                    counts[(i << digit.width) + (own.key >> digit.shift & ((1u << digit.width) - 1))] += own.is_first ? 0 : own.cells.size();
+                }
+            }
+        }
+    }
+
+    void mark(wkv::places kind, const std::vector<wkv::places_taken> & taken) override {
+        for (size_t i = 0; i < heads.size(); ++i) {
+            int32_t n = taken[i].n;
+            for (const place & own : order(kind, heads[i])) {
+                for (size_t j = 0; j < own.cells.size() && n > 0; ++j, --n) {
+                    heads[i].keep[own.cells[j]] = 1;
+                }
+            }
+            std::fill(heads[i].keep.begin() + taken[i].tail, heads[i].keep.end(), 1);
+            heads[i].has_order = false;
+        }
+    }
+
+    void read(wkv::marks & keep, size_t i0) override {
+        for (size_t i = 0; i < heads.size(); ++i) {
+            std::vector<uint32_t> words((heads[i].keep.size() + 63)/64*2, 0);
+            for (size_t ic = 0; ic < heads[i].keep.size(); ++ic) {
+                words[ic/32] |= uint32_t(heads[i].keep[ic]) << ic%32;
+            }
+            keep.load(i0 + i, words.data());
+        }
+    }
+
+private:
+    struct place {
+        uint64_t             key;
+        bool                 is_first; // protected
+        std::vector<int32_t> cells;    // best ones first
+    };
+
+    struct head {
+        const float        * scores;
+        const float        * token_scores;
+        std::vector<float>   pooled;
+        std::vector<uint8_t> keep;
+
+        bool               has_order = false;
+        wkv::places        kind      = wkv::places::tokens;
+        std::vector<place> order     = {};
+    };
+
+    const wkv_policy      & policy;
+    const inputs          & in;
+    const wkv::cache_view & view;
+
+    std::vector<float> planes;
+    std::vector<head>  heads;
+
+    static uint64_t key_of(wkv::places kind, double x) {
+        if (kind != wkv::places::windows) {
+            const float y = float(x) + 0.0f;
+            uint32_t bits;
+            memcpy(&bits, &y, sizeof(bits));
+            return bits >> 31 ? ~bits : bits | 0x80000000u;
+        }
+        x += 0.0;
+        uint64_t bits;
+        memcpy(&bits, &x, sizeof(bits));
+        return bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
+    }
+
+    // places from the best one on; until something is marked they stay as they are
+    const std::vector<place> & order(wkv::places kind, head & own) const {
+        auto & res = own.order;
+        if (own.has_order && own.kind == kind) {
+            return res;
+        }
+        own.has_order = true;
+        own.kind      = kind;
+        res.clear();
+        for (int32_t ic = 0; kind == wkv::places::rest && ic < int32_t(own.keep.size()); ++ic) {
+            if (!own.keep[ic]) {
+                res.push_back({ key_of(kind, own.token_scores[ic]), false, { ic } });
+            }
+        }
+        const int32_t step = kind == wkv::places::windows ? policy.selection.omega : 1;
+        for (int32_t i0 = 0; kind != wkv::places::rest && i0 < int32_t(own.pooled.size()); i0 += step) {
+            std::vector<int32_t> cells(std::min<int32_t>(step, own.pooled.size() - i0));
+            std::iota(cells.begin(), cells.end(), i0);
+            std::stable_sort(cells.begin(), cells.end(), [&](int32_t a, int32_t b) { return own.pooled[a] > own.pooled[b]; });
+
+            double        sum = 0.0;
+            const int32_t n   = kind == wkv::places::windows ? std::min<int32_t>(cells.size(), policy.selection.top_p) : 1;
+            for (int32_t i = 0; i < n; ++i) {
+                sum += own.pooled[cells[i]];
+            }
+            res.push_back({ key_of(kind, sum/n), policy.selection.protect_first && i0 == 0, cells });
+        }
+        std::stable_sort(res.begin(), res.end(), [](const place & a, const place & b) {
+            return a.is_first != b.is_first ? a.is_first : a.key > b.key;
+        });
+        return res;
+    }
+};
+
 // whether the policy was valid
 static bool run(int i_case) {
     wkv_policy   policy = random_policy();
@@ -255,6 +392,19 @@ static bool run(int i_case) {
             cur = in.planes(policy, view, il0, il1);
             return cur.data();
         }, marks_parts).empty());
+        CHECK(keep == in.bytes(marks_parts));
+    }
+
+    // the same where devices count and mark
+    {
+        wkv::cache_view    parts(policy, in.shapes, in.listed(true));
+        std::vector<float> cur;
+        wkv::marks         marks_parts(in.cells.data(), n_heads);
+        plain_keys         devices(policy, in, view);
+        CHECK(wkv::select_cells(parts, n_cells, [&](int32_t il0, int32_t il1) {
+            cur = in.planes(policy, view, il0, il1);
+            return cur.data();
+        }, marks_parts, &devices).empty());
         CHECK(keep == in.bytes(marks_parts));
     }
 
@@ -301,6 +451,6 @@ int main(int argc, char ** argv) {
     for (int i = 0; i < n_cases; ++i) {
         n_valid += run(i);
     }
-    printf("%d\n", n_valid);
+    printf("%d %d\n", n_valid, n_held);
     return 0;
 }

@@ -1,10 +1,12 @@
-// The GPU kernels of GGML_OP_FLASH_ATTN_RAGGED in the emulator: the cases of test-backend-ops-ragged, and planted faults.
+// The GPU kernels of GGML_OP_FLASH_ATTN_RAGGED and GGML_OP_RAGGED_SELECT in the emulator: the cases of test-backend-ops-ragged, and
+// planted faults.
 //
 //   test-simt-ragged cuda|metal [-p TEXT] [--part I/N]
 //   test-simt-ragged faults
 //   test-simt-ragged cost
 
 #include "ragged-cases.h"
+#include "select-cases.h"
 
 #include "ggml-cpu.h"
 
@@ -127,6 +129,25 @@ static void test_faults_of_small_kernels() {
     });
     expect(has(got, "race"), "a write after another warp's read", got);
 
+    got = run_kernel([](ids id, auto data, auto) {
+        simt_atomic_add(SIMT_CAST(int32_t, data), id.tid/2, 1);
+        simt_atomic_or(SIMT_CAST(uint32_t, data), 63 - id.tid/2, 1u << id.tid%32);
+    });
+    expect(got.empty(), "atomic writes", got);
+
+    got = run_kernel([](ids id, auto data, auto) {
+        simt_atomic_add(SIMT_CAST(int32_t, data), id.tid/2, 1);
+        data[id.tid] = 1.0f;
+    });
+    expect(has(got, "race"), "a write beside atomic ones", got);
+
+    got = run_kernel([](ids id, auto data, auto sh) {
+        data[id.tid] = 1.0f;
+        simt_atomic_add(SIMT_CAST(int32_t, data), 63 - id.tid, 1);
+        sh[id.tid] = 0.0f;
+    });
+    expect(has(got, "race"), "an atomic write beside others", got);
+
     got = run_kernel([](ids id, auto data, auto) { data[id.tid/2] = 1.0f; });
     expect(has(got, "race"), "two threads write to the device", got);
 
@@ -235,6 +256,78 @@ static void test_faults_of_our_kernels(const simt_device & device, ggml_backend_
         const result res = compute(device, g, 1);
         expect(res.error.find(" of k, which has ") != std::string::npos || res.error.find(" of v, which has ") != std::string::npos,
                 "a range that ends behind the pool", res.error);
+    }
+}
+
+//
+// GGML_OP_RAGGED_SELECT
+//
+
+static std::vector<int32_t> compute_select(select_tensors & t, ggml_tensor * op, ggml_backend_t backend, uint32_t seed,
+        const std::function<void(simt::machine &)> & prepare = {}) {
+    ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors(t.ctx.get(), backend));
+    simt::machine machine(seed);
+    machine.add(op->data, ggml_nbytes(op), "the result");
+    for (const auto & [tensor, values] : t.data) {
+        memcpy(tensor->data, values.data(), ggml_nbytes(tensor));
+        machine.add(tensor->data, ggml_nbytes(tensor), tensor->name);
+    }
+    if (prepare) {
+        prepare(machine);
+    }
+    DEVICES[0].compute(machine, op);
+    return { (int32_t *) op->data, (int32_t *) op->data + ggml_nelements(op) };
+}
+
+static bool test(const select_case & tc, ggml_backend_t backend) {
+    std::string error;
+    try {
+        error = select_test(tc, [&](select_tensors & t, ggml_tensor * op) { return compute_select(t, op, backend, 1); }).check();
+    } catch (const simt::failure & e) {
+        error = e.what();
+    }
+    printf("  RAGGED_SELECT(%s): %s %s\n", tc.vars().c_str(), error.empty() ? "OK" : "FAIL", error.c_str());
+    return error.empty();
+}
+
+// Without one of their barriers, or the one between two kernels, and with tables that reach behind the keys and the marks.
+static void test_faults_of_select(ggml_backend_t backend) {
+    const select_case tc = { { 1000, 300 }, 8, 3, 3, 4, 4, 1, 5, 1.0f };
+
+    std::string error;
+    const auto check = [&](const std::function<void(simt::machine &)> & prepare, const std::function<void(select_tensors &)> & spoil) {
+        error = "";
+        try {
+            return select_test(tc, [&](select_tensors & t, ggml_tensor * op) {
+                spoil(t);
+                return compute_select(t, op, backend, 1, prepare);
+            }).check();
+        } catch (const simt::failure & e) {
+            error = e.what();
+        }
+        return error;
+    };
+    const auto nothing = [](select_tensors &) {};
+
+    std::set<int> sites;
+    expect(check([&](simt::machine & m) { m.skip_barrier = [&](int line) { sites.insert(line); return false; }; }, nothing).empty() &&
+            sites.size() >= 7, "selection", error);
+    for (const int site : sites) {
+        check([&](simt::machine & m) { m.skip_barrier = [=](int line) { return line == site; }; }, nothing);
+        expect(!error.empty(), ("selection without the barrier in line " + std::to_string(site)).c_str(), error);
+    }
+    check([](simt::machine & m) { m.skip_device_barriers = true; }, nothing);
+    expect(error.find("race: ") == 0, "selection without the barrier between two kernels", error);
+
+    for (const auto & [column, what] : { std::pair{ GGML_RAGGED_HEAD_KEYS, "keys" }, { GGML_RAGGED_HEAD_WORDS, "the result" } }) {
+        check({}, [column = column](select_tensors & t) {
+            for (auto & [tensor, values] : t.data) {
+                if (tensor->name == std::string("heads")) {
+                    values[GGML_RAGGED_N_HEAD + column] += 33;
+                }
+            }
+        });
+        expect(error.find(std::string(" of ") + what + ", which has ") != std::string::npos, "a head behind the end", error);
     }
 }
 
@@ -471,6 +564,7 @@ int main(int argc, char ** argv) {
             test_faults_of_our_kernels(own, backend.get());
             test_queries_that_are_not_finite(own, backend.get());
         }
+        test_faults_of_select(backend.get());
     }
     if (cost) {
         test_cost(backend.get());
@@ -494,6 +588,14 @@ int main(int argc, char ** argv) {
         n_failed  += !test(*device, tc, backend.get(), supported);
         n_refused += !supported;
         n_tested  += supported;
+    }
+    if (device == &DEVICES[0]) {
+        for (const auto & tc : make_select_cases()) {
+            if (i++ % n_parts == part && ("RAGGED_SELECT " + tc.vars()).find(text) != std::string::npos) {
+                n_failed += !test(tc, backend.get());
+                n_tested++;
+            }
+        }
     }
     printf("%d tested, %d failed, %d not supported\n", n_tested, n_failed, n_refused);
     return n_failed == 0 && n_tested > 0 ? 0 : 1;

@@ -20,5 +20,5 @@ struct simt_device {
 extern int simt_cuda_n_sm; // multiprocessors of the CUDA device
 extern int simt_cuda_cc;   // its compute capability: 700 has products of matrices through memory alone
 
-simt_device simt_cuda();
+simt_device simt_cuda();  // GGML_OP_RAGGED_SELECT, too
 simt_device simt_metal();

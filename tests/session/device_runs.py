@@ -34,6 +34,8 @@ class Stats(ctypes.Structure):
                 "n_graphs_new",
                 "n_ragged",
                 "n_devices",
+                "n_select",
+                "n_failed",
             ),
             *("bytes_live", "bytes_peak"),
         )
@@ -269,6 +271,40 @@ def compaction(model: Path, policy: Any, n_prompt: int) -> Json:
         return {**found, "cells": n_before, "cells_after": int(llm.kv_stats().cells.sum())}
 
 
+def selections(model: Path, layers: int, policies: Sequence[Any], budgets: Sequence[int], n_prompt: int) -> list[Json]:
+    """Positions that policies leave of a prompt, with budgets one after the other, each from the same cells; counts of each."""
+    res = []
+    for policy in policies:
+        with session(model, layers, n_ctx=4096, kv_policy=policy, kv_budget=1.0, type_k=1, type_v=1) as llm:
+            llm._kv.set_attention("stock")  # the same kernel on all devices, so that scores are equal
+            llm.eval(tokens(n_prompt))
+            llm._kv.snapshot_save()
+            for budget in budgets:
+                llm._kv.snapshot_restore()
+                with counted() as found:
+                    llm.kv_compact(budget)
+                n_layer, n_head_kv = llm.kv_stats().cells.shape
+                held = [[llm.kv_positions(il, ih).tolist() for ih in range(n_head_kv)] for il in range(n_layer)]
+                res.append({**found, "positions": held, "policy": str(policy), "budget": budget})
+            assert np.isfinite(decode_below(llm, 3)).all()
+    return res
+
+
+def chat(model: Path, policy: Any) -> list[Json]:
+    """Positions after two prompts, each compacted; counts of the compactions."""
+    res = []
+    with session(model, 99, n_ctx=4096, kv_policy=policy, kv_budget=1.0, type_k=1, type_v=1) as llm:
+        llm._kv.set_attention("stock")
+        for _ in range(2):
+            llm.eval(tokens(300))
+            with counted() as found:
+                llm.kv_compact(60)
+            n_layer, n_head_kv = llm.kv_stats().cells.shape
+            held = [[llm.kv_positions(il, ih).tolist() for ih in range(n_head_kv)] for il in range(n_layer)]
+            res.append({**found, "positions": held})
+    return res
+
+
 def masks(model: Path, policy: Any, n_tokens: int) -> Json:
     """Counts of a batch of n_tokens behind a compacted prompt, and the cells of every layer behind it."""
     import llama_cpp as low
@@ -406,10 +442,12 @@ def compaction_out_of_memory(model: Path, policy: Any) -> list[Json]:
     with session(model, 99, kv_policy=policy, kv_budget=1.0) as llm:
         llm.eval(tokens(300))
         llm._kv.snapshot_save()
-        while not res or res[-1]["error"]:
+        while not res or res[-1]["n_failed"]:
             llm._kv.snapshot_restore()
             library.test_device_fail_buffer(len(res))
-            res.append(compact(llm))
+            with counted() as found:
+                own = compact(llm)
+            res.append({**own, "n_failed": found["n_failed"]})
             assert np.isfinite(decode_below(llm, 3)).all()  # it can be used as it is
             res[-1]["again"] = compact(llm)
         assert np.isfinite(decode(llm, 0, 3)[1:]).all()

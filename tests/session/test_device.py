@@ -14,10 +14,22 @@ import numpy as np
 import pytest
 import tiny_model
 
-from windowkv_edge import POLICIES, AdaKV, Auto, HeadKV, HeadScores, PyramidKV, SnapKV, WindowKV
+from windowkv_edge import (
+    POLICIES,
+    AdaKV,
+    Auto,
+    HeadKV,
+    HeadScores,
+    PyramidKV,
+    SnapKV,
+    WindowAdaKV,
+    WindowHeadKV,
+    WindowKV,
+)
 from windowkv_edge.bench import Shape
 from windowkv_edge.bench.shapes import write_shape
 from windowkv_edge.budget import TYPES
+from windowkv_edge.policies import HeadKVR2
 
 N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM = 3, 4, 2, 64
 
@@ -129,20 +141,102 @@ def test_layers_of_distinct_lengths_share_a_mask(device: Run, model: Path) -> No
     assert 2 * 128 * max(found["cells"]) <= masks <= 2 * 128 * one
 
 
-@pytest.mark.parametrize("n_prompt", [500, 1900])
-def test_compaction_moves_scores_and_indices_only(device: Run, model: Path, n_prompt: int) -> None:
-    window_size = ADAKV.window_size
-    found = device("cuda", device_runs.compaction, model, ADAKV, n_prompt)
-    assert found["cells"] == n_prompt * N_LAYER * N_HEAD_KV
-    assert found["cells_after"] == n_prompt // 8 * N_LAYER * N_HEAD_KV
+def head_scores() -> HeadScores:
+    found = np.random.default_rng(0).random((N_LAYER, N_HEAD)) ** 3
+    return HeadScores({"r": found, "r2": found})
 
-    assert found["bytes_get"] == 4 * found["cells"]  # a score for every cell
-    # a weight, the row of a query and at most window_size masked columns for every observed query of every query head, as kv heads
-    # are scored together; an index for every row
-    n_queries = window_size * N_HEAD
-    slack = 16 * N_LAYER * N_HEAD_KV
-    assert found["bytes_set"] <= 4 * (found["cells_after"] + slack + N_LAYER * n_queries * (2 + window_size))
-    assert found["n_graphs"] == 2 * N_LAYER
+
+ON_DEVICE: list[Any] = [
+    Auto(),
+    Auto(importance=head_scores(), importance_floor=4),
+    WindowKV(task="localization"),
+    WindowKV(task="aggregation", omega_aggregation=8, aggregation="max", protect_first=True),
+    WindowAdaKV(token_share=0.3),
+    WindowHeadKV(importance=head_scores(), omega=3),
+    SnapKV(),
+    PyramidKV(window_size=8),
+    AdaKV(),
+    AdaKV(window_size=8, across="model", alpha_safeguard=0.1),
+    HeadKV(importance=head_scores()),
+    HeadKVR2(importance=head_scores()),
+]
+"""Policies whose cells are chosen on the devices of layers."""
+
+LAYER_BY_LAYER = [policy for policy in ON_DEVICE if getattr(policy, "across", "layer") == "layer"]
+BUDGETS = (1, 2, 9, 40, 150, 298, 299)
+
+
+def check_selections(device: Run, model: Path, layers: int, policies: list[Any], n_prompt: int = 300) -> list[dict[str, Any]]:
+    """Cells that are chosen on devices, against those that the host chooses, which the NumPy reference has, too."""
+    found = device("cuda", device_runs.selections, model, layers, policies, BUDGETS, n_prompt)
+    want = device("cpu", device_runs.selections, model, layers, policies, BUDGETS, n_prompt)
+    for here, there in zip(found, want, strict=True):
+        assert there["n_select"] == 0 < here["n_select"], here["policy"]
+        assert here["positions"] == there["positions"], (here["policy"], here["budget"])
+    return found
+
+
+@pytest.mark.parametrize("policy", ON_DEVICE, ids=lambda policy: policy.name)
+def test_devices_choose_the_cells_that_the_host_chooses(device: Run, model: Path, policy: Any) -> None:
+    check_selections(device, model, 99, [policy])
+
+
+def test_layers_of_two_devices_compete(device: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_DEVICE_COUNT", "2")
+    check_selections(device, model, 99, [Auto(), AdaKV(across="model"), SnapKV()])
+
+
+def test_some_layers_on_the_cpu(device: Run, model: Path) -> None:
+    """Where heads compete layer by layer, or not at all, those of devices choose there; over the model the host does it all."""
+    check_selections(device, model, 2, [AdaKV(), WindowKV(), HeadKV(importance=head_scores())])
+    found = device("cuda", device_runs.selections, model, 2, [Auto()], [40], 300)
+    want = device("cpu", device_runs.selections, model, 2, [Auto()], [40], 300)
+    assert found[0]["n_select"] == 0
+    assert found[0]["positions"] == want[0]["positions"]
+
+
+def test_prompts_shorter_than_the_observation_window(device: Run, model: Path) -> None:
+    for n_prompt in (12, 33):
+        found = device("cuda", device_runs.selections, model, 99, [Auto(), SnapKV(), WindowKV()], [1, 5, 11], n_prompt)
+        want = device("cpu", device_runs.selections, model, 99, [Auto(), SnapKV(), WindowKV()], [1, 5, 11], n_prompt)
+        assert [own["positions"] for own in found] == [own["positions"] for own in want]
+
+
+def test_the_second_prompt_of_a_chat(device: Run, model: Path) -> None:
+    """Its cells have gaps: windows are the host's to choose, single tokens are not."""
+    for policy, again in ((WindowKV(), False), (AdaKV(), True), (HeadKV(importance=head_scores()), True)):
+        found = device("cuda", device_runs.chat, model, policy)
+        want = device("cpu", device_runs.chat, model, policy)
+        assert [own["positions"] for own in found] == [own["positions"] for own in want]
+        assert [own["n_select"] > 0 for own in found] == [True, again]
+
+
+@pytest.mark.parametrize("n_prompt", [500, 1900])
+@pytest.mark.parametrize("policy", [ADAKV, WINDOWKV, Auto(), HeadKVR2(importance=head_scores())], ids=lambda policy: policy.name)
+def test_compaction_moves_counts_marks_and_indices_only(device: Run, model: Path, policy: Any, n_prompt: int) -> None:
+    found = device("cuda", device_runs.compaction, model, policy, n_prompt)
+    n_heads = N_LAYER * N_HEAD_KV
+    assert found["cells"] == n_prompt * n_heads
+    assert found["cells_after"] == n_prompt // 8 * n_heads
+
+    n_planes = 2 if policy.name == "auto" else 1
+    marks = 4 * 2 * -(-n_prompt // 64) * n_heads
+    not_finite = 4 * n_planes * n_heads
+    # heads that compete: counts by one digit, 16 to 256 of them, for keys of 32 or 64 bits; not more than 1/4 byte a cell for each digit
+    counts, tables = 0, 1
+    if policy.allocation().heads == "score":
+        width = next(width for width in range(4, 9) if width == 8 or (n_heads << (width + 1)) * 16 > found["cells"])
+        n_digits = {"adakv": -(-32 // width), "auto": -(-64 // width) + -(-32 // width)}[policy.name]
+        counts = n_digits * max(4 * n_heads << width, found["cells"] // 4)
+        tables += n_digits
+    assert marks + not_finite <= found["bytes_get"] <= marks + not_finite + counts
+    # a weight for every plane, the row of a query and at most as many masked columns for every observed query of every query head, as kv
+    # heads are scored together; an index for every row; 32 bytes a head for what a step is told
+    n_observed = policy.n_observed
+    slack = 16 * n_heads
+    told = 32 * n_heads * (tables + n_planes - 1)
+    weights = 4 * N_LAYER * n_observed * N_HEAD * (1 + n_planes + n_observed)
+    assert found["bytes_set"] <= 4 * (found["cells_after"] + slack) + weights + told
 
 
 @pytest.mark.parametrize("policy", [WINDOWKV, ADAKV], ids=["uniform", "ragged"])
@@ -176,7 +270,11 @@ def test_a_compaction_without_memory_leaves_whole_layers(device: Run, model: Pat
     *failed, done = device("cuda", device_runs.compaction_out_of_memory, model, policy)
     whole = [[300] * N_HEAD_KV] * N_LAYER
     reported, n_halves = [0, 0.0, 0.0], set()
-    for row in failed:
+    on_host = [row for row in failed if not row["error"]]
+    assert 0 < len(on_host) < len(failed)  # no memory for keys: the host chooses
+    for row in on_host:
+        assert np.sum(row["cells"]) == 40 * N_LAYER * N_HEAD_KV and row["again"]["n_compactions"] == 0
+    for row in (row for row in failed if row["error"]):
         n_now = sum(own != [300] * N_HEAD_KV for own in row["cells"])
         n_halves.add(n_now)
         assert "no memory" in row["error"]

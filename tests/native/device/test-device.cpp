@@ -186,6 +186,7 @@ static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t 
     std::lock_guard<std::recursive_mutex> lock(pages_mutex);
 
     if (i_fail_buffer >= 0 && i_fail_buffer-- == 0) {
+        stats.n_failed++;
         return nullptr;
     }
     if (bytes_limit > 0 && stats.bytes_live + (int64_t) size > bytes_limit) {
@@ -265,6 +266,10 @@ static bool is_new(backend_context & ctx, const ggml_cgraph * cgraph) {
     return res;
 }
 
+static bool is_emulated(const ggml_tensor * op) {
+    return emulated && (op->op == GGML_OP_FLASH_ATTN_RAGGED || op->op == GGML_OP_RAGGED_SELECT);
+}
+
 static void compute_emulated(ggml_tensor * op) {
     simt::machine machine(1);
     for (int i = 0; i < 5; ++i) {
@@ -273,7 +278,7 @@ static void compute_emulated(ggml_tensor * op) {
         }
     }
     machine.add(op->data, ggml_nbytes(op), "the result");
-    if (const size_t n_extra = emulated->extra(op)) {
+    if (const size_t n_extra = op->op == GGML_OP_FLASH_ATTN_RAGGED ? emulated->extra(op) : 0) {
         memset((char *) op->data + ggml_nbytes(op), 0xFF, n_extra);
         machine.add((char *) op->data + ggml_nbytes(op), n_extra, "the parts");
     }
@@ -328,7 +333,7 @@ graph_copy::graph_copy(const ggml_cgraph * cgraph) {
 static void compute(ggml_backend_t cpu, ggml_cgraph * cgraph) {
     int i0 = 0;
     for (int i = 0; i <= cgraph->n_nodes; ++i) {
-        if (i < cgraph->n_nodes && !(emulated && cgraph->nodes[i]->op == GGML_OP_FLASH_ATTN_RAGGED)) {
+        if (i < cgraph->n_nodes && !is_emulated(cgraph->nodes[i])) {
             continue;
         }
         ggml_cgraph part = ggml_graph_view(cgraph, i0, i);
@@ -372,6 +377,7 @@ static ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * c
             stats.n_ragged++;
             ragged_devices.insert(backend->device);
         }
+        stats.n_select += tensor->op == GGML_OP_RAGGED_SELECT;
         item.data.push_back(tensor->data);
     }
     queues[backend].push_back(std::move(item));
@@ -478,6 +484,9 @@ static bool dev_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     const char * lacking = getenv("TEST_DEVICE_LACKS");
     if (lacks_sinks(op) || (lacking && strcmp(lacking, ggml_op_name(op->op)) == 0)) {
         return false;
+    }
+    if (op->op == GGML_OP_RAGGED_SELECT) {
+        return emulated && emulated->supports(op);
     }
     if (op->op == GGML_OP_FLASH_ATTN_RAGGED && (kernel == "none" || (emulated && !emulated->supports(op)))) {
         return false;

@@ -4,6 +4,7 @@
 //
 // TEST_DEVICE_COUNT in the environment is the number of devices, 1 or 2, the default is 1; TEST_DEVICE_KERNEL says what computes
 // GGML_OP_FLASH_ATTN_RAGGED: "cpu", the default; "cuda" or "metal", the GPU's kernel in the emulator; "none", the op is not supported.
+// GGML_OP_RAGGED_SELECT is supported with "cuda" alone.
 // TEST_DEVICE_NO_SINKS names an attention operation that is supported without sinks only, such as FLASH_ATTN_RAGGED; TEST_DEVICE_LACKS
 // an operation that is not supported at all.
 //
@@ -26,6 +27,8 @@ struct test_device_stats {
     int64_t n_graphs_new; // of these, those that a CUDA graph would have to be captured for: nodes, shapes or addresses changed
     int64_t n_ragged;    // computed nodes of GGML_OP_FLASH_ATTN_RAGGED
     int64_t n_devices;   // devices that computed some
+    int64_t n_select;    // computed nodes of GGML_OP_RAGGED_SELECT
+    int64_t n_failed;    // buffers that test_device_fail_buffer() let fail
 
     // buffers that exist, and the most that did
     int64_t bytes_live;

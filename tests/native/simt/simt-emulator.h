@@ -57,21 +57,27 @@ struct failure : std::runtime_error {
 struct trace {
     int64_t writer      = 0;
     int64_t reader      = 0; // MANY: several
-    int32_t write_epoch = -1;
-    int32_t read_epoch  = -1;
+    int64_t updater     = 0; // of atomic accesses, which do not race with one another; MANY: several
+    int32_t write_epoch  = -1;
+    int32_t read_epoch   = -1;
+    int32_t update_epoch = -1;
 
     int64_t fetched_by = 0; // the last block that read it
 
     static constexpr int64_t MANY = -1;
 
     // the thread whose access this one races with, or 0
-    int64_t access(int64_t self, int32_t epoch, bool writes) {
-        const int64_t other_writer = write_epoch == epoch && writer != self ? writer : 0;
-        const int64_t other_reader = read_epoch  == epoch && reader != self ? reader : 0;
+    int64_t access(int64_t self, int32_t epoch, bool writes, bool atomic) {
+        const int64_t other_updater = update_epoch == epoch && updater != self && !atomic ? updater : 0;
+        const int64_t other_writer  = write_epoch  == epoch && writer  != self ? writer : other_updater;
+        const int64_t other_reader  = read_epoch   == epoch && reader  != self ? reader : 0;
         if (other_writer || (writes && other_reader)) {
             return other_writer ? other_writer : other_reader;
         }
-        if (writes) {
+        if (atomic) {
+            updater      = update_epoch == epoch && updater != self ? MANY : self;
+            update_epoch = epoch;
+        } else if (writes) {
             writer      = self;
             write_epoch = epoch;
         } else {
@@ -274,13 +280,14 @@ public:
         return res;
     }
 
-    char * shared_access(size_t offset, size_t size, size_t begin, size_t end, bool writes) {
+    // atomic: reads and writes in one
+    char * shared_access(size_t offset, size_t size, size_t begin, size_t end, bool writes, bool atomic = false) {
         if (offset < begin || offset > end || size > end - offset) {
             fail("thread %d of block %d %s byte %zd of an array of %zu in shared memory", current->id, block, writes ? "writes" : "reads",
                 (ptrdiff_t) (offset - begin), end - begin);
         }
         for (size_t i = offset; i < offset + size; ++i) {
-            if (!writes && !written[i]) {
+            if ((!writes || atomic) && !written[i]) {
                 fail("thread %d of block %d reads byte %zu of shared memory, which nobody wrote", current->id, block, offset - begin);
             }
             if (written[i] == ON_ITS_WAY) {
@@ -290,7 +297,7 @@ public:
             written[i] = 1;
         }
         for (size_t i = offset/2; i <= (offset + size - 1)/2; ++i) {
-            const int64_t other = traces[i].access(((int64_t) block << 16 | current->id) + 1, block_epoch, writes);
+            const int64_t other = traces[i].access(((int64_t) block << 16 | current->id) + 1, block_epoch, writes, atomic);
             if (other) {
                 fail("race: thread %d of block %d %s byte %zu of shared memory, which %s touched since the last barrier", current->id,
                     block, writes ? "writes" : "reads", offset - begin, thread_name(other).c_str());
@@ -309,7 +316,7 @@ public:
         return (char *) p <= it->second.data + it->second.size ? &it->second : nullptr;
     }
 
-    void global_access(region * r, const char * p, size_t size, bool writes) {
+    void global_access(region * r, const char * p, size_t size, bool writes, bool atomic = false) {
         if (!r) {
             fail("thread %d of block %d uses a pointer that is not one into device memory", current->id, block);
         }
@@ -322,7 +329,7 @@ public:
         }
         const int64_t self = (((int64_t) n_launches << 40) | ((int64_t) block << 16) | current->id) + 1;
         for (size_t i = (p - r->data)/4; i <= (p - r->data + size - 1)/4; ++i) {
-            const int64_t other = r->traces[i].access(self, device_epoch, writes);
+            const int64_t other = r->traces[i].access(self, device_epoch, writes, atomic);
             if (other) {
                 fail("race: thread %d of block %d %s byte %zu of %s, which %s touched", current->id, block, writes ? "writes" : "reads",
                     4*i, r->name.c_str(), thread_name(other).c_str());

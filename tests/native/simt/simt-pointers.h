@@ -45,6 +45,13 @@ public:
     global_ref<T> operator[](int64_t i) const { return { r, p + i }; }
     global_ptr    operator+ (int64_t i) const { return { r, p + i }; }
 
+    // atomically
+    template <typename F>
+    void update(F fn) const {
+        current_machine()->global_access(r, (const char *) p, sizeof(T), true, true);
+        *p = fn(*p);
+    }
+
     region * r = nullptr;
     T      * p = nullptr;
 };
@@ -109,6 +116,15 @@ public:
 
     shared_ptr    operator+ (int64_t i) const { return { at + i*sizeof(T), begin, end }; }
 
+    // atomically
+    template <typename F>
+    void update(F fn) const {
+        T x;
+        char * p = current_machine()->shared_access(at, sizeof(T), begin, end, true, true);
+        memcpy(&x, p, sizeof(T));
+        x = fn(x);
+        memcpy(p, &x, sizeof(T));
+    }
     size_t at, begin, end;
 };
 

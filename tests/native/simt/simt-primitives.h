@@ -91,6 +91,22 @@ inline uint32_t simt_f32_to_bits(float x) {
     return res;
 }
 
+inline uint64_t simt_f64_to_bits(double x) {
+    uint64_t res;
+    memcpy(&res, &x, sizeof(res));
+    return res;
+}
+
+inline double simt_bits_to_f64(uint64_t x) {
+    double res;
+    memcpy(&res, &x, sizeof(res));
+    return res;
+}
+
+inline void simt_atomic_add(const SIMT_GLOBAL(int32_t) & p, int32_t i, int32_t x)   { (p + i).update([=](int32_t  old) { return old + x; }); }
+inline void simt_atomic_add(const SIMT_SHARED(int32_t) & p, int32_t i, int32_t x)   { (p + i).update([=](int32_t  old) { return old + x; }); }
+inline void simt_atomic_or (const SIMT_GLOBAL(uint32_t) & p, int32_t i, uint32_t x) { (p + i).update([=](uint32_t old) { return old | x; }); }
+
 #define SIMT_BYTE_F32_ZERO 8388608.0f
 
 inline float simt_byte_f32(uint32_t x, int i) { return simt_bits_to_f32(0x4B000000u | (x >> 8*i & 0xFF)); }

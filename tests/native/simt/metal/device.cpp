@@ -5,7 +5,7 @@
 simt_device simt_metal() {
     return {
         "Metal",
-        ggml_metal_op_flash_attn_ragged_supported,
+        [](const ggml_tensor * op) { return op->op == GGML_OP_FLASH_ATTN_RAGGED && ggml_metal_op_flash_attn_ragged_supported(op); },
         ggml_metal_op_flash_attn_ragged_extra,
         [](simt::machine & machine, ggml_tensor * op) {
             machine.shared_limit = 32*1024;
