@@ -271,6 +271,24 @@ def compaction(model: Path, policy: Any, n_prompt: int) -> Json:
         return {**found, "cells": n_before, "cells_after": int(llm.kv_stats().cells.sum())}
 
 
+def by_definition(llm: Any, budget: int) -> list[list[list[int]]]:
+    """Positions that the policy of a session leaves by its definition in NumPy, of the scores that the session tells."""
+    from policy_table import kept
+
+    kv, bound = llm._kv, llm._kv_bound
+    task = getattr(bound, "task", "localization")
+    task = "localization" if task == "auto" else task
+    sizes, (n_layer, n_head_kv) = bound.parts(task).scoring, llm.kv_stats().cells.shape
+    positions = [[llm.kv_positions(il, ih) for ih in range(n_head_kv)] for il in range(n_layer)]
+
+    def scores(window_size: int) -> list[Any]:
+        return [kv.scores(il, window_size, among=sizes.n_observed) for il in range(n_layer)]
+
+    tokens = scores(sizes.token_window_size) if sizes.token_window_size else None
+    keep = kept(bound, positions, scores(sizes.window_size), budget, task=task, token_scores=tokens)
+    return [[positions[il][ih][keep[il][ih]].tolist() for ih in range(n_head_kv)] for il in range(n_layer)]
+
+
 def selections(model: Path, layers: int, policies: Sequence[Any], budgets: Sequence[int], n_prompt: int) -> list[Json]:
     """Positions that policies leave of a prompt, with budgets one after the other, each from the same cells; counts of each."""
     res = []
@@ -281,11 +299,12 @@ def selections(model: Path, layers: int, policies: Sequence[Any], budgets: Seque
             llm._kv.snapshot_save()
             for budget in budgets:
                 llm._kv.snapshot_restore()
+                want = by_definition(llm, budget)
                 with counted() as found:
                     llm.kv_compact(budget)
                 n_layer, n_head_kv = llm.kv_stats().cells.shape
                 held = [[llm.kv_positions(il, ih).tolist() for ih in range(n_head_kv)] for il in range(n_layer)]
-                res.append({**found, "positions": held, "policy": str(policy), "budget": budget})
+                res.append({**found, "positions": held, "want": want, "policy": str(policy), "budget": budget})
             assert np.isfinite(decode_below(llm, 3)).all()
     return res
 
