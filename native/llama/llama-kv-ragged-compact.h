@@ -19,9 +19,10 @@ public:
 
     wkv::marks keep; // nothing at first
 
-    // Scores of the layers il0 to il1 - 1, computed now: one plane per window, of every (layer, kv head) [cells], by query head
-    // [n_gqa, cells]; zeros without windows. Valid until the next call.
-    const float * score(size_t il0, size_t il1);
+    // Scores of the layers il0 to il1 - 1 by one window, computed now: of every (layer, kv head) [cells], by query head [n_gqa, cells];
+    // zeros without windows. Valid until the next call. i_window = 1: in place of those by the first window, which the last call gave
+    // for the same layers.
+    const float * score(size_t il0, size_t il1, size_t i_window = 0);
 
     // those of the context, as far as memory allows
     int32_t n_threads() const;

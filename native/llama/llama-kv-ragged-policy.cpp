@@ -76,7 +76,7 @@ bool llama_kv_ragged_policy_request(
 
         llama_kv_ragged_claim claim(seq.get_meter(), wkv::select_bytes(view));
 
-        const auto        scores  = [&](int32_t il0, int32_t il1) { return choice.score(il0, il1); };
+        const auto        scores  = [&](int32_t il0, int32_t il1, int32_t plane) { return choice.score(il0, il1, plane); };
         const std::string refused = wkv::select_cells(view, n_cells, scores, choice.keep);
         if (!refused.empty()) {
             llama_kv_ragged_refuse_unsupported(refused);

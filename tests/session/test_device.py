@@ -151,8 +151,8 @@ def test_reported_bytes_are_those_of_the_device(device: Run, model: Path, policy
     for on_device, reported in (prompt, compacted, longer, empty):
         assert on_device == reported
     # while cells are selected the host holds a bit of each, scores of one layer, and of one head 8 bytes, or 12 with windows of four;
-    # heads that compete take 3/4 of a byte for each of their cells
-    head, compete = (12, 0) if isinstance(policy, WindowKV) else (8, 3 * 2000 * N_HEAD_KV // 4)
+    # heads that compete take 3/8 of a byte for each of their cells
+    head, compete = (12, 0) if isinstance(policy, WindowKV) else (8, 3 * 2000 * N_HEAD_KV // 8)
     assert peak[1] - peak[0] == -(-2000 // 64) * 8 * N_LAYER * N_HEAD_KV + 4 * 2000 * N_HEAD_KV + head * 2000 + compete
     assert 0 == empty[0] < compacted[0] < longer[0] < prompt[0] / 3 < prompt[0] < peak[0]
 
