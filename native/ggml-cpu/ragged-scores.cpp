@@ -78,7 +78,7 @@ public:
 private:
     bool next(int step, score_piece & cur); // a piece that nobody has taken
 
-    void load_queries(int64_t ih);
+    void load_queries(int64_t ih); // unless they are there
     void load_scales(const float * scale);
     void load_tile(int64_t ih, int64_t cell0, int64_t n_cells);
 
@@ -103,7 +103,8 @@ private:
 
     float * all; // stats of pieces, then of heads
 
-    float * q_t;    // [ld_c, n_embd] scaled
+    int64_t ih_loaded = -1; // whose queries these are
+    float * q_t;            // [ld_c, n_embd] scaled
     float * scales; // [ld_c, n_res] of the columns that a result sums, 0 for the others
     float * k;      // [ld_k, N_CELLS_TILE]
     float * s;      // [n_block, N_CELLS_TILE]
@@ -145,6 +146,11 @@ int64_t score_worker::n_seen_by_all(int64_t ih) const {
 }
 
 void score_worker::load_queries(int64_t ih) {
+    if (ih == ih_loaded) {
+        return;
+    }
+    ih_loaded = ih;
+
     const float scale = p.softcap != 0.0f ? p.kq_scale/p.softcap : p.kq_scale;
 
     std::fill(q_t, q_t + sh.ld_c*sh.n_embd, 0.0f);

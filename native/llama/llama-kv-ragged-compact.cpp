@@ -72,8 +72,8 @@ const float * llama_kv_ragged_choice::score(size_t il0, size_t il1, size_t i_win
 }
 
 int32_t llama_kv_ragged_choice::n_threads() const {
-    // a thread needs memory for the head it is at: 1/16 of the heads take a byte for every cell at most
-    return std::clamp<int64_t>(lctx.n_threads_batch(), 1, std::max<int64_t>(1, cells.size()/16));
+    // a thread needs memory for the head it is at: 1/64 of the heads take a quarter of a byte for every cell at most
+    return std::clamp<int64_t>(lctx.n_threads_batch(), 1, std::max<int64_t>(1, cells.size()/64));
 }
 
 llama_kv_ragged_plan llama_kv_ragged_make_plan(

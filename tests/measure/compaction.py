@@ -5,7 +5,8 @@
 
 MODEL is a name or file as for `windowkv-edge bench`. Caches are filled with random cells, or with an evaluated prompt
 (--prefill, whose seconds are then printed beside). Times are medians. Bytes are what live buffers reached during the
-compaction beyond what they were before, cells are those of all heads.
+compaction beyond what they were before, cells are those of all heads. `cpu` is the time of all threads together, which
+a busy machine makes longer by less than the others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 
 from windowkv_edge.bench.run import CHUNK, Bench, Plan  # before llama_cpp
 
@@ -40,7 +42,9 @@ def main() -> None:
     plan = Plan(tuple(lengths), parse_policies(args.policies), (args.budget,), threads=args.threads)
     bench = Bench(model, info, plan, is_random=args.model in SHAPES)
 
-    print(f"{'positions':>9} {'policy':<16} {'score':>8} {'select':>8} {'gather':>8} {'all':>8} ms {'bytes/cell':>10}")
+    print(
+        f"{'positions':>9} {'policy':<16} {'score':>8} {'select':>8} {'gather':>8} {'all':>8} {'cpu':>8} ms {'bytes/cell':>10}"
+    )
     for length in lengths:
         for name, policy in bench.policies.items():
             cells = policy.cells or "f16"
@@ -56,15 +60,17 @@ def main() -> None:
                     session.fill(length)
                 before = session.kv.stats()
                 n_cells = int(session.kv.cells().sum())
+                start = time.process_time()
                 session.compact(args.budget)
+                cpu = 1000 * (time.process_time() - start)
                 after = session.kv.stats()
                 # the peak is that of the compaction if it exceeds what was live before it
                 peak = after.bytes_peak - before.bytes_live
-                found.append((after.t_score_ms, after.t_select_ms, after.t_gather_ms, peak / n_cells))
+                found.append((after.t_score_ms, after.t_select_ms, after.t_gather_ms, cpu, peak / n_cells))
             session.close()
-            score, select, gather, peak = (statistics.median(x) for x in zip(*found, strict=True))
+            score, select, gather, cpu, peak = (statistics.median(x) for x in zip(*found, strict=True))
             whole = statistics.median(sum(x[:3]) for x in found)
-            line = f"{length:>9,} {name:<16} {score:>8.1f} {select:>8.1f} {gather:>8.1f} {whole:>8.1f} {peak:>13.2f}"
+            line = f"{length:>9,} {name:<16} {score:>8.1f} {select:>8.1f} {gather:>8.1f} {whole:>8.1f} {cpu:>8.1f} {peak:>13.2f}"
             if seconds:
                 line += (
                     f"   prefill {statistics.median(seconds):.2f} s: {whole / 10 / statistics.median(seconds):.2f} %"
