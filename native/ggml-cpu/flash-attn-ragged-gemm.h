@@ -10,31 +10,37 @@
 // b: [ld_b, n_k]      F32
 // c: [ld_c, n_r]      F32
 //
-// n_r*n_v sums stay in registers over all of n_k, so that a vector of B serves n_r rows.
+// n_r*n_v sums stay in registers over all of n_k, so that a vector of B serves n_r rows. The pragmas are for GCC, which unrolls these
+// loops late otherwise and moves the sums through memory: a fifth of the time with 64 elements.
 template <int n_r, int n_v>
 static void fattn_gemm_block(float * c, int64_t ld_c, const float * a, int64_t ld_a, const float * b, int64_t ld_b, int64_t n_k, bool add) {
-    vf32 acc[n_r][n_v] = {};
-    if (add) {
-        for (int i = 0; i < n_r; ++i) {
-            for (int j = 0; j < n_v; ++j) {
-                acc[i][j] = vf_load(c + i*ld_c + j*VL);
-            }
+    vf32 acc[n_r][n_v];
+#pragma GCC unroll 8
+    for (int i = 0; i < n_r; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < n_v; ++j) {
+            acc[i][j] = add ? vf_load(c + i*ld_c + j*VL) : vf32{};
         }
     }
 
     for (int64_t k = 0; k < n_k; ++k) {
         vf32 x[n_v];
+#pragma GCC unroll 8
         for (int j = 0; j < n_v; ++j) {
             x[j] = vf_load(b + k*ld_b + j*VL);
         }
+#pragma GCC unroll 8
         for (int i = 0; i < n_r; ++i) {
+#pragma GCC unroll 8
             for (int j = 0; j < n_v; ++j) {
                 acc[i][j] += a[i*ld_a + k]*x[j];
             }
         }
     }
 
+#pragma GCC unroll 8
     for (int i = 0; i < n_r; ++i) {
+#pragma GCC unroll 8
         for (int j = 0; j < n_v; ++j) {
             vf_store(c + i*ld_c + j*VL, acc[i][j]);
         }

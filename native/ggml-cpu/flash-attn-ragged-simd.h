@@ -137,6 +137,23 @@ static inline float vf_max(vf32 x) {
     return res;
 }
 
+// whether an element of a is larger than that of b
+static inline bool vf_any_greater(vf32 a, vf32 b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512) a, (__m512) b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256) a, (__m256) b, _CMP_GT_OQ)) != 0;
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    return vmaxvq_u32(vcgtq_f32((float32x4_t) a, (float32x4_t) b)) != 0;
+#else
+    bool res = false;
+    for (int i = 0; i < VL; ++i) {
+        res |= a[i] > b[i];
+    }
+    return res;
+#endif
+}
+
 // exp for x <= 88, exactly 0 below -87, where exp(x) is no normal float any more; relative error 2e-7
 static inline vf32 vf_exp(vf32 x) {
     // x = n*ln(2) + r: adding 1.5*2^23 rounds x/ln(2) to n and leaves it in the low bits. ln(2) in two parts after Cody and Waite:

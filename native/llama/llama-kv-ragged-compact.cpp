@@ -5,6 +5,7 @@
 #include "llama-kv-cache-ragged.h"
 #include "llama-kv-ragged-create.h"
 #include "llama-kv-ragged-compute.h"
+#include "policy/wkv-threads.h"
 
 #include <algorithm>
 #include <cinttypes>
@@ -34,20 +35,20 @@ llama_kv_ragged_choice::llama_kv_ragged_choice(
     cells(seq.n_cells()), keep(cells.data(), cells.size()), lctx(lctx), seq(seq), scoring(scoring), claim(seq.get_meter()) {
 }
 
-float * llama_kv_ragged_choice::score(size_t il0, size_t il1) {
+float * llama_kv_ragged_choice::score(size_t il0, size_t il1, size_t i_window) {
     const auto & layers = seq.get_layers();
 
-    const auto   first    = cells.begin() + il0*layers[0].n_head_kv;
-    const auto   last     = cells.begin() + il1*layers[0].n_head_kv;
-    const size_t n_cells  = std::accumulate(first, last, size_t(0))*(scoring.by_query_head ? layers[0].n_gqa() : 1);
-    const size_t n_planes = std::max<size_t>(1, scoring.window_sizes.size());
+    const auto   first   = cells.begin() + il0*layers[0].n_head_kv;
+    const auto   last    = cells.begin() + il1*layers[0].n_head_kv;
+    const size_t n_cells = std::accumulate(first, last, size_t(0))*(scoring.by_query_head ? layers[0].n_gqa() : 1);
 
     // host memory of a compaction is part of the peak
     const size_t n_before = scores.size();
-    claim.add(int64_t(n_cells*n_planes*sizeof(float)) - int64_t(n_before*sizeof(float)));
-    if (n_cells*n_planes != n_before) {
+    claim.add(int64_t(n_cells*sizeof(float)) - int64_t(n_before*sizeof(float)));
+    if (n_cells != n_before) {
+        GGML_ASSERT(i_window == 0);
         scores = {}; // before there is another one
-        scores.resize(n_cells*n_planes, 0.0f);
+        scores.resize(n_cells, 0.0f);
     }
     if (scoring.window_sizes.empty()) {
         return scores.data();
@@ -60,7 +61,7 @@ float * llama_kv_ragged_choice::score(size_t il0, size_t il1) {
     }
     float * dst = scores.data();
     for (size_t i = il0; i < il1; ++i) {
-        dst += llama_kv_ragged_score(lctx, seq, i, scoring, *workspace, dst, n_cells);
+        dst += llama_kv_ragged_score(lctx, seq, i, scoring, i_window, *workspace, dst);
     }
 
     if (il1 == layers.size()) {
@@ -76,7 +77,7 @@ void llama_kv_ragged_choice::score(size_t il, const llama_kv_ragged_score_fn & s
     if (!workspace) {
         workspace = std::make_unique<llama_kv_ragged_workspace>(seq.get_meter());
     }
-    llama_kv_ragged_score(lctx, seq, il, scoring, *workspace, nullptr, 0, stay);
+    llama_kv_ragged_score(lctx, seq, il, scoring, *workspace, stay);
 
     if (il + 1 == seq.get_layers().size()) {
         workspace.reset();
@@ -85,8 +86,8 @@ void llama_kv_ragged_choice::score(size_t il, const llama_kv_ragged_score_fn & s
 }
 
 int32_t llama_kv_ragged_choice::n_threads() const {
-    // a thread needs memory for the head it is at: 1/16 of the heads take a byte for every cell at most
-    return std::clamp<int64_t>(lctx.n_threads_batch(), 1, std::max<int64_t>(1, cells.size()/16));
+    // a thread needs memory for the head it is at: 1/64 of the heads take a quarter of a byte for every cell at most
+    return std::clamp<int64_t>(lctx.n_threads_batch(), 1, std::max<int64_t>(1, cells.size()/64));
 }
 
 llama_kv_ragged_plan llama_kv_ragged_make_plan(
@@ -173,6 +174,27 @@ static void move_rows_by_host(
     }
 }
 
+// The same in memory of the host: what stays in a row is copied in a row, by threads. Rows that are not used become zero.
+static void move_rows_on_cpu(
+        llama_context & lctx, const llama_kv_ragged_pool & src, const llama_kv_ragged_pool & dst, const wkv::marks & keep, size_t i_head,
+        size_t n_heads) {
+    const auto move = [&](size_t i) {
+        const ggml_tensor * from = i%2 == 0 ? src.k : src.v;
+        const ggml_tensor * to   = i%2 == 0 ? dst.k : dst.v;
+
+        const size_t n_row = from->nb[1];
+        const char * own   = (const char *) from->data + src.first[i/2]*n_row;
+        char       * next  = (char       *) to->data   + dst.first[i/2]*n_row;
+        keep.for_runs(i_head + i/2, [&](int32_t i0, int32_t i1) {
+            next = std::copy(own + i0*n_row, own + i1*n_row, next);
+        });
+        std::fill(next, (char *) to->data + dst.first[i/2 + 1]*n_row, 0);
+    };
+    // a thread takes longer to start than a MiB to copy
+    const int64_t n_worth = int64_t(ggml_nbytes(dst.k) + ggml_nbytes(dst.v)) >> 20;
+    wkv::for_each(std::clamp<int64_t>(n_worth, 1, lctx.n_threads_batch()), 2*n_heads, move);
+}
+
 llama_kv_ragged_cells llama_kv_ragged_gather(
         llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_plan & plan) {
     const auto & layer = seq.get_layers()[i];
@@ -191,21 +213,34 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
     llama_kv_ragged_cells res;
     res.kept.resize(layer.n_head_kv);
     res.boundary = seq.n_pos;
-    res.pool     = layer.make_pool(layer.capacity(len_next, slack, true), seq.get_meter());
+    res.pool     = layer.make_pool(layer.capacity(len_next, slack, true), seq.get_meter(), !layer.on_cpu());
 
-    // unused rows have to be finite: between heads they repeat a valid one, behind the last cell they are zero
-    std::vector<int32_t> rows(res.pool.first[layer.n_head_kv - 1] + len_next.back(), 0);
     for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
         auto & kept = res.kept[ih];
 
         kept.reserve(len_next[ih]);
-        for (int64_t ic = 0; ic < len[ih]; ++ic) {
-            if (plan.keep.get(i*plan.n_head_kv + ih, ic)) {
-                rows[res.pool.first[ih] + kept.size()] = pool.first[ih] + ic;
+        plan.keep.for_runs(i*plan.n_head_kv + ih, [&](int32_t i0, int32_t i1) {
+            for (int32_t ic = i0; ic < i1; ++ic) {
                 kept.push_back(seq.cells[i].position(ih, ic));
             }
-        }
+        });
         GGML_ASSERT((int64_t) kept.size() == len_next[ih]);
+    }
+    if (layer.on_cpu()) {
+        move_rows_on_cpu(lctx, pool, res.pool, plan.keep, i*plan.n_head_kv, plan.n_head_kv);
+        return res;
+    }
+
+    // unused rows have to be finite: between heads they repeat a valid one, behind the last cell they are zero
+    llama_kv_ragged_claim claim(seq.get_meter(), (res.pool.first[layer.n_head_kv - 1] + len_next.back())*sizeof(int32_t));
+    std::vector<int32_t>  rows(res.pool.first[layer.n_head_kv - 1] + len_next.back(), 0);
+    for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
+        auto next = rows.begin() + res.pool.first[ih];
+        plan.keep.for_runs(i*plan.n_head_kv + ih, [&](int32_t i0, int32_t i1) {
+            for (int32_t ic = i0; ic < i1; ++ic) {
+                *next++ = pool.first[ih] + ic;
+            }
+        });
     }
 
     if (pool.k->nb[1] % sizeof(int32_t) == 0 && pool.v->nb[1] % sizeof(int32_t) == 0) {

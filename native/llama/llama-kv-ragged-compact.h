@@ -19,11 +19,12 @@ public:
 
     wkv::marks keep; // nothing at first
 
-    // Scores of the layers il0 to il1 - 1, computed now: one plane per window, of every (layer, kv head) [cells], by query head
-    // [n_gqa, cells]; zeros without windows. Valid until the next call.
-    float * score(size_t il0, size_t il1);
+    // Scores of the layers il0 to il1 - 1 by one window, computed now: of every (layer, kv head) [cells], by query head [n_gqa, cells];
+    // zeros without windows. Valid until the next call. i_window = 1: in place of those by the first window, which the last call gave
+    // for the same layers.
+    float * score(size_t il0, size_t il1, size_t i_window = 0);
 
-    // the same of one layer, taken into the graph that computes them
+    // the same of one layer by all windows, taken into the graph that computes them
     void score(size_t il, const llama_kv_ragged_score_fn & stay);
 
     llama_context                 & get_lctx()    const { return lctx; }

@@ -122,7 +122,7 @@ size_t llama_kv_ragged_layer::n_nodes_by_head() const {
     return has_by_head() ? n_head_kv*(8 + n_cast + (sinks ? 2 : 0)) + 16 : 0;
 }
 
-llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(const std::vector<int64_t> & cap, llama_kv_ragged_meter & meter) const {
+llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(const std::vector<int64_t> & cap, llama_kv_ragged_meter & meter, bool zeroed) const {
     llama_kv_ragged_pool res;
     res.first.assign(1, 0);
     for (const int64_t n : cap) {
@@ -135,7 +135,7 @@ llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(const std::vector<int64_t>
     ggml_format_name(res.k, "cache_ragged_k_l%u", il);
     ggml_format_name(res.v, "cache_ragged_v_l%u", il);
 
-    if (!res.alloc(buft, meter)) {
+    if (!res.alloc(buft, meter, zeroed)) {
         llama_kv_ragged_refuse(format("no memory for %" PRId64 " cells per head in layer %u", res.first.back()/n_head_kv, il));
     }
     return res;

@@ -71,8 +71,9 @@ struct llama_kv_ragged_layer {
     // for the last one in rows of its own.
     std::vector<int64_t> capacity(const std::vector<int64_t> & len, int64_t slack, bool compacted) const;
 
-    // a zeroed pool with room for cap[ih] cells of every head; throws std::runtime_error if memory runs out
-    llama_kv_ragged_pool make_pool(const std::vector<int64_t> & cap, llama_kv_ragged_meter & meter) const;
+    // a pool with room for cap[ih] cells of every head, zeroed unless somebody writes all of it; throws std::runtime_error if memory
+    // runs out
+    llama_kv_ragged_pool make_pool(const std::vector<int64_t> & cap, llama_kv_ragged_meter & meter, bool zeroed = true) const;
 
     // the same with the first len[ih] cells of every head of src
     llama_kv_ragged_pool copy_pool(

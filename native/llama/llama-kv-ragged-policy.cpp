@@ -99,6 +99,7 @@ bool llama_kv_ragged_policy_request(
 
     request.scoring.by_query_head = policy.scoring.query_heads == WKV_QUERY_HEADS_EACH;
     request.scoring.window_sizes  = sizes;
+    request.scoring.in_place      = !rest;
     request.select = [&seq, &policy, rest, n_cells](llama_kv_ragged_choice & choice) {
         const auto     & cells  = rest ? rest->cells.cells() : choice.cells;
         const wkv_shapes shapes = llama_kv_ragged_shapes(seq, cells);
@@ -110,12 +111,12 @@ bool llama_kv_ragged_policy_request(
         llama_kv_ragged_claim claim(seq.get_meter());
         bool                  claimed = false;
 
-        const auto scores = [&](int32_t il0, int32_t il1) {
+        const auto scores = [&](int32_t il0, int32_t il1, int32_t plane) {
             claim.add(claimed ? 0 : wkv::select_bytes(view));
             claimed = true;
-            float * res = choice.score(il0, il1);
+            float * res = choice.score(il0, il1, plane);
             if (rest) {
-                rest->cells.take(res, view.index(il0, 0), view.index(il1, 0), wkv::window_sizes(policy).size(), view.n_rows());
+                rest->cells.take(res, view.index(il0, 0), view.index(il1, 0), view.n_rows());
             }
             return res;
         };

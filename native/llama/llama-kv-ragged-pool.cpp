@@ -30,13 +30,15 @@ void llama_kv_ragged_buffer::init(size_t n_tensors) {
     ctx.reset(ggml_init(params));
 }
 
-bool llama_kv_ragged_buffer::alloc(ggml_backend_buffer_type_t buft, llama_kv_ragged_meter & meter) {
+bool llama_kv_ragged_buffer::alloc(ggml_backend_buffer_type_t buft, llama_kv_ragged_meter & meter, bool zeroed) {
     buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
     if (!buf) {
         return false;
     }
     // masked cells are multiplied by zero weights, so even unused rows have to be finite
-    ggml_backend_buffer_clear(buf.get(), 0);
+    if (zeroed) {
+        ggml_backend_buffer_clear(buf.get(), 0);
+    }
 
     claim = std::make_unique<llama_kv_ragged_claim>(meter, bytes());
     return true;

@@ -52,8 +52,8 @@ struct llama_kv_ragged_buffer {
 
     void init(size_t n_tensors);
 
-    // zeroed memory for the tensors of ctx; false if it runs out
-    bool alloc(ggml_backend_buffer_type_t buft, llama_kv_ragged_meter & meter);
+    // memory for the tensors of ctx, zeroed unless somebody writes all of it; false if it runs out
+    bool alloc(ggml_backend_buffer_type_t buft, llama_kv_ragged_meter & meter, bool zeroed = true);
 };
 
 // one tensor

@@ -6,18 +6,24 @@
 #include "llama-kv-ragged-create.h"
 #include "llama-model.h"
 
+#include "ggml-cpu/ragged-scores.h"
+
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 
 namespace {
 
-// the queries of one compaction: rows of the buffer in the order of their positions, so that sums do not depend on its size
+// Queries that are asked: rows of the buffer in the order of their positions, so that sums do not depend on its size.
 struct observers {
     std::vector<int32_t> rows;
     std::vector<int32_t> pos;
 
-    std::vector<int64_t> n_of; // [window_sizes], how many of the last of them form each window
+    float weight = 0.0f; // of the attention of each query and query head
+    float keep   = 0.0f; // of the scores that are there
+
+    // what a graph computes: means over the last n queries, and their weight
+    std::vector<std::pair<int64_t, float>> planes;
 
     int64_t n() const { return rows.size(); }
 };
@@ -30,10 +36,10 @@ struct part {
 
 // what a layer makes of queries and keys
 struct attention {
-    float   kq_scale;
-    float   softcap;
-    int64_t n_gqa;
-    bool    on_cpu;
+    float         kq_scale;
+    float         softcap;
+    int64_t       n_gqa;
+    ggml_tensor * sinks; // [n_head], nullptr: none
 };
 
 // Heads whose scores are computed together: they hold equally many cells, and their rows have the same distance in the pool.
@@ -50,23 +56,62 @@ struct head_group {
 
 } // namespace
 
-// Heads whose weights fit into this together are computed at once: that saves launches where a head is little work. A CPU launches
-// nothing.
+// Heads whose weights fit into this together are computed at once: that saves launches where a head is little work.
 static constexpr int64_t N_BYTES_GROUP = 8 << 20;
 
-static observers find_observers(const llama_kv_ragged_seq & seq, const std::vector<int32_t> & window_sizes) {
-    const auto start = [&, end = seq.observed_end()](int32_t n) { return end - n; };
+// where a window of n tokens begins that the newest query ends
+static int32_t window_start(const llama_kv_ragged_seq & seq, int32_t n) {
+    return seq.observed_end() - n;
+}
 
+// of the largest window
+static std::vector<int32_t> find_rows(const llama_kv_ragged_seq & seq, const std::vector<int32_t> & sizes) {
+    return seq.observed.find(window_start(seq, *std::max_element(sizes.begin(), sizes.end())));
+}
+
+// how many of these each window holds, the last ones
+static std::vector<int64_t> count_rows(const llama_kv_ragged_seq & seq, const std::vector<int32_t> & sizes, const std::vector<int32_t> & rows) {
+    std::vector<int64_t> res;
+    for (const int32_t n : sizes) {
+        const int32_t start = window_start(seq, n);
+        res.push_back(std::count_if(rows.begin(), rows.end(), [&](int32_t row) { return seq.observed.pos[row] >= start; }));
+    }
+    if (seq.n_pos == 0 || *std::min_element(res.begin(), res.end()) == 0) {
+        llama_kv_ragged_refuse("nothing to score, evaluate a prompt first");
+    }
+    return res;
+}
+
+static observers make_observers(const llama_kv_ragged_seq & seq, std::vector<int32_t> rows) {
     observers res;
-    res.rows = seq.observed.find(start(*std::max_element(window_sizes.begin(), window_sizes.end())));
+    res.rows = std::move(rows);
     for (const int32_t row : res.rows) {
         res.pos.push_back(seq.observed.pos[row]);
     }
-    for (const int32_t n : window_sizes) {
-        res.n_of.push_back(res.pos.end() - std::lower_bound(res.pos.begin(), res.pos.end(), start(n)));
-    }
-    if (seq.n_pos == 0 || *std::min_element(res.n_of.begin(), res.n_of.end()) == 0) {
-        llama_kv_ragged_refuse("nothing to score, evaluate a prompt first");
+    return res;
+}
+
+static observers find_observers(const llama_kv_ragged_seq & seq, const llama_kv_ragged_scoring & scoring, size_t i_window, int64_t n_gqa) {
+
+    const auto rows = find_rows(seq, scoring.window_sizes);
+    const auto n_of = count_rows(seq, scoring.window_sizes, rows);
+
+    const int64_t n       = n_of[i_window];
+    const int64_t n_known = i_window > 0 && scoring.in_place && n_of[0] <= n ? n_of[0] : 0; // the mean over these is there
+
+    auto res = make_observers(seq, { rows.end() - n, rows.end() - n_known });
+    res.weight = 1.0f/float(n*(scoring.by_query_head ? 1 : n_gqa));
+    res.keep   = float(n_known)/float(n);
+    res.planes = { { res.n(), res.weight } };
+    return res;
+}
+
+static observers find_all_observers(const llama_kv_ragged_seq & seq, const llama_kv_ragged_scoring & scoring, int64_t n_gqa) {
+    const auto rows = find_rows(seq, scoring.window_sizes);
+
+    auto res = make_observers(seq, rows);
+    for (const int64_t n : count_rows(seq, scoring.window_sizes, rows)) {
+        res.planes.emplace_back(n, 1.0f/float(n*n_gqa));
     }
     return res;
 }
@@ -137,17 +182,17 @@ static std::vector<float> make_mask(
     return res;
 }
 
-// Columns of weights [n_rows*n_gqa, n_res] whose products with the attention are the means: one per window, or one per query head.
+// Columns of weights [n_rows*n_gqa, n_res] whose products with the attention are the means: one per plane, or one per query head.
 static std::vector<float> make_weights(const observers & obs, int64_t n_gqa, bool by_query_head) {
     const int64_t n_cols = obs.n()*n_gqa;
-    const int64_t n_res  = by_query_head ? n_gqa : obs.n_of.size();
+    const int64_t n_res  = by_query_head ? n_gqa : obs.planes.size();
 
     std::vector<float> res(n_cols*n_res, 0.0f);
     for (int64_t ir = 0; ir < n_res; ++ir) {
-        const int64_t n_of = obs.n_of[by_query_head ? 0 : ir];
+        const auto & [n, weight] = obs.planes[by_query_head ? 0 : ir];
         for (int64_t ig = 0; ig < n_gqa; ++ig) {
             if (!by_query_head || ig == ir) {
-                std::fill_n(res.begin() + ir*n_cols + (ig + 1)*obs.n() - n_of, n_of, 1.0f/float(n_of*(by_query_head ? 1 : n_gqa)));
+                std::fill_n(res.begin() + ir*n_cols + (ig + 1)*obs.n() - n, n, weight);
             }
         }
     }
@@ -159,45 +204,15 @@ static ggml_tensor * columns(ggml_context * ctx, ggml_tensor * cur, int64_t i0, 
     return n == cur->ne[1] ? cur : ggml_view_2d(ctx, cur, cur->ne[0], n, cur->nb[1], i0*cur->nb[1]);
 }
 
-// F32 [ne1, ne0, ne2] of [ne0, ne1, ne2] in tiles of 16 x 16, which are whole cache lines on both sides; the CPU's copy goes value by
-// value
-static void transpose(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
-    const ggml_tensor * src = dst->src[0];
-
-    const int64_t n_rows  = src->ne[1];
-    const int64_t n_cells = src->ne[0];
-    const int64_t n_tiles = (n_cells + 15)/16;
-    for (int64_t it = ith; it < n_tiles*src->ne[2]; it += nth) {
-        const float * from = (const float *) src->data + it/n_tiles*n_cells*n_rows;
-        float       * to   = (float       *) dst->data + it/n_tiles*n_cells*n_rows;
-
-        const int64_t ic0 = it%n_tiles*16;
-        const int64_t ic1 = std::min(n_cells, ic0 + 16);
-        for (int64_t ir0 = 0; ir0 < n_rows; ir0 += 16) {
-            const int64_t ir1 = std::min(n_rows, ir0 + 16);
-            for (int64_t ic = ic0; ic < ic1; ++ic) {
-                for (int64_t ir = ir0; ir < ir1; ++ir) {
-                    to[ic*n_rows + ir] = from[ir*n_cells + ic];
-                }
-            }
-        }
-    }
-}
-
-static ggml_tensor * transposed(ggml_context * ctx, ggml_tensor * cur, bool on_cpu) {
-    return on_cpu ? ggml_custom_4d(ctx, GGML_TYPE_F32, cur->ne[1], cur->ne[0], cur->ne[2], 1, &cur, 1, transpose, GGML_N_TASKS_MAX, nullptr)
-                  : ggml_cont(ctx, ggml_transpose(ctx, cur));
-}
-
 // the means over some of the columns: softmax(q k^T), then times the weights, [n_cells, n_res, n]
 static ggml_tensor * build_part(
-        ggml_context * ctx, const attention & attn, ggml_tensor * k, ggml_tensor * q, ggml_tensor * sinks, int64_t n_obs,
-        const head_group & group, const part & cur) {
+        ggml_context * ctx, const attention & attn, ggml_tensor * k, ggml_tensor * q, int64_t n_obs, const head_group & group, const part & cur) {
     const float   softcap = attn.softcap;
     const int64_t n_cols  = cur.n_rows*cur.n_gqa;
     const int64_t i_col   = cur.ig0*n_obs + cur.ir0;
 
     ggml_tensor * weights = group.weights;
+    ggml_tensor * sinks   = attn.sinks;
 
     ggml_tensor * kq = ggml_mul_mat(ctx, k, columns(ctx, q, i_col, n_cols)); // [n_cells, n_cols, n]
     ggml_prec_set_acc(kq, GGML_PREC_F32);
@@ -220,41 +235,43 @@ static ggml_tensor * build_part(
     ggml_tensor * w = n_cols == weights->ne[0] ? weights :
         ggml_cont(ctx, ggml_view_2d(ctx, weights, n_cols, weights->ne[1], weights->nb[1], i_col*weights->nb[0]));
 
-    return ggml_mul_mat(ctx, transposed(ctx, kq, attn.on_cpu), w);
+    return ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, kq)), w);
 }
 
-size_t llama_kv_ragged_score(
-        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring,
-        llama_kv_ragged_workspace & workspace, float * dst, size_t n_stride, const llama_kv_ragged_score_fn & stay) {
-    const auto & layer   = seq.get_layers()[i];
+static attention attention_of(llama_context & lctx, const llama_kv_ragged_layer & layer) {
     const auto & hparams = lctx.get_model().hparams;
-    const auto & pool    = seq.cells[i].pool;
-    const auto   obs     = find_observers(seq, scoring.window_sizes);
-    const auto   len     = seq.n_cells(i);
-
-    ggml_tensor * queries = seq.observed.queries[i].tensor;
-
-    const attention attn = { llama_kv_ragged_scale(lctx, layer.il), hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, layer.n_gqa(),
-        layer.on_cpu() };
-
-    const int64_t n_gqa     = layer.n_gqa();
-    const int64_t n_head_kv = layer.n_head_kv;
-    const int64_t n_res     = scoring.by_query_head ? n_gqa : scoring.window_sizes.size();
-
-    const int64_t n_cols = obs.n()*n_gqa;
-    const int64_t n_most = *std::max_element(len.begin(), len.end());
-
-    const auto parts  = make_parts(n_most, obs.n(), n_gqa, scoring.n_bytes_max);
-    auto       groups = make_groups(pool, len, n_most*n_cols*(int64_t) sizeof(float), std::min(scoring.n_bytes_max,
-            scoring.n_bytes_group >= 0 ? scoring.n_bytes_group : attn.on_cpu ? 0 : N_BYTES_GROUP));
-
-    llama_kv_ragged_compute graph(lctx, layer, workspace, (24 + 20*parts.size())*(groups.size() + 1));
-    ggml_context * ctx = graph.get_ctx();
 
     // A learned sink takes a share of every query's attention. Where this backend cannot read the model's tensor, the scores
     // do without: that scales all cells of a query alike.
     ggml_tensor * sinks = layer.sinks && layer.sinks->buffer &&
         ggml_backend_dev_supports_buft(layer.dev, ggml_backend_buffer_get_type(layer.sinks->buffer)) ? layer.sinks : nullptr;
+
+    return { llama_kv_ragged_scale(lctx, layer.il), hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, layer.n_gqa(), sinks };
+}
+
+// in graphs of ggml's ops; with stay, scores stay there
+static void score_by_graph(
+        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring, const observers & obs,
+        const attention & attn, llama_kv_ragged_workspace & workspace, float * dst, const llama_kv_ragged_score_fn & stay = nullptr) {
+    const auto & layer = seq.get_layers()[i];
+    const auto & pool  = seq.cells[i].pool;
+    const auto   len   = seq.n_cells(i);
+
+    ggml_tensor * queries = seq.observed.queries[i].tensor;
+
+    const int64_t n_gqa     = layer.n_gqa();
+    const int64_t n_head_kv = layer.n_head_kv;
+    const int64_t n_res     = scoring.by_query_head ? n_gqa : obs.planes.size();
+
+    const int64_t n_cols = obs.n()*n_gqa;
+    const int64_t n_most = *std::max_element(len.begin(), len.end());
+
+    const auto parts  = make_parts(n_most, obs.n(), n_gqa, scoring.n_bytes_max);
+    auto       groups = make_groups(pool, len, n_most*n_cols*(int64_t) sizeof(float),
+            std::min(scoring.n_bytes_max, scoring.n_bytes_group >= 0 ? scoring.n_bytes_group : layer.on_cpu() ? 0 : N_BYTES_GROUP));
+
+    llama_kv_ragged_compute graph(lctx, layer, workspace, (24 + 20*parts.size())*(groups.size() + 1));
+    ggml_context * ctx = graph.get_ctx();
 
     ggml_tensor * weights = graph.input(GGML_TYPE_F32, n_cols, n_res*groups[0].n);
     ggml_tensor * idxs    = graph.input(GGML_TYPE_I32, obs.n(), n_gqa*groups[0].n);
@@ -276,7 +293,7 @@ size_t llama_kv_ragged_score(
         q = ggml_reshape_3d(ctx, q, layer.n_embd_head_k, n_cols, group.n);
 
         for (const part & cur : parts) {
-            ggml_tensor * sum = build_part(ctx, attn, k, q, sinks, obs.n(), group, cur);
+            ggml_tensor * sum = build_part(ctx, attn, k, q, obs.n(), group, cur);
             group.sum = group.sum ? ggml_add(ctx, group.sum, sum) : sum;
         }
         if (stay) {
@@ -304,30 +321,128 @@ size_t llama_kv_ragged_score(
 
     graph.compute();
     if (stay) {
-        return 0;
+        return;
     }
 
-    // the results of one window follow each other, those of query heads kv head by kv head
-    size_t i0 = 0;
+    llama_kv_ragged_claim claim(seq.get_meter(), obs.keep > 0.0f ? n_most*sizeof(float) : 0);
+    std::vector<float>    more(obs.keep > 0.0f ? n_most : 0);
     for (int64_t ih = 0; ih < n_head_kv; ++ih) {
-        for (int64_t ir = 0; ir < n_res; ++ir) {
-            float * own = dst + (scoring.by_query_head ? i0*n_res + ir*len[ih] : ir*n_stride + i0);
-            const auto & group = groups[ih/groups[0].n];
-            ggml_backend_tensor_get(group.sum, own, ir*group.sum->nb[1] + (ih - group.ih)*group.sum->nb[2], len[ih]*sizeof(float));
+        const auto & group = groups[ih/groups[0].n];
+        for (int64_t ir = 0; ir < n_res; ++ir, dst += len[ih]) {
+            ggml_backend_tensor_get(group.sum, more.empty() ? dst : more.data(), ir*group.sum->nb[1] + (ih - group.ih)*group.sum->nb[2],
+                    len[ih]*sizeof(float));
+            for (int64_t ic = 0; !more.empty() && ic < len[ih]; ++ic) {
+                dst[ic] = obs.keep*dst[ic] + more[ic];
+            }
         }
-        i0 += len[ih];
     }
-    return i0*(scoring.by_query_head ? n_res : 1);
+}
+
+// the steps of the CPU backend, nullptr on another
+static const ggml_ragged_scores_steps * cpu_steps(const llama_kv_ragged_layer & layer) {
+    if (!layer.on_cpu()) {
+        return nullptr;
+    }
+    void * fct = ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(layer.dev), GGML_RAGGED_SCORES_PROC);
+    if (!fct) {
+        llama_kv_ragged_refuse("the CPU backend that was loaded has no scores, it is not the one of this build");
+    }
+    return ((const ggml_ragged_scores_steps * (*)()) fct)();
+}
+
+static void score_by_steps(
+        llama_context & lctx, const llama_kv_ragged_layer & layer, const ggml_ragged_scores_steps & steps, ggml_ragged_scores & p,
+        llama_kv_ragged_workspace & workspace) {
+    llama_kv_ragged_compute graph(lctx, layer, workspace, 3);
+    ggml_context * ctx = graph.get_ctx();
+
+    p.n_threads = std::max(lctx.n_threads(), lctx.n_threads_batch());
+
+    const auto node = [&](int64_t n, std::vector<ggml_tensor *> args, ggml_custom_op_t step) {
+        return ggml_custom_4d(ctx, GGML_TYPE_F32, n, 1, 1, 1, args.data(), args.size(), step, GGML_N_TASKS_MAX, &p);
+    };
+    ggml_tensor * work  = node(steps.n_work(&p), {}, steps.scan);
+    ggml_tensor * heads = node(1, { work }, steps.combine);
+    graph.expand(node(1, { work, heads }, steps.weigh));
+
+    graph.alloc();
+    graph.compute();
+}
+
+size_t llama_kv_ragged_score(
+        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring, size_t i_window,
+        llama_kv_ragged_workspace & workspace, float * dst) {
+    const auto & layer = seq.get_layers()[i];
+    const auto   len   = seq.n_cells(i);
+    const auto   obs   = find_observers(seq, scoring, i_window, layer.n_gqa());
+
+    const int64_t n_res = scoring.by_query_head ? layer.n_gqa() : 1;
+    const size_t  n_all = std::accumulate(len.begin(), len.end(), int64_t(0))*n_res;
+    if (obs.n() == 0) {
+        return n_all; // both windows hold the same queries
+    }
+
+    const attention attn = attention_of(lctx, layer);
+
+    std::vector<int64_t> n_hidden;
+    std::vector<float *> rows;
+    float * end = dst;
+    for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
+        for (const int32_t pos : obs.pos) {
+            n_hidden.push_back(n_unseen(seq.cells[i], ih, len[ih], pos));
+        }
+        for (int64_t ir = 0; ir < n_res; ++ir, end += len[ih]) {
+            rows.push_back(end);
+        }
+    }
+
+    ggml_ragged_scores p;
+    p.k             = seq.cells[i].pool.k;
+    p.n_head_kv     = layer.n_head_kv;
+    p.n_gqa         = layer.n_gqa();
+    p.first         = seq.cells[i].pool.first.data();
+    p.n_cells       = len.data();
+    p.q             = seq.observed.queries[i].tensor;
+    p.n_queries     = obs.n();
+    p.rows          = obs.rows.data();
+    p.n_hidden      = n_hidden.data();
+    p.kq_scale      = attn.kq_scale;
+    p.softcap       = attn.softcap;
+    p.sinks         = attn.sinks ? (const float *) attn.sinks->data : nullptr;
+    p.by_query_head = scoring.by_query_head;
+    p.weight        = obs.weight;
+    p.keep          = obs.keep;
+    p.dst           = rows.data();
+
+    const auto * steps = scoring.graph ? nullptr : cpu_steps(layer);
+    if (steps && steps->supports(&p)) {
+        score_by_steps(lctx, layer, *steps, p, workspace);
+    } else {
+        score_by_graph(lctx, seq, i, scoring, obs, attn, workspace, dst);
+    }
+    return n_all;
+}
+
+void llama_kv_ragged_score(
+        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring,
+        llama_kv_ragged_workspace & workspace, const llama_kv_ragged_score_fn & stay) {
+    const auto & layer = seq.get_layers()[i];
+    score_by_graph(lctx, seq, i, scoring, find_all_observers(seq, scoring, layer.n_gqa()), attention_of(lctx, layer), workspace, nullptr, stay);
 }
 
 std::vector<float> llama_kv_ragged_score(
         llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring) {
     const auto   len      = seq.n_cells(i);
-    const size_t n_stride = std::accumulate(len.begin(), len.end(), size_t(0));
-    const size_t n_res    = scoring.by_query_head ? seq.get_layers()[i].n_gqa() : scoring.window_sizes.size();
+    const size_t n_planes = scoring.window_sizes.size();
+    const size_t n_plane  = std::accumulate(len.begin(), len.end(), size_t(0))*(scoring.by_query_head ? seq.get_layers()[i].n_gqa() : 1);
 
-    std::vector<float> res(n_stride*n_res);
+    std::vector<float> res(n_plane*n_planes);
     llama_kv_ragged_workspace workspace(seq.get_meter());
-    llama_kv_ragged_score(lctx, seq, i, scoring, workspace, res.data(), n_stride);
+    for (size_t iw = 0; iw < n_planes; ++iw) {
+        if (iw > 0) {
+            std::copy_n(res.begin(), n_plane, res.begin() + iw*n_plane);
+        }
+        llama_kv_ragged_score(lctx, seq, i, scoring, iw, workspace, res.data() + iw*n_plane);
+    }
     return res;
 }

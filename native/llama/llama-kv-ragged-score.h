@@ -1,6 +1,6 @@
 #pragma once
 
-// Scores of the cells of one layer: the attention that observed queries pay to them. Graphs only, nothing is kept.
+// Scores of the cells of one layer: the attention that observed queries pay to them. Nothing is kept.
 
 #include "llama-kv-ragged-compute.h"
 #include "llama-kv-ragged-seq.h"
@@ -10,12 +10,20 @@
 #include <vector>
 
 struct llama_kv_ragged_scoring {
-    // observation windows in tokens: the last queries of the sequence, or those of them that were observed
+    // Observation windows in tokens: the last queries of the sequence, or those of them that were observed. Each makes a plane of scores.
     std::vector<int32_t> window_sizes;
 
-    // false: the mean over the queries of a window and the query heads of a kv head, one plane of scores per window
-    // true:  the mean over the queries of the first window for every query head by itself
+    // false: the mean over the queries of a window and the query heads of a kv head
+    // true:  the mean over the queries of the window for every query head by itself; there is one window then
     bool by_query_head = false;
+
+    // whether dst still holds the scores by the first window when those by the second are asked for
+    bool in_place = true;
+
+    // Only a graph of ggml's ops has what follows: devices compute it, and the CPU for cells that its own steps do not read.
+
+    // a CPU computes it, too
+    bool graph = false;
 
     // largest tensor of attention weights in bytes, more are computed in parts; ggml_acc() keeps distances in 32 bits
     int64_t n_bytes_max = INT32_MAX;
@@ -24,17 +32,22 @@ struct llama_kv_ragged_scoring {
     int64_t n_bytes_group = -1;
 };
 
-// takes the scores of some heads, F32 [n_cells, n_res, n] from head ih on, into the graph that computes them
+// Scores of one layer by window i_window: for the kv heads in turn [n_cells]; by query head [n_gqa, n_cells]. Returns how many.
+// i_window = 1: in_place, dst holds the scores by the first window, which those by the second take the place of. Queries that are in
+// both are not asked again then, if the second window is the larger one.
+// Throws std::runtime_error if there is nothing to score or the graph fails.
+size_t llama_kv_ragged_score(
+        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring, size_t i_window,
+        llama_kv_ragged_workspace & workspace, float * dst);
+
+// takes the scores of some heads, F32 [n_cells, n_res, n] from head ih on, into the graph that computes them; adds 8 tensors at most
 using llama_kv_ragged_score_fn = std::function<void(llama_kv_ragged_compute & graph, ggml_tensor * scores, int64_t ih)>;
 
-// Of one layer: for one plane after the other the kv heads in turn, [n_cells] each; by query head for the kv heads in turn
-// [n_gqa, n_cells].
-// Throws std::runtime_error if there is nothing to score or the graph fails.
-// With dst: planes begin n_stride floats after one another; returns how many floats of each were written. With stay, which adds 8
-// tensors at most for a call, scores stay where they are, and nothing is written.
-size_t llama_kv_ragged_score(
+// by all windows at once, one after the other, for scores that stay where they are
+void llama_kv_ragged_score(
         llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring,
-        llama_kv_ragged_workspace & workspace, float * dst, size_t n_stride, const llama_kv_ragged_score_fn & stay = nullptr);
+        llama_kv_ragged_workspace & workspace, const llama_kv_ragged_score_fn & stay);
 
+// by all windows, one plane after the other
 std::vector<float> llama_kv_ragged_score(
         llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring);

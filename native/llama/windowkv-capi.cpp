@@ -164,7 +164,7 @@ static void select_custom(
 
     float * scores = choice.score(0, seq.get_layers().size());
     if (rest) {
-        rest->cells.take(scores, 0, cells.size(), 1, 1);
+        rest->cells.take(scores, 0, cells.size(), 1);
     }
     if (fn(user, &shapes, n_cells, pos.data(), scores, keep.data()) != 0) {
         throw std::invalid_argument("the selection was given up, nothing was evicted");

@@ -1,6 +1,6 @@
 // Heads that compete with the keys of their cells. The key of the last cell that is won is found digit by digit: all heads count
 // their cells by one digit of the key, and the next count is among those with the digits found so far. No list of candidates exists
-// but for the few that are left at the end.
+// but for the few that are left at the end. Ranking a head costs more than counting it, so digits are few.
 
 #include "wkv-parts.h"
 #include "wkv-threads.h"
@@ -125,6 +125,11 @@ struct near_run {
     int32_t  n;
 };
 
+// Keys are shares of attention. Those from 2^-31 to below 2 begin with the same bits, which the first count takes for known, unless it
+// finds that they are not.
+constexpr int      N_BITS_SHARE = 7;
+constexpr uint64_t BITS_SHARE   = 0x5f;
+
 // what is known of the last key of every group
 struct digits {
     int shift = 64; // bits that are not known; of keys that are counted elsewhere there may be fewer
@@ -133,6 +138,8 @@ struct digits {
     std::vector<uint64_t> known;  // [groups], the bits above
     std::vector<uint8_t>  open;   // [groups], whether it is looked for
     std::vector<int64_t>  rest;   // [groups], cells to compete for
+    std::vector<int32_t>  n_stays; // [heads], cells before all others
+    std::vector<int32_t>  n_keys; // [heads], these and all that have a key
     std::vector<int32_t>  n_over; // [heads], places whose keys are larger
     std::vector<int32_t>  n_from; // [heads], the same with those that have it
     std::vector<int32_t>  counts; // [heads << width], of the next digit; then sums from that digit on
@@ -148,10 +155,12 @@ static void count(const competition & c, digits & d, bool first, bool collect) {
     std::fill(d.counts.begin(), d.counts.end(), 0);
 
     if (c.count) {
-        for (size_t i = 0; first && i < c.n; ++i) {
-            d.n_over[i] += c.n_stays[i];
-        }
         c.count({ d.shift, d.width, c.n_group, d.known.data(), d.open.data() }, d.counts.data());
+        for (size_t i = 0; first && i < c.n; ++i) {
+            const auto counts = d.counts.begin() + (i << d.width);
+            d.n_stays[i] += c.n_stays[i];
+            d.n_keys [i] += std::accumulate(counts, counts + (int64_t(1) << d.width), 0); // no bit is known before
+        }
         return;
     }
 
@@ -178,11 +187,16 @@ static void count(const competition & c, digits & d, bool first, bool collect) {
             int32_t      * counts = d.counts.data() + (i << width);
             for (size_t j = 0; j < n; ++j) {
                 if (runs[j].key == KEY_STAYS) {
-                    d.n_over[i] += first ? runs[j].n : 0;
+                    d.n_stays[i] += first ? runs[j].n : 0;
                     continue;
                 }
                 const uint64_t index = key_index(runs[j].key);
-                if (index >> shift >> width == known) {
+                const uint64_t above = index >> shift >> width;
+                if (first) {
+                    d.n_keys[i] += runs[j].n;
+                    d.n_over[i] += above > known ? runs[j].n : 0;
+                }
+                if (above == known) {
                     counts[index >> shift & mask] += runs[j].n;
                     if (collect) {
                         d.near[i].push_back({ index, runs[j].n });
@@ -217,26 +231,53 @@ static int64_t choose(const competition & c, digits & d, size_t ig, const int32_
     return n;
 }
 
-void compete(const competition & c, int32_t * res) {
+// After the first count: groups that are decided by cells that stay, or because all cells with a key are won. False if the key of
+// another does not begin with the bits that are taken for known.
+static bool decide_first(const competition & c, digits & d, int32_t * res) {
+    for (size_t i = 0; i < c.n; ++i) {
+        d.n_over[i] += d.n_stays[i];
+        d.n_keys[i] += d.n_stays[i];
+    }
+
+    bool ok = true;
+    for (size_t ig = 0; ig < d.open.size(); ++ig) {
+        const size_t i0 = ig*c.n_group;
+        const size_t i1 = i0 + c.n_group;
+
+        d.open[ig] = !take_stays(c, i0, d.n_stays.data(), d.rest[ig], res);
+        if (d.open[ig] && n_won(i0, i1, res, [&](size_t i) { return d.n_keys[i]; }) < d.rest[ig]) {
+            // cells that go before all others are won, too
+            take_rest(i0, i1, d.rest[ig], d.n_keys.data(), c.n_cells, res);
+            d.open[ig] = 0;
+        }
+        ok = ok && (!d.open[ig] || (
+                    n_won(i0, i1, res, [&](size_t i) { return d.n_over[i]; }) < d.rest[ig] &&
+                    n_won(i0, i1, res, [&](size_t i) { return d.n_over[i] + d.counts[i << d.width]; }) >= d.rest[ig]));
+    }
+    return ok;
+}
+
+// false if the last key of a group does not begin with these bits, as many as d.shift leaves
+static bool compete_from(const competition & c, digits & d, uint64_t known, int32_t * res) {
     const size_t  n_groups = c.n/c.n_group;
     const int64_t n_cells  = std::accumulate(c.n_cells, c.n_cells + c.n, int64_t(0));
 
-    digits d;
-    d.shift = c.n_bits;
-    d.known .assign(n_groups, 0);
-    d.open  .assign(n_groups, 1);
-    d.rest  .assign(n_groups, 0);
-    d.n_over.assign(c.n, 0);
-    d.n_from.assign(c.n, 0);
-    d.near  .resize(c.n);
+    d.known  .assign(n_groups, known);
+    d.open   .assign(n_groups, 1);
+    d.rest   .assign(n_groups, 0);
+    d.n_stays.assign(c.n, 0);
+    d.n_keys .assign(c.n, 0);
+    d.n_over .assign(c.n, 0);
+    d.n_from .assign(c.n, 0);
+    d.near   .resize(c.n);
 
-    // counts take a quarter of a byte for every cell, and so do the runs that are collected
+    // counts take a quarter of a byte for every cell, the runs that are collected half of that, with what vectors have in reserve
     int width = 4;
-    const int width_max = c.count ? 8 : 12;
+    const int width_max = c.count ? 8 : 13;
     while (width < width_max && int64_t(c.n << (width + 1))*16 <= n_cells) {
         ++width;
     }
-    const int64_t n_near = c.count ? -1 : 256 + n_cells/64;
+    const int64_t n_near = c.count ? -1 : 256 + n_cells/256;
 
     int64_t n_left  = n_cells;
     bool    decided = false;
@@ -251,25 +292,16 @@ void compete(const competition & c, int32_t * res) {
                 counts[j] += counts[j + 1];
             }
         }
+        if (first && !decide_first(c, d, res)) {
+            return false;
+        }
 
         n_left  = 0;
         decided = true;
         for (size_t ig = 0; ig < n_groups; ++ig) {
-            const size_t i0 = ig*c.n_group;
-            if (first) {
-                const auto n_keys = [&](size_t i) { return d.n_over[i] + d.counts[i << d.width]; };
-
-                d.open[ig] = !take_stays(c, i0, d.n_over.data(), d.rest[ig], res);
-                if (d.open[ig] && n_won(i0, i0 + c.n_group, res, n_keys) < d.rest[ig]) {
-                    // cells that go before all others are won, too
-                    for (size_t i = i0; i < i0 + c.n_group; ++i) {
-                        d.n_over[i] = n_keys(i);
-                    }
-                    take_rest(i0, i0 + c.n_group, d.rest[ig], d.n_over.data(), c.n_cells, res);
-                    d.open[ig] = 0;
-                }
-            }
             if (d.open[ig]) {
+                const size_t i0 = ig*c.n_group;
+
                 n_left += choose(c, d, ig, res);
                 if (c.count && n_won(i0, i0 + c.n_group, res, [&](size_t i) { return d.n_from[i]; }) == d.rest[ig]) {
                     // no other digit is needed: all that have these are won
@@ -285,6 +317,20 @@ void compete(const competition & c, int32_t * res) {
             take_rest(ig*c.n_group, (ig + 1)*c.n_group, d.rest[ig], d.n_over.data(), d.n_from.data(), res);
         }
     }
+    return true;
+}
+
+void compete(const competition & c, int32_t * res) {
+    if (!c.count) {
+        digits share;
+        share.shift -= N_BITS_SHARE;
+        if (compete_from(c, share, BITS_SHARE, res)) {
+            return;
+        }
+    }
+    digits any;
+    any.shift = c.n_bits;
+    compete_from(c, any, 0, res);
 }
 
 } // namespace wkv

@@ -40,14 +40,14 @@ int64_t select_bytes(const cache_view & view) {
 
     // Every thread ranks a head at a time: two copies of its scores while they are pooled, or a mean over heads or layers in double
     // precision and what it is made from; and windows, of 16 bytes each. Layers whose heads differ have a mean over the union of their
-    // cells. Counts and the last keys take at most 3/4 of a byte for every cell of heads that compete.
+    // cells. Counts and the last keys take at most 3/8 of a byte for every cell of heads that compete.
     const wkv_selection & p = policy.selection;
 
     const bool    differ = std::any_of(shapes.cells, shapes.cells + n_heads, [&](int32_t n) { return n != n_most; });
     const bool    mean   = p.scope == WKV_SCOPE_LAYER || p.share == WKV_SHARE_MEAN || policy.scoring.query_heads == WKV_QUERY_HEADS_EACH;
     const int64_t n_mean = !mean ? 8 : differ && p.share == WKV_SHARE_MEAN ? 64*std::min(p.gamma, shapes.n_layer) : 24;
     const int64_t n_cell = p.kind == WKV_KIND_WINDOWS ? n_mean + 16/std::min(p.omega, 16) : p.kind == WKV_KIND_TOKENS ? 8 : 0;
-    return n_cell*n_most*view.n_threads_for(0, n_step) + 3*n_compete/4;
+    return n_cell*n_most*view.n_threads_for(0, n_step) + 3*n_compete/8;
 }
 
 static std::string beta_error(const wkv_allocation & p) {

@@ -52,22 +52,20 @@ rest_cells::rest_cells(
     }
 }
 
-void rest_cells::take(float * scores, size_t i0, size_t i1, size_t n_planes, size_t n_rows) const {
+void rest_cells::take(float * scores, size_t i0, size_t i1, size_t n_rows) const {
     const float * src = scores;
     float       * dst = scores;
-    for (size_t ip = 0; ip < n_planes; ++ip) {
-        for (size_t i = i0; i < i1; ++i) {
-            for (size_t ir = 0; ir < (ip == 0 ? n_rows : 1); ++ir) {
-                // between one pinned cell and the next
-                const float * row = src;
-                for (const int32_t ic : pinned[i]) {
-                    dst = std::copy(src, row + ic, dst);
-                    src = row + ic + 1;
-                }
-                const float * end = row + n_rest[i] + pinned[i].size();
-                dst = std::copy(src, end, dst);
-                src = end;
+    for (size_t i = i0; i < i1; ++i) {
+        for (size_t ir = 0; ir < n_rows; ++ir) {
+            // between one pinned cell and the next
+            const float * row = src;
+            for (const int32_t ic : pinned[i]) {
+                dst = std::copy(src, row + ic, dst);
+                src = row + ic + 1;
             }
+            const float * end = row + n_rest[i] + pinned[i].size();
+            dst = std::copy(src, end, dst);
+            src = end;
         }
     }
 }

@@ -30,9 +30,8 @@ public:
 
     const std::vector<cell_positions> & positions() const { return views; } // of the rest
 
-    // Moves the scores of the rest of the heads i0 to i1 - 1 to the front, over those of pinned cells: n_planes planes, in each of them for
-    // every head in turn n_rows rows (in the first plane) or one.
-    void take(float * scores, size_t i0, size_t i1, size_t n_planes, size_t n_rows) const;
+    // Moves the scores of the rest of the heads i0 to i1 - 1 to the front, over those of pinned cells: for every head in turn n_rows rows.
+    void take(float * scores, size_t i0, size_t i1, size_t n_rows) const;
 
     // marks of the rest become marks of all cells, with the pinned ones
     void give(const marks & rest, marks & keep) const;

@@ -100,6 +100,13 @@ void cache_view::set_scores(int32_t il0, int32_t il1, const float * scores) {
     planes[1] = policy.scoring.token_window_size > 0 ? scores + (offsets[index(il1, 0)] - first)*n_rows() : nullptr;
 }
 
+void cache_view::set_plane(int32_t il0, int32_t plane, const float * scores) {
+    first = offsets[index(il0, 0)];
+
+    planes[plane]     = scores;
+    planes[1 - plane] = nullptr;
+}
+
 int32_t cache_view::n_threads_for(int32_t il0, int32_t il1) const {
     const int64_t n = (offsets[index(il1, 0)] - offsets[index(il0, 0)])/n_cells_thread;
     return std::clamp<int64_t>(n, 1, n_threads);
@@ -132,8 +139,8 @@ std::string scores_error(const cache_view & view, int32_t il0, int32_t il1) {
         const int32_t ih = i%n_head_kv;
         const size_t  n  = view.n_cells(il, ih);
 
-        ok[i] = is_finite(view.score(il, ih), n*view.n_rows()) &&
-            (view.policy.scoring.token_window_size == 0 || is_finite(view.token_score(il, ih), n));
+        ok[i] = (!view.has_plane(0) || is_finite(view.score(il, ih), n*view.n_rows())) &&
+                (!view.has_plane(1) || is_finite(view.token_score(il, ih), n));
     });
 
     const size_t i = std::find(ok.begin(), ok.end(), 0) - ok.begin();

@@ -64,6 +64,9 @@ struct cache_view {
     // query_heads = each, row major [n_gqa, cells].
     void set_scores(int32_t il0, int32_t il1, const float * scores);
 
+    // one of them; no other is known then
+    void set_plane(int32_t il0, int32_t plane, const float * scores);
+
     size_t index(int32_t il, int32_t ih) const { return size_t(il)*shapes.n_head_kv + ih; }
 
     int32_t                n_cells(int32_t il, int32_t ih) const { return shapes.cells[index(il, ih)]; }
@@ -71,6 +74,8 @@ struct cache_view {
 
     // rows of scores that every kv head has in the first plane
     int32_t n_rows() const { return policy.scoring.query_heads == WKV_QUERY_HEADS_EACH ? shapes.n_gqa : 1; }
+
+    bool has_plane(int32_t plane) const { return planes[plane] != nullptr; }
 
     const float * score(int32_t il, int32_t ih, int32_t row = 0) const {
         return planes[0] + (offsets[index(il, ih)] - first)*n_rows() + size_t(row)*n_cells(il, ih);
@@ -89,7 +94,8 @@ private:
 
 std::string not_finite(int32_t il, int32_t ih);
 
-// "" or the first of the layers il0 to il1 - 1, and its head, whose scores are not finite: every choice among them would be arbitrary
+// "" or the first of the layers il0 to il1 - 1, and its head, whose scores are not finite in a plane that is known: every choice among
+// them would be arbitrary
 std::string scores_error(const cache_view & view, int32_t il0, int32_t il1);
 
 // What an allocation leaves to every (layer, kv head), each [n_layer*n_head_kv]
@@ -115,12 +121,14 @@ std::string given_budgets(const cache_view & view, const int32_t * n_cells, head
 // "" or why these inputs cannot be served; nothing is marked then
 std::string select(const cache_view & view, const head_budgets & budgets, marks & keep);
 
-// Planes of scores for some layers, as cache_view::set_scores() takes them; they stay valid until the next call.
-using scores_fn = std::function<const float *(int32_t il0, int32_t il1)>;
+// A plane of scores for some layers. It stays valid until the next call, and the second plane of the same layers may take the place of
+// the first.
+using scores_fn = std::function<const float *(int32_t il0, int32_t il1, int32_t plane)>;
 
 class device_keys;
 
-// budgets() and select() in one, for scores that come when they are needed: layer by layer, unless heads compete over the model.
+// budgets() and select() in one, for scores that come when they are needed: layer by layer, unless heads compete over the model, of a
+// group that shares its first layer's windows those of that layer, and the second plane when the windows are marked.
 // devices: layers are chosen there if they can be, with the same result; or nullptr
 std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & scores, marks & keep, device_keys * devices = nullptr);
 

@@ -5,7 +5,9 @@
 #include "wkv-threads.h"
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
+#include <numeric>
 
 namespace wkv {
 
@@ -31,6 +33,39 @@ std::string selection_error(const wkv_policy & policy) {
     return windows_error(policy);
 }
 
+// floats in their order as integers; the two zeros are one
+static uint32_t score_index(float x) {
+    x += 0.0f;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return bits >> 31 ? ~bits : bits | (uint32_t(1) << 31);
+}
+
+// Puts the n best in front, the worst of them last, and any behind. Scores are counted by their first bits before, so that only the
+// best are looked at more than twice.
+static void put_best_first(std::vector<float> & score, int32_t n) {
+    constexpr int n_bits = 11;
+    constexpr int n_sums = 4; // neighbours are alike, and a count waits for the one before
+
+    std::vector<int32_t> counts(n_sums << n_bits, 0);
+    const int32_t n_score = score.size();
+    for (int32_t i = 0; i < n_score; ++i) {
+        counts[(score_index(score[i]) >> (32 - n_bits))*n_sums + i%n_sums]++;
+    }
+    uint32_t digit = 1 << n_bits;
+    for (int32_t n_all = 0; n_all < n;) {
+        --digit;
+        n_all += std::accumulate(counts.begin() + digit*n_sums, counts.begin() + (digit + 1)*n_sums, 0);
+    }
+
+    int32_t n_from = 0;
+    for (const float x : score) {
+        score[n_from] = x;
+        n_from += score_index(x) >> (32 - n_bits) >= digit;
+    }
+    std::nth_element(score.begin(), score.begin() + n - 1, score.begin() + n_from, std::greater<float>());
+}
+
 void take_best(const float * score, int32_t n_cells, int32_t n, mark_row keep) {
     if (n <= 0) {
         return;
@@ -38,15 +73,25 @@ void take_best(const float * score, int32_t n_cells, int32_t n, mark_row keep) {
     // without a branch for every cell, as in the loops below
     std::vector<float> rest(n_cells);
     int32_t n_rest = 0;
-    for (int32_t i = 0; i < n_cells; ++i) {
-        rest[n_rest] = score[i];
-        n_rest += !keep.get(i);
+    for (int32_t i0 = 0; i0 < n_cells; i0 += 64) {
+        const int32_t  i1   = std::min(n_cells, i0 + 64);
+        const uint64_t word = keep.words[i0 >> 6];
+        if (word == 0) {
+            std::copy(score + i0, score + i1, rest.begin() + n_rest);
+            n_rest += i1 - i0;
+            continue;
+        }
+        for (int32_t i = i0; i < i1; ++i) {
+            rest[n_rest] = score[i];
+            n_rest += !(word >> (i - i0) & 1);
+        }
     }
     if (n >= n_rest) {
         keep.set(0, n_cells);
         return;
     }
-    std::nth_element(rest.begin(), rest.begin() + n - 1, rest.begin() + n_rest, std::greater<float>());
+    rest.resize(n_rest);
+    put_best_first(rest, n);
 
     // of those that are as good as the last one, the first
     const float last   = rest[n - 1];
@@ -180,21 +225,29 @@ std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & s
     head_budgets own;
     own_budgets(view, n_cells, own);
 
-    const int32_t n_layer = view.shapes.n_layer;
-    const int32_t n_step  = competes_in_model(view.policy.allocation) ? n_layer : n_layers_ranked(view);
+    const bool    in_model = competes_in_model(view.policy.allocation);
+    const bool    has_mean = view.policy.selection.share == WKV_SHARE_MEAN;
+    const int32_t n_layer  = view.shapes.n_layer;
+    const int32_t n_step   = in_model ? n_layer : n_layers_ranked(view);
     for (int32_t il0 = 0; il0 < n_layer; il0 += n_step) {
-        const int32_t il1 = std::min(n_layer, il0 + n_step);
+        const int32_t il1    = std::min(n_layer, il0 + n_step);
+        const int32_t il_own = in_model || has_mean ? il1 : il0 + 1; // one past those whose scores are looked at
+
+        std::string error;
         if (devices && fits_devices(view, il0, il1) && devices->hold(il0, il1)) {
-            const std::string error = select_on_devices(view, *devices, il0, il1, own, keep);
+            error = select_on_devices(view, *devices, il0, il1, own, keep);
             if (!error.empty()) {
                 return error;
             }
             continue;
         }
         if (!window_sizes(view.policy).empty()) {
-            view.set_scores(il0, il1, scores(il0, il1));
+            view.set_plane(il0, 0, scores(il0, il_own, 0));
+            error = scores_error(view, il0, il_own);
         }
-        const std::string error = inputs_error(view, il0, il1);
+        if (error.empty()) {
+            error = selection_misfit(view, il0, il1);
+        }
         if (!error.empty()) {
             return error;
         }
@@ -203,6 +256,11 @@ std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & s
         }
         mark(view, own, il0, il1, keep);
         if (view.policy.selection.token_share > 0.0) {
+            view.set_plane(il0, 1, scores(il0, il1, 1));
+            error = scores_error(view, il0, il1);
+            if (!error.empty()) {
+                return error;
+            }
             budget_tokens(view, il0, il1, keep, own);
             mark_tokens(view, own, il0, il1, keep);
         }

@@ -205,17 +205,12 @@ struct inputs {
         return res;
     }
 
-    std::vector<float> planes(const wkv_policy & policy, const wkv::cache_view & view, int32_t il0, int32_t il1) const {
-        const size_t n_rows = view.n_rows();
-        const size_t i0     = view.offsets[view.index(il0, 0)];
-        const size_t i1     = view.offsets[view.index(il1, 0)];
+    // of some layers
+    std::vector<float> plane(const wkv::cache_view & view, int32_t il0, int32_t il1, int32_t i) const {
+        const size_t n_rows = i == 0 ? view.n_rows() : 1;
+        const auto   first  = scores.begin() + (i == 0 ? 0 : view.offsets.back()*view.n_rows());
 
-        std::vector<float> res(scores.begin() + i0*n_rows, scores.begin() + i1*n_rows);
-        if (policy.scoring.token_window_size > 0) {
-            const auto second = scores.begin() + view.offsets.back()*n_rows;
-            res.insert(res.end(), second + i0, second + i1);
-        }
-        return res;
+        return { first + view.offsets[view.index(il0, 0)]*n_rows, first + view.offsets[view.index(il1, 0)]*n_rows };
     }
 };
 
@@ -232,7 +227,11 @@ public:
             return false;
         }
         n_held++;
-        planes = in.planes(policy, view, il0, il1);
+        planes = in.plane(view, il0, il1, 0);
+        if (policy.scoring.token_window_size > 0) {
+            const auto second = in.plane(view, il0, il1, 1);
+            planes.insert(planes.end(), second.begin(), second.end());
+        }
         heads.clear();
         size_t offset = 0;
         for (size_t i = view.index(il0, 0); i < view.index(il1, 0); ++i) {
@@ -388,8 +387,8 @@ static bool run(int i_case) {
         parts.n_threads = n_threads;
         std::vector<float> cur;
         wkv::marks         marks_parts(in.cells.data(), n_heads);
-        CHECK(wkv::select_cells(parts, n_cells, [&](int32_t il0, int32_t il1) {
-            cur = in.planes(policy, view, il0, il1);
+        CHECK(wkv::select_cells(parts, n_cells, [&](int32_t il0, int32_t il1, int32_t i_plane) {
+            cur = in.plane(view, il0, il1, i_plane); // the plane before is gone then
             return cur.data();
         }, marks_parts).empty());
         CHECK(keep == in.bytes(marks_parts));
@@ -401,8 +400,8 @@ static bool run(int i_case) {
         std::vector<float> cur;
         wkv::marks         marks_parts(in.cells.data(), n_heads);
         plain_keys         devices(policy, in, view);
-        CHECK(wkv::select_cells(parts, n_cells, [&](int32_t il0, int32_t il1) {
-            cur = in.planes(policy, view, il0, il1);
+        CHECK(wkv::select_cells(parts, n_cells, [&](int32_t il0, int32_t il1, int32_t i_plane) {
+            cur = in.plane(view, il0, il1, i_plane);
             return cur.data();
         }, marks_parts, &devices).empty());
         CHECK(keep == in.bytes(marks_parts));

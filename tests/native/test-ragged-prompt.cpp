@@ -6,6 +6,7 @@
 #include "llama-kv-cache-ragged.h"
 #include "llama-kv-ragged-create.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -185,6 +186,7 @@ static void test_scores_in_parts(llama_model * model) {
         llama_kv_ragged_scoring scoring;
         scoring.window_sizes  = by_query_head ? std::vector<int32_t>{ 8 } : std::vector<int32_t>{ 8, 3 };
         scoring.by_query_head = by_query_head;
+        scoring.graph         = true;
         const auto want = llama_kv_ragged_score(*ctx, seq, 0, scoring);
         for (const int64_t n_columns : { 8, 3, 1 }) {
             scoring.n_bytes_max = n_columns*300*sizeof(float);
@@ -215,6 +217,7 @@ static void test_scores_of_several_heads(llama_model * model) {
             llama_kv_ragged_scoring scoring;
             scoring.window_sizes  = by_query_head ? std::vector<int32_t>{ 16 } : std::vector<int32_t>{ 5, 16 };
             scoring.by_query_head = by_query_head;
+            scoring.graph         = true;
             scoring.n_bytes_group = 0;
             const auto want = llama_kv_ragged_score(*ctx, seq, 0, scoring);
             for (const int64_t n_heads : { 2, 3, 64 }) {
@@ -224,6 +227,83 @@ static void test_scores_of_several_heads(llama_model * model) {
                 for (size_t j = 0; j < want.size(); ++j) {
                     CHECK(on_device ? std::fabs(got[j] - want[j]) <= 1e-6f : got[j] == want[j]);
                 }
+            }
+        }
+    }
+}
+
+// the mean attention of the last n queries to the cells of layer 0, in double precision
+static std::vector<double> exact_scores(llama_context * ctx, int32_t n) {
+    const auto & seq   = llama_kv_ragged_find(ctx->get_memory())->get_seq();
+    const auto & layer = seq.get_layers()[0];
+    const auto   d     = size_t(layer.n_embd_head_k);
+
+    std::vector<double> res;
+    for (int32_t ih = 0; ih < layer.n_head_kv; ++ih) {
+        const auto         pos = seq.positions(0, ih);
+        std::vector<float> k(pos.size()*d);
+        CHECK(wkv_get_rows(ctx, 0, ih, 0, k.data(), k.size()) == int64_t(k.size()));
+
+        std::vector<double> own(pos.size(), 0.0);
+        for (int32_t ig = 0; ig < layer.n_gqa(); ++ig) {
+            std::vector<int32_t> at(seq.observed.n_observed);
+            std::vector<float>   q(at.size()*d);
+            CHECK(wkv_get_queries(ctx, 0, ih*layer.n_gqa() + ig, q.data(), q.size(), at.data(), at.size()) == int64_t(q.size()));
+            for (size_t iq = at.size() - n; iq < at.size(); ++iq) {
+                std::vector<double> x;
+                for (size_t ic = 0; ic < pos.size() && pos[ic] <= at[iq]; ++ic) {
+                    x.push_back(0.0);
+                    for (size_t i = 0; i < d; ++i) {
+                        x.back() += double(q[iq*d + i])*k[ic*d + i];
+                    }
+                    x.back() = std::exp(x.back()/std::sqrt(double(d)));
+                }
+                const double sum = std::accumulate(x.begin(), x.end(), 0.0);
+                for (size_t ic = 0; ic < x.size(); ++ic) {
+                    own[ic] += x[ic]/sum/double(n*layer.n_gqa());
+                }
+            }
+        }
+        res.insert(res.end(), own.begin(), own.end());
+    }
+    return res;
+}
+
+// A CPU scores in steps of its own: no further from the exact scores than the graph is. A second window takes the place of the first,
+// whether it is larger or smaller.
+static void test_scores_are_exact(llama_model * model) {
+    for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_Q8_0 }) {
+        auto params = default_params();
+        params.type_k = params.type_v = type;
+        auto ctx = make(model, 16, params);
+        CHECK(decode(ctx.get(), prompt(303), 0) == 0);
+        auto policy = windowkv();
+        for (const bool compacted : { false, true }) {
+            if (compacted) {
+                CHECK(wkv_compact(ctx.get(), &policy, 40) > 0);
+                CHECK(decode(ctx.get(), prompt(16, 3), 303) == 0);
+            }
+            const auto & seq = llama_kv_ragged_find(ctx->get_memory())->get_seq();
+            for (const auto & sizes : { std::vector<int32_t>{ 5, 16 }, { 16, 5 }, { 7, 7 } }) {
+                llama_kv_ragged_scoring scoring;
+                scoring.window_sizes = sizes;
+                const auto steps = llama_kv_ragged_score(*ctx, seq, 0, scoring);
+                scoring.graph = true;
+                const auto graph = llama_kv_ragged_score(*ctx, seq, 0, scoring);
+
+                auto       want  = exact_scores(ctx.get(), sizes[0]);
+                const auto other = exact_scores(ctx.get(), sizes[1]);
+                want.insert(want.end(), other.begin(), other.end());
+                CHECK(steps.size() == want.size() && graph.size() == want.size());
+
+                double error_steps = 0.0;
+                double error_graph = 0.0;
+                for (size_t i = 0; i < want.size(); ++i) {
+                    error_steps = std::max(error_steps, std::fabs(steps[i] - want[i]));
+                    error_graph = std::max(error_graph, std::fabs(graph[i] - want[i]));
+                }
+                CHECK(error_steps <= (on_device ? 1e-2 : 2e-7)); // a device may round queries to the type of the cells
+                CHECK(error_steps <= error_graph + 1e-7);
             }
         }
     }
@@ -251,5 +331,6 @@ void test_prompt(llama_model * model) {
     test_prompts_are_found(model);
     test_scores_in_parts(model);
     test_scores_of_several_heads(model);
+    test_scores_are_exact(model);
     test_queries_older_than_every_cell(model);
 }

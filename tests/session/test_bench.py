@@ -17,7 +17,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from windowkv_edge import AdaKV, Full, HeadKV, Llama, NativeError, WindowKV, WindowKVError, _native
+from windowkv_edge import POLICIES, AdaKV, Full, HeadKV, Llama, NativeError, WindowKV, WindowKVError, _native
 from windowkv_edge.bench import SHAPES, Bench, GateError, Plan, Row, Shape, plot, run
 from windowkv_edge.bench.session import TYPES, Model, Session
 from windowkv_edge.bench.shapes import fetch_shape, write_shape
@@ -111,6 +111,24 @@ def test_a_filled_cache(model: Model, policy: WindowKV | None, cells: str) -> No
     assert session.kv.stats().n_past == 703
     assert np.isfinite(session.logits()).all()
     session.close()
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("full", "expected-attention", "h2o")])
+def test_a_compaction_takes_less_than_5_bytes_a_cell(name: str, tmp_path: Path) -> None:
+    """Beside the cache as it was; the pools of a layer's cells that stay are part of it. All that select in C++."""
+    write_shape(Shape("heads", 16, 1024, 64, 32, 8, 32, 320), path := tmp_path / "heads.gguf")
+    model = Model(path)
+    cells = POLICIES[name].cells or "f16"
+    own = bench(model, policies={"own": POLICIES[name]()}).policies["own"]
+    session = Session(model, 8193, cells, own, True, 2, 512)
+    session.kv.reserve(8192)
+    session.fill(8192)
+    before, n_cells = session.kv.stats().bytes_live, int(session.kv.cells().sum())
+    assert n_cells == 8192 * 16 * 8
+    session.compact(0.12)
+    assert 0 < session.kv.stats().bytes_peak - before < 5 * n_cells
+    session.close()
+    model.close()
 
 
 def test_a_filled_cache_reads_as_an_evaluated_one(model: Model) -> None:

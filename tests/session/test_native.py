@@ -36,6 +36,12 @@ def test_policies_with_extreme_options(native_tests: Path) -> None:
     assert n_held > 1_000  # by a device that counts and marks
 
 
+def test_scores_on_the_cpu(native_tests: Path) -> None:
+    run = subprocess.run([native_tests / "test-scores", "200"], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout == "200\n"
+
+
 @pytest.mark.parametrize("program", ["test-backend-ops-ragged", "test-backend-ops-ragged-asan"])
 def test_ragged_attention(native_tests: Path, program: str) -> None:
     run = subprocess.run([native_tests / program, "test"], capture_output=True, text=True, timeout=1200)

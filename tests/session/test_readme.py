@@ -36,6 +36,7 @@ REDUCED = {
     "windowkv-edge eval fidelity": "--lengths 300 --windows 1 --follow 4 --budgets 25%",
     "windowkv-edge eval needle": "--lengths 600 --depths 0.5 --kinds number",
     "windowkv-edge bench smollm2": "--lengths 300 --rounds 1 --fill --references 2",
+    "python tests/measure/compaction.py smollm2": "--lengths 300 --rounds 1",
     "python -m tests.gpu.check --table": "",
     "python -m tests.fuzz.run": "--n 5 --no-loads",
 }
@@ -45,6 +46,7 @@ OPTIONS_ONLY = (
     "windowkv-edge bench llama-",
     "windowkv_edge/_tests/test-backend-ops-ragged perf",
     "python tests/measure/eval_costs.py",
+    "python tests/measure/compaction.py llama-",  # it writes a model of 0.7 GB
     "python -m tests.gpu.check",
     "python3 -m tarfile -e windowkv-gpu",  # tests/gpu/test_archive.py runs these two, of an archive
     "python3 -u /tmp/windowkv-gpu/",
