@@ -54,7 +54,6 @@ static SIMT_FUNC rsel_last rsel_find_last(
 
     uint64_t known = 0;
     for (int32_t shift = n_bits - RSEL_WIDTH_MAX; shift >= 0; shift -= RSEL_WIDTH_MAX) {
-        simt_barrier();
         sh.counts[id.tid] = 0;
         simt_barrier();
         for (int32_t i = a.first + id.tid; i < n_places; i += RSEL_N_THREADS) {

@@ -311,7 +311,7 @@ static void test_faults_of_select(ggml_backend_t backend) {
 
     std::set<int> sites;
     expect(check([&](simt::machine & m) { m.skip_barrier = [&](int line) { sites.insert(line); return false; }; }, nothing).empty() &&
-            sites.size() >= 7, "selection", error);
+            sites.size() >= 6, "selection", error);
     for (const int site : sites) {
         check([&](simt::machine & m) { m.skip_barrier = [=](int line) { return line == site; }; }, nothing);
         expect(!error.empty(), ("selection without the barrier in line " + std::to_string(site)).c_str(), error);
@@ -319,15 +319,16 @@ static void test_faults_of_select(ggml_backend_t backend) {
     check([](simt::machine & m) { m.skip_device_barriers = true; }, nothing);
     expect(error.find("race: ") == 0, "selection without the barrier between two kernels", error);
 
-    for (const auto & [column, what] : { std::pair{ GGML_RAGGED_HEAD_KEYS, "keys" }, { GGML_RAGGED_HEAD_WORDS, "the result" } }) {
-        check({}, [column = column](select_tensors & t) {
+    for (const auto column : { GGML_RAGGED_HEAD_KEYS, GGML_RAGGED_HEAD_WORDS }) {
+        check({}, [column](select_tensors & t) {
             for (auto & [tensor, values] : t.data) {
                 if (tensor->name == std::string("heads")) {
                     values[GGML_RAGGED_N_HEAD + column] += 33;
                 }
             }
         });
-        expect(error.find(std::string(" of ") + what + ", which has ") != std::string::npos, "a head behind the end", error);
+        const char * what = column == GGML_RAGGED_HEAD_KEYS ? " of keys, which has " : ", which has ";
+        expect(error.find(what) != std::string::npos, "a head behind the end", error);
     }
 }
 
