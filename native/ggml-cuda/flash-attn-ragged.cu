@@ -24,11 +24,9 @@ template <typename row_t>
 static constexpr int n_blocks_sm_mma(int n_embd, int n_rows) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_AMPERE
     return 2; // copies go through registers too, and a multiprocessor has no memory for more blocks
+#else
+    return n_embd > 128 || n_rows > 16 ? 2 : row_t::IS_F16 && n_rows == 8 ? 4 : 3;
 #endif
-    if (n_embd > 128 || n_rows > 16) {
-        return 2;
-    }
-    return row_t::IS_F16 && n_rows == 8 ? 4 : 3;
 }
 
 template <typename row_t, int n_lanes, int n_rows>

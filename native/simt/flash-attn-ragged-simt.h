@@ -8,8 +8,9 @@
 //   flash-attn-ragged-combine.h   results, and those of rows that were attended in parts
 //   flash-attn-ragged-vec.h       kernel for few rows: decoding; its steps are in flash-attn-ragged-vec-steps.h, with products from
 //                                 flash-attn-ragged-products.h and sums over lanes from flash-attn-ragged-deal.h
-//   flash-attn-ragged-mma.h       kernel for some rows: groups of query heads, a few tokens. For machines whose products of matrices
-//                                 have a known layout in registers, which those of Metal have not: its host includes it
+//   flash-attn-ragged-mma.h       kernel for some rows: groups of query heads, a few tokens; its steps are in
+//                                 flash-attn-ragged-mma-steps.h. For machines whose products of matrices have a known layout in
+//                                 registers, which those of Metal have not: its host includes it
 //   flash-attn-ragged-tile.h      kernel for many rows: prompts
 //
 // Shapes in these files are in ggml's order: the first size is that of a row in memory.

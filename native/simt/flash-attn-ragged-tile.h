@@ -174,14 +174,15 @@ SIMT_FUNC void fattn_tile_store_softmax(fattn_tile_shared sh, int32_t ir, int32_
     }
 }
 
-// the rows of sh.o: results where a piece is all of an item, otherwise parts
+// The rows of sh.o: results where a piece is all of an item, otherwise parts. A thread has the elements that it clears for the next
+// piece, so that no barrier is between
 template <int n_rows, int ld>
-SIMT_FUNC void fattn_tile_write(fattn_args a, fattn_tensors t, fattn_tile_shared sh, fattn_piece piece, simt_ids id) {
-    for (int32_t i = id.tid; i < n_rows*a.n_embd_v; i += FATTN_N_THREADS) {
-        const int32_t r   = i/a.n_embd_v;
-        const int32_t d   = i%a.n_embd_v;
+SIMT_FUNC void fattn_tile_write(fattn_args a, fattn_tensors t, fattn_tile_shared sh, fattn_piece piece, int32_t n_pad, simt_ids id) {
+    for (int32_t i = id.tid; i < n_rows*n_pad; i += FATTN_N_THREADS) {
+        const int32_t r   = i/n_pad;
+        const int32_t d   = i%n_pad;
         const int32_t row = piece.row0 + r;
-        if (row >= a.n_rows) {
+        if (row >= a.n_rows || d >= a.n_embd_v) {
             continue;
         }
         const float o = sh.o[r*ld + d];
@@ -249,8 +250,7 @@ SIMT_FUNC void fattn_tile_attend(fattn_args a, fattn_tensors t, fattn_piece piec
     fattn_tile_store_softmax<shape::N_LANES_ROW>(sh, ir, lane, own);
     simt_barrier();
 
-    fattn_tile_write<n_rows, shape::LD_O>(a, t, sh, piece, id);
-    simt_barrier();
+    fattn_tile_write<n_rows, shape::LD_O>(a, t, sh, piece, n_pad_v, id);
 }
 
 // Kernel: a block of n_rows rows, for heads of up to n_embd elements

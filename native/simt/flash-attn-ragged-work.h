@@ -5,7 +5,8 @@
 //
 //   shares (n_splits = 0)  the tiles of all items, one item behind the other, are dealt out to the blocks in equal shares, so that
 //                          heads of very different lengths keep a device busy
-//   splits (n_splits > 0)  every item is cut into n_splits parts of equal length, block = item*n_splits + split
+//   splits (n_splits > 0)  every item is cut into n_splits parts of equal length, block = item*n_splits + split: for rows of heads that
+//                          only the kernel for few rows has room for
 //
 // An item that more than one block attends to is attended in parts, each with a maximum, a sum of weights and a weighted sum of
 // values of its own, which flash-attn-ragged-combine.h combines.

@@ -22,8 +22,8 @@
 //   simt_fresh(x)                         x, an int32_t, of which compilers know nothing: what follows from it is computed where it stands
 //   simt_byte_f32(x, i)                   byte i of x, 0 to 255, added to SIMT_BYTE_F32_ZERO: without a conversion, of which devices
 //                                         make few at a time
-//   simt_mma_a, simt_mma_b, simt_mma_c    operands and sums of a product of matrices in registers of a warp: [16, 16] and [8, 16] F16, [8, 16]
-//                                         F32 (columns, rows), whose elements lanes know: see there
+//   simt_mma_a, simt_mma_b, simt_mma_c    operands and sums of a product of matrices in registers of a warp: [16, 16] and [8, 16] F16,
+//                                         [8, 16] F32 (columns, rows), whose elements lanes know: see there
 //   simt_copy_async(dst, src), simt_copy_commit(), simt_copy_wait<n>()
 //                                         16 bytes from device memory to memory of the block, on their way while the thread goes on; what
 //                                         was copied between two commits is there for the thread when it has waited for all but the last
@@ -150,7 +150,8 @@ static __device__ __forceinline__ uint32_t simt_bytes_f16x2(uint32_t x, int i) {
 
 // zero and scale: the same number in both halves
 static __device__ __forceinline__ uint32_t simt_scale_f16x2(uint32_t x, uint32_t zero, uint32_t scale) {
-    const half2 res = __hmul2(__hsub2(*reinterpret_cast<const half2 *>(&x), *reinterpret_cast<const half2 *>(&zero)), *reinterpret_cast<const half2 *>(&scale));
+    const half2 diff = __hsub2(*reinterpret_cast<const half2 *>(&x), *reinterpret_cast<const half2 *>(&zero));
+    const half2 res  = __hmul2(diff, *reinterpret_cast<const half2 *>(&scale));
     return *reinterpret_cast<const uint32_t *>(&res);
 }
 

@@ -29,7 +29,7 @@ def test_cost_of_a_token(native_tests: Path) -> None:
     bounds += ["rounds over parts", "barriers of combine", "bytes of results", "bytes of parts"]
     for bound in bounds:
         assert sum(line.startswith(f"  {bound}: OK") for line in run.stdout.splitlines()) == 27, bound
-    assert sum(line.startswith("  now:") for line in run.stdout.splitlines()) == 11
+    assert sum(line.startswith("  sm_80:") for line in run.stdout.splitlines()) == 11
 
 
 @pytest.mark.parametrize("device", ["cuda", "metal"])
