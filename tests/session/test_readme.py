@@ -44,6 +44,7 @@ OPTIONS_ONLY = (
     "windowkv-edge eval all",  # tests/session/test_eval.py runs it with --small
     "windowkv-edge bench llama-",
     "windowkv_edge/_tests/test-backend-ops-ragged perf",
+    "python tests/measure/chat_turns.py",
     "python tests/measure/eval_costs.py",
     "python -m tests.gpu.check",
     "python3 -m tarfile -e windowkv-gpu",  # tests/gpu/test_archive.py runs these two, of an archive
