@@ -40,6 +40,7 @@ def chats(model: Model, args: argparse.Namespace) -> list[Chat]:
 
 def run(llm: Llama, chat: Chat) -> tuple[list[bool], float]:
     """Which answers were right, and the most cells that were held when one began."""
+    llm.reset()
     history: list[int] = []
     right: list[bool] = []
     most = 0.0
