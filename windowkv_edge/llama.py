@@ -364,7 +364,8 @@ class Llama(PolicyEvaluation):
         Raises:
             ValueError, RuntimeError: see :meth:`generate`, and llama-cpp-python's.
         """
-        self._kv_pins.text = system_text(messages) if self._kv_given["kv_pin_system"] else ""
+        pins = self._kv_cache is not None and self._kv_given["kv_pin_system"]
+        self._kv_pins.text = system_text(messages) if pins else ""
         return super().create_chat_completion(messages, *args, **kwargs)
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:

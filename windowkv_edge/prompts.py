@@ -72,7 +72,7 @@ class Prompts:
             n_same: of these, the first ones that the cache has seen.
             why: :func:`why_missed`, if these cannot be reused.
         """
-        if not self.is_open:
+        if not self.is_open or n_same < self.n_evaluated_last:
             self.n_evaluated_last = 0
         self._n_prompt, self._n_same, self._why = n_prompt, n_same, why
         self.n_reused_last = 0

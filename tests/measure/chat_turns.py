@@ -3,7 +3,7 @@
     python tests/measure/chat_turns.py MODEL [--policies auto,headkv-r2,stock] [--budgets 0.12,0.25] [--growth 1,1.5]
 
 The documents and facts of `windowkv-edge eval turns`. Every question comes behind the answers that the session gave to
-those before it. Counted are the questions from the second on, those that stock llama.cpp answers beside them; then the
+those before it. Counted are the questions from the second on, all and those that stock llama.cpp answers; then the
 compactions and the evaluated tokens of a document, and the most cells per head that were held when an answer began.
 """
 
@@ -40,6 +40,7 @@ def chats(model: Model, args: argparse.Namespace) -> list[Chat]:
 
 def run(llm: Llama, chat: Chat) -> tuple[list[bool], float]:
     """Which answers were right, and the most cells that were held when one began."""
+    llm.reset()
     history: list[int] = []
     right: list[bool] = []
     most = 0.0
@@ -79,22 +80,25 @@ def main() -> None:
     print(f"{len(all_chats)} documents, the first prompts: {[len(chat[0][0]) for chat in all_chats]} tokens")
 
     variants: list[dict[str, object]] = [{}]
-    for policy in args.policies.split(","):
+    for policy in filter(None, args.policies.split(",")):
         for budget in args.budgets.split(","):
             variants += [
                 {"kv_policy": policy, "kv_budget": float(budget), "kv_growth": float(growth)}
                 for growth in args.growth.split(",")
             ]
+    known: list[bool] = []  # which later questions stock answers
     for kwargs in variants:
         n_ctx = max(sum(len(tokens) + N_ANSWER for tokens, _ in chat) for chat in all_chats) + 64
         threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
         llm = Llama(str(args.model), n_ctx=n_ctx, verbose=False, **threads, **kwargs)  # type: ignore[arg-type]
         rows: Sequence[tuple[list[bool], float]] = [run(llm, chat) for chat in all_chats]
-        first, later = sum(right[0] for right, _ in rows), sum(sum(right[1:]) for right, _ in rows)
+        later = [one for right, _ in rows for one in right[1:]]
+        known = known or later
+        both = sum(a and b for a, b in zip(later, known, strict=True))
         stats, n = llm.kv_stats(), len(rows)
         print(
-            f"{kwargs or 'stock'}: first {first} of {n}, later {later} of {sum(len(right) - 1 for right, _ in rows)}; "
-            f"per document {stats.n_compactions / n:.1f} compactions, {stats.n_evaluated / n:.0f} tokens evaluated, "
+            f"{kwargs or 'stock'}: first {sum(right[0] for right, _ in rows)} of {n}, later {sum(later)} of {len(later)}, "
+            f"of those that stock answers {both} of {sum(known)}; per document {stats.n_compactions / n:.1f} compactions, {stats.n_evaluated / n:.0f} tokens evaluated, "
             f"at most {max(most for _, most in rows):.0f} cells per head",
             flush=True,
         )

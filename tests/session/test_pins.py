@@ -42,6 +42,7 @@ NATIVE: dict[str, KVPolicy] = {
     "windows": WindowKV(window_size=6, omega=4),
     "shared": WindowKV(window_size=6, omega=4, gamma=2, scope="layer", budget="arithmetic", recent_share=1.0, carry=0),
     "mean": WindowKV(window_size=6, omega=4, gamma=2, share="mean"),
+    "each": WindowKV(window_size=1, omega=4, query_heads="each", carry=0),
     "snapkv": SnapKV(window_size=5, kernel_size=3),
     "pyramidkv": PyramidKV(window_size=5, kernel_size=3, beta=4.0),
     "streamingllm": StreamingLLM(n_sink=9),
@@ -64,7 +65,9 @@ def definition(llm: Llama, n_cells: int) -> list[list[int]]:
     sizes = [scoring.window_size, *([scoring.token_window_size] if scoring.token_window_size else [])]
     nothing = [[np.zeros(own.size, dtype=np.float32) for own in layer] for layer in held]  # by positions alone
     planes: list[Cache] = [
-        [kv.scores(il, size, among=bound.n_observed) for il in range(3)] if size else nothing for size in sizes
+        [kv.attention(il) for il in range(3)]  # of the last token, which is the observation window there
+        if scoring.query_heads == "each"
+        else [kv.scores(il, size, among=bound.n_observed) for il in range(3)] if size else nothing for size in sizes
     ]
 
     def policy(positions: Cache, scores: Any, n: int) -> Kept:

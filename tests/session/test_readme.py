@@ -45,6 +45,7 @@ OPTIONS_ONLY = (
     "windowkv-edge eval all",  # tests/session/test_eval.py runs it with --small
     "windowkv-edge bench llama-",
     "windowkv_edge/_tests/test-backend-ops-ragged perf",
+    "python tests/measure/chat_turns.py",
     "python tests/measure/eval_costs.py",
     "python tests/measure/compaction.py llama-",  # it writes a model of 0.7 GB
     "python -m tests.gpu.check",

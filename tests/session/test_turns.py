@@ -247,6 +247,9 @@ def test_what_cannot_be_reused_is_said(tiny: Path, opened: Open) -> None:
     assert llm.kv_stats().n_reused == 100 and "100 of 110 tokens of the last prompt reused" in str(llm.kv_stats())
     list(zip(range(2), llm.generate(OTHERS[:10], reset=False)))
     assert prompts(llm) == (10, 0, "")
+    llm.eval(OTHERS[:7])
+    answer(llm, TOKENS[:20])  # not what was evaluated by hand
+    assert prompts(llm) == (20, 0, "")
 
 
 def test_stock_counts_too(tiny: Path, opened: Open) -> None:

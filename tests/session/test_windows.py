@@ -122,7 +122,7 @@ def test_gemma_windows_stand_at_true_positions(
 
 def test_gemma_second_turn_goes_on(gemma3: Path, gemma_tokens: list[int], opened: Open) -> None:
     """A prompt that continues the last one is not evaluated again, one that leaves it is, and rightly so."""
-    llm = opened(gemma3, kv_policy="snapkv", kv_budget=0.25)
+    llm = opened(gemma3, kv_policy="snapkv", kv_budget=0.25, kv_growth=1)
     prompt = gemma_tokens[:800]
     first = greedy(llm, prompt, 8)
     again = prompt + first[:7] + gemma_tokens[800:810]
@@ -277,7 +277,7 @@ def test_recurrent_layers_do_not_go_back(arch: str, tiny_of: Callable[[str], Pat
 @pytest.mark.parametrize("arch", MODELS)
 def test_tiny_prompts_one_after_another(arch: str, tiny_of: Callable[[str], Path], opened: Open) -> None:
     """A prompt that continues the last one is not evaluated again, any other is; answers equal a fresh session's."""
-    llm = opened(tiny_of(arch), kv_policy="snapkv", kv_budget=0.5)
+    llm = opened(tiny_of(arch), kv_policy="snapkv", kv_budget=0.5, kv_growth=1)
     first = greedy(llm, TOKENS[:300], 6)
     greedy(llm, [*TOKENS[:300], *first[:5], *TOKENS[300:310]], 4)
     assert llm.kv_stats().n_compactions == 2
