@@ -154,6 +154,9 @@ WKV_API int wkv_snapshot_drop   (struct llama_context * ctx);
 // whose bytes_full is the share of the positions seen
 WKV_API int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats);
 
+// the smallest p0 > 0 for which llama_memory_seq_rm(mem, 0, p0, -1) removes the positions from p0 on, n_past if there is none below
+WKV_API int32_t wkv_get_removable(struct llama_context * ctx);
+
 // indices in the model of the layers that are meant by n_layer of the statistics and by every "layer" below; returns their
 // number or a negative status
 WKV_API int wkv_get_layers(struct llama_context * ctx, int32_t * layers, size_t n);
