@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ class PolicyEvaluation(llama_cpp.Llama):
     _kv_guard: Guard
     _kv_cache: PolicyCache | None
     _kv_when: AfterPrompt
+    _kv_given: dict[str, Any]
+    _kv_model: str
 
     def _start_evaluation(self) -> None:
         # the part of generate() that is running now: its first eval() is the prompt
@@ -169,6 +171,16 @@ class PolicyEvaluation(llama_cpp.Llama):
             return "localization"
         ids = self.input_ids[: self.n_tokens].tolist()
         return prompt_task(ids, lambda part: str(self.detokenize(part).decode("utf-8", "ignore")))
+
+    #
+    # what a saved session takes along beside its cache, tokens and budget: values of JSON
+    #
+
+    def _kv_noted(self) -> dict[str, Any]:
+        return {"known": self._kv_known}
+
+    def _kv_note(self, noted: Mapping[str, Any]) -> None:
+        self._kv_known = int(noted["known"])
 
     #
     # what the cache holds
