@@ -138,15 +138,15 @@ def _pointer(data: npt.NDArray[np.uint8]) -> Any:
     return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
-def _n_positions(data: npt.NDArray[np.uint8]) -> int:
-    """Of a state that a context with a policy wrote: behind the architecture's name stand magic number, version, parts
-    and this. -1 if it is shorter than that."""
+def _head(data: npt.NDArray[np.uint8]) -> tuple[bytes, int]:
+    """Architecture and positions of a state that a context with a policy wrote: it begins with the length of the name,
+    the name, magic, version, parts and positions. (b"", -1) if it is shorter than that."""
     head = data[:256].tobytes()
     try:
         (n_name,) = struct.unpack_from("=I", head)
-        return int(struct.unpack_from("=4I", head, 4 + n_name)[3])
+        return head[4 : 4 + n_name], int(struct.unpack_from("=4I", head, 4 + n_name)[3])
     except struct.error:
-        return -1
+        return b"", -1
 
 
 class SavedStates(PolicyEvaluation):
@@ -370,8 +370,11 @@ class SavedStates(PolicyEvaluation):
             raise UnsupportedCallError(f"{call}: {why}")
         if n_tokens and not (0 <= int(saved.tokens.min()) <= int(saved.tokens.max()) < self._n_vocab):
             raise FormatError(f"{call}: it holds tokens outside of the vocabulary of {self._n_vocab}")
-        if (n_past := _n_positions(saved.native)) != session["n_past"]:
-            raise FormatError(f"{call}: its cells are of {n_past} positions, expected {session['n_past']}")
+        want = self.metadata["general.architecture"].encode(), session["n_past"]
+        if (head := _head(saved.native)) != want:
+            raise FormatError(
+                f"{call}: its cells are of {head[1]} positions ({head[0]!r}), expected {want[1]} ({want[0]!r})"
+            )
         try:
             input_ids = np.zeros_like(self.input_ids)
         except MemoryError:

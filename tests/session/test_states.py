@@ -392,7 +392,7 @@ def test_other_files_are_refused(pair: tuple[Llama, Llama], saved: Path, tmp_pat
         (data[:8] + b"\x09" + data[9:], "version is 9, expected 1"),
         (data[:-50] + b"x" + data[-49:], "was changed"),
         (seal(data.replace(b'"n_tokens": 305', b'"n_tokens": 304')), "does not fit"),
-        (seal(data.replace(b'"n_past": 305', b'"n_past": 306')), "cells are of 305 positions, expected 306"),
+        (seal(data.replace(b'"n_past": 305', b'"n_past": 306')), "cells are of 305 positions .*expected 306"),
         (seal(data.replace(b'"removable": 300', b'"removable": 999')), "can be removed"),
         (seal(data.replace(b'"budget": 40', b'"budget": -1')), "budget"),
         (seal(data.replace(b'"known"', b'"knowm"')), "noted"),
@@ -431,14 +431,14 @@ def test_ten_thousand_damaged_files(tmp_path: Path, opened: Open) -> None:
         # the header, the tokens and what is not rows, or anywhere
         n = (24 + n_header, 24 + n_header + 4 * 61 + 600, len(bad))[i % 3]
         for _ in range(int(rng.integers(1, 4))):
-            at = int(rng.integers(0, n))
+            at = int(rng.integers(0, min(n, len(bad) - 8)))
             match int(rng.integers(0, 4)):
                 case 0:
                     bad[at] ^= 1 << int(rng.integers(0, 8))
                 case 1:
                     del bad[at : at + int(rng.integers(1, 9))]
                 case 2:
-                    there = int(rng.integers(0, n))
+                    there = int(rng.integers(0, min(n, len(bad) - 8)))
                     bad[at : at + 4], bad[there : there + 4] = bad[there : there + 4], bad[at : at + 4]
                 case 3:
                     bad[at : at + 4] = int(rng.choice([0, 1, 61, 192, 2**31, 2**32 - 1])).to_bytes(4, "little")
@@ -489,7 +489,7 @@ while True:
 
 def test_kill_leaves_a_whole_file(models: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "saved"
-    for wait in (0.0, 0.01, 0.03):
+    for wait in (0.0, 0.02):
         process = subprocess.Popen([sys.executable, "-c", KILLED, models["llama"], path], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         while not path.exists():
