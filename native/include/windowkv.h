@@ -74,8 +74,8 @@ struct wkv_stats {
 // hash of the pin, the patches and the native sources this library was built from
 WKV_API const char * wkv_build_stamp(void);
 
-// message of the last failure on this thread, "" if there was none; llama_decode() on a context with a policy forgets it first and
-// leaves one if it fails
+// message of the last failure on this thread, "" if there was none; llama_decode() and llama_state_*() on a context with a policy forget
+// it first and leave one if they fail
 WKV_API const char * wkv_last_error(void);
 
 // forget it, to tell whether a call of llama.h that follows is refused by this cache

@@ -1,3 +1,5 @@
+// One file, as the format is one: what writes a part and what reads it stand side by side.
+
 #include "llama-kv-ragged-state.h"
 
 #include "llama-impl.h"
@@ -131,11 +133,12 @@ static uint32_t parts(const llama_kv_cache * swa, const llama_memory_recurrent *
 
 static void check_call(const llama_kv_cache & kv, const llama_memory_recurrent * recr, llama_seq_id seq_id, llama_state_seq_flags flags) {
     if (seq_id < -1 || seq_id > 0) {
-        llama_kv_ragged_refuse_unsupported(format("the state of sequence %d is asked for, expected 0: a cache with a policy holds one", seq_id));
+        llama_kv_ragged_refuse_unsupported(format("the state of sequence %d is asked for, expected 0: a cache with a policy holds one",
+                seq_id));
     }
     if (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) {
-        llama_kv_ragged_refuse_unsupported("states that stay in device memory (LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) are not supported with a policy: "
-                "its pools move; leave the flag out");
+        llama_kv_ragged_refuse_unsupported("states that stay in device memory (LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) are not supported with a "
+                "policy: its pools move; leave the flag out");
     }
     if (flags & ~uint32_t(LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)) {
         llama_kv_ragged_refuse_unsupported(format("the flags of a state are %u, expected 0 or LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY", flags));
@@ -232,7 +235,9 @@ static void read_positions(llama_io_read_i & io, llama_kv_ragged_seq & seq) {
 
         cur.boundary = get_within<uint32_t>(io, 0, seq.boundary, "the boundary of a layer");
         for (auto & kept : cur.kept) {
-            kept = get<int32_t>(io, get_within<uint32_t>(io, std::min<uint32_t>(1, cur.boundary), cur.boundary, "the number of kept cells"));
+            const uint32_t n_min = std::min<uint32_t>(1, cur.boundary);
+
+            kept = get<int32_t>(io, get_within<uint32_t>(io, n_min, cur.boundary, "the number of kept cells"));
             check_ascending(kept, cur.boundary, "kept positions");
         }
         if (!cur.is_uniform()) {
@@ -386,7 +391,8 @@ static read_window read_windows(llama_io_read_i & io, const llama_kv_cache & swa
         get_same<uint64_t>(io, tensor->nb[1], "windows: the bytes of a row");
     }
 
-    const uint32_t n_cells = get_within<uint32_t>(io, std::min<uint32_t>(1, n_pos), std::min(n_pos, n_rows), "windows: the number of cells");
+    const uint32_t n_min   = std::min<uint32_t>(1, n_pos);
+    const uint32_t n_cells = get_within<uint32_t>(io, n_min, std::min(n_pos, n_rows), "windows: the number of cells");
     res.rows = get<uint32_t>(io, n_cells);
     const auto pos = get<int32_t>(io, n_cells);
     check_ascending(res.rows, n_rows, "windows: rows");
@@ -570,8 +576,8 @@ static uint32_t read_header(llama_io_read_i & io, const llama_kv_cache_ragged & 
     // the cells of all positions stay, and are to be removed from there on
     const uint32_t n_pos = get<uint32_t>(io);
     if (n_pos < seq.boundary || n_pos > seq.n_pos) {
-        refuse(format("it holds windows or recurrent states behind position %u alone, and of the %u positions in the cache those below %u were "
-                    "compacted and cannot be removed one by one", n_pos, seq.n_pos, seq.boundary));
+        refuse(format("it holds windows or recurrent states behind position %u alone, and of the %u positions in the cache those below %u "
+                    "were compacted and cannot be removed one by one", n_pos, seq.n_pos, seq.boundary));
     }
     return n_pos;
 }
