@@ -264,8 +264,9 @@ def test_the_history_is_private_and_optional(tmp_path: Path, monkeypatch: pytest
 
 def test_a_chat_that_goes_on_another_day(smollm2: Path, short_text: Path, tmp_path: Path) -> None:
     """As one that never ended: the history travels, so that the next prompt goes on from what the cache holds."""
-    lines = [f"/file {short_text}", QUESTION, "Say hello.", "And now?"]
-    options = ["--ctx", "1024", "--threads", "2", "--temperature", "0", "--max-tokens", "12", "--budget", "20%"]
+    (tmp_path / "part.txt").write_text(short_text.read_text(encoding="utf-8")[:900], encoding="utf-8")
+    lines = [f"/file {tmp_path / 'part.txt'}", QUESTION, "Say hello.", "And now?"]
+    options = ["--ctx", "1024", "--threads", "2", "--temperature", "0", "--max-tokens", "8", "--budget", "60"]
 
     def talk(lines: list[str], *more: str) -> str:
         command = [sys.executable, "-m", "windowkv_edge.cli", "chat", str(smollm2), *options, *more]

@@ -250,13 +250,13 @@ class Counted(Llama):
         super().eval(tokens)
 
 
-DOCUMENT, QUESTIONS = TOKENS[:100], (OTHERS[:10], OTHERS[20:30])
+DOCUMENT, QUESTIONS = TOKENS[:70], (OTHERS[:10], OTHERS[20:30])
 
 
 @pytest.fixture(scope="module")
 def talker(smollm2: Path) -> Iterator[Counted]:
     llm = Counted(
-        str(smollm2), n_ctx=256, n_threads=2, n_threads_batch=2, verbose=False, kv_policy="snapkv", kv_budget=60
+        str(smollm2), n_ctx=256, n_threads=2, n_threads_batch=2, verbose=False, kv_policy="snapkv", kv_budget=50
     )
     yield llm
     llm.close()
@@ -284,7 +284,7 @@ def complete(llm: Llama, tokens: list[int]) -> list[int]:
 
     llm.generate = generate  # type: ignore[method-assign]
     try:
-        llm.create_completion(tokens, max_tokens=4, temperature=0.0)
+        llm.create_completion(tokens, max_tokens=3, temperature=0.0)
     finally:
         del llm.generate
     return got
@@ -312,7 +312,7 @@ def test_a_cache_gives_the_state_that_saves_most_and_no_wrong_answer(
     talker: Counted, fresh: list[list[int]], cache: Any
 ) -> None:
     llm, prompts = talker, [DOCUMENT + question for question in QUESTIONS]
-    llm.kv_budget = 60
+    llm.kv_budget = 50
     llm.set_cache(cache)
     assert llm.cache is cache
 
@@ -335,13 +335,13 @@ def test_a_cache_gives_the_state_that_saves_most_and_no_wrong_answer(
     assert (n_saved := llm.n_evaluated) <= len(chat) - len(prompts[0]) + 4
 
     # another budget's states are no answers to this one's prompts
-    llm.kv_budget = 70
+    llm.kv_budget = 60
     llm.reset()
     assert n_evaluated(chat, None) >= len(chat)
 
     # as in one session that never left
     llm.set_cache(None)
-    llm.kv_budget = 60
+    llm.kv_budget = 50
     llm.reset()
     complete(llm, prompts[0])
     assert n_evaluated(chat, got) == n_saved
