@@ -550,7 +550,7 @@ def test_every_allocation_of_a_save_and_a_load_fails(
 
 
 def test_loading_takes_little_more_than_reading(smollm2: Path, tmp_path: Path) -> None:
-    """The bound for 12 MiB is 30 ms. Here it is that of seven copies of the same bytes with their checksums, which took 35 ms
+    """The bound for 12 MiB is 30 ms. Here it is that of seven copies of the same bytes with their checksums, which took 38 ms
     of a processor where loading took 16 (tests/measure/session_files.py); both are slower on a slower machine."""
     llm = Llama(str(smollm2), n_ctx=2048, n_threads=2, n_threads_batch=2, verbose=False, kv_policy="streamingllm", kv_budget=512)
     path = tmp_path / "saved"
