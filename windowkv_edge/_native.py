@@ -352,6 +352,10 @@ class Context:
         check(lib.wkv_get_stats(self._ctx, res))
         return res
 
+    def removable(self) -> int:
+        """The first position from which on all can be removed; the number of positions if there is none."""
+        return check(lib.wkv_get_removable(self._ctx))
+
     def layers(self) -> tuple[int, ...]:
         """Indices in the model of the layers that policies compress."""
         res = np.zeros(self.stats().n_layer, dtype=np.int32)

@@ -6,7 +6,7 @@ import ctypes
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -16,10 +16,10 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from . import _native
 from .arguments import check_grammar, check_tokens, need_tokenizer
-from .errors import UnsupportedCallError, UnsupportedModelError
+from .errors import FormatError, UnsupportedCallError, UnsupportedModelError
 from .guard import Guard, Interrupts, interrupt_soon
 from .limit import Limit, Prefill, n_asks
-from .pins import Pins, n_system
+from .pins import Pins, Range, n_system
 from .policies import KVPolicy, Task
 from .prompts import Prompts, Step, n_shared, why_missed
 from .session import AfterPrompt, PolicyCache
@@ -40,6 +40,13 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+def _range(own: Any) -> Range:
+    """Positions that a saved session pinned."""
+    if isinstance(own, list) and len(own) == 2 and all(type(at) is int for at in own) and 0 <= own[0] < own[1] < 2**31:
+        return own[0], own[1]
+    raise FormatError(f"it pins the positions {own!r}, expected a start and a stop")
+
+
 class PolicyEvaluation(llama_cpp.Llama):
     """``llama_cpp.Llama`` over the cache of a policy: ``eval`` and ``generate``; the rest of the class is
     :class:`windowkv_edge.Llama`.
@@ -52,6 +59,8 @@ class PolicyEvaluation(llama_cpp.Llama):
     _kv_when: AfterPrompt
     _kv_limit: Limit | None
     _kv_prefill: Prefill
+    _kv_given: dict[str, Any]
+    _kv_model: str
 
     def _start_evaluation(self) -> None:
         # the part of generate() that is running now: its first eval() is the prompt
@@ -201,6 +210,25 @@ class PolicyEvaluation(llama_cpp.Llama):
             return "localization"
         ids = self.input_ids[: self.n_tokens].tolist()
         return prompt_task(ids, lambda part: str(self.detokenize(part).decode("utf-8", "ignore")))
+
+    #
+    # what a saved session takes along beside its cache, tokens and budget: values of JSON
+    #
+
+    def _kv_noted(self) -> dict[str, Any]:
+        pins = self._kv_pins
+        return {
+            "known": self._kv_known, "open": self._kv_prompts.is_open, "changed": self._kv_when.changed,
+            "pins": [list(own) for own in pins.asked], "system": list(pins.system or ()),
+        }  # fmt: skip
+
+    def _kv_note(self, noted: Mapping[str, Any]) -> None:
+        pins = [_range(own) for own in noted["pins"]]
+        system = _range(noted["system"]) if noted["system"] else None
+        self._kv_known, self._kv_prompts.is_open = int(noted["known"]), bool(noted["open"])
+        self._kv_when.changed = bool(noted["changed"])
+        self._kv_pins.asked, self._kv_pins.system = pins, system
+        self._kv_prompts.changed(0)  # logits are not part of what is saved
 
     #
     # what the cache holds

@@ -15,13 +15,13 @@ from . import _native
 from .arguments import CheckedModel, check_numbers
 from .budget import check_budget, plain
 from .errors import NativeError, UnsupportedCallError
-from .evaluation import PolicyEvaluation
 from .guard import Closed, Guard, Interrupts, interrupt_soon
 from .pins import Range, n_pinned, system_text
 from .policies import Full, KVPolicy, get_policy
 from .limit import PREFILLS, Limit, Prefill, check_limit
 from .policies.base import at_least, number_of, one_of, true_or_false
 from .session import AfterPrompt, PolicyCache, ragged_cache
+from .states import SavedStates, model_id
 from .stats import KVStats
 
 __all__ = ["Llama"]
@@ -41,7 +41,7 @@ CHANGEABLE = ("seed", "chat_format", "chat_handler", "draft_model", "verbose")
 """Arguments of ``llama_cpp.Llama`` that its attributes or methods change later."""
 
 
-class Llama(PolicyEvaluation):
+class Llama(SavedStates):
     """``llama_cpp.Llama`` whose KV cache keeps only the cells that matter.
 
     Policies compress the layers that attend to all positions. Layers with a sliding window (Gemma 3, gpt-oss) keep it,
@@ -188,6 +188,7 @@ class Llama(PolicyEvaluation):
             if self._kv_limit is not None:
                 self._kv_limit.check(cache.kv.stats(), cache.bound)
             self._watch_context(cache)
+            self._kv_model = model_id(self)
             self._kv_initial = super().__getstate__()  # type: ignore[no-untyped-call]
         except BaseException:
             # the weights may be loaded, and whoever holds the error holds this session
@@ -377,52 +378,6 @@ class Llama(PolicyEvaluation):
         with self._use("embed()"):
             return super().embed(*args, **kwargs)
 
-    @property
-    def cache(self) -> Any:
-        """What ``set_cache`` set; None with a policy.
-
-        Raises:
-            UnsupportedCallError: when set, see :meth:`set_cache`.
-        """
-        return self._kv_states
-
-    @cache.setter
-    def cache(self, cache: Any) -> None:
-        self._set_states("llm.cache", cache)
-
-    def set_cache(self, cache: Any) -> None:
-        """Refused with a policy: saved states of compacted caches are not supported yet.
-
-        Raises:
-            UnsupportedCallError: the session has a policy, and the cache is not None.
-        """
-        self._set_states("set_cache()", cache)
-
-    def _set_states(self, what: str, cache: Any) -> None:
-        if cache is not None:
-            self._refuse(what, "without it a prompt that continues the last one (a chat's next turn) reuses the cache")
-        self._kv_states = cache
-
-    def save_state(self) -> Any:
-        """Refused with a policy: saved states of compacted caches are not supported yet.
-
-        Raises:
-            UnsupportedCallError: the session has a policy, or cannot be used now (see the class).
-        """
-        with self._use("save_state()"):
-            self._refuse("save_state()", "keep the session open, or evaluate the prompt again")
-            return super().save_state()
-
-    def load_state(self, state: Any) -> None:
-        """Refused with a policy: saved states of compacted caches are not supported yet.
-
-        Raises:
-            UnsupportedCallError: the session has a policy, or cannot be used now (see the class).
-        """
-        with self._use("load_state()"):
-            self._refuse("load_state()", "evaluate the prompt instead")
-            super().load_state(state)
-
     def reset(self) -> None:
         """Forget the sequence; with a policy its memory is released at once.
 
@@ -499,9 +454,3 @@ class Llama(PolicyEvaluation):
     @property
     def _kv_bound(self) -> KVPolicy:
         return Full() if self._kv_cache is None else self._kv_cache.bound
-
-    def _refuse(self, what: str, instead: str) -> None:
-        if self._kv_cache is not None:
-            raise UnsupportedCallError(
-                f"{what} is not supported with kv_policy={self._kv_cache.policy.name!r} yet; {instead}"
-            )

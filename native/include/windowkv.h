@@ -75,8 +75,8 @@ struct wkv_stats {
 // hash of the pin, the patches and the native sources this library was built from
 WKV_API const char * wkv_build_stamp(void);
 
-// message of the last failure on this thread, "" if there was none; llama_decode() on a context with a policy forgets it first and
-// leaves one if it fails
+// message of the last failure on this thread, "" if there was none; llama_decode() and llama_state_*() on a context with a policy forget
+// it first and leave one if they fail
 WKV_API const char * wkv_last_error(void);
 
 // forget it, to tell whether a call of llama.h that follows is refused by this cache
@@ -167,6 +167,9 @@ WKV_API int wkv_snapshot_drop   (struct llama_context * ctx);
 // works without a policy too: the stock cache then, whose bytes_live is what it allocated for n_ctx positions and
 // whose bytes_full is the share of the positions seen
 WKV_API int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats);
+
+// the smallest p0 > 0 for which llama_memory_seq_rm(mem, 0, p0, -1) removes the positions from p0 on, n_past if there is none below
+WKV_API int32_t wkv_get_removable(struct llama_context * ctx);
 
 // indices in the model of the layers that are meant by n_layer of the statistics and by every "layer" below; returns their
 // number or a negative status

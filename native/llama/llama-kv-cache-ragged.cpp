@@ -6,6 +6,7 @@
 #include "llama-impl.h"
 #include "llama-kv-cache-ragged-context.h"
 #include "llama-kv-ragged-create.h"
+#include "llama-kv-ragged-state.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -188,17 +189,11 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_break
 }
 
 void llama_kv_cache_ragged::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-    llama_kv_ragged_refuse("saving the state of a cache with a policy is not supported yet");
+    llama_kv_ragged_state_write(this, nullptr, nullptr, io, seq_id, flags);
 }
 
 void llama_kv_cache_ragged::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-    llama_kv_ragged_refuse("loading a state into a cache with a policy is not supported yet");
+    llama_kv_ragged_state_read(this, nullptr, nullptr, io, seq_id, flags);
 }
 
 //
@@ -277,6 +272,17 @@ void llama_kv_cache_ragged::set_on_prompt(std::function<void()> fn) {
 
 void llama_kv_cache_ragged::end_prompt() {
     seq.end_prompt();
+}
+
+void llama_kv_cache_ragged::replace(llama_kv_ragged_seq && next) {
+    synchronize();
+
+    snapshot_drop();
+    visit.reset();
+    seq = std::move(next);
+    llama_kv_ragged_trim();
+    epoch++;
+    due = false;
 }
 
 void llama_kv_cache_ragged::snapshot_save(llama_memory_i & mem) {

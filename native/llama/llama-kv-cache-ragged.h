@@ -122,6 +122,9 @@ public:
     // layers before are compacted and the others hold all their cells, which the message says.
     int64_t compact(llama_context & lctx, const llama_kv_ragged_request & request);
 
+    // hold the cells of another sequence, whose positions the cell metadata holds already; gives the copy below up
+    void replace(llama_kv_ragged_seq && next);
+
     // keep a copy of the cache, go back to it any number of times, give it up; clearing the cache gives it up as well
     // mem is the memory of the context that holds this cache; what it keeps for other layers is part of the copy
     void snapshot_save(llama_memory_i & mem);

@@ -229,8 +229,26 @@ void llama_kv_ragged_seq::clear() {
     trim(0);
 }
 
+llama_kv_ragged_seq llama_kv_ragged_seq::make_empty() const {
+    return llama_kv_ragged_seq(*layers, n_pos_max, observed.n_observed, *meter);
+}
+
+void llama_kv_ragged_seq::make_pools() {
+    const int64_t n_more = int64_t(n_pos_max) - n_pos;
+
+    for (size_t i = 0; i < cells.size(); ++i) {
+        const auto & layer = (*layers)[i];
+        const auto   len   = n_cells(i);
+
+        const int64_t n_mean = std::accumulate(len.begin(), len.end(), int64_t(0))/layer.n_head_kv;
+        const int64_t slack  = std::min(std::max<int64_t>(1, n_slack(i, n_mean)), n_more);
+
+        cells[i].pool = layer.make_pool(layer.capacity(len, slack, boundary > 0), *meter);
+    }
+}
+
 llama_kv_ragged_seq llama_kv_ragged_seq::copy(bool exact) const {
-    llama_kv_ragged_seq res(*layers, n_pos_max, observed.n_observed, *meter);
+    llama_kv_ragged_seq res = make_empty();
     res.n_pos        = n_pos;
     res.boundary     = boundary;
     res.prompt_begin = prompt_begin;

@@ -121,6 +121,12 @@ struct llama_kv_ragged_seq {
 
     void clear();
 
+    // one that holds nothing, for the same layers
+    llama_kv_ragged_seq make_empty() const;
+
+    // pools for the cells that its positions name, with slack for more
+    void make_pools();
+
     // the same cells and queries; exact: without room for more
     llama_kv_ragged_seq copy(bool exact) const;
 

@@ -3,6 +3,8 @@
 #include "windowkv-capi.h"
 
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include "ggml.h"
@@ -135,6 +137,22 @@ int wkv_get_stats(struct llama_context * ctx, struct wkv_stats * stats) {
     return wkv_with_cache(ctx, [&](llama_kv_cache_ragged & kv) {
         ragged_stats(*ctx->get_memory(), kv, *stats);
         return WKV_OK;
+    });
+}
+
+int32_t wkv_get_removable(struct llama_context * ctx) {
+    return wkv_with_cache(ctx, [&](const llama_kv_cache_ragged & kv) {
+        const auto & seq = kv.get_seq();
+        if (dynamic_cast<const llama_memory_hybrid *>(ctx->get_memory())) {
+            return int32_t(seq.n_pos); // recurrent states do not go back
+        }
+        const auto * iswa = dynamic_cast<const llama_kv_cache_iswa *>(ctx->get_memory());
+
+        int32_t res = std::max<int32_t>(1, seq.boundary);
+        while (res < int32_t(seq.n_pos) && !kv.can_rm(0, res, -1, iswa ? iswa->get_swa() : nullptr)) {
+            res++;
+        }
+        return std::min<int32_t>(res, seq.n_pos);
     });
 }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from io import StringIO
@@ -15,7 +18,7 @@ import numpy as np
 import tiny_model
 from rich.console import Console
 
-from windowkv_edge import POLICIES, HeadScores, HeadScoresError, WindowKVError, get_policy
+from windowkv_edge import POLICIES, HeadScores, HeadScoresError, Llama, NativeError, UnsupportedCallError, WindowKVError, get_policy
 from windowkv_edge._json import dumps
 from windowkv_edge._text import for_terminal
 from windowkv_edge.cli.info import _model_table
@@ -265,13 +268,75 @@ def _metrics(_: Path) -> None:
     score("rouge_l", "a", ["a"])  # what it imports takes seconds, once
 
 
+#
+# saved sessions
+#
+
+_llm: Any = None  # of this process and its children, which have no threads to miss
+
+
+def _session(folder: Path) -> bytes:
+    global _llm
+    model = tiny_model.write_gpt_oss(folder / "model.gguf", n_layer=2, window=16)
+    _llm = Llama(
+        str(model), kv_policy="snapkv", kv_budget=40, n_ctx=256, n_ubatch=32, n_threads=1, n_threads_batch=1, verbose=False
+    )
+    _llm.eval(list(range(100)))
+    _llm.eval([5])
+    _llm.kv_save(folder / "base")
+    return (folder / "base").read_bytes()
+
+
+def seal(data: bytes) -> bytes:
+    """With the length and the checksum that fit."""
+    data = data[:16] + len(data).to_bytes(8, "little") + data[24:-4]
+    return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+def _make_session(base: bytes, rng: random.Random) -> bytes:
+    n_header = int.from_bytes(base[12:16], "little")
+    what = rng.randrange(4)
+    if what == 0:
+        header = dump(restructure(json.loads(base[24 : 24 + n_header]), rng), rng)
+        data = base[:12] + len(header).to_bytes(4, "little") + base[16:24] + header + base[24 + n_header :]
+    elif what == 1:
+        data = damage(base, rng)
+    else:  # tokens and what the cells are, without most of their rows, or anything
+        at = 24 + n_header + rng.choice((0, 4 * 101))
+        end = rng.choice((at + 1500, len(base)))
+        out = bytearray(base)
+        for _ in range(rng.choice((1, 1, 3))):
+            i = rng.randrange(at, end - 4)
+            out[i : i + 4] = rng.choice(
+                (rng.randbytes(4), b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x65\0\0\0", b"\1\0\0\0", out[i + 1 : i + 5])
+            )
+        data = bytes(out)
+    return seal(data) if len(data) > 28 and rng.random() < 0.9 else data
+
+
+def _use_session(path: Path) -> None:
+    _llm._kv_guard._pid = os.getpid()
+    _llm.reset()
+    _llm.eval([1, 2, 3])
+    try:
+        _llm.kv_load(path)
+    finally:
+        assert _llm.n_tokens <= _llm.kv_stats().n_past
+        if _llm.n_tokens + 3 <= 256:
+            with contextlib.suppress(NativeError):  # rows may hold anything: scores that are not finite
+                _llm.eval([1])
+                _llm.eval([1, 2])
+        _llm.reset()
+        _llm.eval([1, 2, 3])
+
+
 TARGETS: dict[str, Target] = {
     "headers": Target(".gguf", _header, lambda base, rng: base.mutated(rng), _use_header, (FormatError,)),
     "heads": Target(".json", _nothing, _make_heads, _use_heads, (HeadScoresError,)),
     "specs": Target(".txt", _nothing, _make_spec, _use_spec, (ValueError,)),
     "tasks": Target(".jsonl", _metrics, _make_tasks, _use_tasks, (EvalError,)),
     "results": Target(".jsonl", _nothing, _make_results, _use_results, (EvalError,)),
-    # files of saved states belong here as soon as there are any
+    "sessions": Target(".session", _session, _make_session, _use_session, (FormatError, UnsupportedCallError)),
 }
 
 

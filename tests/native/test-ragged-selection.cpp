@@ -163,11 +163,6 @@ static void test_refusals(llama_model * model) {
     CHECK(wkv_get_rows(ctx.get(), 0, 0, 0, out, 4) < 0);
     CHECK(wkv_get_stats(nullptr, nullptr) < 0);
 
-    // saved states are refused, not written wrong
-    CHECK(llama_state_get_size(ctx.get()) == 0);
-    CHECK(last_error_has("not supported yet"));
-    CHECK(llama_state_seq_get_size(ctx.get(), 0) == 0);
-
     // non-causal later on
     llama_set_causal_attn(ctx.get(), false);
     CHECK(decode(ctx.get(), prompt(1), 100) != 0);

@@ -1,8 +1,9 @@
 // The ragged cache through its public interfaces, and its scores by themselves, run under the sanitizers on a tiny model with random weights.
 //
-//   test-ragged MODEL.gguf [LAYERS_ON_THE_GPU [uniform]]
+//   test-ragged MODEL.gguf [LAYERS_ON_THE_GPU [uniform|state]]
 //
 // uniform: the GPU has no attention over heads of different lengths, and lacks what attending head by head takes.
+// state: only what is about saved states, for models with windows or recurrent states.
 // GGML_BACKEND_PATH names a library with one more backend.
 
 #include "test-ragged.h"
@@ -11,7 +12,7 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <string>
 
 int  n_failed  = 0;
 bool on_device = false;
@@ -20,8 +21,9 @@ bool no_ragged = false;
 int main(int argc, char ** argv) {
     setvbuf(stdout, nullptr, _IOLBF, BUFSIZ); // who ends this has the lines so far
 
-    if (argc < 2 || argc > 4 || (argc == 4 && strcmp(argv[3], "uniform") != 0)) {
-        fprintf(stderr, "usage: %s MODEL.gguf [LAYERS_ON_THE_GPU [uniform]]\n", argv[0]);
+    const std::string mode = argc == 4 ? argv[3] : "";
+    if (argc < 2 || argc > 4 || (argc == 4 && mode != "uniform" && mode != "state")) {
+        fprintf(stderr, "usage: %s MODEL.gguf [LAYERS_ON_THE_GPU [uniform|state]]\n", argv[0]);
         return 2;
     }
 
@@ -44,12 +46,15 @@ int main(int argc, char ** argv) {
         return 2;
     }
 
-    no_ragged = argc == 4;
+    no_ragged = mode == "uniform";
 
-    test_cells(model);
-    test_sequence(model);
-    test_prompt(model);
-    test_selection(model);
+    if (mode != "state") {
+        test_cells(model);
+        test_sequence(model);
+        test_prompt(model);
+        test_selection(model);
+    }
+    test_state(model);
 
     llama_model_free(model);
     llama_backend_free();

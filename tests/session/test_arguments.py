@@ -253,17 +253,13 @@ def test_budgets_beyond_the_interface_are_refused(tiny: Path, opened: Callable[.
             llm.kv_compact(budget)
 
 
-def test_the_cache_property_is_refused_at_once(tiny: Path, opened: Callable[..., Llama]) -> None:
-    llm = opened(tiny, kv_policy=SnapKV())
-    with pytest.raises(UnsupportedCallError, match=r"llm.cache is not supported with kv_policy='snapkv' yet") as caught:
-        llm.cache = llama_cpp.LlamaRAMCache()
-    assert llm.cache is None and "continues" in str(caught.value)
-    llm.cache = None
-    stock = opened(tiny)
-    stock.cache = cache = llama_cpp.LlamaRAMCache()
-    assert stock.cache is cache
-    stock.set_cache(None)
-    assert stock.cache is None
+@pytest.mark.parametrize("policy", [None, SnapKV()])
+def test_the_cache_property(tiny: Path, opened: Callable[..., Llama], policy: SnapKV | None) -> None:
+    llm = opened(tiny, kv_policy=policy)
+    llm.cache = cache = llama_cpp.LlamaRAMCache()
+    assert llm.cache is cache
+    llm.set_cache(None)
+    assert llm.cache is None
 
 
 def test_a_task_cannot_be_told_without_a_tokenizer(tiny: Path, opened: Callable[..., Llama]) -> None:

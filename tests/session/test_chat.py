@@ -260,3 +260,51 @@ def test_the_history_is_private_and_optional(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(platformdirs, "user_state_dir", lambda _: str(tmp_path / "file"))
     assert isinstance(_history(), InMemoryHistory)
+
+
+def test_a_chat_that_goes_on_another_day(smollm2: Path, short_text: Path, tmp_path: Path) -> None:
+    """As one that never ended: the history travels, so that the next prompt goes on from what the cache holds."""
+    (tmp_path / "part.txt").write_text(short_text.read_text(encoding="utf-8")[:900], encoding="utf-8")
+    lines = [f"/file {tmp_path / 'part.txt'}", QUESTION, "Say hello.", "And now?"]
+    options = ["--ctx", "1024", "--threads", "2", "--temperature", "0", "--max-tokens", "8", "--budget", "60"]
+
+    def talk(lines: list[str], *more: str) -> str:
+        command = [sys.executable, "-m", "windowkv_edge.cli", "chat", str(smollm2), *options, *more]
+        res = subprocess.run(command, input="\n".join([*lines, ""]), capture_output=True, text=True, timeout=300, check=False)
+        assert res.returncode == 0, res.stderr
+        return res.stdout
+
+    def replies(text: str) -> list[str]:
+        return [part.split("\n")[0] for part in text.split(f"> {lines[3]}\n")[1:]]
+
+    (want,) = replies(talk(lines))
+    file, copy = tmp_path / "talk.session", tmp_path / "copy"
+    talk([*lines[:3], f"/save {copy}"], "--session", str(file))
+    second = talk(["/stats", lines[3], f"/load {copy}", lines[3]], "--session", str(file))
+    assert "2 messages of yours" in second
+    assert row(second.split("> /stats")[1], "compactions") == "0"  # nothing was read again
+    assert replies(second) == [want, want]
+
+
+def test_files_that_hold_no_conversation(smollm2: Path, tmp_path: Path) -> None:
+    llm = Llama(str(smollm2), n_ctx=512, n_threads=2, n_threads_batch=2, verbose=False, kv_policy="snapkv")
+    console = Console(file=io.StringIO())
+    talk = Chat(llm, console, system="Be brief.")
+    try:
+        llm.kv_save(tmp_path / "session", extra={"messages": [{"role": "tool", "content": "x"}], "attached": []})
+        (tmp_path / "text").write_text("text")
+        llm.eval([1, 2, 3])
+        for line, word in (
+            (f"/load {tmp_path / 'session'}", "no conversation"), (f"/load {tmp_path / 'text'}", "not a saved session"),
+            (f"/load {tmp_path / 'none'}", "No such file"), ("/load", "--session FILE"), ("/save", "--session FILE"),
+            (f"/save {tmp_path / 'none' / 'file'}", "cannot write"),
+        ):  # fmt: skip
+            assert talk.command(line)
+            assert word in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+        assert llm.n_tokens == 3 and talk.messages == [{"role": "system", "content": "Be brief."}]
+        llm.eval([4])
+    finally:
+        llm.close()
+    refused(run("chat", smollm2, "--session", tmp_path / "none" / "file"), "--session", "no folder")
+    refused_late = run("chat", smollm2, "--session", tmp_path / "text")
+    assert refused_late.exit_code == 2 and "not a saved session" in refused_late.stderr

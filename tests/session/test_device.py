@@ -69,6 +69,14 @@ def test_the_cache_by_its_interface(
     assert run.stdout.strip() == "ok"
 
 
+def test_states_of_windows(native_tests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_DEVICE_KERNEL", "cuda")
+    monkeypatch.setenv("GGML_BACKEND_PATH", str(native_tests / "test-device.so"))
+    model = tiny_model.write_gpt_oss(tmp_path / "tiny.gguf")
+    run = subprocess.run([native_tests / "test-ragged", model, "99", "state"], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
 @pytest.mark.parametrize("layers", [1, 2, 99])
 @pytest.mark.parametrize("offload_kqv", [True, False], ids=["pools on the device", "pools of the host"])
 def test_answers_do_not_depend_on_where_layers_are(device: Run, model: Path, layers: int, offload_kqv: bool) -> None:

@@ -20,7 +20,7 @@ from windowkv_edge import KVPolicy, Llama, NativeError, SnapKV, StreamingLLM, Un
 FOLDER = Path(windowkv_edge.__file__).parent
 FILES = frozenset(
     str(FOLDER / f"{name}.py")
-    for name in ("llama", "evaluation", "session", "compaction", "guard", "_native", "stats")
+    for name in ("llama", "evaluation", "session", "compaction", "guard", "_native", "stats", "states")
 )  # fmt: skip
 
 PROMPTS = np.random.default_rng(5).integers(0, tiny_model.N_VOCAB, (2, 48))
@@ -138,8 +138,9 @@ def script() -> KVPolicy:
         lambda llm: setattr(llm, "kv_policy", StreamingLLM()),
         lambda llm: setattr(llm, "kv_budget", 20),
         lambda llm: llm.kv_compact(8),
+        lambda llm: llm.load_state(llm.save_state()),
     ],
-    ids=["eval", "generate", "again", "reset", "policy", "budget", "compact"],
+    ids=["eval", "generate", "again", "reset", "policy", "budget", "compact", "states"],
 )
 def test_a_session_goes_on(model: Path, call: Callable[[Llama], object], make: Callable[[], KVPolicy]) -> None:
     own = make()

@@ -242,14 +242,6 @@ def test_sessions_side_by_side(session: Callable[..., Llama], text: str) -> None
 #
 
 
-@pytest.mark.parametrize("call", ["save_state", "load_state", "set_cache"])
-def test_saved_states_are_refused(call: str, llm: Llama) -> None:
-    args = {"save_state": [], "load_state": [None], "set_cache": [llama_cpp.LlamaRAMCache()]}[call]
-    with pytest.raises(UnsupportedCallError, match=f"{call}.*not supported with kv_policy='windowkv' yet"):
-        getattr(llm, call)(*args)
-    llm.set_cache(None)
-
-
 def test_saved_states_work_without_a_policy(session: Callable[..., Llama], text: str) -> None:
     llm = session()
     llm.eval(llm.tokenize(text.encode()))

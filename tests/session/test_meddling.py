@@ -58,12 +58,11 @@ def test_selections_cannot_meddle_below(
         llama_cpp.llama_memory_clear(memory, True)
         llama_cpp.llama_memory_seq_cp(memory, 0, 1, -1, -1)
         llama_cpp.llama_memory_seq_keep(memory, 1)
-        others = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # windows and recurrent states; the attention's cells are refused
-        size = llama_cpp.llama_state_seq_get_size_ext(llm.ctx, 0, others)
-        assert (size > 0) == (write is not tiny_model.write_llama)
-        state = (ctypes.c_uint8 * size)()
-        assert llama_cpp.llama_state_seq_get_data_ext(llm.ctx, state, size, 0, others) == size
-        assert llama_cpp.llama_state_seq_set_data_ext(llm.ctx, state, size, 0, others) == 0
+        for flags in (0, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY):  # that: windows and recurrent states alone
+            size = llama_cpp.llama_state_seq_get_size_ext(llm.ctx, 0, flags)
+            state = (ctypes.c_uint8 * size)()
+            assert llama_cpp.llama_state_seq_get_data_ext(llm.ctx, state, size, 0, flags) == size > 0
+            assert llama_cpp.llama_state_seq_set_data_ext(llm.ctx, state, size, 0, flags) == 0
         assert not llama_cpp.llama_memory_seq_rm(memory, -1, 0, -1)
         assert decode(llm, TOKENS[:1]) == 1
         seen.append(llama_cpp.llama_memory_seq_pos_max(memory, 0))

@@ -27,6 +27,14 @@ def test_sanitizers_are_clean(native_tests: Path, tmp_path: Path, shape: dict[st
     assert run.stdout.strip() == "ok"
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "granite_hybrid", "lfm2"])
+def test_states_with_windows_and_recurrent_layers(native_tests: Path, tmp_path: Path, kind: str) -> None:
+    model = getattr(tiny_model, f"write_{kind}")(tmp_path / "tiny.gguf")
+    run = subprocess.run([native_tests / "test-ragged", model, "0", "state"], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.strip() == "ok"
+
+
 def test_policies_with_extreme_options(native_tests: Path) -> None:
     """Of the largest and the smallest numbers, most are valid: nothing overflows, and every head keeps a cell."""
     run = subprocess.run([native_tests / "test-policy", "30000"], capture_output=True, text=True, timeout=600)

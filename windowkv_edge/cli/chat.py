@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from windowkv_edge import POLICIES, Llama, WindowKVError
-from windowkv_edge._files import open_own
+from windowkv_edge._files import check_output, open_own
 from windowkv_edge._text import for_markup, for_terminal
 
 from .common import CLIError, load, mib, open_model, parse_budget, parse_policy, read_text, reports_errors
@@ -39,9 +39,15 @@ def chat(
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a reply at most.")] = 512,
+    session: Annotated[
+        Path | None,
+        typer.Option(help="Go on from this file, if it is there, and save the conversation to it at the end."),
+    ] = None,
 ) -> None:
     """Chat with a model. /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves."""
     kv_policy, kv_budget = parse_policy(policy), parse_budget(budget)
+    if session is not None:
+        check_output(session, "--session")
     info = open_model(model)
     console = Console()
     if 0 < info.n_ctx_train < ctx:
@@ -50,11 +56,15 @@ def chat(
         ctx = info.n_ctx_train
     llm = load(Llama, info, ctx, threads, kv_policy, kv_budget)
     try:
-        talk = Chat(llm, console, system=system, temperature=temperature, max_tokens=max_tokens)
+        talk = Chat(llm, console, system=system, temperature=temperature, max_tokens=max_tokens, session=session)
         talk.note(f"{info.path.name}, {kv_policy.name} at {budget}, {ctx:,} positions; /help lists the commands")
         if not talk.has_template:
             talk.note("the model has no chat template; the conversation is sent as 'User:' and 'Assistant:' lines")
+        if session is not None and session.exists():
+            talk.load("")
         talk.run(_reader(console))
+        if session is not None:
+            talk.save("")
     finally:
         llm.close()
 
@@ -68,6 +78,7 @@ class Chat:
         system: system message, None for the template's own.
         temperature: 0 is greedy.
         max_tokens: tokens of a reply at most.
+        session: file of /save and /load without one.
     """
 
     def __init__(
@@ -78,8 +89,10 @@ class Chat:
         system: str | None = None,
         temperature: float = 0.7,
         max_tokens: int = 512,
+        session: Path | None = None,
     ) -> None:
         self.llm = llm
+        self.session = session
         self.console = console
         self.system = system
         self.temperature = temperature
@@ -193,7 +206,8 @@ class Chat:
         if name == "quit":
             return False
         commands = {
-            "stats": self.stats, "reset": self.reset, "policy": self.policy, "file": self.file, "help": self.help,
+            "stats": self.stats, "reset": self.reset, "policy": self.policy, "file": self.file, "save": self.save,
+            "load": self.load, "help": self.help,
         }  # fmt: skip
         if name not in commands:
             self.note(f"unknown command /{name}, expected one of {', '.join(COMMANDS)}")
@@ -253,6 +267,36 @@ class Chat:
         self.attached.append(text)
         self.note(f"{n_tokens:,} tokens, sent with your next message")
 
+    def save(self, argument: str) -> None:
+        """Write the conversation and its cache to a file."""
+        path = self._session_file("/save", argument)
+        self.llm.kv_save(path, extra={"messages": self.messages, "attached": self.attached})
+        self.note(f"saved to {path}, {mib(path.stat().st_size)} MiB; it holds the text of the conversation")
+
+    def load(self, argument: str) -> None:
+        """Go on from a file of /save."""
+        path = self._session_file("/load", argument)
+        before = self.llm.save_state()
+        try:
+            extra = self.llm.kv_load(path)
+        except OSError as error:
+            raise CLIError(f"cannot read {path}: {error.strerror or error}") from None
+        messages: Any = extra.get("messages")
+        attached: Any = extra.get("attached")
+        if not _is_conversation(messages) or not _are_texts(attached):
+            self.llm.load_state(before)
+            raise CLIError(f"{path} holds a session, but no conversation; load it with Llama.kv_load()")
+        self.messages, self.attached = messages, attached
+        n_turns = sum(message["role"] == "user" for message in messages)
+        self.note(f"{n_turns} messages of yours, {self.llm.n_tokens:,} tokens, budget {self.llm.kv_budget}")
+
+    def _session_file(self, command: str, argument: str) -> Path:
+        if argument:
+            return Path(argument.strip("'\"")).expanduser()
+        if self.session is None:
+            raise CLIError(f"{command} without a file, expected {command} FILE, or start with --session FILE")
+        return self.session
+
     def help(self, _: str) -> None:
         """List the commands."""
         table = Table.grid(padding=(0, 2))
@@ -274,9 +318,25 @@ COMMANDS = {
     "/reset": "forget the conversation",
     "/policy": "NAME [BUDGET] changes the KV policy, alone it lists them",
     "/file": "PATH adds a text file to the next message",
+    "/save": "[FILE] writes the conversation and its cache",
+    "/load": "[FILE] goes on from there",
     "/help": "this list",
     "/quit": "leave, as Ctrl-D does; Ctrl-C stops a reply",
 }
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict)
+        and set(message) == {"role", "content"}
+        and message["role"] in ("system", "user", "assistant")
+        and isinstance(message["content"], str)
+        for message in value
+    )
 
 
 def plain_prompt(messages: list[Message]) -> str:
