@@ -39,6 +39,8 @@ LONG = (
     "session/test_soak.py",
     "session/test_allocations.py",
     "session/test_fuzz.py",
+    "session/test_states.py",
+    "session/test_limit.py",
     "session/test_upstream.py",
     "session/test_cli.py",
     "session/test_eval_prompts.py",

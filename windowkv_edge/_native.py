@@ -379,7 +379,8 @@ class Context:
     def scores(self, layer: int, window_size: int, among: int = 0) -> list[npt.NDArray[np.float32]]:
         """Per kv head float32 [cells]: mean attention of the last window_size tokens, as far as observed.
 
-        For a policy that scores with two numbers of queries ``among`` is the larger one: sums round as when compacting.
+        For a policy that scores with two numbers of queries ``among`` is the larger one; a compaction's sums may round
+        in another way.
         """
         cells = self.cells()[layer]
         res = np.zeros(cells.sum(), dtype=np.float32)

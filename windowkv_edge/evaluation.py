@@ -69,13 +69,14 @@ class PolicyEvaluation(llama_cpp.Llama):
         self._kv_failed: list[BaseException] = []  # inside llama_decode, to be raised by the next call
         self._kv_prompts = Prompts()
         self._kv_pins = Pins()
+        self._kv_settled = False  # the end of a prompt was compacted
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens. Several of them, in one call or in more, are a prompt (see the class); a single one behind
         them ends it.
 
         Raises:
-            ValueError: a token is outside of the vocabulary.
+            ValueError: a token is outside of the vocabulary, or what is pinned leaves nothing of the budget for others.
             UnsupportedCallError: there is no room, positions that were compacted would have to be removed, or the
                 session cannot be used now (see the class).
             NativeError: a computation failed or memory ran out.
@@ -102,6 +103,8 @@ class PolicyEvaluation(llama_cpp.Llama):
 
     def _eval(self, cache: PolicyCache, tokens: Sequence[int], step: Step) -> None:
         check_tokens(tokens, self._n_vocab)
+        if self.n_tokens < self._kv_known:  # set back: the last logits are of another position
+            self._requires_eval = True
         self._sync_positions()
         if step not in ("prompt", "piece") and len(tokens) > 0 and self._kv_prompts.is_open:
             self._end_prompt(cache)
@@ -111,7 +114,7 @@ class PolicyEvaluation(llama_cpp.Llama):
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """See ``llama_cpp.Llama.generate``; what it evaluates first ends the prompt. The prompt that was compacted last
-        is not evaluated again, whatever was generated behind it.
+        is not evaluated again, whatever was generated behind it, unless ``kv_limit`` asked for a compaction meanwhile.
 
         Raises:
             ValueError, UnsupportedCallError, NativeError, KeyboardInterrupt, Exception: see :meth:`eval`.
@@ -205,10 +208,10 @@ class PolicyEvaluation(llama_cpp.Llama):
                 "has no tokenizer; give the policy task='localization' or task='aggregation'"
             )
 
-    def _task(self, cache: PolicyCache) -> Task:
+    def _task(self, cache: PolicyCache, asks: Sequence[int] = ()) -> Task:
         if not cache.policy.needs_task:
             return "localization"
-        ids = self.input_ids[: self.n_tokens].tolist()
+        ids = [*self.input_ids[: self.n_tokens].tolist(), *asks]
         return prompt_task(ids, lambda part: str(self.detokenize(part).decode("utf-8", "ignore")))
 
     #
@@ -219,6 +222,7 @@ class PolicyEvaluation(llama_cpp.Llama):
         pins = self._kv_pins
         return {
             "known": self._kv_known, "open": self._kv_prompts.is_open, "changed": self._kv_when.changed,
+            "settled": self._kv_settled,
             "pins": [list(own) for own in pins.asked], "system": list(pins.system or ()),
         }  # fmt: skip
 
@@ -226,9 +230,9 @@ class PolicyEvaluation(llama_cpp.Llama):
         pins = [_range(own) for own in noted["pins"]]
         system = _range(noted["system"]) if noted["system"] else None
         self._kv_known, self._kv_prompts.is_open = int(noted["known"]), bool(noted["open"])
-        self._kv_when.changed = bool(noted["changed"])
+        self._kv_when.changed, self._kv_settled = bool(noted["changed"]), bool(noted["settled"])
         self._kv_pins.asked, self._kv_pins.system = pins, system
-        self._kv_prompts.changed(0)  # logits are not part of what is saved
+        self._kv_prompts.forget()
 
     #
     # what the cache holds
@@ -239,6 +243,7 @@ class PolicyEvaluation(llama_cpp.Llama):
             self._ctx.kv_cache_seq_rm(-1, 0, -1)
         self.n_tokens = self._kv_known = 0
         self._requires_eval = True
+        self._kv_settled = self._kv_when.changed = False
         self._kv_prompts.is_open = False
         self._kv_prompts.changed(0)
 
@@ -275,7 +280,7 @@ class PolicyEvaluation(llama_cpp.Llama):
             with self._aligned(), Interrupts() as interrupts:
                 for i in range(0, max(1, len(tokens)), self.n_batch):  # as stock does
                     batch = tokens[i : i + self.n_batch]
-                    if not fits:
+                    if batch and not fits:
                         self._make_room(cache, tokens[i:], len(batch), step)
                     # What generate() evaluates is known better here, and so is a last batch of one token. Of what is
                     # evaluated by hand, one token may follow a prompt of others, and theirs may follow several tokens
@@ -321,7 +326,7 @@ class PolicyEvaluation(llama_cpp.Llama):
         n_boundary = 0 if cache is None else int(cache.kv.stats().n_boundary)
         why = "" if n_same == 0 else why_missed(n_prompt, n_same, self.n_tokens, n_boundary, self._kv_when.changed)
         prompts.begin(n_prompt, n_same, why)
-        if len(tokens) == n_prompt:  # else it goes on behind what is there
+        if len(tokens) == n_prompt > 0:  # else it goes on behind what is there
             self._find_system(tokens)
         if cache is not None and self.n_tokens < self._kv_known:  # set back: the last logits are of another position
             self._requires_eval = True
@@ -345,6 +350,7 @@ class PolicyEvaluation(llama_cpp.Llama):
         pins = self._kv_pins
         n = n_system(pins.text, tokens, lambda token: self._model.detokenize([token], True)) if pins.text else 0
         pins.system = (0, n) if n > 0 else None
+
     #
     # the limit
     #
@@ -352,10 +358,8 @@ class PolicyEvaluation(llama_cpp.Llama):
     def _fits(self, cache: PolicyCache, tokens: Sequence[int], step: Step) -> bool:
         """Whether tokens can be evaluated at once: with the full cache, or within the limit."""
         limit = self._kv_limit
-        if limit is None or (step == "prompt" and self._kv_prefill == "exact"):
+        if limit is None or (step in ("prompt", "piece") and self._kv_prefill == "exact"):
             return True
-        if step == "prompt" and self._kv_prefill == "bounded":
-            return len(tokens) <= self.n_batch
         return float(cache.kv.cells().mean()) + len(tokens) <= limit.n_cells(cache.kv.stats())
 
     def _make_room(self, cache: PolicyCache, tokens: Sequence[int], n: int, step: Step) -> None:
@@ -373,15 +377,17 @@ class PolicyEvaluation(llama_cpp.Llama):
             n_cells -= len(asks)  # they need room beside the last batch
             if n_held > n_cells:
                 self._observe(cache, asks)
-                self._shrink(cache, n_cells)
+                # small batches are not worth a compaction each
+                self._shrink(cache, n_cells - max(0, limit.slack(n_cells) - self.n_batch), asks)
         if n > 1:
             kv.reserve(n)
 
-    def _shrink(self, cache: PolicyCache, n_cells: int) -> None:
-        """Compact to n_cells cells per head; a policy that counts otherwise gets fewer, until these are."""
-        n = max(1, n_cells)
-        for _ in range(4):
-            self._compact(cache, n)
+    def _shrink(self, cache: PolicyCache, n_cells: int, asks: Sequence[int] = ()) -> None:
+        """Compact to n_cells cells per head, for what is asked; a policy that counts otherwise gets fewer, until these
+        are."""
+        n, n_held = n_cells, float(cache.kv.cells().mean())
+        for _ in range(4 if n_cells > 0 else 0):
+            self._compact(cache, n, asks)
             n_held = float(cache.kv.cells().mean())
             if n_held <= n_cells:
                 return
@@ -400,6 +406,7 @@ class PolicyEvaluation(llama_cpp.Llama):
         """Have tokens observe what was read so far, as if they came next."""
         if not asks:
             return
+        cache.kv.watch(False)  # a single one would end a prompt that was evaluated by hand
         with cache.kv.observing():
             self._batch.set_batch(batch=asks, n_past=self.n_tokens, logits_all=False)
             self._ctx.decode(self._batch)
@@ -413,11 +420,13 @@ class PolicyEvaluation(llama_cpp.Llama):
         self._kv_prompts.is_open = False
         stats, n_cells = cache.kv.stats(), cache.n_cells(self._kv_when.budget)
         n_held = float(cache.kv.cells().mean())
-        is_due = self._kv_when.is_due(int(stats.n_past), int(stats.n_boundary), n_held, n_cells)
+        # compactions while the first prompt was read do not count
+        n_boundary = int(stats.n_boundary) if self._kv_settled else 0
+        is_due = self._kv_when.is_due(int(stats.n_past), n_boundary, n_held, n_cells)
         if self._kv_limit is not None:
             n_limit = self._kv_limit.n_cells(stats)
             is_due = is_due or n_held > n_limit
-            n_cells = min(n_cells, n_limit - self._kv_limit.slack(n_limit))
+            n_cells = max(1, min(n_cells, n_limit - self._kv_limit.slack(n_limit)))
         if not is_due:
             cache.kv.prompt_done()
             return
@@ -427,10 +436,13 @@ class PolicyEvaluation(llama_cpp.Llama):
             cache.kv.prompt_done()
             raise
         self._kv_when.changed = False
+        self._kv_settled = True
 
-    def _compact(self, cache: PolicyCache, n_cells: int) -> None:
-        cache.kv.set_pinned(self._kv_pins.ranges(n_cells))
-        cache.compact(n_cells, self._task(cache))
+    def _compact(self, cache: PolicyCache, n_cells: int, asks: Sequence[int] = ()) -> None:
+        """Compact to n_cells cells per head; asks: tokens of the prompt's end that are not evaluated yet."""
+        n = n_cells if self._kv_limit is None else self._kv_limit.n_free(cache.kv.stats(), cache.bound)
+        cache.kv.set_pinned(self._kv_pins.ranges(max(n, n_cells) if asks else n_cells))
+        cache.compact(n_cells, self._task(cache, asks))
 
     def _keep_logits(self, cache: PolicyCache) -> None:
         """Those of the last position, if it ends what was compacted and they are known."""

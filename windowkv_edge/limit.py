@@ -37,7 +37,7 @@ def check_limit(limit: Any) -> int | str:
 
 
 def _n_bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)\s*", text, re.ASCII | re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kmg]?i?b)\s*", text, re.ASCII | re.IGNORECASE)
     unit = found and _UNITS.get(found[2].lower())
     if not found or not unit:
         raise ValueError(
@@ -94,6 +94,11 @@ class Limit:
                 f"kv_limit={self.given!r} holds {n} cells per head, expected at least {n_least} ({least:.1f} MiB), "
                 f"{policy.name!r} would have nothing to choose from"
             )
+
+    def n_free(self, stats: Any, policy: KVPolicy) -> int:
+        """Cells per head that every compaction within the limit leaves."""
+        n = self.n_cells(stats)
+        return n - max(n_asks(policy), self.slack(n))
 
     @staticmethod
     def slack(n_cells: int) -> int:

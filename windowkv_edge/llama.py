@@ -62,11 +62,12 @@ class Llama(SavedStates):
             these positions, compared with those at the last compaction. Default 1.5; 1 compacts after every prompt.
         kv_limit: bound of the cells at every moment: cells per (layer, kv head) on average (4096), or bytes ("512MiB").
             Before a batch of a prompt there are no more, and while an answer grows neither, so that the peak is the
-            limit and one batch. None = none. With a limit, ``kv_budget`` is 1.0 by default: what fits stays.
-        kv_prefill: how a prompt is evaluated. "exact": with the full cache, which the limit bounds afterwards.
-            "bounded": where a batch finds no room, what was read so far is compacted, as the prompt's last tokens
-            attend to it: they are evaluated behind it, and taken back. "auto": bounded where the prompt does not fit
-            the limit.
+            limit and one batch. None = none. With a limit, ``kv_budget`` is 1.0 by default: what fits stays. What
+            others decode on ``ctx`` is not bounded, nor is what :meth:`kv_load` brings until the next token.
+        kv_prefill: how a prompt that does not fit the limit is evaluated. "exact": with the full cache, which the limit
+            bounds afterwards. "bounded": where a batch finds no room, what was read so far is compacted, as the
+            prompt's last tokens attend to it: they are evaluated behind it, and taken back; of a prompt that is
+            evaluated by hand they are not known. "auto": bounded if there is a limit.
         kv_pin_system: in chats, the system prompt always stays, see :meth:`kv_pin`; where it takes more than half of
             the budget it does not, and a warning says so. Default True.
         kv_exact: attend to f16 and f32 cells with stock's kernel until something is evicted, which gives stock's logits
@@ -222,9 +223,18 @@ class Llama(SavedStates):
             new = get_policy(policy)
             self._check_text(new)
             bound = cache.bind(new)
+            if self._kv_limit is not None:
+                self._kv_limit.check(cache.kv.stats(), bound)
             with self._aligned():
                 self._clear()
+                before = cache.policy, cache.bound
                 cache.set_policy(new, bound)
+                if self._kv_limit is not None:
+                    try:
+                        self._kv_limit.check(cache.kv.stats(), bound)  # with the queries that this one observes
+                    except ValueError:
+                        cache.set_policy(*before)
+                        raise
 
     @property
     def kv_budget(self) -> float | int:
@@ -273,6 +283,9 @@ class Llama(SavedStates):
             except BaseException:
                 self._kv_prompts.is_open = was_open
                 raise
+            self._kv_settled = True
+            if kv_budget is None:
+                self._kv_when.changed = False
             try:
                 self._keep_logits(cache)
                 return self.kv_stats()
@@ -288,8 +301,8 @@ class Llama(SavedStates):
         Raises:
             UnsupportedCallError: the session has no policy or cannot be used now (see the class), or some of these
                 positions were evicted.
-            TypeError, ValueError: no such positions, or all pins together leave nothing of ``kv_budget`` for others.
-                With a fractional budget the compaction raises that, and nothing is evicted.
+            TypeError, ValueError: no such positions, or all pins together leave nothing of ``kv_budget`` or
+                ``kv_limit`` for others. With a fractional budget the compaction raises that, and nothing is evicted.
         """
         with self._use("kv_pin()"):
             cache = self._need_cache("kv_pin()")
@@ -301,6 +314,11 @@ class Llama(SavedStates):
                 raise ValueError(
                     f"kv_pin({start}, {stop}): {n} positions would be pinned, and kv_budget={self.kv_budget} leaves "
                     "nothing for other cells; pin fewer, or raise it"
+                )
+            if self._kv_limit is not None and n >= (room := self._kv_limit.n_free(cache.kv.stats(), cache.bound)):
+                raise ValueError(
+                    f"kv_pin({start}, {stop}): {n} positions would be pinned, and kv_limit={self._kv_limit.given!r} "
+                    f"leaves {room} for them and other cells; pin fewer, or create a session with a larger one"
                 )
             n_boundary = int(cache.kv.stats().n_boundary)
             for il, ih in np.ndindex(*cache.kv.cells().shape) if start < n_boundary else ():

@@ -72,8 +72,8 @@ class Pins:
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"the system prompt is not pinned: it would take {n} of the budget's {n_cells} cells per head; raise "
-                "kv_budget, or pass kv_pin_system=False to say that it may be evicted",
+                f"the system prompt is not pinned: with what else is, it would take {n} of {n_cells} cells per head; "
+                "raise kv_budget (or kv_limit), or pass kv_pin_system=False to say that it may be evicted",
                 stacklevel=2,
             )
         return list(self.asked)

@@ -56,6 +56,7 @@ class Prompts:
         self.n_evaluated_last = self.n_reused_last = 0
         self.miss = ""
         self._n_prompt = self._n_same = 0
+        self._start = 0  # position of the first of the pieces
         self._why = ""
         self._at = 0
         self._logits: npt.NDArray[np.float32] | None = None
@@ -72,7 +73,7 @@ class Prompts:
             n_same: of these, the first ones that the cache has seen.
             why: :func:`why_missed`, if these cannot be reused.
         """
-        if not self.is_open or n_same < self.n_evaluated_last:
+        if not self.is_open or n_same < self._start + self.n_evaluated_last:
             self.n_evaluated_last = 0
         self._n_prompt, self._n_same, self._why = n_prompt, n_same, why
         self.n_reused_last = 0
@@ -81,8 +82,11 @@ class Prompts:
     def evaluated(self, step: Step, n: int, n_before: int) -> None:
         """n tokens were evaluated behind n_before positions."""
         if step == "piece":
+            if n == 0:
+                return  # refused
             if not self.is_open:
                 self.begin(0, 0, "")
+                self._start = n_before
             self.is_open = True
         elif step != "prompt":
             return
@@ -93,6 +97,12 @@ class Prompts:
         self.n_evaluated += n
         self.n_evaluated_last += n
         self.n_reused += self.n_reused_last if step == "prompt" else 0
+
+    def forget(self) -> None:
+        """Another session goes on here: nothing is known of its last prompt, and its logits are gone."""
+        self.n_evaluated_last = self.n_reused_last = self._start = 0
+        self.miss = ""
+        self.changed(0)
 
     #
     # logits

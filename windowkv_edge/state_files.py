@@ -182,7 +182,7 @@ def _parse(data: npt.NDArray[np.uint8], n_header: int, what: str) -> SavedSessio
     counts = ("n_tokens", "n_scores", "n_native")
     if not isinstance(about, dict) or not isinstance(extra, dict) or set(about) != {"session", "seed", *counts}:
         raise FormatError(f"{what}: its header is not complete")
-    if not all(isinstance(about[name], int) and about[name] >= 0 for name in (*counts, "seed")):
+    if type(about["seed"]) is not int or not all(type(about[name]) is int and about[name] >= 0 for name in counts):
         raise FormatError(f"{what}: a count or the seed of its header is none")
     n_tokens, n_scores, n_native = (int(about[name]) for name in counts)
     if n_header + 4 * (n_tokens + n_scores) + n_native != data.size or n_tokens >= 2**31:

@@ -26,6 +26,7 @@ from .errors import FormatError, NativeError, UnsupportedCallError
 from .evaluation import PolicyEvaluation
 from .guard import Interrupts
 from .policies import KVPolicy
+from .prompts import n_shared
 from .state_files import SavedSession
 
 __all__ = ["SavedState", "SavedStates", "model_id", "n_reused", "policy_text"]
@@ -296,6 +297,9 @@ class SavedStates(PolicyEvaluation):
         with self._use("load_state()"):
             own = self._need_cache("load_state()")
             tokens = np.array(prompt, dtype=np.intc)
+            n_same = n_shared(prompt, self.input_ids[: self.n_tokens])
+            if n_same == len(prompt) and self._kv_prompts.logits(n_same) is not None:
+                return False  # nothing of it is evaluated
             best = n_reused(self._input_ids, own.kv.removable(), tokens, is_live=not self._requires_eval)
             if (found := _best_of(cache, tokens, best, lambda state: self._saves(state, tokens))) is None:
                 return False
@@ -307,6 +311,8 @@ class SavedStates(PolicyEvaluation):
             return 0
         if state.session["budget"] != self._kv_when.budget:
             return 0  # its prompt was compacted for another one
+        if state.session["noted"]["pins"] != self._kv_noted()["pins"]:
+            return 0  # and without these pins, or with others
         return n_reused(state.input_ids[: state.n_tokens], state.session["removable"], prompt)
 
     #
@@ -332,7 +338,7 @@ class SavedStates(PolicyEvaluation):
             "model": self._kv_model, "policy": policy_text(cache.policy), "budget": self._kv_when.budget,
             "n_past": n_past, "removable": cache.kv.removable(), "noted": self._kv_noted(),
         }  # fmt: skip
-        return SavedSession(tokens, scores, self._seed, native, session, {})
+        return SavedSession(tokens, scores, int(self._seed), native, session, {})
 
     def _native_state(self, call: str) -> npt.NDArray[np.uint8]:
         _native.clear_error()

@@ -130,7 +130,9 @@ WKV_API int wkv_prompt_done(struct llama_context * ctx);
 // Tokens evaluated between these two calls are only observed: wkv_observe_end() gives up their positions, with what they did to
 // sliding windows and recurrent states, and a compaction that follows at once takes their queries for the newest ones. Thus a
 // question chooses the cells of a document of which only a part was read. Between them nothing can be compacted, and no position
-// from before removed; clearing the cache ends it. wkv_observe_end() returns 1, or 0 if there was nothing to end.
+// from before removed; clearing the cache ends it. wkv_observe_end() returns 1, or 0 if there was nothing to end; it forgets their queries then. Until the next batch
+// the functions that read scores, attention and queries are about these tokens, whose positions are n_past and up. No more of them
+// than n_observed: they would take the place of all others.
 WKV_API int wkv_observe_begin(struct llama_context * ctx);
 WKV_API int wkv_observe_end  (struct llama_context * ctx);
 
@@ -183,7 +185,8 @@ WKV_API int wkv_get_positions(struct llama_context * ctx, int32_t layer, int32_t
 
 // mean attention of the last window_size tokens, as far as observed, over the cells of one layer: for every kv head in turn its cells
 // (mean over its query heads); returns the number of floats or a negative status
-// among: 0, or for a policy that scores with two windows the larger one: sums round as in its compaction then
+// among: 0, or for a policy that scores with two windows the larger one: sums are made of as many queries as in its compaction then, and
+// differ from its by rounding alone
 WKV_API int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t window_size, int32_t among, float * scores, size_t n);
 
 // attention of the last position over the cells of one layer: for every kv head in turn row major [n_gqa, cells];

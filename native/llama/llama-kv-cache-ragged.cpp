@@ -286,6 +286,7 @@ void llama_kv_cache_ragged::replace(llama_kv_ragged_seq && next) {
 }
 
 void llama_kv_cache_ragged::snapshot_save(llama_memory_i & mem) {
+    check_not_observing();
     synchronize();
     snapshot = std::make_unique<llama_kv_ragged_snapshot>(seq, *this, mem);
 }
@@ -299,6 +300,7 @@ void llama_kv_cache_ragged::snapshot_restore() {
     auto next = snapshot->seq.copy(/*exact =*/ false); // nothing changes until it exists
     snapshot->others.restore();
     seq = std::move(next);
+    visit.reset();
     epoch++;
 }
 
@@ -306,16 +308,25 @@ void llama_kv_cache_ragged::snapshot_drop() {
     snapshot.reset();
 }
 
-void llama_kv_cache_ragged::observe_begin(llama_memory_i & mem) {
+void llama_kv_cache_ragged::check_not_observing() const {
     if (visit) {
-        throw std::invalid_argument("tokens are only observed already: end that first");
+        throw std::invalid_argument("tokens that are only observed are still in the cache: end that first (wkv_observe_end)");
     }
+}
+
+void llama_kv_cache_ragged::observe_begin(llama_memory_i & mem) {
+    check_not_observing();
     synchronize();
-    visit = std::make_unique<llama_kv_ragged_visit>(llama_kv_ragged_visit { seq.n_pos, seq.prompt_begin, { *this, mem } });
+
+    llama_kv_ragged_others others(*this, mem);
+    auto claim = std::make_unique<llama_kv_ragged_claim>(stats.meter, others.bytes());
+    visit = std::make_unique<llama_kv_ragged_visit>(
+            llama_kv_ragged_visit { seq.n_pos, seq.prompt_begin, seq.observed.n_prompt, std::move(others), std::move(claim) });
 }
 
 bool llama_kv_cache_ragged::observe_end() {
     if (!visit) {
+        seq.observed.trim(seq.n_pos); // nobody compacted
         return false;
     }
     synchronize();
@@ -323,7 +334,10 @@ bool llama_kv_cache_ragged::observe_end() {
     if (seq.n_pos > own->n_pos) {
         own->others.restore();
         seq.withdraw(own->n_pos);
-        seq.prompt_begin = own->prompt_begin;
+    }
+    if (seq.n_pos == own->n_pos) {
+        seq.prompt_begin      = own->prompt_begin;
+        seq.observed.n_prompt = own->n_prompt;
     }
     return true;
 }
@@ -347,7 +361,7 @@ bool llama_kv_cache_ragged::prepare_room(const std::vector<llama_ubatch> & ubatc
     }
     const uint32_t n_tokens = pos - seq.n_pos;
 
-    due = on_prompt && seq.in_prompt() && n_tokens == 1;
+    due = on_prompt && !visit && seq.in_prompt() && n_tokens == 1;
     if (due) {
         return false;
     }
@@ -361,7 +375,7 @@ bool llama_kv_cache_ragged::prepare_room(const std::vector<llama_ubatch> & ubatc
 }
 
 std::vector<int64_t> llama_kv_cache_ragged::append(uint32_t n_tokens) {
-    return seq.append(n_tokens, on_prompt != nullptr);
+    return seq.append(n_tokens, on_prompt && !visit);
 }
 
 llama_kv_ragged_kernel llama_kv_cache_ragged::get_kernel(size_t i, int64_t n_tokens) const {

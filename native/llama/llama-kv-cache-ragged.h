@@ -133,11 +133,12 @@ public:
 
     // Tokens evaluated between the two are only observed: their positions are given up again, with what they did to windows and recurrent
     // states, and their queries are the newest ones for a compaction that follows at once. Clearing the cache ends it, too; ending it
-    // says whether there was something to end.
+    // says whether there was something to end; a second time forgets the queries.
     void observe_begin(llama_memory_i & mem);
     bool observe_end();
 
     bool is_observing() const { return visit != nullptr; }
+    void check_not_observing() const; // throws std::invalid_argument
 
     //
     // preparation and graph API
@@ -183,7 +184,10 @@ private:
     struct llama_kv_ragged_visit {
         uint32_t               n_pos;
         int32_t                prompt_begin;
+        uint32_t               n_prompt;
         llama_kv_ragged_others others;
+
+        std::unique_ptr<llama_kv_ragged_claim> claim;
     };
     std::unique_ptr<llama_kv_ragged_visit> visit;
 

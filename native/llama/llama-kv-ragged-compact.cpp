@@ -256,9 +256,6 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
 //
 
 int64_t llama_kv_cache_ragged::compact(llama_context & lctx, const llama_kv_ragged_request & request) {
-    if (visit) {
-        throw std::invalid_argument("tokens that are only observed are still in the cache: end that first, then compact");
-    }
     const llama_kv_ragged_while guard(selecting);
 
     const auto plan = llama_kv_ragged_make_plan(lctx, seq, request);

@@ -9,27 +9,27 @@
 struct llama_kv_ragged_copy {
     using restore_fn = std::function<void()>;
 
-    static restore_fn of(llama_kv_cache & kv) {
+    static restore_fn of(llama_kv_cache & kv, int64_t & n_bytes) {
         std::vector<ggml_tensor *> tensors;
         for (const auto & [ctx, _] : kv.ctxs_bufs) {
             for (ggml_tensor * cur = ggml_get_first_tensor(ctx.get()); cur; cur = ggml_get_next_tensor(ctx.get(), cur)) {
                 tensors.push_back(cur);
             }
         }
-        return [&kv, cells = kv.v_cells, heads = kv.v_heads, restore = of(tensors)] {
+        return [&kv, cells = kv.v_cells, heads = kv.v_heads, restore = of(tensors, n_bytes)] {
             kv.v_cells = cells;
             kv.v_heads = heads;
             restore();
         };
     }
 
-    static restore_fn of(llama_memory_recurrent & mem) {
+    static restore_fn of(llama_memory_recurrent & mem, int64_t & n_bytes) {
         std::vector<ggml_tensor *> tensors;
         for (const auto & list : { mem.r_l, mem.s_l, mem.p_l }) {
             tensors.insert(tensors.end(), list.begin(), list.end());
         }
         return [&mem, head = mem.head, used = mem.used, n = mem.n, rs_z = mem.rs_z, rs_idx = mem.rs_idx, cells = mem.cells,
-                restore = of(tensors)] {
+                restore = of(tensors, n_bytes)] {
             mem.head   = head;
             mem.used   = used;
             mem.n      = n;
@@ -42,11 +42,12 @@ struct llama_kv_ragged_copy {
 
 private:
     // views and layers without a tensor are left out
-    static restore_fn of(const std::vector<ggml_tensor *> & tensors) {
+    static restore_fn of(const std::vector<ggml_tensor *> & tensors, int64_t & n_bytes) {
         std::vector<std::pair<ggml_tensor *, std::vector<uint8_t>>> data;
         for (ggml_tensor * cur : tensors) {
             if (cur && !cur->view_src) {
                 data.emplace_back(cur, ggml_nbytes(cur));
+                n_bytes += ggml_nbytes(cur);
                 ggml_backend_tensor_get(cur, data.back().second.data(), 0, data.back().second.size());
             }
         }
@@ -59,11 +60,11 @@ private:
 };
 
 llama_kv_ragged_others::llama_kv_ragged_others(llama_kv_cache & kv, llama_memory_i & mem) : mem(&mem) {
-    fns.push_back(llama_kv_ragged_copy::of(kv));
+    fns.push_back(llama_kv_ragged_copy::of(kv, n_bytes));
     if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(&mem)) {
-        fns.push_back(llama_kv_ragged_copy::of(*iswa->get_swa()));
+        fns.push_back(llama_kv_ragged_copy::of(*iswa->get_swa(), n_bytes));
     } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(&mem)) {
-        fns.push_back(llama_kv_ragged_copy::of(*hybrid->get_mem_recr()));
+        fns.push_back(llama_kv_ragged_copy::of(*hybrid->get_mem_recr(), n_bytes));
     } else {
         GGML_ASSERT(&mem == &kv);
     }

@@ -21,7 +21,12 @@ struct llama_kv_ragged_others {
     // puts them back, to the bit; clears the memory and refuses if memory runs out
     void restore() const;
 
+    // host memory of the copies
+    int64_t bytes() const { return n_bytes; }
+
 private:
+    int64_t n_bytes = 0;
+
     std::vector<std::function<void()>> fns;
 };
 

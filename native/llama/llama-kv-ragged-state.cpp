@@ -229,7 +229,8 @@ static void read_shapes(llama_io_read_i & io, const llama_kv_cache_ragged & kv) 
 }
 
 // which cells there are
-static void read_positions(llama_io_read_i & io, llama_kv_ragged_seq & seq) {
+// n_pos_max: positions that there can be
+static void read_positions(llama_io_read_i & io, llama_kv_ragged_seq & seq, uint32_t n_pos_max) {
     const auto & layers = seq.get_layers();
 
     seq.boundary          = get_within<uint32_t>(io,  0, seq.n_pos, "the boundary of the last compaction");
@@ -251,9 +252,10 @@ static void read_positions(llama_io_read_i & io, llama_kv_ragged_seq & seq) {
         }
     }
 
-    const uint32_t n_queries = get_within<uint32_t>(io, 0, std::min<int64_t>(seq.n_pos, seq.observed.n_rows()), "the number of queries");
+    // those of withdrawn positions are behind n_pos
+    const uint32_t n_queries = get_within<uint32_t>(io, 0, seq.observed.n_rows(), "the number of queries");
     const auto     pos       = get<int32_t>(io, n_queries);
-    check_ascending(pos, seq.n_pos, "positions of queries");
+    check_ascending(pos, n_pos_max, "positions of queries");
     std::copy(pos.begin(), pos.end(), seq.observed.pos.begin());
 }
 
@@ -262,7 +264,7 @@ static llama_kv_ragged_seq read_cells(llama_io_read_i & io, const llama_kv_cache
 
     auto seq = kv.get_seq().make_empty();
     seq.n_pos = n_pos;
-    read_positions(io, seq);
+    read_positions(io, seq, kv.get_size());
     if (n_pos > 0) {
         seq.make_pools();
     }

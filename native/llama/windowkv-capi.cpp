@@ -116,6 +116,7 @@ int wkv_set_attention(struct llama_context * ctx, int32_t attention) {
 
 int wkv_prompt_done(struct llama_context * ctx) {
     return wkv_with_prompt(ctx, [](llama_kv_cache_ragged & kv) {
+        kv.check_not_observing();
         kv.end_prompt();
         return int(WKV_OK);
     });
@@ -130,6 +131,7 @@ int wkv_on_prompt(struct llama_context * ctx, wkv_prompt_fn fn, void * user) {
 
 int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells) {
     return wkv_with_prompt(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
+        kv.check_not_observing();
         if (!policy) {
             return wkv_fail(WKV_ERR_ARGUMENT, "policy is null");
         }
@@ -187,6 +189,7 @@ static void select_custom(
 
 int64_t wkv_compact_custom(struct llama_context * ctx, int32_t window_size, int64_t n_cells, wkv_select_fn fn, void * user) {
     return wkv_with_prompt(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
+        kv.check_not_observing();
         if (!fn) {
             return wkv_fail(WKV_ERR_ARGUMENT, "fn is null");
         }

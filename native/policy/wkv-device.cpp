@@ -35,7 +35,8 @@ int64_t select_on_devices_bytes(const cache_view & view, int32_t il0, int32_t il
     }
     const int64_t n_heads = view.index(il1, 0) - view.index(il0, 0);
     const int64_t n_cells = view.offsets[view.index(il1, 0)] - view.offsets[view.index(il0, 0)];
-    return std::max<int64_t>(16*sizeof(int32_t)*n_heads, n_cells/4); // counts, see compete()
+    // counts, see compete(), as they come from the device and in its order; 32 bytes to ask for those of a head
+    return 2*std::max<int64_t>(16*sizeof(int32_t)*n_heads, n_cells/4) + 32*n_heads;
 }
 
 namespace {

@@ -36,7 +36,12 @@ int64_t select_bytes(const cache_view & view) {
     const size_t  n_heads   = size_t(shapes.n_layer)*shapes.n_head_kv;
     const int64_t n_most    = *std::max_element(shapes.cells, shapes.cells + n_heads);
     const int32_t n_step    = competes_in_model(policy.allocation) ? shapes.n_layer : std::min(shapes.n_layer, n_layers_ranked(view));
-    const int64_t n_compete = needs_scores_for_budgets(policy) ? int64_t(view.offsets[view.index(n_step, 0)]) : 0;
+
+    int64_t n_compete = 0; // at the same time
+    for (int32_t il0 = 0; needs_scores_for_budgets(policy) && il0 < shapes.n_layer; il0 += n_step) {
+        const int32_t il1 = std::min(shapes.n_layer, il0 + n_step);
+        n_compete = std::max(n_compete, int64_t(view.offsets[view.index(il1, 0)] - view.offsets[view.index(il0, 0)]));
+    }
 
     // Every thread ranks a head at a time: two copies of its scores while they are pooled, or a mean over heads or layers in double
     // precision and what it is made from; and windows, of 16 bytes each. Layers whose heads differ have a mean over the union of their

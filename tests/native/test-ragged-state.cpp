@@ -44,7 +44,9 @@ static std::vector<float> go_on(llama_context * ctx, const wkv_policy & policy) 
     evaluate(prompt(150, 5));
     CHECK(wkv_compact(ctx, &policy, 30) > 0);
     evaluate(prompt(1, 6));
-    for (int head = 0; head < 2; ++head) {
+    wkv_stats stats;
+    CHECK(wkv_get_stats(ctx, &stats) == WKV_OK);
+    for (int head = 0; head < stats.n_head_kv; ++head) {
         const auto own = positions(ctx, 0, head);
         res.insert(res.end(), own.begin(), own.end());
     }

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tiny_model
-from scripted import OTHERS, TOKENS, Script, answer
+from scripted import OTHERS, TOKENS, Script, answer, once
 
 from windowkv_edge import POLICIES, HeadScores, KVPolicy, Llama, _native, get_policy
 from windowkv_edge.policies.headkv import ByImportance
@@ -107,6 +107,43 @@ def test_the_observed_choose(models: dict[str, Path], opened: Open) -> None:
     assert not np.allclose(kv.scores(0, 1)[0][:100], got[0], rtol=1e-2)
 
 
+def test_saved_behind_observed_tokens(models: dict[str, Path], opened: Open) -> None:
+    """A state that was saved between observing and compacting goes on like the session."""
+    kept = []
+    for saves in (False, True):
+        llm = opened(models["llama"], kv_policy="snapkv", n_batch=BATCH)
+        kv = llm._kv
+        assert kv is not None
+        llm.eval(TOKENS[:100])
+        with kv.observing():
+            llm._batch.set_batch(batch=OTHERS[:8], n_past=100, logits_all=False)
+            llm._ctx.decode(llm._batch)
+        if saves:
+            state = llm.save_state()
+            llm.reset()
+            llm.load_state(state)
+        llm.kv_compact(48)
+        kept.append([llm.kv_positions(il, ih).tolist() for il in range(3) for ih in range(2)])
+    assert kept[0] == kept[1]
+
+
+def test_one_observed_token_ends_no_prompt(models: dict[str, Path], opened: Open) -> None:
+    """The call that compacts what others decoded is about what stays."""
+    llm = opened(models["llama"], kv_policy="snapkv", kv_budget=48, n_batch=BATCH)
+    kv = llm._kv
+    assert kv is not None
+    for i in range(0, 96, BATCH):
+        llm._batch.set_batch(batch=TOKENS[i : i + BATCH], n_past=i, logits_all=False)
+        llm._ctx.decode(llm._batch)
+    with kv.observing():
+        llm._batch.set_batch(batch=OTHERS[:1], n_past=96, logits_all=False)
+        llm._ctx.decode(llm._batch)
+    assert llm.kv_stats().n_compactions == 0 and kv.stats().n_past == 96
+    llm._batch.set_batch(batch=TOKENS[96:97], n_past=96, logits_all=False)
+    llm._ctx.decode(llm._batch)  # now it is over
+    assert llm.kv_stats().n_compactions == 1 and n_held(llm) == 49
+
+
 def test_observing_is_checked(models: dict[str, Path], opened: Open) -> None:
     llm = opened(models["llama"], kv_policy="snapkv")
     kv = llm._kv
@@ -115,8 +152,9 @@ def test_observing_is_checked(models: dict[str, Path], opened: Open) -> None:
     with kv.observing():
         with pytest.raises(ValueError, match="end that first"), kv.observing():
             pass
-        with pytest.raises(ValueError, match="only observed"):
-            llm.kv_compact(32)
+        for call in (lambda: llm.kv_compact(32), lambda: llm.kv_compact(400), kv.snapshot_save, kv.prompt_done):
+            with pytest.raises(ValueError, match="only observed"):
+                call()
     with kv.observing():
         llm.reset()
     assert len(answer(llm, TOKENS[:100], 3)) == 3
@@ -226,6 +264,81 @@ def test_what_is_asked_chooses(models: dict[str, Path], opened: Open) -> None:
         kept.append(set(llm.kv_positions(0, 0).tolist()))
     early = [{at for at in own if at < 300} for own in kept]
     assert early[0] and early[1] and early[0] != early[1]
+
+
+def test_one_token_behind_pieces(models: dict[str, Path], opened: Open) -> None:
+    """What is asked is a single token then; it ends nothing while it is only observed."""
+    llm = opened(models["llama"], kv_policy="snapkv", kv_limit=LIMIT, n_batch=BATCH)
+    llm.eval(LONG[:190])
+    assert len(answer(llm, LONG[:191], 5)) == 5
+    assert n_held(llm) <= LIMIT
+
+
+def test_pieces_may_be_exact(models: dict[str, Path], opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = opened(models["llama"], kv_policy="snapkv", kv_limit=LIMIT, kv_prefill="exact", n_batch=BATCH)
+    seen = watch_cells(llm, monkeypatch)
+    llm.eval(LONG[:400])
+    llm.sample(temp=0.0)
+    assert max(seen) == 400
+    assert n_held(llm) <= LIMIT
+
+
+@pytest.mark.parametrize("budget", [120, 0.15])
+def test_the_budget_holds_behind_a_bounded_prompt(models: dict[str, Path], opened: Open, budget: float) -> None:
+    """Compactions while it was read do not stand for the one at its end."""
+    llm = opened(models["llama"], kv_policy="snapkv", kv_limit=LIMIT, kv_budget=budget, n_batch=BATCH)
+    answer(llm, LONG[:700], 1)
+    assert n_held(llm) == (120 if budget == 120 else 105)
+
+
+def test_nothing_is_compacted_for_nothing(models: dict[str, Path], opened: Open) -> None:
+    llm = opened(models["llama"], kv_policy="snapkv", kv_limit=LIMIT, kv_budget=70, n_batch=BATCH)
+    llm.eval(LONG[:190])
+    n = llm.kv_stats().n_compactions
+    llm.eval([])
+    assert llm.kv_stats().n_compactions == n
+    answer(llm, LONG[:190], 1)
+    assert n_held(llm) == 70
+
+
+def test_small_batches_do_not_compact_each(models: dict[str, Path], opened: Open) -> None:
+    llm = opened(models["llama"], kv_policy="snapkv", kv_limit=LIMIT, n_batch=4)
+    answer(llm, LONG[:500], 1)
+    assert 0 < llm.kv_stats().n_compactions <= (500 - LIMIT) / 12 + 2
+
+
+def test_another_policy_has_to_fit(models: dict[str, Path], opened: Open) -> None:
+    llm = opened(models["llama"], kv_policy="streamingllm", kv_limit=20, n_batch=BATCH)
+    for other in ("snapkv", "full"):
+        with pytest.raises(ValueError, match="kv_limit"):
+            llm.kv_policy = other
+        assert llm.kv_policy is not None and llm.kv_policy.name == "streamingllm"
+    assert len(answer(llm, LONG[:100], 30)) == 30
+    assert n_held(llm) <= 20
+
+
+def test_pins_leave_room(models: dict[str, Path], opened: Open) -> None:
+    llm = opened(models["llama"], kv_policy="snapkv", kv_limit=LIMIT, n_batch=BATCH)
+    with pytest.raises(ValueError, match="kv_limit=160 leaves"):
+        llm.kv_pin(0, LIMIT - 32)
+    llm.kv_pin(0, 50)
+    answer(llm, LONG[:400], 100)
+    assert llm.kv_positions(0, 0).tolist()[:50] == list(range(50))
+    assert n_held(llm) <= LIMIT
+
+
+def test_what_fails_while_a_prompt_is_read(models: dict[str, Path], opened: Open, tmp_path: Path) -> None:
+    """The session stays usable, can be saved, and knows nothing of what was only observed."""
+    llm = opened(models["llama"], kv_policy=Script(action=once(RuntimeError("no"))), kv_limit=LIMIT, n_batch=BATCH)
+    with pytest.raises(RuntimeError, match="no"):
+        answer(llm, LONG[:400], 1)
+    kv = llm._kv
+    assert kv is not None and kv.queries(0, 0)[0].max() < llm.n_tokens
+    llm.kv_save(tmp_path / "half.session")
+    llm.reset()
+    llm.kv_load(tmp_path / "half.session")
+    assert len(answer(llm, LONG[:400], 20)) == 20
+    assert n_held(llm) <= LIMIT
 
 
 @pytest.mark.parametrize(

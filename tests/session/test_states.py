@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tiny_model
-from scripted import OTHERS, TOKENS, Script, positions
+from scripted import OTHERS, TOKENS, Script, answer, positions
 from test_full_disk import room
 
 from windowkv_edge import POLICIES, HeadScores, Llama, NativeError, UnsupportedCallError, _native, state_files
@@ -152,6 +152,45 @@ def test_what_a_state_carries(pair: tuple[Llama, Llama], models: dict[str, Path]
     with_logits.reset()
     with_logits.load_state(own)
     assert np.array_equal(with_logits._scores, scores)
+
+
+@pytest.mark.parametrize("seed", [-1, np.int64(5), 2**32 - 1])
+def test_every_seed_comes_back(pair: tuple[Llama, Llama], tmp_path: Path, seed: int) -> None:
+    llm, other = pair
+    llm.set_seed(seed)
+    answering(llm).kv_save(tmp_path / "seed.session")
+    other.kv_load(tmp_path / "seed.session")
+    assert other._seed == seed
+
+
+def test_counts_and_pins_come_along(pair: tuple[Llama, Llama]) -> None:
+    llm, other = pair
+    llm.reset()
+    llm.kv_pin(3, 9)
+    llm.eval(TOKENS[:300])  # the beginning of a prompt
+    state = llm.save_state()
+    llm.kv_unpin()
+    answer(other, OTHERS[:50])
+    other.load_state(state)
+    assert other.kv_pinned == ((3, 9),)
+    answer(other, TOKENS[:305])
+    own = other.kv_stats()
+    assert (own.n_evaluated_last, own.n_reused_last) == (5, 300)
+    assert other.kv_positions(0, 0)[:20].tolist()[:3] != [] and set(range(3, 9)) <= set(other.kv_positions(0, 0).tolist())
+    other.kv_unpin()
+
+
+def test_a_cache_brings_no_pins_back(models: dict[str, Path], opened: Open) -> None:
+    llm = opened(models["llama"], kv_policy="snapkv", kv_budget=BUDGET, **SMALL)
+    states = llama_cpp.LlamaRAMCache()
+    answer(llm, TOKENS[:200])
+    states[TOKENS[:200]] = llm.save_state()
+    llm.reset()
+    llm.kv_pin(0, 5)
+    assert not llm._take_best(states, TOKENS[:300])
+    assert llm.kv_pinned == ((0, 5),)
+    llm.kv_unpin()
+    assert llm._take_best(states, TOKENS[:300])
 
 
 #

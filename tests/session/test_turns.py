@@ -252,6 +252,35 @@ def test_what_cannot_be_reused_is_said(tiny: Path, opened: Open) -> None:
     assert prompts(llm) == (20, 0, "")
 
 
+def test_pieces_of_another_prompt_do_not_count(tiny: Path, opened: Open) -> None:
+    llm = opened(tiny, kv_policy="snapkv", kv_budget=60)
+    answer(llm, TOKENS)
+    llm.eval(OTHERS[:50])
+    answer(llm, TOKENS)
+    assert prompts(llm) == (0, 400, "")
+
+
+def test_a_refused_piece_is_none(tiny: Path, opened: Open) -> None:
+    llm = opened(tiny, kv_policy="snapkv", kv_budget=60, kv_growth=1)
+    answer(llm, TOKENS, 3)
+    before = prompts(llm), llm.kv_stats().n_compactions
+    with pytest.raises(ValueError, match="expected an id"):
+        llm.eval([5, 10**9])
+    assert prompts(llm) == before[0]
+    llm.eval([5])
+    assert llm.kv_stats().n_compactions == before[1]
+
+
+def test_a_changed_budget_that_was_applied(tiny: Path, opened: Open) -> None:
+    llm = opened(tiny, kv_policy="snapkv", kv_budget=80)
+    answer(llm, TOKENS, 3)
+    llm.kv_budget = 70
+    llm.kv_compact()
+    n = llm.kv_stats().n_compactions
+    answer(llm, [*llm.input_ids[: llm.n_tokens].tolist(), *OTHERS[:5]])
+    assert llm.kv_stats().n_compactions == n
+
+
 def test_stock_counts_too(tiny: Path, opened: Open) -> None:
     llm = opened(tiny)
     answer(llm, TOKENS, 5)
