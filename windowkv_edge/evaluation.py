@@ -280,7 +280,7 @@ class PolicyEvaluation(llama_cpp.Llama):
             with self._aligned(), Interrupts() as interrupts:
                 for i in range(0, max(1, len(tokens)), self.n_batch):  # as stock does
                     batch = tokens[i : i + self.n_batch]
-                    if batch and not fits:
+                    if len(batch) > 0 and not fits:
                         self._make_room(cache, tokens[i:], len(batch), step)
                     # What generate() evaluates is known better here, and so is a last batch of one token. Of what is
                     # evaluated by hand, one token may follow a prompt of others, and theirs may follow several tokens

@@ -338,18 +338,19 @@ def test_a_device_that_attends_to_equal_heads_alone(device: Run, model: Path, mo
 
 
 def check_head_by_head(
-    device: Run, model: Path, layers: int, policies: Sequence[Any], atol: float, **kwargs: Any
+    device: Run, model: Path, layers: int, policies: Sequence[Any], atol: float, *, there: str = "cpu", **kwargs: Any
 ) -> list[dict[str, Any]]:
-    """A device without the op against the CPU, which has it: the same cells, and the same answers within rounding. Until something is
-    evicted both run stock's kernel, so that the scores are equal."""
+    """A device without the op against one that has it, or the CPU: the same cells, and the same answers within rounding. Until something
+    is evicted both run stock's kernel, so that the scores are equal."""
     variants: list[dict[str, Any]] = [{"kv_policy": p, "kv_budget": 40, "attention": "stock", **kwargs} for p in policies]
     found = device("none", device_runs.answers, model, layers, variants)
-    want = device("cpu", device_runs.answers, model, 0, variants)
-    for variant, here, there in zip(variants, found, want, strict=True):
+    with_op = variants if there == "cpu" else [{**variant, "attention": "auto"} for variant in variants]
+    wanted = device(there, device_runs.answers, model, 0 if there == "cpu" else layers, with_op)
+    for variant, here, want in zip(variants, found, wanted, strict=True):
         assert here["n_compactions"] == 1
-        assert here["positions"] == there["positions"], variant
+        assert here["positions"] == want["positions"], variant
         assert any(len({len(own) for own in heads}) > 1 for heads in here["positions"]), variant
-        np.testing.assert_allclose(here["logits"], there["logits"], atol=atol, err_msg=str(variant))
+        np.testing.assert_allclose(here["logits"], want["logits"], atol=atol, err_msg=str(variant))
         assert any("head by head, 2 attention operations" in text for text in here["warnings"])
     return found
 
@@ -363,8 +364,9 @@ def test_head_by_head(device: Run, model: Path, layers: int) -> None:
 @pytest.mark.parametrize(("type_name", "atol"), [("f32", 2e-2), ("bf16", 3e-2), ("q8_0", 0.1), ("q4_0", 0.2)])
 def test_head_by_head_over_other_cells(device: Run, model: Path, type_name: str, atol: float) -> None:
     """Heads of q8_0 and q4_0 begin at multiples of 32 rows, or the device would refuse them. Stock's kernel on the CPU, which the
-    device runs, quantises queries as well; our op does not."""
-    check_head_by_head(device, model, 99, [ADAKV], atol, type_k=TYPES[type_name], type_v=TYPES[type_name])
+    device runs, quantises queries as well; our op does not, nor do our scores on the CPU: their cells are those of a device."""
+    there = "cuda" if type_name in ("q8_0", "q4_0") else "cpu"
+    check_head_by_head(device, model, 99, [ADAKV], atol, there=there, type_k=TYPES[type_name], type_v=TYPES[type_name])
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,14 @@ def test_signals_at_any_time_of_a_compaction(
             compaction()
         took = time.perf_counter() - start
     ends = []
-    for i in range(1, 31):
-        with pytest.raises((KeyboardInterrupt, Stop)) as caught, alarm(took * i / 24):
+    for i in range(120):  # on a busy machine many come too late
+        with pytest.raises((KeyboardInterrupt, Stop)) as caught, alarm(took * (1 + i % 30) / 24):
             compaction()
         ends.append(caught.type)
         assert llm.n_tokens == llm.kv_stats().n_past == 400
         assert llm.kv_stats().n_compactions == 0
+        if i >= 29 and ends.count(KeyboardInterrupt) > 10:
+            break
     assert ends.count(KeyboardInterrupt) > 10
     assert "ignored" not in capfd.readouterr().err
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripted import evaluate
 from typer.testing import CliRunner
 
 from windowkv_edge import HeadScores, Llama
@@ -128,7 +129,7 @@ def test_command_and_sessions(copy: Path, tmp_path: Path) -> None:
     for path in (copy, out):
         llm = Llama(str(path), n_ctx=512, kv_policy="headkv", kv_budget=50, n_threads=2, verbose=False)
         np.testing.assert_allclose(llm._kv_bound.shares, scores.kv_heads("r", 3), rtol=1e-4)  # type: ignore[attr-defined]
-        llm.eval(list(range(100, 300)))
+        evaluate(llm, list(range(100, 300)))
         assert llm.kv_stats().cells.sum() == 50 * 90 and llm.kv_stats().cells.std() > 5
         llm.close()
 
