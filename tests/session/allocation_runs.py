@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from allocation_steps import N_TOKENS, PHASES, Native, Session, Steps  # noqa: E402
+from allocation_steps import N_TOKENS, PHASES, Limited, Native, Session, Steps  # noqa: E402
 from failing_alloc import OWN, Allocator, Frames  # noqa: E402
 
 SECONDS = 60  # a child that takes longer hangs
@@ -255,6 +255,8 @@ MODELS = {
 """Architectures and the policies they are tried with: a plain model, one with sliding windows, a hybrid."""
 
 
+STEPS = ("native", "session", "limited")
+
 SAME = {"ggml_gallocr_alloc_graph": "ggml_backend_sched_reserve"}
 """Functions that call a static one of ggml in which they crash (ggml_gallocr_reserve_n_impl), ours and what stock calls."""
 
@@ -308,7 +310,7 @@ def _fork(path: str, arch: str, steps: str, sample: Sample | None, functions: Se
         from windowkv_edge.policies import get_policy
 
         policy = get_policy(MODELS[arch])
-        own = Native(path, policy) if steps == "native" else Session(path, policy)
+        own = {"native": Native, "session": Session, "limited": Limited}[steps](path, policy)
     allocator, res = Allocator(), Found()
     for phase, _, end in explore(allocator, own, phases, sample, functions, n_jobs):
         res.add(allocator, phase, end)
@@ -340,7 +342,7 @@ def explored(tests: Path, model: Path, arch: str, steps: str, sample: Sample | N
         tests: the folder of the native tests.
         model: the file.
         arch: one of MODELS.
-        steps: "native", the C interface, or "session".
+        steps: "native", the C interface, "session", or "limited", one with ``kv_limit``.
         sample: None = every allocation.
         n_jobs: processes at a time.
     """
@@ -361,7 +363,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=MODELS, action="append", help="models, all by default")
-    parser.add_argument("--steps", choices=("native", "session"), action="append", help="both by default")
+    parser.add_argument("--steps", choices=STEPS, action="append", help="all by default")
     parser.add_argument(
         "--stacks", action="store_true", help="every stack with a function of ours, not every allocation"
     )
@@ -373,7 +375,7 @@ def main() -> None:
     tests = Path(windowkv_edge.__file__).parent / "_tests"
     n_faults = 0
     with tempfile.TemporaryDirectory() as folder:
-        for arch, steps in itertools.product(args.arch or MODELS, args.steps or ("native", "session")):
+        for arch, steps in itertools.product(args.arch or MODELS, args.steps or STEPS):
             found = explored(
                 tests,
                 write_model(arch, Path(folder)),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.ctypeslib
 
-__all__ = ["PHASES", "Native", "Session", "Steps"]
+__all__ = ["PHASES", "Limited", "Native", "Session", "Steps"]
 
 N_CTX, N_UBATCH, N_PROMPT, N_CELLS, N_TOKENS = 256, 32, 80, 24, 64
 N_VOCAB = 128  # of tiny_model
@@ -175,11 +176,12 @@ class Session(Steps):
 
         self.package, self.path, self.policy, self.llm = windowkv_edge, model, policy, None
 
+    OPTIONS: ClassVar[dict[str, Any]] = {"kv_budget": 1.0, "n_batch": N_PROMPT, "n_ubatch": N_UBATCH}
+
     def load(self) -> None:
         self.llm = self.package.Llama(
-            self.path, kv_policy=self.policy, kv_budget=1.0, n_ctx=N_CTX, n_batch=N_PROMPT, n_ubatch=N_UBATCH,
-            n_threads=1, n_threads_batch=1, verbose=False,
-        )  # fmt: skip
+            self.path, kv_policy=self.policy, n_ctx=N_CTX, n_threads=1, n_threads_batch=1, verbose=False, **self.OPTIONS
+        )
 
     def _own(self) -> Any:
         assert self.llm is not None
@@ -204,6 +206,8 @@ class Session(Steps):
     def close(self) -> None:
         if self.llm is not None:
             self._own().close()
+        self.llm = None
+        gc.collect()  # what errors and their frames hold
 
     def held(self) -> Any:
         llm = self._own()
@@ -224,3 +228,18 @@ class Session(Steps):
         if n_tokens != stats[0]:
             yield f"n_tokens is {n_tokens}, kv_stats().n_past {stats[0]}"
         yield from _said(phase, said, before, n_tokens, cells, self.n_done)
+
+
+class Limited(Session):
+    """The same with ``kv_limit``: compactions between the batches of the prompt, which its last tokens observe, and between those
+    that are generated."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"kv_limit": 40, "n_batch": 16, "n_ubatch": 16}
+
+    def prompt(self) -> None:
+        stream = self._own().generate(TOKENS[:N_PROMPT], temp=0.0)
+        try:
+            next(stream)
+        finally:
+            stream.close()
+        self.n_done = 0

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the allocator s
         ("gpt-oss", "native", Sample(40, 5)),
         ("lfm2", "native", Sample(40, 5)),
         ("llama", "session", Sample(40, 5)),
+        ("llama", "limited", Sample(40, 5)),
     ],
 )
 def test_any_allocation_may_fail(native_tests: Path, tmp_path: Path, arch: str, steps: str, sample: Sample) -> None:

@@ -1,12 +1,21 @@
-"""Random sequences of operations on the cache against a model of it that only keeps lists of positions.
+"""Random sequences of operations on a session against a model of its cache that only keeps lists of positions.
 
-    python tests/session/test_fuzz.py 20000        # as many steps as wanted, with a seed of one's own as the second argument
+    python tests/session/test_fuzz.py 1000000      # as many steps as wanted, with a seed of one's own as the second argument
+
+The model follows what is done to the cache: every compaction, whoever asked for it, has to keep the cells of the policy's
+definition (policy_table.py, reference/pinned.py), and what is removed, saved and loaded has to be what the lists say.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny_model  # noqa: E402
 from policy_table import kept  # noqa: E402
 from reference.common import sizes  # noqa: E402
+from reference.pinned import pinned  # noqa: E402
+from scripted import answer  # noqa: E402
 
 from windowkv_edge import (  # noqa: E402
     AdaKV,
@@ -26,12 +37,15 @@ from windowkv_edge import (  # noqa: E402
     PyramidKV,
     SnapKV,
     StreamingLLM,
+    UnsupportedCallError,
     WindowAdaKV,
     WindowHeadKV,
     WindowKV,
 )
+from windowkv_edge.limit import Limit  # noqa: E402
+from windowkv_edge.policies import Task  # noqa: E402
 
-N_LAYER, N_HEAD, N_HEAD_KV, N_CTX = 3, 4, 2, 512
+N_LAYER, N_HEAD, N_HEAD_KV, N_CTX, N_BATCH = 3, 4, 2, 512, 32
 RNG = np.random.default_rng(0)
 SCORES = HeadScores({kind: RNG.random((N_LAYER, N_HEAD)) ** 3 for kind in ("r", "r2")})
 POLICIES: tuple[KVPolicy, ...] = (
@@ -77,77 +91,247 @@ class Model:
         self.boundary = self.n
 
 
-def same(llm: Llama, model: Model) -> None:
-    stats = llm.kv_stats()
-    assert stats.n_past == model.n
-    assert stats.cells.tolist() == [[len(own) for own in layer] for layer in model.heads]
-    for il, layer in enumerate(model.heads):
-        for ih, own in enumerate(layer):
-            assert llm.kv_positions(il, ih).tolist() == own.tolist()
+class Saved(NamedTuple):
+    state: Any
+    model: Model
+    policy: KVPolicy
+
+
+class Run:
+    """A session, the model of its cache, and what is done to both.
+
+    Args:
+        path: the model file.
+        seed: of all choices.
+    """
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.llm = Llama(
+            str(path), n_ctx=N_CTX, n_batch=N_BATCH, kv_policy=POLICIES[0], kv_budget=N_CTX, n_threads=1,
+            n_threads_batch=1, verbose=False,
+        )  # fmt: skip
+        assert self.llm._kv is not None
+        self.kv = self.llm._kv
+        self.model = Model()
+        self.saved: list[Saved] = []
+        self.done: Counter[str] = Counter()
+        self.folder = tempfile.TemporaryDirectory()
+        self.watch()
+        names = {name.removeprefix("do_"): getattr(self, name) for name in vars(Run) if name.startswith("do_")}
+        self.operations: dict[str, Callable[[], None]] = names
+        weights = np.array([WEIGHTS.get(name, 1) for name in names], dtype=float)
+        self.weights = weights / weights.sum()
+
+    def close(self) -> None:
+        self.llm.close()
+        self.folder.cleanup()
+
+    #
+    # the model follows
+    #
+
+    def catch_up(self) -> None:
+        """What was evaluated since the last look."""
+        n_past = int(self.kv.stats().n_past)
+        assert n_past >= self.model.n, f"{n_past} positions are there, expected {self.model.n} at least"
+        self.model.append(n_past - self.model.n)
+
+    def watch(self) -> None:
+        cache, ctx, llm = self.llm._kv_cache, self.llm._ctx, self.llm
+        assert cache is not None
+        native_compact, native_rm = cache.compact, ctx.kv_cache_seq_rm
+
+        def compact(n_cells: int, task: Task = "localization", policy: KVPolicy | None = None) -> int:
+            self.catch_up()
+            bound = policy or cache.bound
+            scores = [self.kv.scores(il, bound.n_observed) for il in range(N_LAYER)]
+            ranges = llm._kv_pins.ranges()
+            keep = pinned(
+                lambda own, planes, n: kept(bound, own, planes[0], n, task), self.model.heads, [scores], n_cells, ranges
+            )
+            n_released = native_compact(n_cells, task, policy)
+            if not all(own.all() for layer in keep for own in layer):
+                self.model.keep(keep)
+                self.done["compactions"] += 1
+            assert self.llm.kv_stats().cells.tolist() == sizes(self.model.heads)
+            return n_released
+
+        def seq_rm(seq_id: int, p0: int, p1: int) -> bool:
+            self.catch_up()
+            res = native_rm(seq_id, p0, p1)
+            assert p1 == -1 and res == self.model.trim(p0)
+            return bool(res)
+
+        cache.compact, ctx.kv_cache_seq_rm = compact, seq_rm  # type: ignore[method-assign]
+
+    def same(self) -> None:
+        """The session holds what the model says."""
+        self.catch_up()
+        stats, model = self.llm.kv_stats(), self.model
+        assert stats.n_past == model.n == self.llm.n_tokens
+        assert stats.cells.tolist() == [[len(own) for own in layer] for layer in model.heads]
+        for il, layer in enumerate(model.heads):
+            for ih, own in enumerate(layer):
+                assert self.llm.kv_positions(il, ih).tolist() == own.tolist()
+
+    def step(self) -> None:
+        name = str(self.rng.choice(list(self.operations), p=self.weights))
+        self.done[name] += 1
+        self.operations[name]()
+        self.same()
+
+    #
+    # what is done
+    #
+
+    def number(self, low: int, high: int) -> int:
+        return int(self.rng.integers(low, high))
+
+    def tokens(self, n: int) -> list[int]:
+        return self.rng.integers(0, tiny_model.N_VOCAB, n).tolist()
+
+    def bounded(self) -> None:
+        """Behind tokens that the session evaluated: the limit holds."""
+        if self.llm._kv_limit is not None:
+            n_most = self.llm._kv_limit.n_cells(self.kv.stats()) + N_BATCH
+            assert float(self.llm.kv_stats().cells.mean()) <= n_most
+
+    def do_one(self) -> None:
+        if self.model.n == N_CTX:
+            with pytest.raises(UnsupportedCallError):
+                self.llm.eval(self.tokens(1))
+            return
+        n = self.model.n
+        self.llm.eval(self.tokens(1))
+        assert self.llm.n_tokens == n + 1
+        self.bounded()
+
+    def do_piece(self) -> None:
+        """Of a prompt that is evaluated by hand."""
+        n, n_new = self.model.n, self.number(2, 120)
+        if n + n_new > N_CTX:
+            with pytest.raises(UnsupportedCallError):
+                self.llm.eval(self.tokens(n_new))
+            return
+        self.llm.eval(self.tokens(n_new))
+        assert self.llm.n_tokens == n + n_new
+        self.bounded()
+
+    def do_prompt(self) -> None:
+        """One that goes on where an earlier one differs, or a new one, and some tokens of an answer."""
+        held = self.llm.input_ids[: self.llm.n_tokens].tolist()
+        n_same = self.number(0, len(held) + 1) if self.rng.random() < 0.3 else len(held)
+        if n_same > N_CTX - 100 or self.rng.random() < 0.1:
+            n_same = 0
+        prompt, n_answer = [*held[:n_same], *self.tokens(self.number(1, 80))], self.number(1, 8)
+        answer(self.llm, prompt, n_answer)
+        assert self.llm.input_ids[: len(prompt)].tolist() == prompt
+        assert self.llm.n_tokens == len(prompt) + n_answer - 1
+        self.bounded()
+
+    def do_compact(self) -> None:
+        if self.model.n == 0:
+            return
+        try:
+            self.llm.kv_compact(self.number(1, 80))
+        except NativeError as error:
+            # every observed query was trimmed away, or more is pinned than stays
+            assert "nothing to score" in str(error) or "leaves nothing for the others" in str(error)
+
+    def do_trim(self) -> None:
+        p0 = self.number(0, self.model.n + 2)
+        self.llm._ctx.kv_cache_seq_rm(-1, p0, -1)
+        self.llm.n_tokens = self.model.n
+
+    def do_clear(self) -> None:
+        self.llm.reset()
+        self.model.clear()
+
+    def do_policy(self) -> None:
+        self.llm.kv_policy = POLICIES[self.number(0, len(POLICIES))]
+        self.model.clear()
+
+    def do_budget(self) -> None:
+        budgets: tuple[Any, ...] = (self.number(40, N_CTX), float(self.rng.uniform(0.1, 1.0)), N_CTX)
+        self.llm.kv_budget = budgets[self.number(0, 3)]
+
+    def do_limit(self) -> None:
+        """Another limit, for an empty cache."""
+        self.do_clear()
+        self.llm._kv_limit = None if self.rng.random() < 0.4 else Limit(self.number(100, 200))
+
+    def do_pin(self) -> None:
+        """A few positions that are there in full or still to come, or none any more."""
+        if self.llm.kv_pinned:
+            self.llm.kv_unpin()
+            return
+        start = self.number(self.model.boundary, N_CTX - 8)
+        self.llm.kv_pin(start, start + self.number(1, 8))
+
+    def do_snapshot(self) -> None:
+        if self.model.n == 0:
+            return
+        self.kv.snapshot_save()
+        before, limit = copy.deepcopy(self.model), self.llm._kv_limit
+        extra = min(self.number(1, 40), N_CTX - self.model.n)
+        if extra:
+            self.llm._kv_limit = None  # a compaction gives the snapshot's boundary up
+            self.llm.eval(self.tokens(extra))
+            self.llm._kv_limit = limit
+        self.kv.snapshot_restore()
+        self.kv.snapshot_drop()
+        self.model, self.llm.n_tokens = before, before.n
+
+    def do_save(self) -> None:
+        policy = self.llm.kv_policy
+        assert policy is not None
+        self.saved = [*self.saved[-3:], Saved(self.llm.save_state(), copy.deepcopy(self.model), policy)]
+
+    def do_load(self) -> None:
+        if not self.saved:
+            return
+        own = self.saved[self.number(0, len(self.saved))]
+        if own.policy != self.llm.kv_policy:
+            with pytest.raises(UnsupportedCallError, match="this session has"):
+                self.llm.load_state(own.state)
+            return
+        self.llm.load_state(own.state)
+        self.model = copy.deepcopy(own.model)
+
+    def do_file(self) -> None:
+        """Saved, gone and loaded."""
+        path = Path(self.folder.name) / "session"
+        self.llm.kv_save(path)
+        before = copy.deepcopy(self.model)
+        self.llm.reset()
+        self.llm.kv_load(path)
+        self.model = before
+
+
+WEIGHTS = {"one": 30, "piece": 8, "prompt": 8, "compact": 8, "trim": 7, "clear": 2, "policy": 2, "limit": 2, "budget": 3, "snapshot": 3, "load": 3, "save": 3, "pin": 3}
+"""How often, against 1."""
 
 
 def run(path: Path, n_steps: int, seed: int) -> dict[str, int]:
-    """Returns how often each operation was done; raises AssertionError at the first difference."""
-    rng = np.random.default_rng(seed)
-    llm = Llama(str(path), n_ctx=N_CTX, kv_policy=POLICIES[0], kv_budget=N_CTX, n_threads=1, n_threads_batch=1, verbose=False)
-    kv = llm._kv
-    assert kv is not None
-    model = Model()
-    done: dict[str, int] = {}
-    for _ in range(n_steps):
-        what = rng.choice(["one", "prompt", "compact", "trim", "clear", "policy", "snapshot"], p=[0.5, 0.14, 0.14, 0.12, 0.03, 0.03, 0.04])
-        done[what] = done.get(what, 0) + 1
-        if what in ("one", "prompt"):
-            n = 1 if what == "one" else int(rng.integers(2, 120))
-            if model.n + n > N_CTX:
-                with pytest.raises(RuntimeError):
-                    llm.eval(rng.integers(0, tiny_model.N_VOCAB, n).tolist())
-                llm.n_tokens = model.n
-            else:
-                llm.eval(rng.integers(0, tiny_model.N_VOCAB, n).tolist())
-                model.append(n)
-        elif what == "compact" and model.n:
-            n_cells = int(rng.integers(1, 80))
-            bound = llm._kv_bound
-            try:
-                scores = [kv.scores(il, bound.n_observed) for il in range(N_LAYER)]
-            except NativeError as error:
-                # every observed query was trimmed away
-                assert "nothing to score" in str(error)
-                continue
-            keep = kept(bound, model.heads, scores, n_cells)
-            stats = llm.kv_compact(n_cells)
-            if not all(own.all() for layer in keep for own in layer):
-                model.keep(keep)
-            assert stats.cells.tolist() == sizes(model.heads)
-        elif what == "trim":
-            p0 = int(rng.integers(0, model.n + 2))
-            assert llm._ctx.kv_cache_seq_rm(-1, p0, -1) == model.trim(p0)
-            llm.n_tokens = model.n
-        elif what == "clear":
-            llm.reset()
-            model.clear()
-        elif what == "policy":
-            llm.kv_policy = POLICIES[rng.integers(len(POLICIES))]
-            model.clear()
-        elif what == "snapshot" and model.n:
-            kv.snapshot_save()
-            n, boundary, heads = model.n, model.boundary, model.heads
-            extra = min(int(rng.integers(1, 40)), N_CTX - model.n)
-            if extra:
-                llm.eval(rng.integers(0, tiny_model.N_VOCAB, extra).tolist())
-            kv.snapshot_restore()
-            kv.snapshot_drop()
-            llm.n_tokens = n
-            model.n, model.boundary, model.heads = n, boundary, heads
-        same(llm, model)
-    llm.close()
-    return done
+    """Returns how often each operation was done; raises AssertionError at the first difference, and says where."""
+    own = Run(path, seed)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of few cells
+            for i in range(n_steps):
+                try:
+                    own.step()
+                except BaseException as error:
+                    raise AssertionError(f"step {i} with the seed {seed}: {type(error).__name__}: {error}") from error
+    finally:
+        own.close()
+    return dict(own.done)
 
 
 def test_random_operations(tiny: Path) -> None:
     done = run(tiny, 2000, 0)
-    assert len(done) == 7 and min(done.values()) > 20
+    assert set(done) == {*WEIGHTS, "file", "compactions"} and min(done.values()) > 10
 
 
 @pytest.mark.slow
@@ -158,5 +342,6 @@ def test_twenty_thousand_operations(tiny: Path) -> None:
 if __name__ == "__main__":
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
     own_seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    tiny_path = tiny_model.write_llama(Path("/tmp/windowkv-fuzz.gguf"))
-    print(steps, "steps without a difference:", run(tiny_path, steps, own_seed))
+    with tempfile.TemporaryDirectory() as own_folder:
+        tiny_path = tiny_model.write_llama(Path(own_folder) / "tiny.gguf")
+        print(steps, "steps without a difference:", run(tiny_path, steps, own_seed))

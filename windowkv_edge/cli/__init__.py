@@ -13,10 +13,11 @@ from .bench import bench
 from .chat import chat
 from .demo import demo
 from .eval import app as eval_app
+from .eval_chat import chat as eval_chat  # adds itself
 from .info import info
 from .profile import profile
 
-__all__ = ["app"]
+__all__ = ["app", "eval_chat"]
 
 app = typer.Typer(
     help="llama.cpp sessions whose KV cache keeps only the cells that matter.",

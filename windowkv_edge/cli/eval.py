@@ -60,7 +60,10 @@ from .common import (
     split_names,
 )
 
-__all__ = ["app"]
+__all__ = [
+    "Budgets", "Chat", "First", "GPULayers", "Haystack", "ModelArg", "Out", "Policies", "Run", "Seed", "Threads", "app",
+    "start", "text_id",
+]  # fmt: skip
 
 app = typer.Typer(help="What compression costs: needles, RULER's tasks, distances, second questions, LongBench files.")
 
@@ -93,7 +96,7 @@ BUDGETS = "12%,6%,3%"
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What every evaluation takes."""
 
     info: GGUFInfo
@@ -189,7 +192,7 @@ def _positions(case: Case | FidelityCase) -> int:
     return len(case.prompt) + behind + 1
 
 
-def _start(
+def start(
     name: str,
     model: str,
     policies: str,
@@ -199,7 +202,7 @@ def _start(
     out: Path | None,
     threads: int | None,
     gpu_layers: int,
-) -> _Run:
+) -> Run:
     plan = Plan(
         policies=parse_policies(policies),
         budgets=tuple(dict.fromkeys(parse_budget(part) for part in split_names(budgets))),
@@ -209,7 +212,7 @@ def _start(
     for cells in plan.types:
         if cells not in (OWN, *TYPES):
             raise CLIError(f"--types has {cells!r}, expected some of {OWN}, {', '.join(TYPES)}")
-    return _Run(open_model(model), plan, out or Path(f"eval-{name}.jsonl"), seed, gpu_layers)
+    return Run(open_model(model), plan, out or Path(f"eval-{name}.jsonl"), seed, gpu_layers)
 
 
 def _chosen(text: str, known: Sequence[str], option: str) -> list[str]:
@@ -237,7 +240,7 @@ def _depths(text: str) -> list[float]:
     return res
 
 
-def _about(haystack: Path | None) -> str:
+def text_id(haystack: Path | None) -> str:
     """Name of the haystack and hash of its contents: with a changed text it is another run."""
     return "own prose" if haystack is None else f"{haystack.name} {fingerprint(read_texts(haystack))[:16]}"
 
@@ -262,12 +265,12 @@ def needle(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """Facts hidden in a text at several depths, with the question at its end."""
-    run = _start("needle", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = start("needle", model, policies, budgets, types, seed, out, threads, gpu_layers)
     sizes, places = parse_lengths(lengths), _depths(depths)
     names = _chosen(kinds, needles.KINDS, "--kinds")
     about = {
         "suite": "needle", "lengths": sizes, "depths": places, "kinds": names, "count": count, "first": first,
-        "haystack": _about(haystack), "chat": chat,
+        "haystack": text_id(haystack), "chat": chat,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Case]:
@@ -296,13 +299,13 @@ def ruler(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """RULER's task families: keys, values, variables, frequent words, questions."""
-    run = _start("ruler", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = start("ruler", model, policies, budgets, types, seed, out, threads, gpu_layers)
     sizes, names = parse_lengths(lengths), _chosen(tasks, list(rulers.TASKS), "--tasks")
     if min(sizes) < 512:
         raise CLIError(f"--lengths has {min(sizes)}, expected at least 512: the tasks need room for what they hide")
     about = {
         "suite": "ruler", "lengths": sizes, "tasks": names, "count": count, "first": first,
-        "haystack": _about(haystack), "chat": chat,
+        "haystack": text_id(haystack), "chat": chat,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Case]:
@@ -332,7 +335,7 @@ def fidelity(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """KL divergence, top-1 agreement and NLL increase against the full cache over free text."""
-    run = _start("fidelity", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = start("fidelity", model, policies, budgets, types, seed, out, threads, gpu_layers)
     sizes = parse_lengths(lengths)
     texts = [own for path in text or [] for own in read_texts(path)]
     about = {
@@ -366,11 +369,11 @@ def turns(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """Compact on the first question, then ask about other places of the same document."""
-    run = _start("turns", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = start("turns", model, policies, budgets, types, seed, out, threads, gpu_layers)
     sizes = parse_lengths(lengths)
     about = {
         "suite": "turns", "lengths": sizes, "count": count, "questions": questions, "first": first,
-        "haystack": _about(haystack), "chat": chat,
+        "haystack": text_id(haystack), "chat": chat,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Case]:
@@ -397,7 +400,7 @@ def tasks(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """Questions, summaries, classes and code of files in LongBench's format."""
-    run = _start("tasks", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = start("tasks", model, policies, budgets, types, seed, out, threads, gpu_layers)
     about = {"suite": "tasks", "file": file.name, "n_ctx": n_ctx, "limit": limit, "chat": chat}
 
     def prepare(weights: Model) -> list[Case]:

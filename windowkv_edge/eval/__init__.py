@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .branch import Branches
 from .case import Case, EvalError
+from .chat import Conversation, conversations
 from .fidelity import fidelity_cases
 from .needle import needle_cases
 from .prose import prose
@@ -18,12 +19,14 @@ from .turns import turns_cases
 __all__ = [
     "Branches",
     "Case",
+    "Conversation",
     "EvalError",
     "FidelityCase",
     "Plan",
     "Records",
     "Runner",
     "Style",
+    "conversations",
     "fidelity_cases",
     "fingerprint",
     "hay_tokens",

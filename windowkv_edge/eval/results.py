@@ -23,7 +23,7 @@ Budget = Any
 
 N_BOOTSTRAP = 2000
 
-SUITES = ("needle", "ruler", "turns", "fidelity", "tasks")
+SUITES = ("needle", "ruler", "turns", "chat", "fidelity", "tasks")
 MAX_LINES, MAX_BUDGETS = 64, 32
 MAX_VALUE = 1e15  # sums and plots stay finite
 

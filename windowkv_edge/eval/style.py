@@ -80,6 +80,14 @@ class Style:
             return self.tokenize(f"\n\nQuestion: {question}\nAnswer:" + (f" {lead}" if lead else ""))
         return self.tokenize(f"\n\n{question}") + self.model.tokenize(self._end + lead, special=True)
 
+    def say(self, text: str, lead: str = "", *, first: bool = False) -> list[int]:
+        """Tokens of a message of a conversation: the first one, or one behind the last token of a reply."""
+        if not self.chat:
+            message = f"User: {text}\nAssistant:" + (f" {lead}" if lead else "")
+            return self.bos + self.tokenize(message) if first else self.tokenize(f"\n{message}")
+        start = self.head if first else self.model.tokenize(self._between, special=True)
+        return start + self.tokenize(text) + self.model.tokenize(self._end + lead, special=True)
+
     def ask_again(self, question: str, lead: str = "") -> list[int]:
         """Tokens of a further question, behind the last token of an answer."""
         if not self.chat:
