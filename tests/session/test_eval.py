@@ -223,6 +223,18 @@ def test_chats_and_files(smollm2: Path, tmp_path: Path) -> None:
     code, _, err = call("turns", smollm2, *SMALL, "--count", 1, "--questions", 2, "--out", tmp_path / "t.jsonl", "--chat")
     assert code == 0, err
     assert [row["task"] for row in untimed(tmp_path / "t.jsonl")[1:]] == ["first", "later"]
+    talk = ("chat", smollm2, "--turns", 4, "--count", 1, "--document", 60, "--policies", "snapkv", "--threads", 2, "--out", tmp_path / "c.jsonl")
+    code, text, err = call(*talk, "--chat", "--budgets", "90%")
+    assert code == 0 and "chat: c.jsonl" in text, err
+    rows = untimed(tmp_path / "c.jsonl")[1:]
+    assert len(rows) == 2 and all(row["suite"] == "chat" and 0 < row["depth"] <= 1 for row in rows)
+    for row in rows:
+        full, *others = row["results"]
+        assert full["policy"] == "full" and full["n_evaluated"] < 60  # no turn evaluates the one before
+        assert len(others) == (full["score"] > 0)
+    assert call(*talk, "--chat", "--budgets", "90%")[0] == 0 and untimed(tmp_path / "c.jsonl")[1:] == rows
+    code, _, err = call(*talk[:-1], tmp_path / "d.jsonl", "--limited", "--budgets", "90%")
+    assert code == 2 and "expected numbers of cells per head with --limited" in err
     file = longbench(tmp_path / "all.jsonl")
     code, text, err = call(
         "tasks", smollm2, file, "--n-ctx", 600, "--policies", "snapkv", "--budgets", "12%", "--limit", 2, "--out", tmp_path / "l.jsonl"

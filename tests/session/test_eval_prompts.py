@@ -16,7 +16,9 @@ from windowkv_edge.bench.session import Model
 from windowkv_edge.eval import (
     Branches,
     Case,
+    EvalError,
     Style,
+    conversations,
     hay_tokens,
     needle_cases,
     prose,
@@ -209,6 +211,27 @@ def test_turns(model: Model) -> None:
     assert len({case.key for case in cases}) == len(cases)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_conversations(model: Model, chat: bool) -> None:
+    """Whatever is asked was told or pasted before, and nothing twice."""
+    hay, style = hay_tokens(model, None, 400, 0), Style(model, chat)
+    own = list(conversations(style, hay, 20, 2, 100, 0)) + list(conversations(style, hay, 4, 1, 100, 0))
+    for talk, n_asked in zip(own, (13, 13, 2), strict=True):
+        assert len(talk.questions) == n_asked and 0 not in talk.questions
+        assert len({talk.turns[at].tokens[-12:].__repr__() for at in talk.questions}) == n_asked
+        said = [model.detokenize(list(turn.tokens)) for turn in talk.turns]
+        for at in talk.questions:
+            turn = talk.turns[at]
+            since = said[at - turn.ago]
+            assert all(answer in since for answer in turn.answers), (since, turn.answers)
+            assert since.count("Please read this." if turn.task == "pasted" else "Please remember this:") == 1
+            assert 0 < talk.depth(at) <= 1 and turn.ago / len(talk.turns) <= talk.depth(at)
+    assert {own[0].turns[at].task for at in own[0].questions} == {"told", "pasted"}
+    assert own[0].turns != own[1].turns
+    with pytest.raises(EvalError, match="a conversation of 3 turns, expected 4 to 64"):
+        next(conversations(style, hay, 3, 1, 100, 0))
+
+
 def test_chat_template(model: Model, gemma3: Path) -> None:
     style = Style(model, chat=True)
     text = "".join(model.piece(token) for token in [*style.head, *style.tokenize("A text."), *style.ask("Why?", "Because")])
@@ -256,4 +279,6 @@ def test_keys_are_one_per_prompt(model: Model) -> None:
         *ruler_cases(style, hay, [512], list(rulers.TASKS), 2, 0),
         *turns_cases(style, hay, [500, 600], 2, 3, 0),
     ]
-    assert len({case.key for case in made}) == len(made)
+    keys = [case.key for case in made]
+    keys += [talk.key(at) for talk in conversations(style, hay, 20, 3, 100, 0) for at in talk.questions]
+    assert len(set(keys)) == len(keys)
