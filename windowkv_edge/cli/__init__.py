@@ -13,6 +13,7 @@ from .bench import bench
 from .chat import chat
 from .demo import demo
 from .eval import app as eval_app
+from .eval_long import long
 from .info import info
 from .profile import profile
 
@@ -29,6 +30,7 @@ app.command()(chat)
 app.command()(bench)
 app.command()(info)
 app.command()(profile)
+eval_app.command()(long)
 app.add_typer(eval_app, name="eval")
 
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import windowkv_edge
 from windowkv_edge._files import owned, write_text, writing
@@ -49,6 +48,7 @@ from windowkv_edge.eval.results import Results, load
 from windowkv_edge.gguf_info import GGUFInfo
 from windowkv_edge.profile import sha256
 
+from .bars import suite_bars
 from .common import (
     CLIError,
     n_cores,
@@ -149,32 +149,22 @@ class _Run:
         self, model: Model, cases: Sequence[Case] | Sequence[FidelityCase], records: Records, n_ctx: int | None
     ) -> None:
         n_ctx = n_ctx or max(_positions(case) for case in cases)
+        self._check_positions(n_ctx)
+        with suite_bars(len(cases)) as bars:
+            if records.n_old:
+                bars.note(f"{self.out} has {records.n_old} of {len(cases)} prompts, going on from there")
+            with Runner(model, self.plan, n_ctx, records, bars.done, bars.read) as runner:
+                if isinstance(cases[0], FidelityCase):
+                    runner.run_fidelity(cases)  # type: ignore[arg-type]
+                else:
+                    runner.run(cases)  # type: ignore[arg-type]
+
+    def _check_positions(self, n_ctx: int) -> None:
         if n_ctx > self.info.n_ctx_train:
             raise CLIError(
                 f"the longest prompt takes {n_ctx:,} positions, {self.info.path.name} was trained with "
                 f"{self.info.n_ctx_train:,}; ask for shorter --lengths"
             )
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("loading", total=len(cases))
-            if records.n_old:
-                done = f"{self.out} has {records.n_old} of {len(cases)} prompts, going on from there"
-                progress.console.print(for_terminal(done), markup=False)
-
-            def report(what: str) -> None:
-                progress.update(task, description=for_terminal(what), advance=1)
-
-            with Runner(model, self.plan, n_ctx, records, report) as runner:
-                if isinstance(cases[0], FidelityCase):
-                    runner.run_fidelity(cases)  # type: ignore[arg-type]
-                else:
-                    runner.run(cases)  # type: ignore[arg-type]
 
 
 def _make_folder(path: Path, option: str) -> None:

@@ -133,7 +133,7 @@ def markdown(results: Sequence[Results]) -> str:
         parts.append(str(retention_table(res)))
         for key, name in (("task", "kind"), ("length", "length"), ("depth", "depth")):
             if len({row[key] for row in res.rows if row[key] is not None}) > 1 and (
-                key != "depth" or res.suite == "needle"
+                key != "depth" or res.suite in ("needle", "long")
             ):
                 parts.append(f"### By {name}\n\n{by(res, key)}")
     table = ranks(results)
