@@ -28,7 +28,7 @@ class _Stats(NamedTuple):
 class Forecast:
     """Of a prompt that is read within a limit, and its answer. Cells are per (layer, kv head) on average, bytes those
     of ``kv_stats()``: pools and observed queries. A session may hold a twentieth more for a moment, where cells move,
-    and a fiftieth as free rows of its pools.
+    and its pools have free rows: up to 31 per head where all are equally long, else a fiftieth.
 
     Attributes:
         n_tokens: tokens of the prompt.

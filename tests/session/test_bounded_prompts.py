@@ -340,7 +340,7 @@ def test_observing_that_fails(tiny: Path, opened: Open, monkeypatch: pytest.Monk
             answer(llm, LONG[:300], 1)
         assert llm.n_tokens == llm.kv_stats().n_past
         kv = llm._kv
-        assert kv is not None and (llm.n_tokens == 0 or kv.queries(0, 0)[0].max() < llm.n_tokens)
+        assert kv is not None and (llm.n_tokens == 0 or kv.queries(0, 0)[0].max(initial=0) < llm.n_tokens)
         fails[0], calls[0] = -1, 0
         got = answer(llm, LONG[:300], 4)  # goes on behind what was read
         assert len(got) == 4 and n_held(llm) <= LIMIT

@@ -33,18 +33,19 @@ Open = Callable[..., Llama]
 @pytest.mark.parametrize("policy", ["snapkv", "auto"])
 @pytest.mark.parametrize("n_tokens", [300, 1500])
 def test_the_forecast_is_what_a_session_reports(tmp_path: Path, opened: Open, policy: str, n_tokens: int) -> None:
-    """30 layers, as the copy that moves cells holds one layer twice."""
+    """30 layers, as the copy that moves cells holds one layer twice; equal heads have pools of pieces of 32 cells."""
     path = tiny_model.write_llama(tmp_path / "deep.gguf", n_layer=30, head_dim=64)
     own = forecast(read_info(path), 480, n_tokens, get_policy(policy), n_batch=32)
     llm = opened(path, kv_policy=policy, kv_limit=480, n_batch=32)
     answer(llm, LONG[:n_tokens], 1)
     stats = llm.kv_stats()
     assert own.cells_after == stats.cells.mean() == (300 if n_tokens == 300 else 420)
-    assert own.bytes_after <= stats.bytes_live <= 1.03 * own.bytes_after
+    assert own.bytes_after <= stats.bytes_live <= 1.07 * own.bytes_after
     assert own.bytes_peak <= 1.01 * stats.bytes_peak and stats.bytes_peak <= 1.07 * own.bytes_peak
-    assert own.bytes_full == pytest.approx(n_tokens * llm._kv.stats().bytes_cell, rel=0.1)  # type: ignore[union-attr]
+    own_stats = llm._kv.stats()  # type: ignore[union-attr]
+    assert own.bytes_full == n_tokens * own_stats.bytes_cell + own_stats.bytes_live - own_stats.bytes_pool
     answer(llm, llm.input_ids[:n_tokens].tolist(), 200)
-    assert llm.kv_stats().cells.mean() <= own.cells_most and llm.kv_stats().bytes_live <= 1.03 * own.bytes_most
+    assert llm.kv_stats().cells.mean() <= own.cells_most and llm.kv_stats().bytes_live <= 1.07 * own.bytes_most
 
 
 def test_info_forecasts(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_info_forecasts(tmp_path: Path) -> None:
     assert [row["cells_after"] for row in rows] == [500, 448] and rows[1]["cells_peak"] == 1024
     assert json.loads(run("info", path, "--json").stdout)["limits"] == []
     shown = run("info", path, "--lengths", "4k", "--limit", "1MiB").stdout
-    assert "Within the limit 1MiB, auto" in shown and "when the answer begins" in " ".join(shown.split())
+    assert "Within the limit 1MiB, auto" in shown and "Below the MiB: cells per head" in shown
     refused(run("info", path, "--limit", "20"), "--limit=20 holds 20 cells per head, expected at least 64")
     refused(run("info", path, "--limit", "12 apples"), "the limit is '12 apples'", "expected bytes such as 512MiB")
 
@@ -78,7 +79,7 @@ def test_limit_in_a_chat(talk: tuple[Chat, io.StringIO], document: str, tmp_path
     chat.command(f"/file {text}")
     assert "it will be read with the full cache" in out.getvalue()
     for line, said in (
-        ("/limit", "no limit, budget 1.0"), ("/limit 300", "at most 300 cells per head"), ("/limit 2MiB", "at most 2MiB"),
+        ("/limit", "no limit, budget 1.0"), ("/limit 300", "at most 300 cells per head"), ("/limit 9MiB", "at most 9MiB"),
         ("/limit 10", "expected at least"), ("/limit many", "expected bytes such as 512MiB"), ("/limit off", "no limit"),
         ("/limit 320", "at most 320"),
     ):  # fmt: skip

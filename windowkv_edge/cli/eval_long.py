@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,6 +109,7 @@ def long(
 
     def prepare(weights: Model) -> list[Case]:
         hay = hay_tokens(weights, haystack, max(tokens), seed)
-        return list(needle_cases(Style(weights, chat), hay, tokens, places, names, count, seed, first))
+        cases = needle_cases(Style(weights, chat), hay, tokens, places, names, count, seed, first)
+        return [replace(case, suite="long") for case in cases]
 
     run.go(about, prepare)
