@@ -412,7 +412,7 @@ class Context:
         rows, at = ffi.from_buffer("float[]", res), ffi.from_buffer("int32_t[]", pos)
         size = check(lib.wkv_get_queries(self._ctx, layer, head, rows, res.size, at, pos.size))
         n = int(np.count_nonzero(pos >= 0))
-        return pos[:n], res[:size].reshape(n, -1)
+        return pos[:n], res[:size].reshape(n, size // max(1, n))
 
 
 def _shapes(cells: npt.NDArray[np.int32], n_past: int, n_gqa: int = 1) -> Any:

@@ -15,10 +15,12 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from . import _native
 from .arguments import check_grammar, check_tokens, need_tokenizer
+from .asking import find_asked
 from .errors import FormatError, UnsupportedCallError, UnsupportedModelError
 from .guard import Guard, Interrupts, interrupt_soon
 from .pins import Pins, Range, n_system
 from .policies import KVPolicy
+from .progress import KVProgress, report
 from .prompts import Prompts, Step, n_shared, why_missed
 from .room import Compacting
 from .session import PolicyCache
@@ -56,6 +58,7 @@ class PolicyEvaluation(Compacting):
     _kv_cache: PolicyCache | None
     _kv_given: dict[str, Any]
     _kv_model: str
+    _kv_progress: KVProgress | None
 
     def _start_evaluation(self) -> None:
         # the part of generate() that is running now: its first eval() is the prompt
@@ -64,6 +67,8 @@ class PolicyEvaluation(Compacting):
         self._kv_failed: list[BaseException] = []  # inside llama_decode, to be raised by the next call
         self._kv_prompts = Prompts()
         self._kv_pins = Pins()
+        self._kv_asked_text = ""  # of the last chat
+        self._kv_asked: Range | None = None  # where it stands in the prompt
         self._kv_settled = False  # the end of a prompt was compacted
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -88,13 +93,21 @@ class PolicyEvaluation(Compacting):
                 step = "piece"
             try:
                 if self._kv_cache is None:
-                    super().eval(tokens)
+                    self._eval_stock(tokens, step)
                 else:
                     self._eval(self._kv_cache, tokens, step)
             finally:
                 self._kv_prompts.evaluated(step, max(0, self.n_tokens - n_before), n_before)
             if step == "prompt" and self._kv_cache is not None:
                 self._end_prompt(self._kv_cache)
+
+    def _eval_stock(self, tokens: Sequence[int], step: Step) -> None:
+        if self._kv_progress is None or step not in ("prompt", "piece"):
+            super().eval(tokens)
+            return
+        for i in range(0, max(1, len(tokens)), self.n_batch):  # as stock does
+            super().eval(tokens[i : i + self.n_batch])
+            report(self._kv_progress, self._kv_guard, min(i + self.n_batch, len(tokens)), len(tokens))
 
     def _eval(self, cache: PolicyCache, tokens: Sequence[int], step: Step) -> None:
         check_tokens(tokens, self._n_vocab)
@@ -103,9 +116,12 @@ class PolicyEvaluation(Compacting):
         self._sync_positions()
         if step not in ("prompt", "piece") and len(tokens) > 0 and self._kv_prompts.is_open:
             self._end_prompt(cache)
-        if len(tokens) > 1 and self._fits(cache, tokens, step):
+        room = self._room(cache, len(tokens), step)
+        if room is not None and step in ("prompt", "piece"):
+            self._say_bounded(cache, len(tokens), room)
+        elif room is None and len(tokens) > 1:
             cache.kv.reserve(len(tokens))
-        self._evaluate(cache, tokens, step)
+        self._evaluate(cache, tokens, step, room)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """See ``llama_cpp.Llama.generate``; what it evaluates first ends the prompt. The prompt that was compacted last
@@ -260,23 +276,24 @@ class PolicyEvaluation(Compacting):
             )
         self._sync_positions()
 
-    def _evaluate(self, cache: PolicyCache, tokens: Sequence[int], step: Step) -> None:
+    def _evaluate(self, cache: PolicyCache, tokens: Sequence[int], step: Step, room: int | None) -> None:
         kv = cache.kv
-        fits = self._fits(cache, tokens, step)
         _native.clear_error()
         self._kv_prompts.changed(self.n_tokens)
         try:
             with self._aligned(), Interrupts() as interrupts:
                 for i in range(0, max(1, len(tokens)), self.n_batch):  # as stock does
                     batch = tokens[i : i + self.n_batch]
-                    if len(batch) > 0 and not fits:
-                        self._make_room(cache, tokens[i:], len(batch), step)
+                    if len(batch) > 0 and room is not None:
+                        self._make_room(cache, tokens[i:], len(batch), step, room)
                     # What generate() evaluates is known better here, and so is a last batch of one token. Of what is
                     # evaluated by hand, one token may follow a prompt of others, and theirs may follow several tokens
                     kv.watch(self._kv_step is None and (len(batch) > 1 or len(tokens) == 1))
                     super().eval(batch)
                     interrupts.check()
                     self._raise_failed()
+                    if step in ("prompt", "piece"):
+                        report(self._kv_progress, self._kv_guard, i + len(batch), len(tokens))
         except RuntimeError as error:
             status = re.fullmatch(r"llama_decode returned (-?\d+)", str(error))
             if status is None:
@@ -316,7 +333,7 @@ class PolicyEvaluation(Compacting):
         why = "" if n_same == 0 else why_missed(n_prompt, n_same, self.n_tokens, n_boundary, self._kv_when.changed)
         prompts.begin(n_prompt, n_same, why)
         if len(tokens) == n_prompt > 0:  # else it goes on behind what is there
-            self._find_system(tokens)
+            self._find_messages(tokens)
         if cache is not None and self.n_tokens < self._kv_known:  # set back: the last logits are of another position
             self._requires_eval = True
 
@@ -335,10 +352,14 @@ class PolicyEvaluation(Compacting):
             else:  # not for what was compacted
                 prompts.begin(n_prompt, n_same, why_missed(n_prompt, n_same, self.n_tokens, 0, False))
 
-    def _find_system(self, tokens: Sequence[int]) -> None:
+    def _find_messages(self, tokens: Sequence[int]) -> None:
+        def piece(token: int) -> bytes:
+            return bytes(self._model.detokenize([token], True))
+
         pins = self._kv_pins
-        n = n_system(pins.text, tokens, lambda token: self._model.detokenize([token], True)) if pins.text else 0
+        n = n_system(pins.text, tokens, piece) if pins.text else 0
         pins.system = (0, n) if n > 0 else None
+        self._kv_asked = find_asked(self._kv_asked_text, tokens, piece) if self._kv_asked_text else None
 
     def _prompt_below(self) -> None:
         """Inside ``llama_decode``: a single token follows a prompt that was not compacted."""

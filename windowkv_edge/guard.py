@@ -1,4 +1,4 @@
-"""Who may use a session: one call at a time, in the process that created it, and no policy while it selects."""
+"""Who may use a session: one call at a time, in the process that created it, and no function that it calls."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def _runs(thread: int, files: frozenset[str]) -> bool:
 
 _FOLDER = os.path.dirname(__file__)
 
-# who enters: the public calls, and what selects
-_CALLERS = frozenset(os.path.join(_FOLDER, name) for name in ("llama.py", "evaluation.py", "states.py"))
-_SELECTORS = frozenset(os.path.join(_FOLDER, name) for name in ("session.py", "compaction.py"))
+# who enters: the public calls, and what calls functions of others
+_CALLERS = frozenset(os.path.join(_FOLDER, name) for name in ("llama.py", "limited.py", "evaluation.py", "states.py"))
+_SELECTORS = frozenset(os.path.join(_FOLDER, name) for name in ("session.py", "compaction.py", "progress.py"))
 
 
 class _Hook:
@@ -94,7 +94,8 @@ def interrupt_soon() -> None:
 
 
 class Guard:
-    """Refuses calls that would crash or hang: in another thread, after a fork, after close(), from inside select().
+    """Refuses calls that would crash or hang: in another thread, after a fork, after close(), from inside select() or
+    ``kv_progress``.
 
     A call inside another one of the same thread is fine, and so is a thread that comes after another one.
     """
@@ -128,7 +129,18 @@ class Guard:
     @contextmanager
     def selecting(self, policy: str) -> Iterator[None]:
         """While a policy selects, calls that change its session are refused."""
-        before, self._selecting = self._selecting, policy
+        with self._calling(f"kv_policy={policy!r} selects; a policy chooses cells and leaves its session alone"):
+            yield
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """The same while a session says how far it is."""
+        with self._calling("kv_progress runs; it says how far a prompt is and leaves its session alone"):
+            yield
+
+    @contextmanager
+    def _calling(self, what: str) -> Iterator[None]:
+        before, self._selecting = self._selecting, what
         try:
             yield
         finally:
@@ -147,10 +159,7 @@ class Guard:
         if self._selecting is not None and not _runs(threading.get_ident(), _SELECTORS):
             self._selecting = None  # left behind by a Ctrl-C while it was reset
         if self._selecting is not None and not reads and self._inside.get(0) == threading.get_ident():
-            raise UnsupportedCallError(
-                f"{call} was called while kv_policy={self._selecting!r} selects; a policy chooses cells and leaves its "
-                "session alone"
-            )
+            raise UnsupportedCallError(f"{call} was called while {self._selecting}")
 
 
 class _Use:

@@ -57,7 +57,8 @@ class Limit:
 
     Before every batch of a prompt the heads hold at most :meth:`n_cells` cells on average, and while an answer grows
     never more; so the peak is the limit and one batch. Pools come in pieces of 32 cells, and before the first
-    compaction of 256, as stock's attention reads them.
+    compaction of 256, as stock's attention reads them: a limit in bytes is exceeded by up to 255 cells until then, if
+    the limit and a batch are no multiple of 256 cells.
 
     Args:
         given: what :func:`check_limit` returned.

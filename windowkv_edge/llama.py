@@ -13,15 +13,18 @@ import numpy.typing as npt
 
 from . import _native
 from .arguments import CheckedModel, check_numbers
+from .asking import asked_text
 from .budget import check_budget, plain
 from .errors import NativeError, UnsupportedCallError
 from .guard import Closed, Guard, Interrupts, interrupt_soon
 from .pins import Range, n_pinned, system_text
 from .policies import Full, KVPolicy, get_policy
 from .limit import PREFILLS, Limit, Prefill, check_limit
+from .limited import Limited
 from .policies.base import at_least, number_of, one_of, true_or_false
+from .progress import KVProgress
 from .session import AfterPrompt, PolicyCache, ragged_cache
-from .states import SavedStates, model_id
+from .states import model_id
 from .stats import KVStats
 
 __all__ = ["Llama"]
@@ -41,7 +44,7 @@ CHANGEABLE = ("seed", "chat_format", "chat_handler", "draft_model", "verbose")
 """Arguments of ``llama_cpp.Llama`` that its attributes or methods change later."""
 
 
-class Llama(SavedStates):
+class Llama(Limited):
     """``llama_cpp.Llama`` whose KV cache keeps only the cells that matter.
 
     Policies compress the layers that attend to all positions. Layers with a sliding window (Gemma 3, gpt-oss) keep it,
@@ -64,12 +67,17 @@ class Llama(SavedStates):
             Before a batch of a prompt there are no more, and while an answer grows neither, so that the peak is the
             limit and one batch. None = none. With a limit, ``kv_budget`` is 1.0 by default: what fits stays. What
             others decode on ``ctx`` is not bounded, nor is what :meth:`kv_load` brings until the next token.
-        kv_prefill: how a prompt that does not fit the limit is evaluated. "exact": with the full cache, which the limit
-            bounds afterwards. "bounded": where a batch finds no room, what was read so far is compacted, as the
-            prompt's last tokens attend to it: they are evaluated behind it, and taken back; of a prompt that is
-            evaluated by hand they are not known. "auto": bounded if there is a limit.
+        kv_prefill: how a long prompt is evaluated. "exact": with the full cache, which the limit bounds afterwards.
+            "auto": within the limit, or without one within the memory that is free; the full cache as long as it fits.
+            "bounded": also within what ``kv_budget`` grants for the whole prompt, so that the peak is that and one
+            batch. Where a batch finds no room, what was read so far is compacted, as what is asked attends to it: the
+            end of a chat's last user message, else the prompt's last tokens. They are evaluated behind it, and taken
+            back; of a prompt that is evaluated by hand they are not known.
         kv_pin_system: in chats, the system prompt always stays, see :meth:`kv_pin`; where it takes more than half of
             the budget it does not, and a warning says so. Default True.
+        kv_progress: called behind every batch of a prompt with two numbers of tokens: those of it that were evaluated,
+            and those that it evaluates in all. It may raise, which ends the call as Ctrl-C does; it may not change the
+            session. An attribute, too, which can be set; copies of the session have none.
         kv_exact: attend to f16 and f32 cells with stock's kernel until something is evicted, which gives stock's logits
             bit for bit. False = with ours from the start, which rounds differently and is faster on the CPU.
 
@@ -106,6 +114,7 @@ class Llama(SavedStates):
         kv_exact: bool = True,
         kv_limit: int | str | None = None,
         kv_prefill: Prefill = "auto",
+        kv_progress: KVProgress | None = None,
         **kwargs: Any,
     ) -> None:
         if "_kv_guard" in self.__dict__:  # a second time: nothing else would free the first one's memory
@@ -125,11 +134,10 @@ class Llama(SavedStates):
                 f"kv_limit={kv_limit!r} and kv_prefill={kv_prefill!r} without kv_policy have no effect; name a policy, "
                 "e.g. kv_policy='auto'"
             )
-        if kv_prefill == "bounded" and kv_limit is None:
-            raise ValueError("kv_prefill='bounded' needs a limit, e.g. kv_limit=4096 (cells per head) or '512MiB'")
         one_of("kv_prefill", kv_prefill, PREFILLS)
         self._kv_limit = None if kv_limit is None else Limit(check_limit(kv_limit))
         self._kv_prefill = kv_prefill
+        self.kv_progress = kv_progress
         kv_min_prompt, kv_growth, kv_exact = plain(kv_min_prompt), plain(kv_growth), plain(kv_exact)
         at_least("kv_min_prompt", kv_min_prompt, 0)
         number_of("kv_growth", kv_growth, 1)
@@ -149,7 +157,9 @@ class Llama(SavedStates):
         if kv_budget is not None:
             self._kv_given["kv_budget"] = kv_budget
         if kv_limit is not None:
-            self._kv_given |= {"kv_limit": kv_limit, "kv_prefill": kv_prefill}
+            self._kv_given["kv_limit"] = kv_limit
+        if kv_prefill != "auto":
+            self._kv_given["kv_prefill"] = kv_prefill
 
         self._start_evaluation()
         if policy is None:
@@ -378,13 +388,15 @@ class Llama(SavedStates):
     #
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        """See ``llama_cpp.Llama.create_chat_completion``; the system prompt is pinned (``kv_pin_system``).
+        """See ``llama_cpp.Llama.create_chat_completion``; the system prompt is pinned (``kv_pin_system``), and while a
+        long chat is read within a limit, the last user message observes it.
 
         Raises:
             ValueError, RuntimeError: see :meth:`generate`, and llama-cpp-python's.
         """
         pins = self._kv_cache is not None and self._kv_given["kv_pin_system"]
         self._kv_pins.text = system_text(messages) if pins else ""
+        self._kv_asked_text = "" if self._kv_cache is None else asked_text(messages)
         return super().create_chat_completion(messages, *args, **kwargs)
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
@@ -409,7 +421,7 @@ class Llama(SavedStates):
         with self._use("reset()"):
             self._kv_prompts.is_open = False
             if self._kv_step is None:
-                self._kv_pins.system = None
+                self._kv_pins.system = self._kv_asked = None
             if self._kv_cache is not None:
                 with self._aligned():
                     self._clear()

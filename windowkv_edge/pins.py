@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["Pins", "Range", "n_pinned", "n_system", "system_text"]
+__all__ = ["Pins", "Range", "message_text", "n_pinned", "n_system", "system_text"]
 
 Range = tuple[int, int]
 """Positions [start, stop)."""
@@ -20,7 +20,12 @@ def system_text(messages: Any) -> str:
     first = messages[0] if isinstance(messages, (list, tuple)) and messages else {}
     if not isinstance(first, dict) or first.get("role") not in ("system", "developer"):
         return ""
-    content = first.get("content")
+    return message_text(first)
+
+
+def message_text(message: dict[Any, Any]) -> str:
+    """The text of a chat's message, without blanks around it; templates strip them, too."""
+    content = message.get("content")
     if isinstance(content, (list, tuple)):
         content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     return content.strip() if isinstance(content, str) else ""
@@ -51,32 +56,51 @@ class Pins:
     Attributes:
         asked: ranges that were asked for.
         text: the system prompt of the last chat, "" without one.
-        system: where it stands in the prompt, from the first position on; None if nowhere.
     """
 
     def __init__(self) -> None:
         self.asked: list[Range] = []
         self.text = ""
-        self.system: Range | None = None
+        self._system: Range | None = None
+        self._is_too_long = False
         self._has_warned = False
 
-    def ranges(self, n_cells: int | None = None) -> list[Range]:
-        """What stays with so many cells per head; None = any number. Where all of it takes more than half of them, the
-        system prompt is not pinned, and a warning says so."""
-        if self.system is None:
+    @property
+    def system(self) -> Range | None:
+        """Where the system prompt stands in the prompt, from the first position on; None if nowhere."""
+        return self._system
+
+    @system.setter
+    def system(self, system: Range | None) -> None:
+        if system != self._system:
+            self._is_too_long = False
+        self._system = system
+
+    def ranges(self) -> list[Range]:
+        """What is pinned: what was asked for, and the system prompt unless the last compaction found it too long."""
+        return [*self.asked, *([self._system] if self._system and not self._is_too_long else [])]
+
+    def for_compaction(self, n_cells: int, n_within: int | None = None) -> list[Range]:
+        """What stays in a compaction. Where all of it takes more than half of the cells, the system prompt is not
+        pinned, and a warning says so.
+
+        Args:
+            n_cells: cells per head that stay.
+            n_within: while a prompt is read within a bound, the cells per head that are sure to stay when it was read:
+                a compaction of its beginning to fewer is no reason to lose the system prompt.
+        """
+        if self._system is None:
             return list(self.asked)
-        res = [*self.asked, self.system]
-        n = n_pinned(res)
-        if n_cells is None or 2 * n <= n_cells:
-            return res
-        if not self._has_warned:
+        n, n_of = n_pinned([*self.asked, self._system]), max(n_cells, n_within or 0)
+        self._is_too_long = 2 * n > n_of
+        if self._is_too_long and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"the system prompt is not pinned: with what else is, it would take {n} of {n_cells} cells per head; "
+                f"the system prompt is not pinned: with what else is, it would take {n} of {n_of} cells per head; "
                 "raise kv_budget (or kv_limit), or pass kv_pin_system=False to say that it may be evicted",
                 stacklevel=2,
             )
-        return list(self.asked)
+        return self.ranges()
 
 
 def n_pinned(ranges: Sequence[Range]) -> int:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import llama_cpp
 import numpy as np
 
+from ._memory import share_on_devices, usable_memory
 from .errors import UnsupportedCallError
 from .limit import Limit, Prefill, n_asks
-from .pins import Pins
+from .pins import Pins, Range
 from .policies import Task
 from .prompts import Prompts, Step
 from .session import AfterPrompt, PolicyCache
 from .task import prompt_task
 
 __all__ = ["Compacting"]
+
+WORTH_ASKING = 16 << 20
+"""Bytes of cells below which nobody asks how much memory is free."""
 
 
 class Compacting(llama_cpp.Llama):
@@ -26,6 +31,7 @@ class Compacting(llama_cpp.Llama):
     _kv_prefill: Prefill
     _kv_prompts: Prompts
     _kv_pins: Pins
+    _kv_asked: Range | None
     _kv_known: int
     _kv_settled: bool
 
@@ -39,30 +45,62 @@ class Compacting(llama_cpp.Llama):
     # the limit
     #
 
-    def _fits(self, cache: PolicyCache, tokens: Sequence[int], step: Step) -> bool:
-        """Whether tokens can be evaluated at once: with the full cache, or within the limit."""
-        limit = self._kv_limit
-        if limit is None or (step in ("prompt", "piece") and self._kv_prefill == "exact"):
-            return True
-        return float(cache.kv.cells().mean()) + len(tokens) <= limit.n_cells(cache.kv.stats())
+    def _room(self, cache: PolicyCache, n_tokens: int, step: Step) -> int | None:
+        """Cells per head that may be held before a batch, None if all of these n_tokens tokens fit there at once."""
+        n_all = float(cache.kv.cells().mean()) + n_tokens
+        room = self._bound(cache, n_tokens, step)
+        return None if room is None or n_all <= room else room
 
-    def _make_room(self, cache: PolicyCache, tokens: Sequence[int], n: int, step: Step) -> None:
-        """Before n tokens, the first of those that are left: compact if the limit has no room for them. A batch of a
-        prompt comes on top of the limit."""
-        limit = self._kv_limit
-        assert limit is not None
-        kv, n_cells = cache.kv, limit.n_cells(cache.kv.stats())
+    def _bound(self, cache: PolicyCache, n_tokens: int, step: Step) -> int | None:
+        stats = cache.kv.stats()
+        limit = None if self._kv_limit is None else self._kv_limit.n_cells(stats)
+        if step not in ("prompt", "piece"):
+            return limit
+        if self._kv_prefill == "exact":
+            return None
+        n_least, n_past = 2 * n_asks(cache.bound), self.n_tokens + n_tokens
+        if self._kv_prefill == "bounded":
+            granted = self._kv_when.granted(n_past, cache.n_cells(self._kv_when.budget, n_past), self._kv_settled)
+            rooms = [n for n in (limit, None if granted is None else max(granted, n_least)) if n is not None]
+            return min(rooms, default=None)
+        return limit if limit is not None else self._room_in_memory(cache, n_tokens, n_least)
+
+    def _room_in_memory(self, cache: PolicyCache, n_tokens: int, n_least: int) -> int | None:
+        """The same without a limit: as many as memory is free for, None if there is enough for all of them."""
+        n_cell = int(cache.kv.stats().bytes_cell)
+        if n_tokens * n_cell < WORTH_ASKING:
+            return None
+        free = usable_memory(share_on_devices(self))
+        if n_tokens * n_cell <= free:
+            return None
+        return max(n_least, int(cache.kv.cells().mean()) + free // n_cell - self.n_batch)
+
+    def _say_bounded(self, cache: PolicyCache, n_tokens: int, room: int) -> None:
+        """Nobody asked for a bound: warn that there is one."""
+        if self._kv_limit is not None or self._kv_prefill != "auto":
+            return
+        warnings.warn(
+            f"the full cache of these {n_tokens:,} tokens takes {n_tokens * cache.kv.stats().bytes_cell / 2**20:,.0f} "
+            f"MiB, and so much is not free: they are read within {room:,} cells per head; set kv_limit for a bound of "
+            "your own, or kv_prefill='exact' to read them with the full cache",
+            stacklevel=2,
+        )
+
+    def _make_room(self, cache: PolicyCache, tokens: Sequence[int], n: int, step: Step, room: int) -> None:
+        """Before n tokens, the first of those that are left: compact if there is no room for them. A batch of a prompt
+        comes on top of it."""
+        kv = cache.kv
         n_held = float(kv.cells().mean())
         if step not in ("prompt", "piece"):
-            if n_held + n > n_cells:
-                self._shrink(cache, n_cells - max(n, limit.slack(n_cells)))
+            if n_held + n > room:
+                self._shrink(cache, room - max(n, Limit.slack(room)))
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
-            n_cells -= len(asks)  # they need room beside the last batch
-            if n_held > n_cells:
+            room -= len(asks) if n < len(tokens) else 0  # they need room behind this batch, as often as they observe
+            if n_held > room:
                 self._observe(cache, asks)
                 # small batches are not worth a compaction each
-                self._shrink(cache, n_cells - max(0, limit.slack(n_cells) - self.n_batch), asks)
+                self._shrink(cache, room - max(0, Limit.slack(room) - self.n_batch), asks)
         if n > 1:
             kv.reserve(n)
 
@@ -83,8 +121,16 @@ class Compacting(llama_cpp.Llama):
         )
 
     def _asks(self, cache: PolicyCache, tokens: Sequence[int]) -> list[int]:
-        """Of the tokens of a prompt that are left the last ones: what is asked."""
-        return list(tokens[-min(n_asks(cache.bound), self.n_batch) :])
+        """What a prompt asks, of which ``tokens`` are left: of a chat the end of its last user message, else the
+        prompt's last tokens."""
+        n, n_past = min(n_asks(cache.bound), self.n_batch), self.n_tokens + len(tokens)
+        start, stop = self._kv_asked or (0, n_past)
+        if stop > n_past:
+            start, stop = 0, n_past
+        start = max(start, stop - n)
+        if start >= self.n_tokens:
+            return list(tokens[start - self.n_tokens : stop - self.n_tokens])
+        return [*self.input_ids[: self.n_tokens].tolist(), *tokens][start:stop]
 
     def _observe(self, cache: PolicyCache, asks: list[int]) -> None:
         """Have tokens observe what was read so far, as if they came next."""
@@ -128,8 +174,8 @@ class Compacting(llama_cpp.Llama):
 
     def _compact(self, cache: PolicyCache, n_cells: int, asks: Sequence[int] = ()) -> None:
         """Compact to n_cells cells per head; asks: tokens of the prompt's end that are not evaluated yet."""
-        n = n_cells if self._kv_limit is None else self._kv_limit.n_free(cache.kv.stats(), cache.bound)
-        cache.kv.set_pinned(self._kv_pins.ranges(max(n, n_cells) if asks else n_cells))
+        within = self._kv_limit.n_free(cache.kv.stats(), cache.bound) if asks and self._kv_limit is not None else None
+        cache.kv.set_pinned(self._kv_pins.for_compaction(n_cells, within))
         cache.compact(n_cells, self._task(cache, asks))
 
     def _keep_logits(self, cache: PolicyCache) -> None:

@@ -74,6 +74,18 @@ class AfterPrompt:
     growth: float = 1.5
     changed: bool = False
 
+    def granted(self, n_past: int, n_cells: int, is_settled: bool) -> int | None:
+        """Cells per head that may be held while a prompt is read within its budget; None = any number.
+
+        Args:
+            n_past: positions at its end.
+            n_cells: those that the budget grants for these positions.
+            is_settled: an earlier prompt was compacted; then cells may grow before they are compacted again.
+        """
+        if not isinstance(self.budget, int) and n_past < self.min_prompt:
+            return None
+        return int(self.growth * n_cells) if is_settled else n_cells
+
     def is_due(self, n_past: int, n_boundary: int, n_held: float, n_cells: int) -> bool:
         """Whether the end of a prompt is to be compacted.
 
@@ -189,11 +201,11 @@ class PolicyCache:
                 self.kv.set_observed(n_observed(self.policy))
             raise
 
-    def n_cells(self, budget: float | int) -> int:
-        """Cells per (layer, kv head) that a budget stands for now."""
+    def n_cells(self, budget: float | int, n_past: int | None = None) -> int:
+        """Cells per (layer, kv head) that a budget stands for: now, or with n_past positions."""
         stats = self.kv.stats()
         types = () if self.policy.cells is None else cell_types(stats)
-        return n_cells(budget, int(stats.n_past), *types)
+        return n_cells(budget, int(stats.n_past) if n_past is None else n_past, *types)
 
     def compact(self, n_cells: int, task: Task = "localization", policy: KVPolicy | None = None) -> int:
         """Evict all but the cells that a policy chooses.

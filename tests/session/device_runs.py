@@ -473,6 +473,38 @@ def compaction_out_of_memory(model: Path, policy: Any) -> list[Json]:
     return res
 
 
+def prompt_out_of_memory(model: Path, policy: Any) -> list[Json]:
+    """A prompt that is read within a limit and whose allocations fail, one after the other: of observers, of compactions, of pools
+    that grow. What it raised, what tokens and positions it left, and the answer to the next prompt; last of all without a failure."""
+    from windowkv_edge import NativeError
+
+    def answer(llm: Any) -> list[int]:
+        stream = llm.generate(tokens(300), temp=0.0)
+        try:
+            return [next(stream) for _ in range(3)]
+        finally:
+            stream.close()
+
+    res: list[Json] = []
+    with session(model, 99, kv_policy=policy, kv_limit=120, n_batch=32) as llm:
+        answer(llm)
+        while not res or res[-1]["n_failed"]:
+            llm.reset()
+            library.test_device_fail_buffer(len(res))
+            error = ""
+            with counted() as found:
+                try:
+                    answer(llm)
+                except NativeError as failed:
+                    error = str(failed)
+            library.test_device_fail_buffer(-1)
+            left = llm.n_tokens, llm.kv_stats().n_past
+            llm.reset()
+            res.append({"n_failed": found["n_failed"], "error": error, "left": left, "next": answer(llm)})
+            res[-1]["cells"] = float(llm.kv_stats().cells.mean())
+    return res
+
+
 def decode_below(llm: Any, n_tokens: int) -> np.ndarray:
     """Logits [n_tokens, n_vocab] of tokens that are taken back."""
     import llama_cpp as low

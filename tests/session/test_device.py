@@ -273,6 +273,17 @@ def test_out_of_memory_changes_nothing(device: Run, write: Callable[..., Path], 
 
 
 @pytest.mark.parametrize("policy", [WINDOWKV, ADAKV], ids=["uniform", "ragged"])
+def test_a_prompt_within_a_limit_without_memory(device: Run, model: Path, policy: Any) -> None:
+    """Whichever allocation fails: tokens and positions agree, and the next prompt is answered as by a fresh session."""
+    *failed, done = device("cuda", device_runs.prompt_out_of_memory, model, policy)
+    assert len(failed) > 10 and sum(row["error"] != "" for row in failed) > 5
+    assert done["error"] == ""
+    for row in failed:
+        assert row["left"][0] == row["left"][1] and row["next"] == done["next"], row
+        assert row["cells"] <= 120
+
+
+@pytest.mark.parametrize("policy", [WINDOWKV, ADAKV], ids=["uniform", "ragged"])
 def test_a_compaction_without_memory_leaves_whole_layers(device: Run, model: Path, policy: Any) -> None:
     """Whichever allocation fails. Where no layer was compacted nothing has changed; where some were the others hold all their
     cells, the message says which and the statistics are about what happened. A second compaction completes it."""

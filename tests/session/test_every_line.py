@@ -20,7 +20,9 @@ from windowkv_edge import KVPolicy, Llama, NativeError, SnapKV, StreamingLLM, Un
 FOLDER = Path(windowkv_edge.__file__).parent
 FILES = frozenset(
     str(FOLDER / f"{name}.py")
-    for name in ("llama", "evaluation", "session", "compaction", "guard", "_native", "stats", "states")
+    for name in (
+        "llama", "limited", "evaluation", "room", "progress", "session", "compaction", "guard", "_native", "stats", "states"
+    )
 )  # fmt: skip
 
 PROMPTS = np.random.default_rng(5).integers(0, tiny_model.N_VOCAB, (2, 48))
@@ -166,6 +168,28 @@ def test_a_session_goes_on(model: Path, call: Callable[[Llama], object], make: C
         assert llm._kv.stats().n_observed == llm.kv_policy.n_observed, at
         llm.reset()
         assert (answer(llm, SECOND, 4), positions(llm)) == want[llm.kv_policy.name, llm.kv_budget], at
+
+    every_line(prepare, check)
+    llm.close()
+
+
+def test_a_session_within_a_limit_goes_on(model: Path) -> None:
+    """While tokens observe, while cells are compacted within a prompt, and while it is told how far it is."""
+    kwargs: dict[str, Any] = {"n_ctx": 128, "n_batch": 16, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    llm = Llama(str(model), kv_policy=SnapKV(window_size=4), kv_limit=20, kv_progress=lambda done, total: None, **kwargs)
+    want = answer(llm, SECOND, 3), positions(llm)
+    assert llm.kv_stats().n_compactions >= 2
+
+    def prepare() -> Callable[[], object]:
+        llm.reset()
+        llm.kv_limit = 20
+        return lambda: (answer(llm, FIRST, 2), setattr(llm, "kv_limit", 18))
+
+    def check(at: str) -> None:
+        assert llm.n_tokens == llm.kv_stats().n_past, at
+        llm.kv_limit = 20
+        llm.reset()
+        assert (answer(llm, SECOND, 3), positions(llm)) == want, at
 
     every_line(prepare, check)
     llm.close()

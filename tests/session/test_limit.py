@@ -351,7 +351,6 @@ def test_what_fails_while_a_prompt_is_read(models: dict[str, Path], opened: Open
         ({"kv_limit": 0}, ValueError, "at least 1"),
         ({"kv_limit": 20}, ValueError, "holds 20 cells per head, expected at least"),
         ({"kv_limit": "1KiB"}, ValueError, "holds 0 cells per head"),
-        ({"kv_prefill": "bounded"}, ValueError, "needs a limit"),
         ({"kv_prefill": "fast", "kv_limit": 512}, ValueError, "expected one of exact, bounded, auto"),
         ({"kv_limit": 512, "kv_policy": None}, ValueError, "without kv_policy"),
         ({"kv_limit": 512, "kv_policy": "full"}, ValueError, "keeps every cell"),

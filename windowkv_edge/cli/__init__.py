@@ -13,11 +13,12 @@ from .bench import bench
 from .chat import chat
 from .demo import demo
 from .eval import app as eval_app
-from .eval_chat import chat as eval_chat  # adds itself
+from .eval_chat import chat as eval_chat
+from .eval_long import long
 from .info import info
 from .profile import profile
 
-__all__ = ["app", "eval_chat"]
+__all__ = ["app"]
 
 app = typer.Typer(
     help="llama.cpp sessions whose KV cache keeps only the cells that matter.",
@@ -30,6 +31,8 @@ app.command()(chat)
 app.command()(bench)
 app.command()(info)
 app.command()(profile)
+eval_app.command("chat")(eval_chat)
+eval_app.command()(long)
 app.add_typer(eval_app, name="eval")
 
 

@@ -22,7 +22,9 @@ from windowkv_edge import POLICIES, Llama, WindowKVError
 from windowkv_edge._files import check_output, open_own
 from windowkv_edge._text import for_markup, for_terminal
 
-from .common import CLIError, load, mib, open_model, parse_budget, parse_policy, read_text, reports_errors
+from .bars import prompt_bar
+from .common import CLIError, load, mib, open_model, parse_budget, parse_limit, parse_policy, read_text, reports_errors
+from .reading import cells_text, how_read, why_too_long
 
 __all__ = ["Chat", "chat"]
 
@@ -33,7 +35,16 @@ Message = dict[str, str]
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, or 'smollm2' (fetched once).")],
     policy: Annotated[str, typer.Option(help="The KV policy.")] = "auto",
-    budget: Annotated[str, typer.Option(help="Cells that stay: 0.12, 12%, or a number of cells per head.")] = "0.12",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Cells that stay: 0.12, 12%, or a number of cells per head. Default: 0.12, with --limit what fits."
+        ),
+    ] = None,
+    limit: Annotated[
+        str | None,
+        typer.Option(help="What the cells may take at every moment: a number per head (4096), or bytes (512MiB)."),
+    ] = None,
     ctx: Annotated[int, typer.Option(min=256, help="Positions that the conversation may have.")] = 8192,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
@@ -45,7 +56,8 @@ def chat(
     ] = None,
 ) -> None:
     """Chat with a model. /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves."""
-    kv_policy, kv_budget = parse_policy(policy), parse_budget(budget)
+    kv_policy, kv_budget = parse_policy(policy), None if budget is None else parse_budget(budget)
+    kv_limit = None if limit is None else parse_limit(limit)
     if session is not None:
         check_output(session, "--session")
     info = open_model(model)
@@ -54,10 +66,12 @@ def chat(
         lowered = f"{info.path.name} was trained on {info.n_ctx_train:,} positions; --ctx is lowered to that"
         typer.echo(for_terminal(lowered), err=True)
         ctx = info.n_ctx_train
-    llm = load(Llama, info, ctx, threads, kv_policy, kv_budget)
+    llm = load(Llama, info, ctx, threads, kv_policy, kv_budget, kv_limit)
     try:
         talk = Chat(llm, console, system=system, temperature=temperature, max_tokens=max_tokens, session=session)
-        talk.note(f"{info.path.name}, {kv_policy.name} at {budget}, {ctx:,} positions; /help lists the commands")
+        within = "" if limit is None else f" within {limit}"
+        about = f"{info.path.name}, {kv_policy.name} at {budget or llm.kv_budget}{within}, {ctx:,} positions"
+        talk.note(f"{about}; /help lists the commands")
         if not talk.has_template:
             talk.note("the model has no chat template; the conversation is sent as 'User:' and 'Assistant:' lines")
         if session is not None and session.exists():
@@ -148,7 +162,7 @@ class Chat:
         reply, finish, n_first, start = "", None, 0, 0.0
         try:
             with contextlib.closing(self._stream()) as stream:
-                with self.console.status("reading"):
+                with prompt_bar(self.llm, self.console, "reading"):
                     piece, finish = next(stream, ("", "stop"))
                 n_first, start = self.llm.n_tokens, time.perf_counter()
                 while True:
@@ -206,8 +220,8 @@ class Chat:
         if name == "quit":
             return False
         commands = {
-            "stats": self.stats, "reset": self.reset, "policy": self.policy, "file": self.file, "save": self.save,
-            "load": self.load, "help": self.help,
+            "stats": self.stats, "reset": self.reset, "policy": self.policy, "limit": self.limit, "file": self.file,
+            "save": self.save, "load": self.load, "help": self.help,
         }  # fmt: skip
         if name not in commands:
             self.note(f"unknown command /{name}, expected one of {', '.join(COMMANDS)}")
@@ -258,14 +272,30 @@ class Chat:
         self.llm.kv_policy, self.llm.kv_budget = kv_policy, kv_budget
         self.note(f"policy {name}, budget {kv_budget}; the conversation is evaluated anew with your next message")
 
+    def limit(self, argument: str) -> None:
+        """Bound the cells, or no longer, or say how they are bounded."""
+        if argument:
+            try:
+                self.llm.kv_limit = None if argument == "off" else parse_limit(argument)
+            except ValueError as error:  # too small
+                raise CLIError(str(error)) from None
+        limit = self.llm.kv_limit
+        self.note(
+            f"{'no limit' if limit is None else cells_text(limit)}, budget {self.llm.kv_budget}; "
+            "/limit N, /limit 512MiB or /limit off changes it"
+        )
+
     def file(self, argument: str) -> None:
-        """Add a text file to the next message."""
+        """Add a text file to the next message, and say how it will be read."""
         if not argument:
             raise CLIError("/file without a path, expected /file PATH")
         text = read_text(Path(argument.strip("'\"")).expanduser()).strip()
         n_tokens = len(self.llm.tokenize(text.encode(), add_bos=False))
+        waiting = sum(len(self.llm.tokenize(own.encode(), add_bos=False)) for own in self.attached)
+        if (why := why_too_long(self.llm, waiting + n_tokens)) is not None:
+            raise CLIError(f"{n_tokens:,} tokens, not added: {why}")
         self.attached.append(text)
-        self.note(f"{n_tokens:,} tokens, sent with your next message")
+        self.note(f"{n_tokens:,} tokens, sent with your next message; {how_read(self.llm, waiting + n_tokens)}")
 
     def save(self, argument: str) -> None:
         """Write the conversation and its cache to a file."""
@@ -317,6 +347,7 @@ COMMANDS = {
     "/stats": "what the KV cache holds",
     "/reset": "forget the conversation",
     "/policy": "NAME [BUDGET] changes the KV policy, alone it lists them",
+    "/limit": "[N | 512MiB | off] bounds the cells: so many per head, or bytes",
     "/file": "PATH adds a text file to the next message",
     "/save": "[FILE] writes the conversation and its cache",
     "/load": "[FILE] goes on from there",

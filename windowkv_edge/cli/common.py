@@ -17,6 +17,7 @@ from windowkv_edge import KVPolicy, Llama, UnsupportedModelError, WindowKVError,
 from windowkv_edge._text import for_terminal
 from windowkv_edge.eval.sources import read_text
 from windowkv_edge.gguf_info import GGUFInfo, read_info
+from windowkv_edge.limit import check_limit
 from windowkv_edge.models import fetch_smollm2
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "open_model",
     "parse_budget",
     "parse_lengths",
+    "parse_limit",
     "parse_policies",
     "parse_policy",
     "read_text",
@@ -76,6 +78,14 @@ def parse_budget(text: str) -> float | int:
     except ValueError:
         pass
     raise CLIError(f"the budget is {text!r}, {expected}")
+
+
+def parse_limit(text: str) -> int | str:
+    """``4096`` counts cells per head, ``512MiB`` bytes."""
+    try:
+        return check_limit(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise CLIError(str(error).replace("kv_limit is", "the limit is", 1)) from None
 
 
 def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
@@ -133,7 +143,8 @@ def load(
     n_ctx: int,
     threads: int | None,
     policy: KVPolicy | None,
-    budget: float | None = None,
+    budget: float | int | None,
+    limit: int | str | None = None,
     **options: Any,
 ) -> L:
     """A session of class ``cls`` on ``threads`` CPU threads (None = as many as llama-cpp-python takes), with other
@@ -147,6 +158,7 @@ def load(
             flash_attn=True,
             kv_policy=policy,
             kv_budget=budget,
+            kv_limit=limit,
             verbose=False,
             **options,
         )

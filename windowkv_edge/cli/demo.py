@@ -6,9 +6,7 @@ import contextlib
 import io
 import shlex
 import statistics
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +16,6 @@ import typer
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from llama_cpp.llama_cpp import llama_vocab_is_eog
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from windowkv_edge import Llama, _json
@@ -28,7 +25,19 @@ from windowkv_edge.gguf_info import GGUFInfo, support
 from windowkv_edge.llama import DEFAULT_MIN_PROMPT
 from windowkv_edge.session import PolicyCache
 
-from .common import SMOLLM2, CLIError, load, mib, open_model, parse_budget, parse_policy, read_text, reports_errors
+from .bars import prompt_bar
+from .common import (
+    SMOLLM2,
+    CLIError,
+    load,
+    mib,
+    open_model,
+    parse_budget,
+    parse_limit,
+    parse_policy,
+    read_text,
+    reports_errors,
+)
 
 __all__ = ["demo"]
 
@@ -93,6 +102,10 @@ def demo(
     question: Annotated[str | None, typer.Option(help="The question about the text.")] = None,
     policy: Annotated[str, typer.Option(help="The KV policy to compare with the full cache.")] = "auto",
     budget: Annotated[str, typer.Option(help="Cells that stay: 0.12, 12%, or a number of cells per head.")] = "0.12",
+    limit: Annotated[
+        str | None,
+        typer.Option(help="Read it within this limit, too: a number of cells per head (1024), or bytes (512MiB)."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the answer at most.")] = 48,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
@@ -100,6 +113,7 @@ def demo(
 ) -> None:
     """Ask one question about a long text, with the full cache and with a KV policy, and compare."""
     kv_policy, kv_budget = parse_policy(policy), parse_budget(budget)
+    kv_limit = None if limit is None else parse_limit(limit)
     text = read_text(file or DATA / "document.txt")
     asked = _question(file, question, chat)
     info = open_model(model)
@@ -112,7 +126,8 @@ def demo(
     progress = Console(stderr=True)
     runs = []
     for kv in (None, kv_policy):  # one after the other, so that their memory does not overlap
-        llm = load(_WatchedLlama, info, n_ctx, threads, kv, None if kv is None else kv_budget)
+        given = (None, None) if kv is None else (kv_budget, kv_limit)
+        llm = load(_WatchedLlama, info, n_ctx, threads, kv, *given)
         try:
             runs.append(_run(llm, tokens, max_tokens, asked, not chat, progress))
             n_threads = llm.n_threads
@@ -126,6 +141,7 @@ def demo(
         res: dict[str, Any] = {"model": str(info.path), "file": str(file) if file else None, **asdict(asked)}
         res["question"] = res.pop("text")
         res |= {"n_prompt": len(tokens), "n_ctx": n_ctx, "threads": n_threads, "budget": kv_budget}
+        res["limit"] = kv_limit
         res |= {"full": asdict(full), "policy": asdict(kept), "bytes_released": released, "decode_speedup": speedup}
         print(_json.dumps(res, indent=1))
         return
@@ -137,7 +153,7 @@ def demo(
     console.print(f"[bold]Question:[/] {for_markup(asked.text)}")
     if asked.lead:
         console.print(f"[bold]Answer:[/]   {for_markup(asked.lead)} …")
-    console.print(_table(full, kept, n_ctx, budget), soft_wrap=False)
+    console.print(_table(full, kept, n_ctx, budget, limit), soft_wrap=False)
     console.print(f"[bold]{_summary(released, speedup)}[/]")
     if (share := min(full.cpu_share, kept.cpu_share)) < _MIN_CPU_SHARE:
         console.print(
@@ -212,7 +228,8 @@ def _run(
     vocab = llm._model.vocab
     stream = llm.generate(tokens, temp=0.0)
     start = time.perf_counter()
-    with _prefill_bar(llm, len(tokens), console):
+    name = "full cache" if llm.kv_policy is None else llm.kv_policy.name
+    with prompt_bar(llm, console, name):
         generated = [next(stream)]
     prefill_s = time.perf_counter() - start
     stats = llm.kv_stats()
@@ -257,31 +274,10 @@ def _run(
     )
 
 
-@contextlib.contextmanager
-def _prefill_bar(llm: Llama, n_tokens: int, console: Console) -> Iterator[None]:
-    """A bar of the positions evaluated so far. Another thread reads them, because a prompt is one call."""
-    name = "full cache" if llm.kv_policy is None else llm.kv_policy.name
-    columns = TextColumn("{task.description:<12}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    done = threading.Event()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=n_tokens)
-
-        def watch() -> None:
-            while not done.wait(0.25):
-                bar.update(task, completed=llm.n_tokens)
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            done.set()
-            watcher.join()
-
-
-def _table(full: Run, kept: Run, n_ctx: int, budget: str) -> Table:
+def _table(full: Run, kept: Run, n_ctx: int, budget: str, limit: str | None) -> Table:
     mark = {True: " [green]✓[/]", False: " [red]✗[/]", None: ""}
-    table = Table("", "full cache", for_markup(f"{kept.policy}, budget {budget}"))
+    within = "" if limit is None else f", limit {limit}"
+    table = Table("", "full cache", for_markup(f"{kept.policy}, budget {budget}{within}"))
     answers = [(for_markup(run.answer, keep="\n"), mark[run.correct]) for run in (full, kept)]
     table.add_row("answer", *(f"[bold]{answer}[/]{right}" for answer, right in answers))
     spread = f" ({kept.cells_min:,} to {kept.cells_max:,})" if kept.cells_min < kept.cells_max else ""

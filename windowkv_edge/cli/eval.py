@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import windowkv_edge
 from windowkv_edge._files import owned, write_text, writing
@@ -49,6 +48,7 @@ from windowkv_edge.eval.results import Results, load
 from windowkv_edge.gguf_info import GGUFInfo
 from windowkv_edge.profile import sha256
 
+from .bars import suite_bars
 from .common import (
     CLIError,
     n_cores,
@@ -60,10 +60,7 @@ from .common import (
     split_names,
 )
 
-__all__ = [
-    "Budgets", "Chat", "First", "GPULayers", "Haystack", "ModelArg", "Out", "Policies", "Run", "Seed", "Threads", "app",
-    "start", "text_id",
-]  # fmt: skip
+__all__ = ["app"]
 
 app = typer.Typer(help="What compression costs: needles, RULER's tasks, distances, second questions, LongBench files.")
 
@@ -96,7 +93,7 @@ BUDGETS = "12%,6%,3%"
 
 
 @dataclass(frozen=True)
-class Run:
+class _Run:
     """What every evaluation takes."""
 
     info: GGUFInfo
@@ -152,32 +149,22 @@ class Run:
         self, model: Model, cases: Sequence[Case] | Sequence[FidelityCase], records: Records, n_ctx: int | None
     ) -> None:
         n_ctx = n_ctx or max(_positions(case) for case in cases)
+        self._check_positions(n_ctx)
+        with suite_bars(len(cases)) as bars:
+            if records.n_old:
+                bars.note(f"{self.out} has {records.n_old} of {len(cases)} prompts, going on from there")
+            with Runner(model, self.plan, n_ctx, records, bars.done, bars.read) as runner:
+                if isinstance(cases[0], FidelityCase):
+                    runner.run_fidelity(cases)  # type: ignore[arg-type]
+                else:
+                    runner.run(cases)  # type: ignore[arg-type]
+
+    def _check_positions(self, n_ctx: int) -> None:
         if n_ctx > self.info.n_ctx_train:
             raise CLIError(
                 f"the longest prompt takes {n_ctx:,} positions, {self.info.path.name} was trained with "
                 f"{self.info.n_ctx_train:,}; ask for shorter --lengths"
             )
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("loading", total=len(cases))
-            if records.n_old:
-                done = f"{self.out} has {records.n_old} of {len(cases)} prompts, going on from there"
-                progress.console.print(for_terminal(done), markup=False)
-
-            def report(what: str) -> None:
-                progress.update(task, description=for_terminal(what), advance=1)
-
-            with Runner(model, self.plan, n_ctx, records, report) as runner:
-                if isinstance(cases[0], FidelityCase):
-                    runner.run_fidelity(cases)  # type: ignore[arg-type]
-                else:
-                    runner.run(cases)  # type: ignore[arg-type]
 
 
 def _make_folder(path: Path, option: str) -> None:
@@ -192,7 +179,7 @@ def _positions(case: Case | FidelityCase) -> int:
     return len(case.prompt) + behind + 1
 
 
-def start(
+def _start(
     name: str,
     model: str,
     policies: str,
@@ -202,7 +189,7 @@ def start(
     out: Path | None,
     threads: int | None,
     gpu_layers: int,
-) -> Run:
+) -> _Run:
     plan = Plan(
         policies=parse_policies(policies),
         budgets=tuple(dict.fromkeys(parse_budget(part) for part in split_names(budgets))),
@@ -212,7 +199,7 @@ def start(
     for cells in plan.types:
         if cells not in (OWN, *TYPES):
             raise CLIError(f"--types has {cells!r}, expected some of {OWN}, {', '.join(TYPES)}")
-    return Run(open_model(model), plan, out or Path(f"eval-{name}.jsonl"), seed, gpu_layers)
+    return _Run(open_model(model), plan, out or Path(f"eval-{name}.jsonl"), seed, gpu_layers)
 
 
 def _chosen(text: str, known: Sequence[str], option: str) -> list[str]:
@@ -240,7 +227,7 @@ def _depths(text: str) -> list[float]:
     return res
 
 
-def text_id(haystack: Path | None) -> str:
+def _about(haystack: Path | None) -> str:
     """Name of the haystack and hash of its contents: with a changed text it is another run."""
     return "own prose" if haystack is None else f"{haystack.name} {fingerprint(read_texts(haystack))[:16]}"
 
@@ -265,12 +252,12 @@ def needle(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """Facts hidden in a text at several depths, with the question at its end."""
-    run = start("needle", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = _start("needle", model, policies, budgets, types, seed, out, threads, gpu_layers)
     sizes, places = parse_lengths(lengths), _depths(depths)
     names = _chosen(kinds, needles.KINDS, "--kinds")
     about = {
         "suite": "needle", "lengths": sizes, "depths": places, "kinds": names, "count": count, "first": first,
-        "haystack": text_id(haystack), "chat": chat,
+        "haystack": _about(haystack), "chat": chat,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Case]:
@@ -299,13 +286,13 @@ def ruler(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """RULER's task families: keys, values, variables, frequent words, questions."""
-    run = start("ruler", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = _start("ruler", model, policies, budgets, types, seed, out, threads, gpu_layers)
     sizes, names = parse_lengths(lengths), _chosen(tasks, list(rulers.TASKS), "--tasks")
     if min(sizes) < 512:
         raise CLIError(f"--lengths has {min(sizes)}, expected at least 512: the tasks need room for what they hide")
     about = {
         "suite": "ruler", "lengths": sizes, "tasks": names, "count": count, "first": first,
-        "haystack": text_id(haystack), "chat": chat,
+        "haystack": _about(haystack), "chat": chat,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Case]:
@@ -335,7 +322,7 @@ def fidelity(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """KL divergence, top-1 agreement and NLL increase against the full cache over free text."""
-    run = start("fidelity", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = _start("fidelity", model, policies, budgets, types, seed, out, threads, gpu_layers)
     sizes = parse_lengths(lengths)
     texts = [own for path in text or [] for own in read_texts(path)]
     about = {
@@ -369,11 +356,11 @@ def turns(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """Compact on the first question, then ask about other places of the same document."""
-    run = start("turns", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = _start("turns", model, policies, budgets, types, seed, out, threads, gpu_layers)
     sizes = parse_lengths(lengths)
     about = {
         "suite": "turns", "lengths": sizes, "count": count, "questions": questions, "first": first,
-        "haystack": text_id(haystack), "chat": chat,
+        "haystack": _about(haystack), "chat": chat,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Case]:
@@ -400,7 +387,7 @@ def tasks(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """Questions, summaries, classes and code of files in LongBench's format."""
-    run = start("tasks", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = _start("tasks", model, policies, budgets, types, seed, out, threads, gpu_layers)
     about = {"suite": "tasks", "file": file.name, "n_ctx": n_ctx, "limit": limit, "chat": chat}
 
     def prepare(weights: Model) -> list[Case]:

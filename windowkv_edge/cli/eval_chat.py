@@ -8,26 +8,24 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from windowkv_edge import KVPolicy, Llama
-from windowkv_edge._text import for_terminal
 from windowkv_edge.bench.session import Model
 from windowkv_edge.eval import Conversation, Records, Style, conversations, hay_tokens
 from windowkv_edge.eval.chat import MIN_TURNS, Replies, rows
 from windowkv_edge.eval.run import FULL, OWN
 
+from .bars import suite_bars
 from .common import CLIError, load, reports_errors
 from .eval import (
-    Budgets, Chat, First, GPULayers, Haystack, ModelArg, Out, Policies, Run, Seed, Threads, app, start, text_id,
+    Budgets, Chat, First, GPULayers, Haystack, ModelArg, Out, Policies, Seed, Threads, _about, _Run, _start,
 )  # fmt: skip
 
 __all__ = ["chat"]
 
 
 @dataclass(frozen=True)
-class _ChatRun(Run):
+class _ChatRun(_Run):
     """Every policy and budget holds every conversation, in a session of its own.
 
     Attributes:
@@ -44,10 +42,8 @@ class _ChatRun(Run):
 
     @contextmanager
     def _replies(self, policy: KVPolicy | None, budget: float | int | None, n_ctx: int) -> Iterator[Replies]:
-        options: dict[str, Any] = {"n_gpu_layers": self.gpu_layers}
-        if self.limited and policy is not None:
-            options["kv_limit"] = budget
-        llm = load(Llama, self.info, n_ctx, self.plan.threads, policy, None if self.limited else budget, **options)
+        given: tuple[Any, Any] = (None, budget) if self.limited else (budget, None)
+        llm = load(Llama, self.info, n_ctx, self.plan.threads, policy, *given, n_gpu_layers=self.gpu_layers)
         try:
             names = {id(own): name for name, own in self.plan.policies.items()}
             about = {
@@ -67,29 +63,21 @@ class _ChatRun(Run):
                 f"{self.info.n_ctx_train:,}; ask for fewer --turns or a shorter --document"
             )
         todo: list[Conversation] = [own for own in cases if any(own.key(at) not in records for at in own.questions)]
-        columns = (
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )  # fmt: skip
         variants = list(self._variants())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("loading", total=len(todo) * len(variants))
+        with suite_bars(len(todo) * len(variants)) as bars:
             if records.n_old:
-                done = f"{self.out} has {records.n_old} questions, going on from there"
-                progress.console.print(for_terminal(done), markup=False)
+                bars.note(f"{self.out} has {records.n_old} questions, going on from there")
             for conversation in todo:
                 found = []
                 for policy, budget in variants:
                     with self._replies(policy, budget, n_ctx) as replies:
                         found.append(replies.hold(conversation))
-                    name = f"{FULL if policy is None else policy.name} {'' if budget is None else budget}"
-                    progress.update(task, description=for_terminal(name), advance=1)
+                    bars.done(f"{FULL if policy is None else policy.name} {'' if budget is None else budget}".strip())
                 for row in rows(conversation, found):
                     if row["case"] not in records:
                         records.add(row)
 
 
-@app.command()
 @reports_errors
 def chat(
     model: ModelArg,
@@ -111,13 +99,13 @@ def chat(
 ) -> None:
     """Conversations: facts told, documents pasted, and questions about all of it some turns later."""
     run = _ChatRun(
-        **vars(start("chat", model, policies, budgets, OWN, seed, out, threads, gpu_layers)), limited=limited
+        **vars(_start("chat", model, policies, budgets, OWN, seed, out, threads, gpu_layers)), limited=limited
     )
     if limited and not all(isinstance(budget, int) for budget in run.plan.budgets):
         raise CLIError(f"--budgets has {budgets!r}, expected numbers of cells per head with --limited, such as 512,256")
     about = {
         "suite": "chat", "turns": turns, "count": count, "document": document, "first": first, "limited": limited,
-        "haystack": text_id(haystack), "chat": chat,
+        "haystack": _about(haystack), "chat": chat,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Any]:

@@ -9,12 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from windowkv_edge import POLICIES, UnsupportedModelError
+from windowkv_edge import POLICIES, KVPolicy, UnsupportedModelError
 from windowkv_edge._json import dumps
 from windowkv_edge._text import for_markup, for_terminal
+from windowkv_edge.forecast import N_BATCH, Forecast, forecast
 from windowkv_edge.gguf_info import CostRow, GGUFInfo, cost_table, support
 
-from .common import CLIError, mib, open_model, parse_lengths, reports_errors
+from .common import CLIError, mib, open_model, parse_lengths, parse_limit, parse_policy, reports_errors
 
 __all__ = ["info"]
 
@@ -24,10 +25,16 @@ def info(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, or 'smollm2' (fetched once).")],
     lengths: Annotated[str, typer.Option(help="Tokens, comma-separated; 1k is 1024.")] = "1k,4k,8k,32k",
     budgets: Annotated[str, typer.Option(help="Percent of the cells that stay, comma-separated.")] = "25,12,6,3",
+    limit: Annotated[
+        str | None,
+        typer.Option(help="What a session within this limit will hold: a number of cells per head (4096), or 512MiB."),
+    ] = None,
+    policy: Annotated[str, typer.Option(help="With --limit: the KV policy.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What the KV cache of a model costs, and whether a policy can run on it. Reads the header only."""
     n_tokens, fractions = parse_lengths(lengths), parse_budgets(budgets)
+    kv_limit, kv_policy = None if limit is None else parse_limit(limit), parse_policy(policy)
     header = open_model(model)
     supported, reason = support(header)
     policies = [name for name in POLICIES if name != "full"]
@@ -36,6 +43,7 @@ def info(
         rows, why_no_cost = cost_table(header, n_tokens, fractions, policies, own), ""
     except UnsupportedModelError as error:
         rows, why_no_cost = [], str(error)
+    within = _within(header, kv_limit, n_tokens, kv_policy) if supported and kv_limit is not None else []
 
     if as_json:
         res: dict[str, Any] = asdict(header) | {"path": str(header.path), "bytes_per_position": None}
@@ -45,6 +53,7 @@ def info(
         res["policies"] = {
             name: {"n_observed": n_observed(name), "query_bytes": query_bytes(header, name)} for name in policies
         }
+        res["limits"] = [asdict(own) for own in within]
         print(dumps(res, indent=1))
         return
 
@@ -54,8 +63,17 @@ def info(
         console.print("", _cost_table(header, rows, n_tokens, fractions))
     else:
         console.print(for_terminal(why_no_cost), markup=False)
+    if within:
+        console.print("", _limit_table(within, limit or "", kv_policy))
     if supported:
         console.print("", _policy_table(header, policies))
+
+
+def _within(header: GGUFInfo, limit: int | str, lengths: list[int], policy: KVPolicy) -> list[Forecast]:
+    try:
+        return [forecast(header, limit, n, policy) for n in lengths]
+    except ValueError as error:
+        raise CLIError(str(error).replace("kv_limit", "--limit", 1)) from None
 
 
 def parse_budgets(text: str) -> list[float]:
@@ -131,6 +149,21 @@ def _cost_table(header: GGUFInfo, rows: list[CostRow], lengths: list[int], budge
     if header.n_ctx_train and max(lengths) > header.n_ctx_train:
         notes.append(f"* more than the {header.n_ctx_train:,} positions that the model was trained on")
     table.caption, table.caption_justify = "\n".join(notes), "left"
+    return table
+
+
+def _limit_table(rows: list[Forecast], limit: str, policy: KVPolicy) -> Table:
+    table = Table(title=f"Within the limit {limit}, {policy.name}", title_justify="left", title_style="")
+    for name in ("tokens", "full cache, MiB", "peak", "when the answer begins", "while it grows, at most"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        pairs = (
+            (row.cells_peak, row.bytes_peak), (row.cells_after, row.bytes_after), (row.cells_most, row.bytes_most)
+        )  # fmt: skip
+        held = [f"{mib(n_bytes)} MiB\n[dim]{cells:,}[/]" for cells, n_bytes in pairs]
+        table.add_row(f"{row.n_tokens:,}", mib(row.bytes_full), *held)
+    table.caption = f"With batches of {N_BATCH} tokens. Below the MiB: cells per head."
+    table.caption_justify = "left"
     return table
 
 

@@ -13,10 +13,13 @@ from ..policies import Full, KVPolicy
 from ..stats import cell_types
 from ..task import prompt_task
 
-__all__ = ["Branches"]
+__all__ = ["Branches", "Read"]
 
 N_BATCH = 512
 """Tokens evaluated at once, as in ``llama_cpp.Llama``: results depend on it in rounding."""
+
+Read = Callable[[int, int], object]
+"""``read(done, total)``: tokens of what is evaluated that were, and all of them; called behind every batch."""
 
 
 class Branches:
@@ -32,12 +35,22 @@ class Branches:
         cells: of K and V in the layers that policies compress, a name of :data:`windowkv_edge.budget.TYPES`; the cache
             of window layers stays f16. f16 where the heads' rows are no whole blocks of it: ``cells`` then says so.
         threads: CPU threads.
+        read: see :data:`Read`.
 
     Raises:
         WindowKVError: see :class:`windowkv_edge.bench.session.Session`.
     """
 
-    def __init__(self, model: Model, n_ctx: int, n_observed: int, cells: str = "f16", threads: int = 2) -> None:
+    def __init__(
+        self,
+        model: Model,
+        n_ctx: int,
+        n_observed: int,
+        cells: str = "f16",
+        threads: int = 2,
+        read: Read | None = None,
+    ) -> None:
+        self.read = read
         self.model, self.n_ctx, self.n_observed = model, n_ctx, n_observed
         self.session = Session(model, n_ctx, "f16", Full(), True, threads, N_BATCH, own_cells=cells)
         assert self.session.cache is not None
@@ -45,6 +58,8 @@ class Branches:
         self.kv = self.session.kv
         self.kv.set_observed(n_observed)
         self.cells = cell_types(self.kv.stats())[0]
+        self.type = int(self.kv.stats().type_k)
+        """The same, as ``type_k`` and ``type_v`` of a session take it."""
         self.prompt: list[int] = []
         self.n_evaluated = 0
         """Tokens evaluated by prefill() so far; those that neighbouring prompts share are evaluated once."""
@@ -157,6 +172,8 @@ class Branches:
         """
         for i in range(0, len(tokens), N_BATCH):
             self.session.decode(tokens[i : i + N_BATCH])
+            if self.read is not None:
+                self.read(min(i + N_BATCH, len(tokens)), len(tokens))
         return self.session.logits()
 
     def log_probs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:

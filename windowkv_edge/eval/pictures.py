@@ -125,7 +125,7 @@ def draw(res: Results) -> dict[str, Any]:
     if not res.budgets:  # the full cache answered nothing
         return {}
     figures = {"bytes": _curves(res)}
-    if res.suite in ("needle", "chat"):
+    if res.suite in ("needle", "chat", "long"):
         figures["depth"] = _depths(res)
         figures["heatmap"] = _heatmaps(res)
     return figures

@@ -12,7 +12,7 @@ import numpy as np
 from ..bench.session import Model
 from ..budget import bits, n_cells
 from ..policies import KVPolicy
-from .branch import Branches
+from .branch import Branches, Read
 from .case import Case, EvalError
 from .metrics import RECALL, score
 from .records import Records
@@ -88,9 +88,12 @@ class Runner:
         n_ctx: positions of the longest prompt with its answer.
         records: where results go.
         report: see :data:`Report`.
+        read: told how far a prompt is, see :data:`windowkv_edge.eval.branch.Read`.
     """
 
-    def __init__(self, model: Model, plan: Plan, n_ctx: int, records: Records, report: Report) -> None:
+    def __init__(
+        self, model: Model, plan: Plan, n_ctx: int, records: Records, report: Report, read: Read | None = None
+    ) -> None:
         self.model, self.plan, self.records, self.report = model, plan, records, report
         self.stack = ExitStack()
         self.branches: dict[str, Branches] = {}
@@ -98,7 +101,7 @@ class Runner:
         try:
             own_types = (cells for policy in plan.policies.values() for cells in plan.types_of(policy))
             for cells in dict.fromkeys(("f16", *own_types)):
-                own = Branches(model, n_ctx, plan.window, cells, plan.threads)
+                own = Branches(model, n_ctx, plan.window, cells, plan.threads, read)
                 self.stack.callback(own.close)
                 if own.cells == cells:
                     self.branches[cells] = own

@@ -114,8 +114,9 @@ def about(res: Results) -> str:
         said = f"{len(res.rows)} windows, {tokens} forced tokens each"
         return f"{text}: {said}; budgets are shares of the full f16 cache's bytes"
     full = sum(row["results"][0]["score"] for row in res.rows)
+    kind = "full cache" if res.suite == "long" else "full f16 cache"
     return (
-        f"{text}: the full f16 cache scores {full:.1f} of {len(res.rows)} prompts; {res.n_counted} count, "
+        f"{text}: the {kind} scores {full:.1f} of {len(res.rows)} prompts; {res.n_counted} count, "
         f"{len(res.rows) - res.n_counted} that it fails do not; shares are of its score"
     )
 
@@ -133,7 +134,7 @@ def markdown(results: Sequence[Results]) -> str:
         parts.append(str(retention_table(res)))
         for key, name in (("task", "kind"), ("length", "length"), ("depth", "depth")):
             if len({row[key] for row in res.rows if row[key] is not None}) > 1 and (
-                key != "depth" or res.suite in ("needle", "chat")
+                key != "depth" or res.suite in ("needle", "chat", "long")
             ):
                 parts.append(f"### By {name}\n\n{by(res, key)}")
     table = ranks(results)

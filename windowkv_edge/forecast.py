@@ -1,0 +1,84 @@
+"""What a session within a limit will hold, from the header of a model file alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .budget import bits
+from .gguf_info import GGUFInfo
+from .limit import Limit, check_limit
+from .policies import KVPolicy
+
+__all__ = ["Forecast", "forecast"]
+
+N_BATCH = 512
+"""Tokens of a batch by default."""
+
+
+class _Stats(NamedTuple):
+    """What :class:`Limit` reads of the native statistics."""
+
+    bytes_cell: int
+    bytes_live: int
+    bytes_pool: int = 0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of a prompt that is read within a limit, and its answer. Cells are per (layer, kv head) on average, bytes those
+    of ``kv_stats()``: pools and observed queries. A session may hold a twentieth more for a moment, where cells move,
+    and its pools have free rows: up to 31 per head where all are equally long, else a fiftieth.
+
+    Attributes:
+        n_tokens: tokens of the prompt.
+        n_limit: cells that the limit is.
+        cells_peak, bytes_peak: while the prompt is read.
+        cells_after, bytes_after: when the answer begins.
+        cells_most, bytes_most: while the answer grows, however long.
+        bytes_full: of the full cache of the prompt, in the same cells.
+    """
+
+    n_tokens: int
+    n_limit: int
+    cells_peak: int
+    bytes_peak: int
+    cells_after: int
+    bytes_after: int
+    cells_most: int
+    bytes_most: int
+    bytes_full: int
+
+
+def forecast(info: GGUFInfo, limit: int | str, n_tokens: int, policy: KVPolicy, n_batch: int = N_BATCH) -> Forecast:
+    """What ``Llama(..., kv_policy=policy, kv_limit=limit)`` will hold.
+
+    Args:
+        info: the model, one that policies support.
+        limit: see :class:`windowkv_edge.Llama`.
+        n_tokens: tokens of the prompt.
+        policy: with its options.
+        n_batch: tokens of a batch.
+
+    Raises:
+        TypeError, ValueError: it is no limit, or holds too few cells for the policy.
+    """
+    layers = info.compressed_layers
+    cell = sum(info.layer_bytes(il) for il in layers)
+    dims = (info.head_dim_k, info.head_dim_v)
+    if policy.cells is not None and not any(dim % 32 for dim in dims):
+        cell = round(cell * bits(policy.cells) / 16)
+    queries = 2 * sum(info.n_head[il] for il in layers) * info.head_dim_k * policy.n_observed * 2
+    stats = _Stats(cell, queries)
+    own = Limit(check_limit(limit))
+    own.check(stats, policy)
+    n = own.n_cells(stats)
+    fits = n_tokens <= n
+    after = n_tokens if fits else n - Limit.slack(n)
+    peak = n_tokens if fits else min(n_tokens, n + n_batch)
+    cells = {"peak": peak, "after": after, "most": n}
+    figures = {f"cells_{name}": value for name, value in cells.items()}
+    # as long as nothing was compacted, pools come in pieces that stock's attention reads
+    rows = {name: -(-value // 256) * 256 if fits and name != "most" else value for name, value in cells.items()}
+    figures |= {f"bytes_{name}": value * cell + queries for name, value in rows.items()}
+    return Forecast(n_tokens, n, **figures, bytes_full=n_tokens * cell + queries)
