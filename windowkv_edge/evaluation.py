@@ -64,6 +64,7 @@ class PolicyEvaluation(Compacting):
         self._kv_failed: list[BaseException] = []  # inside llama_decode, to be raised by the next call
         self._kv_prompts = Prompts()
         self._kv_pins = Pins()
+        self._kv_taken: set[str] = set()
         self._kv_settled = False  # the end of a prompt was compacted
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -103,13 +104,14 @@ class PolicyEvaluation(Compacting):
         self._sync_positions()
         if step not in ("prompt", "piece") and len(tokens) > 0 and self._kv_prompts.is_open:
             self._end_prompt(cache)
+        self._keep_beginning(cache, len(tokens), step)
         if len(tokens) > 1 and self._fits(cache, tokens, step):
             cache.kv.reserve(len(tokens))
         self._evaluate(cache, tokens, step)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """See ``llama_cpp.Llama.generate``; what it evaluates first ends the prompt. The prompt that was compacted last
-        is not evaluated again, whatever was generated behind it, unless ``kv_limit`` asked for a compaction meanwhile.
+        """See ``llama_cpp.Llama.generate``; what it evaluates first ends the prompt. It goes on from what the session
+        holds or from a checkpoint (``kv_checkpoints``), whichever saves more.
 
         Raises:
             ValueError, UnsupportedCallError, NativeError, KeyboardInterrupt, Exception: see :meth:`eval`.
@@ -311,29 +313,32 @@ class PolicyEvaluation(Compacting):
     def _prompt_begins(self, tokens: Sequence[int], n_prompt: int) -> None:
         """Before ``generate`` evaluates n_prompt tokens; of ``tokens``, the first ones may be there."""
         cache, prompts = self._kv_cache, self._kv_prompts
-        n_same = n_shared(tokens, self.input_ids[: self.n_tokens])
-        n_boundary = 0 if cache is None else int(cache.kv.stats().n_boundary)
-        why = "" if n_same == 0 else why_missed(n_prompt, n_same, self.n_tokens, n_boundary, self._kv_when.changed)
-        prompts.begin(n_prompt, n_same, why)
-        if len(tokens) == n_prompt > 0:  # else it goes on behind what is there
-            self._find_system(tokens)
         if cache is not None and self.n_tokens < self._kv_known:  # set back: the last logits are of another position
             self._requires_eval = True
+        n_same = n_shared(tokens, self.input_ids[: self.n_tokens])
+        n_boundary = 0 if cache is None else int(cache.kv.stats().n_boundary)
+        is_known = prompts.logits(n_same) is not None
+        why = why_missed(n_prompt, n_same, self.n_tokens, n_boundary, self._kv_when.changed, is_known)
+        if cache is None or len(tokens) != n_prompt or n_prompt == 0:  # stock, or behind what is there
+            prompts.begin(n_prompt, n_same, why if n_same > 0 else "")
+            return
+        n_saved, n_most, more = self._go_back(cache, tokens)
+        reasons = [why] * (n_saved < n_same - (n_same == n_prompt)) + [more] * (more != "")
+        prompts.begin(n_prompt, max(n_same, n_most), "; ".join(reasons))
+        self._find_system(tokens)
 
         # the same prompt again: below the boundary nothing can be removed, so that its last token cannot be evaluated
         # again for its logits, as stock does
-        logits = prompts.logits(n_same) if cache is not None and n_same == n_prompt == n_boundary else None
+        logits = prompts.logits(n_prompt)
         row = None if logits is None else llama_cpp.llama_get_logits_ith(self.ctx, -1)
-        if logits is None or not row:
+        if logits is None or not row or n_saved < n_prompt:
             return
         with self._aligned():
             self._requires_eval = True
-            if self._ctx.kv_cache_seq_rm(-1, n_same, -1):
-                self.n_tokens = self._kv_known = n_same
+            if self._ctx.kv_cache_seq_rm(-1, n_prompt, -1):
+                self.n_tokens = self._kv_known = n_prompt
                 ctypes.memmove(row, logits.ctypes.data, logits.nbytes)
                 self._requires_eval = False
-            else:  # not for what was compacted
-                prompts.begin(n_prompt, n_same, why_missed(n_prompt, n_same, self.n_tokens, 0, False))
 
     def _find_system(self, tokens: Sequence[int]) -> None:
         pins = self._kv_pins
@@ -344,6 +349,7 @@ class PolicyEvaluation(Compacting):
         """Inside ``llama_decode``: a single token follows a prompt that was not compacted."""
         if self._kv_cache is not None:
             with self._kv_guard.use("llama_decode()"):
+                self._kv_taken.add("whole")  # no state is saved in there
                 self._prompt_ended(self._kv_cache)
 
     def _failed_below(self, error: BaseException) -> None:

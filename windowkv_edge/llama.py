@@ -14,6 +14,7 @@ import numpy.typing as npt
 from . import _native
 from .arguments import CheckedModel, check_numbers
 from .budget import check_budget, plain
+from .checkpoints import Checkpoints, check_checkpoints
 from .errors import NativeError, UnsupportedCallError
 from .guard import Closed, Guard, Interrupts, interrupt_soon
 from .pins import Range, n_pinned, system_text
@@ -68,6 +69,13 @@ class Llama(SavedStates):
             bounds afterwards. "bounded": where a batch finds no room, what was read so far is compacted, as the
             prompt's last tokens attend to it: they are evaluated behind it, and taken back; of a prompt that is
             evaluated by hand they are not known. "auto": bounded if there is a limit.
+        kv_checkpoints: host memory for states to go back to: a message that was edited, a turn that was taken back and
+            an answer that is asked for again cost the tokens that are new, where cells that were compacted, windows or
+            recurrent layers could not go back. "auto": compressed states only, together no more than four times what
+            the session itself takes at that moment. Bytes ("256MiB"): as many, and the whole cells of a prompt before
+            its compaction too, if they fit: another question about the same text costs the question. 0 or None: none.
+            The least recently used ones go first, all of them with :meth:`reset` and with another policy. Not with
+            ``logits_all=True``.
         kv_pin_system: in chats, the system prompt always stays, see :meth:`kv_pin`; where it takes more than half of
             the budget it does not, and a warning says so. Default True.
         kv_exact: attend to f16 and f32 cells with stock's kernel until something is evicted, which gives stock's logits
@@ -106,6 +114,7 @@ class Llama(SavedStates):
         kv_exact: bool = True,
         kv_limit: int | str | None = None,
         kv_prefill: Prefill = "auto",
+        kv_checkpoints: str | int | None = "auto",
         **kwargs: Any,
     ) -> None:
         if "_kv_guard" in self.__dict__:  # a second time: nothing else would free the first one's memory
@@ -125,6 +134,7 @@ class Llama(SavedStates):
                 f"kv_limit={kv_limit!r} and kv_prefill={kv_prefill!r} without kv_policy have no effect; name a policy, "
                 "e.g. kv_policy='auto'"
             )
+        self._kv_checkpoints = Checkpoints(check_checkpoints(kv_checkpoints, kv_policy))
         if kv_prefill == "bounded" and kv_limit is None:
             raise ValueError("kv_prefill='bounded' needs a limit, e.g. kv_limit=4096 (cells per head) or '512MiB'")
         one_of("kv_prefill", kv_prefill, PREFILLS)
@@ -150,6 +160,8 @@ class Llama(SavedStates):
             self._kv_given["kv_budget"] = kv_budget
         if kv_limit is not None:
             self._kv_given |= {"kv_limit": kv_limit, "kv_prefill": kv_prefill}
+        if kv_checkpoints != "auto":
+            self._kv_given["kv_checkpoints"] = kv_checkpoints
 
         self._start_evaluation()
         if policy is None:
@@ -227,6 +239,7 @@ class Llama(SavedStates):
                 self._kv_limit.check(cache.kv.stats(), bound)
             with self._aligned():
                 self._clear()
+                self._kv_checkpoints.clear()
                 before = cache.policy, cache.bound
                 cache.set_policy(new, bound)
                 if self._kv_limit is not None:
@@ -239,7 +252,7 @@ class Llama(SavedStates):
     @property
     def kv_budget(self) -> float | int:
         """The budget; setting it takes effect at the next prompt's end, whatever ``kv_growth`` says. A prompt that was
-        compacted before is evaluated anew when it is asked again.
+        compacted before is evaluated anew when it is asked again, unless there is a checkpoint of it with this budget.
 
         Raises:
             TypeError, ValueError: when set, see the class.
@@ -353,8 +366,8 @@ class Llama(SavedStates):
         """
         with self._kv_guard.use("kv_stats()", reads=True):
             if self._kv_cache is None:
-                return KVStats.read(_native.Context(self._ctx.ctx), None, self._kv_prompts)
-            return KVStats.read(self._kv_cache.kv, self._kv_cache.name, self._kv_prompts)
+                return KVStats.read(_native.Context(self._ctx.ctx), None, self._kv_prompts, self._kv_checkpoints)
+            return KVStats.read(self._kv_cache.kv, self._kv_cache.name, self._kv_prompts, self._kv_checkpoints)
 
     def kv_positions(self, layer: int, head: int) -> npt.NDArray[np.int32]:
         """Positions that one kv head holds, ascending.
@@ -397,7 +410,7 @@ class Llama(SavedStates):
             return super().embed(*args, **kwargs)
 
     def reset(self) -> None:
-        """Forget the sequence; with a policy its memory is released at once.
+        """Forget the sequence and all checkpoints; with a policy the memory is released at once.
 
         Raises:
             UnsupportedCallError: the session cannot be used now (see the class); a closed one has nothing to forget.
@@ -410,6 +423,7 @@ class Llama(SavedStates):
             self._kv_prompts.is_open = False
             if self._kv_step is None:
                 self._kv_pins.system = None
+                self._kv_checkpoints.clear()
             if self._kv_cache is not None:
                 with self._aligned():
                     self._clear()
@@ -433,6 +447,7 @@ class Llama(SavedStates):
         self._kv_guard.closed = True
         if self._kv_cache is not None:
             self._kv_cache.kv.close()
+            self._kv_checkpoints.clear()
         super().close()
         # their memory is gone, and stock's methods would read it
         gone: Any = Closed()
