@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,7 @@ class Checkpoint:
         noted: what else the session notes of itself, see ``_kv_noted``.
         native: uint8, see :mod:`windowkv_edge.native_state`.
         logits: those that are known, see :class:`windowkv_edge.prompts.Prompts`.
+        is_whole: it holds cells that a compaction evicted.
     """
 
     tokens: Tokens
@@ -68,6 +69,7 @@ class Checkpoint:
     noted: dict[str, Any]
     native: npt.NDArray[np.uint8]
     logits: Mapping[int, npt.NDArray[np.float32]]
+    is_whole: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -143,6 +145,26 @@ class Checkpoints:
         """Keep one, instead of another one of the same tokens."""
         self.held = [old for old in self.held if not np.array_equal(old.tokens, own.tokens)]
         self.held.append(own)
+
+    def best(
+        self, saves: Callable[[Checkpoint], int], n_live: int, n_prompt: int, n_observed: int
+    ) -> Checkpoint | None:
+        """The one that saves most of a prompt, if it is more than the session itself does.
+
+        Args:
+            saves: tokens that a checkpoint saves.
+            n_live: those that the session saves.
+            n_prompt: tokens of the prompt.
+            n_observed: queries that a compaction looks at. Where whole cells are trimmed, those in front of that place are
+                gone, so that another checkpoint is better that saves a little less.
+        """
+        found, most = None, -1
+        for own in reversed(self.held):
+            if (n := saves(own)) > n_live:
+                rank = n - n_observed * (own.is_whole and n < min(n_prompt, len(own.tokens)))
+                if rank > most:
+                    found, most = own, rank
+        return found
 
     def used(self, own: Checkpoint) -> None:
         """It is the last that would be dropped."""

@@ -323,7 +323,7 @@ class PolicyEvaluation(Compacting):
             prompts.begin(n_prompt, n_same, why if n_same > 0 else "")
             return
         n_saved, n_most, more = self._go_back(cache, tokens)
-        reasons = [why] * (n_saved < n_same - (n_same == n_prompt)) + [more] * (more != "")
+        reasons = [why] * (n_saved < n_same - 1) + [more] * (more != "")
         prompts.begin(n_prompt, max(n_same, n_most), "; ".join(reasons))
         self._find_system(tokens)
 

@@ -123,7 +123,8 @@ class GoingBack(llama_cpp.Llama):
                 store.miss(tokens, removable, prompts.kept, n)
                 return
             native = get_state(self._ctx.ctx, "a checkpoint")
-            store.add(Checkpoint(tokens, removable, self._kv_when.budget, self._kv_noted(), native, prompts.kept))
+            budget, noted = self._kv_when.budget, self._kv_noted()
+            store.add(Checkpoint(tokens, removable, budget, noted, native, prompts.kept, is_whole))
 
     #
     # going back
@@ -166,12 +167,11 @@ class GoingBack(llama_cpp.Llama):
         """
         store, prompt = self._kv_checkpoints, np.array(tokens, dtype=np.intc)
         saves, n = self._saving(), self._n_live(cache, prompt)
-        found = None
-        for own in reversed(store.held):
-            if (n_own := saves(own, prompt)) > n:
-                found, n = own, n_own
-        if found is not None and (why := self._become(found)):
-            return 0, n, why
+        found = store.best(lambda own: saves(own, prompt), n, len(prompt), int(cache.kv.stats().n_observed))
+        if found is not None:
+            n = saves(found, prompt)
+            if why := self._become(found):
+                return 0, n, why
         return n, *store.remedy(prompt, n)
 
     def _become(self, own: Checkpoint) -> str:
