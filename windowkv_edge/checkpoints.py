@@ -143,8 +143,7 @@ class Checkpoints:
 
     def add(self, own: Checkpoint) -> None:
         """Keep one, instead of another one of the same tokens."""
-        self.held = [old for old in self.held if not np.array_equal(old.tokens, own.tokens)]
-        self.held.append(own)
+        self.held = [*(other for other in self.held if not np.array_equal(other.tokens, own.tokens)), own]
 
     def best(
         self, saves: Callable[[Checkpoint], int], n_live: int, n_prompt: int, n_observed: int
@@ -155,8 +154,8 @@ class Checkpoints:
             saves: tokens that a checkpoint saves.
             n_live: those that the session saves.
             n_prompt: tokens of the prompt.
-            n_observed: queries that a compaction looks at. Where whole cells are trimmed, those in front of that place are
-                gone, so that another checkpoint is better that saves a little less.
+            n_observed: queries that a compaction looks at. Where whole cells are trimmed, those in front of that place
+                are gone, so that another checkpoint is better that saves a little less.
         """
         found, most = None, -1
         for own in reversed(self.held):
@@ -168,8 +167,7 @@ class Checkpoints:
 
     def used(self, own: Checkpoint) -> None:
         """It is the last that would be dropped."""
-        self.held.remove(own)
-        self.held.append(own)
+        self.held = [*(other for other in self.held if other is not own), own]
 
     def clear(self) -> None:
         """Drop all of them, and forget what there was no room for."""

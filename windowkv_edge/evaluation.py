@@ -126,20 +126,13 @@ class PolicyEvaluation(Compacting):
         try:
             while True:
                 # only while it runs: somebody may hold it for long, and evaluate another prompt meanwhile
-                with self._use("generate()"):
-                    if step == "prompt":
-                        self._prompt_begins(tokens if reset else [], len(tokens))
-                    before, self._kv_step = self._kv_step, step
-                    try:
-                        token = own.send(sent)
-                    except StopIteration:
-                        return
-                    except BaseException:
-                        if self._kv_cache is not None:
-                            self._align()
-                        raise
-                    finally:
-                        step, self._kv_step = self._kv_step, before
+                try:
+                    with self._use("generate()"):
+                        if step == "prompt":
+                            self._prompt_begins(tokens if reset else [], len(tokens))
+                        token, step = self._send(own, sent, step)
+                except StopIteration:
+                    return
                 sent = yield token
         finally:
             own.close()
@@ -178,8 +171,25 @@ class PolicyEvaluation(Compacting):
             check_grammar(self._model, kwargs["grammar"])
         return super()._init_sampler(*args, **kwargs)
 
+    def _send(self, own: Any, sent: Any, step: Literal["prompt", "answer"] | None) -> tuple[int, Any]:
+        """The next token of stock's generator, and what it does after it."""
+        before = self._kv_step
+        try:
+            self._kv_step = step
+            return own.send(sent), self._kv_step
+        except StopIteration:
+            raise
+        except BaseException:
+            if self._kv_cache is not None:
+                self._align()
+            raise
+        finally:
+            self._kv_step = before
+
     def _use(self, call: str) -> AbstractContextManager[None]:
         self._raise_failed()
+        if not self._kv_guard.is_inside:
+            self._kv_step = None  # left behind by a Ctrl-C while it was reset
         return self._kv_guard.use(call)
 
     def _raise_failed(self) -> None:
