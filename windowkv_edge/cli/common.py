@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jinja2
 import psutil
@@ -15,6 +15,7 @@ import typer
 
 from windowkv_edge import KVPolicy, Llama, UnsupportedModelError, WindowKVError, get_policy
 from windowkv_edge._text import for_terminal
+from windowkv_edge.checkpoints import check_checkpoints
 from windowkv_edge.eval.sources import read_text
 from windowkv_edge.gguf_info import GGUFInfo, read_info
 from windowkv_edge.models import fetch_smollm2
@@ -26,6 +27,7 @@ __all__ = [
     "n_cores",
     "open_model",
     "parse_budget",
+    "parse_checkpoints",
     "parse_lengths",
     "parse_policies",
     "parse_policy",
@@ -78,6 +80,15 @@ def parse_budget(text: str) -> float | int:
     raise CLIError(f"the budget is {text!r}, {expected}")
 
 
+def parse_checkpoints(text: str) -> str | int:
+    """``auto``, bytes (``256MiB``), or ``0``."""
+    try:
+        check_checkpoints(own := 0 if text.strip() == "0" else text, "a policy")
+        return own
+    except ValueError as error:
+        raise CLIError(str(error).replace("kv_checkpoints is", "--checkpoints is", 1)) from None
+
+
 def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
     """Numbers of tokens: ``"1k,500"`` gives [1024, 500]."""
     res = []
@@ -128,7 +139,13 @@ def open_model(model: str) -> GGUFInfo:
 
 
 def load(
-    cls: type[L], info: GGUFInfo, n_ctx: int, threads: int | None, policy: KVPolicy | None, budget: float | None
+    cls: type[L],
+    info: GGUFInfo,
+    n_ctx: int,
+    threads: int | None,
+    policy: KVPolicy | None,
+    budget: float | None,
+    **kwargs: Any,
 ) -> L:
     """A session of class ``cls`` on ``threads`` CPU threads; None = as many as llama-cpp-python takes."""
     try:
@@ -141,6 +158,7 @@ def load(
             kv_policy=policy,
             kv_budget=budget,
             verbose=False,
+            **kwargs,
         )
     except UnsupportedModelError:
         raise
