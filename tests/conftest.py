@@ -18,10 +18,12 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import windowkv_edge  # noqa: E402
-from windowkv_edge import Llama, _files, models  # noqa: E402
+from windowkv_edge import Llama, _files  # noqa: E402
+from windowkv_edge.models import fetch_gemma3_270m, fetch_smollm2  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "ggml_patch")]
+import kinds  # noqa: E402
 import patchq  # noqa: E402
 import tiny_model  # noqa: E402
 
@@ -58,19 +60,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct: llama architecture, 30 layers, 9 query and 3 kv heads, head size 64."""
-    return models.fetch_smollm2(progress=False)
+    return fetch_smollm2(progress=False)
 
 
 @pytest.fixture(scope="session")
 def gemma3() -> Path:
     """Gemma-3-270m: 18 layers, a window of 512 positions in all but 5, 11 and 17; 4 query and 1 kv heads, head size 256."""
-    return models.fetch_gemma3_270m(progress=False)
+    return fetch_gemma3_270m(progress=False)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, 3 layers, 4 query and 2 kv heads, head size 32, no tokenizer."""
     return tiny_model.write_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of every kind: llama, gpt-oss, lfm2, granite; see kinds.py."""
+    folder = tmp_path_factory.mktemp("kinds")
+    return {name: write(folder / f"{name}.gguf") for name, write in kinds.WRITERS.items()}
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,7 @@ class PolicyEvaluation(Compacting):
         self._kv_pins = Pins()
         self._kv_asked_text = ""  # of the last chat
         self._kv_asked: Range | None = None  # where it stands in the prompt
+        self._kv_taken: set[str] = set()
         self._kv_settled = False  # the end of a prompt was compacted
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -116,6 +117,7 @@ class PolicyEvaluation(Compacting):
         self._sync_positions()
         if step not in ("prompt", "piece") and len(tokens) > 0 and self._kv_prompts.is_open:
             self._end_prompt(cache)
+        self._keep_beginning(cache, len(tokens), step)
         room = self._room(cache, len(tokens), step)
         if room is not None and step in ("prompt", "piece"):
             self._say_bounded(cache, len(tokens), room)
@@ -124,8 +126,8 @@ class PolicyEvaluation(Compacting):
         self._evaluate(cache, tokens, step, room)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """See ``llama_cpp.Llama.generate``; what it evaluates first ends the prompt. The prompt that was compacted last
-        is not evaluated again, whatever was generated behind it, unless ``kv_limit`` asked for a compaction meanwhile.
+        """See ``llama_cpp.Llama.generate``; what it evaluates first ends the prompt. It goes on from what the session
+        holds or from a checkpoint (``kv_checkpoints``), whichever saves more.
 
         Raises:
             ValueError, UnsupportedCallError, NativeError, KeyboardInterrupt, Exception: see :meth:`eval`.
@@ -140,20 +142,13 @@ class PolicyEvaluation(Compacting):
         try:
             while True:
                 # only while it runs: somebody may hold it for long, and evaluate another prompt meanwhile
-                with self._use("generate()"):
-                    if step == "prompt":
-                        self._prompt_begins(tokens if reset else [], len(tokens))
-                    before, self._kv_step = self._kv_step, step
-                    try:
-                        token = own.send(sent)
-                    except StopIteration:
-                        return
-                    except BaseException:
-                        if self._kv_cache is not None:
-                            self._align()
-                        raise
-                    finally:
-                        step, self._kv_step = self._kv_step, before
+                try:
+                    with self._use("generate()"):
+                        if step == "prompt":
+                            self._prompt_begins(tokens if reset else [], len(tokens))
+                        token, step = self._send(own, sent, step)
+                except StopIteration:
+                    return
                 sent = yield token
         finally:
             own.close()
@@ -192,8 +187,25 @@ class PolicyEvaluation(Compacting):
             check_grammar(self._model, kwargs["grammar"])
         return super()._init_sampler(*args, **kwargs)
 
+    def _send(self, own: Any, sent: Any, step: Literal["prompt", "answer"] | None) -> tuple[int, Any]:
+        """The next token of stock's generator, and what it does after it."""
+        before = self._kv_step
+        try:
+            self._kv_step = step
+            return own.send(sent), self._kv_step
+        except StopIteration:
+            raise
+        except BaseException:
+            if self._kv_cache is not None:
+                self._align()
+            raise
+        finally:
+            self._kv_step = before
+
     def _use(self, call: str) -> AbstractContextManager[None]:
         self._raise_failed()
+        if not self._kv_guard.is_inside:
+            self._kv_step = None  # left behind by a Ctrl-C while it was reset
         return self._kv_guard.use(call)
 
     def _raise_failed(self) -> None:
@@ -328,29 +340,32 @@ class PolicyEvaluation(Compacting):
     def _prompt_begins(self, tokens: Sequence[int], n_prompt: int) -> None:
         """Before ``generate`` evaluates n_prompt tokens; of ``tokens``, the first ones may be there."""
         cache, prompts = self._kv_cache, self._kv_prompts
-        n_same = n_shared(tokens, self.input_ids[: self.n_tokens])
-        n_boundary = 0 if cache is None else int(cache.kv.stats().n_boundary)
-        why = "" if n_same == 0 else why_missed(n_prompt, n_same, self.n_tokens, n_boundary, self._kv_when.changed)
-        prompts.begin(n_prompt, n_same, why)
-        if len(tokens) == n_prompt > 0:  # else it goes on behind what is there
-            self._find_messages(tokens)
         if cache is not None and self.n_tokens < self._kv_known:  # set back: the last logits are of another position
             self._requires_eval = True
+        n_same = n_shared(tokens, self.input_ids[: self.n_tokens])
+        n_boundary = 0 if cache is None else int(cache.kv.stats().n_boundary)
+        is_known = prompts.logits(n_same) is not None
+        why = why_missed(n_prompt, n_same, self.n_tokens, n_boundary, self._kv_when.changed, is_known)
+        if cache is None or len(tokens) != n_prompt or n_prompt == 0:  # stock, or behind what is there
+            prompts.begin(n_prompt, n_same, why if n_same > 0 else "")
+            return
+        n_saved, n_most, more = self._go_back(cache, tokens)
+        reasons = [why] * (n_saved < n_same - 1) + [more] * (more != "")
+        prompts.begin(n_prompt, max(n_same, n_most), "; ".join(reasons))
+        self._find_messages(tokens)
 
         # the same prompt again: below the boundary nothing can be removed, so that its last token cannot be evaluated
         # again for its logits, as stock does
-        logits = prompts.logits(n_same) if cache is not None and n_same == n_prompt == n_boundary else None
+        logits = prompts.logits(n_prompt)
         row = None if logits is None else llama_cpp.llama_get_logits_ith(self.ctx, -1)
-        if logits is None or not row:
+        if logits is None or not row or n_saved < n_prompt:
             return
         with self._aligned():
             self._requires_eval = True
-            if self._ctx.kv_cache_seq_rm(-1, n_same, -1):
-                self.n_tokens = self._kv_known = n_same
+            if self._ctx.kv_cache_seq_rm(-1, n_prompt, -1):
+                self.n_tokens = self._kv_known = n_prompt
                 ctypes.memmove(row, logits.ctypes.data, logits.nbytes)
                 self._requires_eval = False
-            else:  # not for what was compacted
-                prompts.begin(n_prompt, n_same, why_missed(n_prompt, n_same, self.n_tokens, 0, False))
 
     def _find_messages(self, tokens: Sequence[int]) -> None:
         def piece(token: int) -> bytes:
@@ -365,6 +380,7 @@ class PolicyEvaluation(Compacting):
         """Inside ``llama_decode``: a single token follows a prompt that was not compacted."""
         if self._kv_cache is not None:
             with self._kv_guard.use("llama_decode()"):
+                self._kv_taken.add("whole")  # no state is saved in there
                 self._prompt_ended(self._kv_cache)
 
     def _failed_below(self, error: BaseException) -> None:

@@ -113,6 +113,11 @@ class Guard:
         """Whether this is a child of the process that created the session."""
         return os.getpid() != self._pid
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether a thread is inside a call."""
+        return bool(self._inside)
+
     def use(self, call: str, *, reads: bool = False, closes: bool = False) -> _Use:
         """Context manager around one call.
 

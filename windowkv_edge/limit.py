@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from .budget import plain
 from .policies import KVPolicy
 
-__all__ = ["PREFILLS", "Limit", "Prefill", "check_limit", "n_asks"]
+__all__ = ["PREFILLS", "Limit", "Prefill", "check_limit", "n_asks", "n_bytes"]
 
 Prefill = Literal["exact", "bounded", "auto"]
 PREFILLS: tuple[Prefill, ...] = get_args(Prefill)
@@ -32,17 +32,25 @@ def check_limit(limit: Any) -> int | str:
         if not 1 <= limit < 2**31:
             raise ValueError(f"kv_limit is {limit} cells, expected at least 1 and less than 2^31")
         return limit
-    _n_bytes(limit)
+    n_bytes("kv_limit", limit, "for cells per head give an int")
     return limit
 
 
-def _n_bytes(text: str) -> int:
+def n_bytes(name: str, text: str, other: str) -> int:
+    """The bytes that a text such as "512MiB" means.
+
+    Args:
+        name: of the argument, for the message.
+        text: the text.
+        other: what could be given instead, for the message.
+
+    Raises:
+        ValueError: it means none.
+    """
     found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kmg]?i?b)\s*", text, re.ASCII | re.IGNORECASE)
     unit = found and _UNITS.get(found[2].lower())
     if not found or not unit:
-        raise ValueError(
-            f"kv_limit is {text!r}, expected bytes such as 512MiB or 1.5GiB; for cells per head give an int"
-        )
+        raise ValueError(f"{name} is {text!r}, expected bytes such as 512MiB or 1.5GiB; {other}")
     return int(float(found[1]) * unit)
 
 
@@ -76,7 +84,7 @@ class Limit:
             return self.given
         beside = int(stats.bytes_live) - int(stats.bytes_pool)
         # pools have free rows, a 64th of a compressed cache
-        return max(0, (_n_bytes(self.given) - beside) * 64 // (65 * int(stats.bytes_cell)))
+        return max(0, (n_bytes("kv_limit", self.given, "") - beside) * 64 // (65 * int(stats.bytes_cell)))
 
     def check(self, stats: Any, policy: KVPolicy) -> None:
         """Raise ValueError if that is less than a policy needs: twice :func:`n_asks`.

@@ -15,6 +15,7 @@ from . import _native
 from .arguments import CheckedModel, check_numbers
 from .asking import asked_text
 from .budget import check_budget, plain
+from .checkpoints import Checkpoints, check_checkpoints
 from .errors import NativeError, UnsupportedCallError
 from .guard import Closed, Guard, Interrupts, interrupt_soon
 from .pins import Range, n_pinned, system_text
@@ -73,6 +74,13 @@ class Llama(Limited):
             batch. Where a batch finds no room, what was read so far is compacted, as what is asked attends to it: the
             end of a chat's last user message, else the prompt's last tokens. They are evaluated behind it, and taken
             back; of a prompt that is evaluated by hand they are not known.
+        kv_checkpoints: host memory for states to go back to: a message that was edited, a turn that was taken back and
+            an answer that is asked for again cost the tokens that are new, where cells that were compacted, windows or
+            recurrent layers could not go back. "auto": compressed states only, together no more than four times what
+            the session itself takes at that moment. Bytes ("256MiB"): as many, and the whole cells of a prompt before
+            its compaction too, if they fit: another question about the same text costs the question. 0 or None: none.
+            The least recently used ones go first, all of them with :meth:`reset` and with another policy. Not with
+            ``logits_all=True``.
         kv_pin_system: in chats, the system prompt always stays, see :meth:`kv_pin`; where it takes more than half of
             the budget it does not, and a warning says so. Default True.
         kv_progress: called behind every batch of a prompt with two numbers of tokens: those of it that were evaluated,
@@ -115,6 +123,7 @@ class Llama(Limited):
         kv_limit: int | str | None = None,
         kv_prefill: Prefill = "auto",
         kv_progress: KVProgress | None = None,
+        kv_checkpoints: str | int | None = "auto",
         **kwargs: Any,
     ) -> None:
         if "_kv_guard" in self.__dict__:  # a second time: nothing else would free the first one's memory
@@ -137,6 +146,7 @@ class Llama(Limited):
         one_of("kv_prefill", kv_prefill, PREFILLS)
         self._kv_limit = None if kv_limit is None else Limit(check_limit(kv_limit))
         self._kv_prefill = kv_prefill
+        self._kv_checkpoints = Checkpoints(check_checkpoints(kv_checkpoints, kv_policy))
         self.kv_progress = kv_progress
         kv_min_prompt, kv_growth, kv_exact = plain(kv_min_prompt), plain(kv_growth), plain(kv_exact)
         at_least("kv_min_prompt", kv_min_prompt, 0)
@@ -160,6 +170,8 @@ class Llama(Limited):
             self._kv_given["kv_limit"] = kv_limit
         if kv_prefill != "auto":
             self._kv_given["kv_prefill"] = kv_prefill
+        if kv_checkpoints != "auto":
+            self._kv_given["kv_checkpoints"] = kv_checkpoints
 
         self._start_evaluation()
         if policy is None:
@@ -237,6 +249,7 @@ class Llama(Limited):
                 self._kv_limit.check(cache.kv.stats(), bound)
             with self._aligned():
                 self._clear()
+                self._kv_checkpoints.clear()
                 before = cache.policy, cache.bound
                 cache.set_policy(new, bound)
                 if self._kv_limit is not None:
@@ -249,7 +262,7 @@ class Llama(Limited):
     @property
     def kv_budget(self) -> float | int:
         """The budget; setting it takes effect at the next prompt's end, whatever ``kv_growth`` says. A prompt that was
-        compacted before is evaluated anew when it is asked again.
+        compacted before is evaluated anew when it is asked again, unless there is a checkpoint of it with this budget.
 
         Raises:
             TypeError, ValueError: when set, see the class.
@@ -363,8 +376,8 @@ class Llama(Limited):
         """
         with self._kv_guard.use("kv_stats()", reads=True):
             if self._kv_cache is None:
-                return KVStats.read(_native.Context(self._ctx.ctx), None, self._kv_prompts)
-            return KVStats.read(self._kv_cache.kv, self._kv_cache.name, self._kv_prompts)
+                return KVStats.read(_native.Context(self._ctx.ctx), None, self._kv_prompts, self._kv_checkpoints)
+            return KVStats.read(self._kv_cache.kv, self._kv_cache.name, self._kv_prompts, self._kv_checkpoints)
 
     def kv_positions(self, layer: int, head: int) -> npt.NDArray[np.int32]:
         """Positions that one kv head holds, ascending.
@@ -409,7 +422,7 @@ class Llama(Limited):
             return super().embed(*args, **kwargs)
 
     def reset(self) -> None:
-        """Forget the sequence; with a policy its memory is released at once.
+        """Forget the sequence and all checkpoints; with a policy the memory is released at once.
 
         Raises:
             UnsupportedCallError: the session cannot be used now (see the class); a closed one has nothing to forget.
@@ -422,6 +435,7 @@ class Llama(Limited):
             self._kv_prompts.is_open = False
             if self._kv_step is None:
                 self._kv_pins.system = self._kv_asked = None
+                self._kv_checkpoints.clear()
             if self._kv_cache is not None:
                 with self._aligned():
                     self._clear()
@@ -445,6 +459,7 @@ class Llama(Limited):
         self._kv_guard.closed = True
         if self._kv_cache is not None:
             self._kv_cache.kv.close()
+            self._kv_checkpoints.clear()
         super().close()
         # their memory is gone, and stock's methods would read it
         gone: Any = Closed()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Prompts", "Step", "n_shared", "why_missed"]
+__all__ = ["Prompts", "Step", "n_common", "n_reused", "n_shared", "why_missed"]
 
 Step = Literal["prompt", "answer", "piece"] | None
 """What is evaluated: by ``generate`` its prompt or what it generated, by hand several tokens or (None) one."""
@@ -21,7 +21,33 @@ def n_shared(tokens: Sequence[int], cached: npt.NDArray[np.intc]) -> int:
     return n if same.all() else int(same.argmin())
 
 
-def why_missed(n_prompt: int, n_same: int, n_past: int, n_boundary: int, budget_changed: bool) -> str:
+def n_common(tokens: npt.NDArray[np.intc], prompt: npt.NDArray[np.intc]) -> int:
+    """The same of two arrays."""
+    n = min(len(tokens), len(prompt))
+    differ = np.flatnonzero(tokens[:n] != prompt[:n])
+    return int(differ[0]) if differ.size else n
+
+
+def n_reused(
+    held: npt.NDArray[np.intc], removable: int, prompt: npt.NDArray[np.intc], known: Container[int] = ()
+) -> int:
+    """Tokens of a prompt that need not be evaluated by a session.
+
+    Args:
+        held: the tokens that it holds.
+        removable: positions from here on can be removed from it.
+        prompt: the prompt.
+        known: numbers of its first tokens behind which it has the logits.
+    """
+    n = n_common(held, prompt)
+    if n == len(prompt) and n not in known:
+        n -= 1  # one is evaluated for its logits
+    return n if n >= removable else 0
+
+
+def why_missed(
+    n_prompt: int, n_same: int, n_past: int, n_boundary: int, budget_changed: bool, is_known: bool = False
+) -> str:
     """In words why a prompt cannot continue the cache behind the tokens that they share.
 
     Args:
@@ -30,24 +56,27 @@ def why_missed(n_prompt: int, n_same: int, n_past: int, n_boundary: int, budget_
         n_past: positions in the cache.
         n_boundary: positions below this one were compacted.
         budget_changed: ``kv_budget`` is another one since the last compaction.
+        is_known: of the whole prompt the logits are there, so that nothing of it would have to be evaluated.
     """
     is_same = n_same == n_prompt
     where = f"the prompt {'ends' if is_same else 'differs'} at token {n_same} of {n_prompt}"
     if is_same and budget_changed and n_boundary > 0:
         return f"kv_budget was changed since the first {n_boundary} positions were compacted"
-    if n_same - is_same < n_boundary:
+    if n_same - (is_same and not is_known) < n_boundary:
         return f"{where}, and positions below {n_boundary} were compacted"
     return f"{where}, and the window or recurrent layers moved on to {n_past} and cannot go back that far"
 
 
 class Prompts:
-    """Counts, and the logits of the last compacted prompt's last token: with them the same prompt needs no evaluation.
+    """Counts, and the logits of prompts' last tokens: with them the same prompt needs no evaluation.
 
     Attributes:
         is_open: tokens were evaluated by hand, in one call or several, and nothing was sampled behind them yet.
         n_evaluated, n_reused: tokens of all prompts.
         n_evaluated_last, n_reused_last: of the last one.
         miss: why tokens that the last prompt shared with the cache were evaluated again, "" if none were.
+        kept: logits, float32 [n_vocab], by the number of positions in front of them: of the last prompt, and of the
+            one that was compacted last. Nobody writes to them.
     """
 
     def __init__(self) -> None:
@@ -58,8 +87,7 @@ class Prompts:
         self._n_prompt = self._n_same = 0
         self._start = 0  # position of the first of the pieces
         self._why = ""
-        self._at = 0
-        self._logits: npt.NDArray[np.float32] | None = None
+        self.kept: dict[int, npt.NDArray[np.float32]] = {}
 
     #
     # counts
@@ -108,16 +136,15 @@ class Prompts:
     # logits
     #
 
-    def keep(self, n_tokens: int, logits: npt.NDArray[np.float32]) -> None:
-        """Keep a copy of the logits behind n_tokens positions, float32 [n_vocab]."""
-        self._logits, self._at = None, n_tokens
-        self._logits = logits.copy()
+    def keep(self, n_tokens: int, logits: npt.NDArray[np.float32], n_boundary: int) -> None:
+        """Keep a copy of the logits behind n_tokens positions, float32 [n_vocab], and those behind the boundary."""
+        self.kept = {at: own for at, own in self.kept.items() if at == n_boundary}
+        self.kept = {**self.kept, n_tokens: logits.copy()}
 
     def logits(self, n_tokens: int) -> npt.NDArray[np.float32] | None:
         """Those that :meth:`keep` kept behind so many positions."""
-        return self._logits if self._at == n_tokens else None
+        return self.kept.get(n_tokens)
 
     def changed(self, n_tokens: int) -> None:
         """The cache forgets the positions from n_tokens on."""
-        if n_tokens < self._at:
-            self._logits, self._at = None, 0
+        self.kept = {at: own for at, own in self.kept.items() if at <= n_tokens}

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 import llama_cpp
 import numpy as np
 
 from ._memory import share_on_devices, usable_memory
 from .errors import UnsupportedCallError
+from .going_back import GoingBack
 from .limit import Limit, Prefill, n_asks
 from .pins import Pins, Range
 from .policies import Task
-from .prompts import Prompts, Step
-from .session import AfterPrompt, PolicyCache
+from .prompts import Step
+from .session import PolicyCache
 from .task import prompt_task
 
 __all__ = ["Compacting"]
@@ -23,17 +25,12 @@ WORTH_ASKING = 16 << 20
 """Bytes of cells below which nobody asks how much memory is free."""
 
 
-class Compacting(llama_cpp.Llama):
+class Compacting(GoingBack):
     """The part of :class:`windowkv_edge.Llama` that compacts; nothing here is called from outside of the package."""
 
-    _kv_when: AfterPrompt
-    _kv_limit: Limit | None
     _kv_prefill: Prefill
-    _kv_prompts: Prompts
     _kv_pins: Pins
     _kv_asked: Range | None
-    _kv_known: int
-    _kv_settled: bool
 
     def _task(self, cache: PolicyCache, asks: Sequence[int] = ()) -> Task:
         if not cache.policy.needs_task:
@@ -60,7 +57,7 @@ class Compacting(llama_cpp.Llama):
             return None
         n_least, n_past = 2 * n_asks(cache.bound), self.n_tokens + n_tokens
         if self._kv_prefill == "bounded":
-            granted = self._kv_when.granted(n_past, cache.n_cells(self._kv_when.budget, n_past), self._kv_settled)
+            granted = self._kv_when.granted(n_past, cache.n_cells(self._kv_when.budget, n_tokens), self._kv_settled)
             rooms = [n for n in (limit, None if granted is None else max(granted, n_least)) if n is not None]
             return min(rooms, default=None)
         return limit if limit is not None else self._room_in_memory(cache, n_tokens, n_least)
@@ -93,11 +90,13 @@ class Compacting(llama_cpp.Llama):
         n_held = float(kv.cells().mean())
         if step not in ("prompt", "piece"):
             if n_held + n > room:
+                self._keep_before(cache, step)
                 self._shrink(cache, room - max(n, Limit.slack(room)))
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
             room -= len(asks) if n < len(tokens) else 0  # they need room behind this batch, as often as they observe
             if n_held > room:
+                self._keep_before(cache, step)
                 self._observe(cache, asks)
                 # small batches are not worth a compaction each
                 self._shrink(cache, room - max(0, Limit.slack(room) - self.n_batch), asks)
@@ -148,6 +147,7 @@ class Compacting(llama_cpp.Llama):
     def _end_prompt(self, cache: PolicyCache) -> None:
         self._prompt_ended(cache)
         self._keep_logits(cache)
+        self._keep_end(cache)
 
     def _prompt_ended(self, cache: PolicyCache) -> None:
         """Compact if the cache says that it is time; either way the prompt's last queries stay observed."""
@@ -164,6 +164,7 @@ class Compacting(llama_cpp.Llama):
         if not is_due:
             cache.kv.prompt_done()
             return
+        self._keep_before(cache, "prompt")
         try:
             self._compact(cache, n_cells)
         except BaseException:
@@ -179,10 +180,12 @@ class Compacting(llama_cpp.Llama):
         cache.compact(n_cells, self._task(cache, asks))
 
     def _keep_logits(self, cache: PolicyCache) -> None:
-        """Those of the last position, if it ends what was compacted and they are known."""
+        """Those of the last position, if they are known; without memory for them the prompt is evaluated again."""
         stats = cache.kv.stats()
-        if self._requires_eval or not stats.n_boundary == stats.n_past == self.n_tokens == self._kv_known:
+        if self._requires_eval or not int(stats.n_past) == self.n_tokens == self._kv_known:
             return
         row = llama_cpp.llama_get_logits_ith(self.ctx, -1)
         if row:
-            self._kv_prompts.keep(self.n_tokens, np.ctypeslib.as_array(row, shape=(self._n_vocab,)))
+            logits = np.ctypeslib.as_array(row, shape=(self._n_vocab,))
+            with suppress(MemoryError):
+                self._kv_prompts.keep(self.n_tokens, logits, int(stats.n_boundary))

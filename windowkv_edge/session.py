@@ -201,11 +201,11 @@ class PolicyCache:
                 self.kv.set_observed(n_observed(self.policy))
             raise
 
-    def n_cells(self, budget: float | int, n_past: int | None = None) -> int:
-        """Cells per (layer, kv head) that a budget stands for: now, or with n_past positions."""
+    def n_cells(self, budget: float | int, n_more: int = 0) -> int:
+        """Cells per (layer, kv head) that a budget stands for now, or with n_more positions."""
         stats = self.kv.stats()
         types = () if self.policy.cells is None else cell_types(stats)
-        return n_cells(budget, int(stats.n_past) if n_past is None else n_past, *types)
+        return n_cells(budget, int(stats.n_past) + n_more, *types)
 
     def compact(self, n_cells: int, task: Task = "localization", policy: KVPolicy | None = None) -> int:
         """Evict all but the cells that a policy chooses.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -19,17 +18,17 @@ import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 
-from . import _native, state_files
+from . import state_files
 from ._files import open_regular
 from .budget import check_budget
 from .errors import FormatError, NativeError, UnsupportedCallError
 from .evaluation import PolicyEvaluation
-from .guard import Interrupts
+from .native_state import get_state, refusal, set_state
 from .policies import KVPolicy
-from .prompts import n_shared
+from .prompts import n_common, n_reused
 from .state_files import SavedSession
 
-__all__ = ["SavedState", "SavedStates", "model_id", "n_reused", "policy_text"]
+__all__ = ["SavedState", "SavedStates", "model_id", "policy_text"]
 
 Tokens = npt.NDArray[np.intc]
 
@@ -112,31 +111,6 @@ def model_id(llm: Any) -> str:
             file.seek(max(0, n_bytes - N_SAMPLE) * i // (N_SAMPLES - 1))
             digest.update(file.read(N_SAMPLE))
     return digest.hexdigest()
-
-
-def n_reused(held: Tokens, removable: int, prompt: Tokens, *, is_live: bool = False) -> int:
-    """Tokens of a prompt that need not be evaluated by a session.
-
-    Args:
-        held: the tokens that it holds.
-        removable: positions from here on can be removed from it.
-        prompt: the prompt.
-        is_live: it has logits of its last token.
-    """
-    n = _common(held, prompt)
-    if n == len(prompt) and not (is_live and len(held) == n):
-        n -= 1  # one is evaluated for its logits
-    return n if n >= removable else 0
-
-
-def _refusal(what: str) -> Exception:
-    if not (reason := _native.last_error()):  # before the memory was asked; the model is known to be the same
-        return NativeError(f"{what}: host memory ran out, or what llama.cpp's log says (verbose=True)")
-    return (NativeError if _native.out_of_memory() else UnsupportedCallError)(f"{what}: {reason}")
-
-
-def _pointer(data: npt.NDArray[np.uint8]) -> Any:
-    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _head(data: npt.NDArray[np.uint8]) -> tuple[bytes, int]:
@@ -297,10 +271,7 @@ class SavedStates(PolicyEvaluation):
         with self._use("load_state()"):
             own = self._need_cache("load_state()")
             tokens = np.array(prompt, dtype=np.intc)
-            n_same = n_shared(prompt, self.input_ids[: self.n_tokens])
-            if n_same == len(prompt) and self._kv_prompts.logits(n_same) is not None:
-                return False  # nothing of it is evaluated
-            best = n_reused(self._input_ids, own.kv.removable(), tokens, is_live=not self._requires_eval)
+            best = max(self._n_live(own, tokens), self._n_kept(tokens))
             if (found := _best_of(cache, tokens, best, lambda state: self._saves(state, tokens))) is None:
                 return False
             self.load_state(found)
@@ -328,7 +299,7 @@ class SavedStates(PolicyEvaluation):
                 "evaluate the prompt again"
             )
         try:
-            native = self._native_state(call)
+            native = get_state(self._ctx.ctx, call)
             tokens = np.array(self.input_ids[: self.n_tokens], dtype=np.intc)
             rows = self.n_tokens if self._logits_all else 0
             scores = np.array(self.scores[:rows], dtype=np.single)
@@ -339,17 +310,6 @@ class SavedStates(PolicyEvaluation):
             "n_past": n_past, "removable": cache.kv.removable(), "noted": self._kv_noted(),
         }  # fmt: skip
         return SavedSession(tokens, scores, int(self._seed), native, session, {})
-
-    def _native_state(self, call: str) -> npt.NDArray[np.uint8]:
-        _native.clear_error()
-        with Interrupts():
-            size = int(llama_cpp.llama_state_get_size(self._ctx.ctx))
-            if size == 0:
-                raise _refusal(call)
-            data = np.empty(size, dtype=np.uint8)
-            if llama_cpp.llama_state_get_data(self._ctx.ctx, _pointer(data), size) != size:
-                raise _refusal(call)
-        return data
 
     def _misfit(self, session: Mapping[str, Any], n_tokens: int, scores: npt.NDArray[np.single]) -> str | None:
         """Why a saved session is not one for this model, policy and context; None if it is."""
@@ -389,12 +349,10 @@ class SavedStates(PolicyEvaluation):
 
         is_refused = False
         try:
-            _native.clear_error()
-            with Interrupts():
-                n_read = int(llama_cpp.llama_state_set_data(self._ctx.ctx, _pointer(saved.native), saved.native.size))
+            n_read = set_state(self._ctx.ctx, saved.native)
             is_refused = n_read == 0
             if is_refused:
-                raise _refusal(call)
+                raise refusal(call)
             if n_read != saved.native.size:
                 raise FormatError(
                     f"{call}: {n_read:,} of its {saved.native.size:,} bytes are cells; the session is empty"
@@ -459,11 +417,5 @@ def _best_of(cache: Any, prompt: Tokens, n: int, saves: Callable[[Any], int]) ->
     return found
 
 
-def _common(tokens: Tokens, prompt: Tokens) -> int:
-    n = min(len(tokens), len(prompt))
-    differ = np.flatnonzero(tokens[:n] != prompt[:n])
-    return int(differ[0]) if differ.size else n
-
-
 def _n_common(key: Sequence[int], prompt: Tokens) -> int:
-    return _common(np.array(key, dtype=np.intc), prompt)
+    return n_common(np.array(key, dtype=np.intc), prompt)

@@ -12,6 +12,7 @@ from .budget import TYPES
 
 if TYPE_CHECKING:
     from ._native import Context
+    from .checkpoints import Checkpoints
     from .prompts import Prompts
 
 __all__ = ["KVStats", "cell_types"]
@@ -48,7 +49,10 @@ class KVStats:
         n_evaluated, n_reused: tokens of all prompts since the session was created: those that were evaluated, and those
             that the cache held already.
         n_evaluated_last, n_reused_last: the same of the last prompt.
-        miss: why tokens that the last prompt shared with the cache had to be evaluated again, in words; "" if none had.
+        miss: why tokens of the last prompt that had been read before had to be evaluated again, in words, and the bytes
+            of ``kv_checkpoints`` that would have kept them; "" if none had.
+        n_checkpoints: states that the session can go back to.
+        bytes_checkpoints: their bytes, in host memory; part of nothing else.
     """
 
     policy: str
@@ -69,9 +73,11 @@ class KVStats:
     n_evaluated_last: int = 0
     n_reused_last: int = 0
     miss: str = ""
+    n_checkpoints: int = 0
+    bytes_checkpoints: int = 0
 
     @classmethod
-    def read(cls, ctx: Context, policy: str | None, prompts: Prompts) -> KVStats:
+    def read(cls, ctx: Context, policy: str | None, prompts: Prompts, checkpoints: Checkpoints) -> KVStats:
         """What a context holds now; policy is None if the context was created without one.
 
         Raises:
@@ -101,16 +107,20 @@ class KVStats:
             n_evaluated_last=prompts.n_evaluated_last,
             n_reused_last=prompts.n_reused_last,
             miss=prompts.miss,
+            n_checkpoints=len(checkpoints.held),
+            bytes_checkpoints=checkpoints.n_bytes,
         )
 
     def __str__(self) -> str:
         low, high = self.cells.min(initial=self.n_past), self.cells.max(initial=0)
         spread = f"{high}" if low >= high else f"{low} to {high}, {self.cells.mean():.1f} on average"
         other = f"{self.bytes_other / 2**20:.1f} MiB in window and recurrent layers, " if self.bytes_other else ""
+        n_mib = self.bytes_checkpoints / 2**20
+        checkpoints = f"{n_mib:.1f} MiB in {self.n_checkpoints} checkpoints, " if self.n_checkpoints else ""
         return (
             f"{self.policy}: {spread} cells per head for {self.n_past} positions, "
             f"{self.bytes_live / 2**20:.1f} MiB live ({self.bytes_full / 2**20:.1f} MiB in stock llama.cpp), "
-            f"{self.bytes_peak / 2**20:.1f} MiB at peak, {other}{self.n_compactions} compactions, "
+            f"{self.bytes_peak / 2**20:.1f} MiB at peak, {other}{checkpoints}{self.n_compactions} compactions, "
             f"the last in {self.t_score_ms + self.t_compact_ms:.0f} ms, "
             f"{self.n_reused_last} of {self.n_reused_last + self.n_evaluated_last} tokens of the last prompt reused"
             + (f" ({self.miss})" if self.miss else "")

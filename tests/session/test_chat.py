@@ -59,8 +59,8 @@ def test_chat_refuses(args: list[str]) -> None:
 def test_a_scripted_chat(smollm2: Path, short_text: Path) -> None:
     lines = [
         "Say hello.", "/stats", f"/file {short_text}", QUESTION, "/stats", "/policy", "/policy lru", "/policy snapkv 0.25",
-        "And the miller?", "/stats", "/frobnicate", "/help", "/reset", "/stats", "/file nowhere.txt", "/file", "/quit",
-        "not read",
+        "And the miller?", "/stats", "/frobnicate", "/help", "Go on.", "/regenerate", "/stats", "/edit Who is the miller?",
+        "/stats", "/undo", "/reset", "/stats", "/file nowhere.txt", "/file", "/quit", "not read",
     ]  # fmt: skip
     options = ["--ctx", "1024", "--threads", "2", "--temperature", "0", "--max-tokens", "12", "--budget", "20%"]
     command = [sys.executable, "-m", "windowkv_edge.cli", "chat", str(smollm2), *options]
@@ -70,7 +70,7 @@ def test_a_scripted_chat(smollm2: Path, short_text: Path) -> None:
     parts = result.stdout.split("\n> ")[1:]
     assert len(parts) == len(lines) - 1
     said = dict(zip(lines, parts, strict=False))
-    first, second, third, fourth = (part for part in parts if part.startswith("/stats"))
+    first, second, third, again, edited, last = (part for part in parts if part.startswith("/stats"))
 
     assert "ms per token" in said["Say hello."]
     assert "auto, budget 0.2" in first
@@ -87,7 +87,12 @@ def test_a_scripted_chat(smollm2: Path, short_text: Path) -> None:
     assert int(row(third, "positions seen").split()[0]) > int(row(second, "positions seen").split()[0])
     assert "unknown command /frobnicate" in said["/frobnicate"]
     assert "/policy" in said["/help"]
-    assert row(fourth, "positions seen").startswith("0 of")
+    assert row(again, "of the last prompt").startswith("0 evaluated")
+    assert said["/regenerate"].split("\n")[1] == said["Go on."].split("\n")[1]  # at temperature 0
+    assert 0 < int(row(edited, "of the last prompt").split()[0]) < 24
+    assert row(edited, "states to go back to").endswith("MiB of host memory")
+    assert "are forgotten" in said["/undo"]
+    assert row(last, "positions seen").startswith("0 of")
     assert "No such file" in said["/file nowhere.txt"]
     assert "expected /file PATH" in said["/file"]
 
@@ -114,6 +119,7 @@ class FakeLlama:
         self.n_tokens = 0
         self.n_resets = 0
         self.prompts: list[Any] = []
+        self.kv_progress: Any = None
 
     def create_chat_completion(self, messages: list[dict[str, str]], **_: Any) -> Iterator[dict[str, Any]]:
         self.prompts.append([dict(message) for message in messages])
@@ -206,6 +212,46 @@ def test_the_loop_hints_at_quit_and_ends_with_the_input() -> None:
     assert len(chat.messages) == 2
     assert "/quit or Ctrl-D leaves" in out.getvalue()
     assert "unknown command /nope" in out.getvalue()
+
+
+def test_going_back_in_a_conversation() -> None:
+    """Another answer, another question behind the same files, a turn less."""
+    chat, out = talk(["ok"])
+    for line, words in (
+        ("/regenerate", "/regenerate: nothing was said yet"), ("/edit x", "/edit: nothing was said yet"),
+        ("/undo", "/undo: nothing was said yet"), ("/edit", "expected /edit TEXT"),
+    ):  # fmt: skip
+        assert chat.command(line) and words in out.getvalue()
+    chat.attached = ["a file", "another"]
+    chat.say("Hi")
+    chat.attached = ["for later"]
+    chat.say("And?")
+    chat.command("/undo")
+    assert [m["content"] for m in chat.messages] == ["a file\n\nanother\n\nHi", "ok"]
+    assert "taken back" not in out.getvalue() and "are forgotten" in out.getvalue()
+    chat.command("/edit Hello  there")
+    first = {"role": "user", "content": "a file\n\nanother\n\nHello  there"}
+    assert chat.messages == [first, {"role": "assistant", "content": "ok"}] and chat.typed == ["Hello  there"]
+    chat.llm.pieces = ["other"]  # type: ignore[attr-defined]
+    chat.command("/regenerate")
+    assert chat.messages == [first, {"role": "assistant", "content": "other"}]
+    assert chat.llm.prompts[-1] == [first]  # type: ignore[attr-defined]
+    chat.command("/undo")
+    assert chat.messages == [] and chat.typed == []
+
+
+@pytest.mark.parametrize("command", ["/regenerate", "/edit Again"])
+def test_going_back_without_an_answer(command: str) -> None:
+    """The conversation stays what it was."""
+    chat, out = talk(["ok"])
+    chat.attached = ["a file"]
+    chat.say("Hi")
+    before = [dict(message) for message in chat.messages], list(chat.typed)
+    for pieces, words in ((["^C"], "stopped before the reply began"), ([ValueError("no")], "was not answered")):
+        chat.llm.pieces = pieces  # type: ignore[attr-defined]
+        chat.command(command)
+        assert (chat.messages, chat.typed) == before
+        assert f"{words}" in out.getvalue() and "the conversation stays as it was" in out.getvalue()
 
 
 def test_models_without_a_template_get_plain_lines() -> None:

@@ -18,12 +18,11 @@ import windowkv_edge
 from windowkv_edge import KVPolicy, Llama, NativeError, SnapKV, StreamingLLM, UnsupportedCallError, _native
 
 FOLDER = Path(windowkv_edge.__file__).parent
-FILES = frozenset(
-    str(FOLDER / f"{name}.py")
-    for name in (
-        "llama", "limited", "evaluation", "room", "progress", "session", "compaction", "guard", "_native", "stats", "states"
-    )
+NAMES = (
+    "llama", "limited", "evaluation", "room", "progress", "going_back", "checkpoints", "native_state", "session", "compaction", "guard", "_native", "stats",
+    "states",
 )  # fmt: skip
+FILES = frozenset(str(FOLDER / f"{name}.py") for name in NAMES)
 
 PROMPTS = np.random.default_rng(5).integers(0, tiny_model.N_VOCAB, (2, 48))
 PROMPTS[:, 0] = 1, 2  # no common beginning
@@ -191,6 +190,27 @@ def test_a_session_within_a_limit_goes_on(model: Path) -> None:
         llm.reset()
         assert (answer(llm, SECOND, 3), positions(llm)) == want, at
 
+    every_line(prepare, check)
+    llm.close()
+
+
+def test_going_back(model: Path) -> None:
+    """To a checkpoint: the session is there, or empty, or where it was."""
+    llm, edited = opened(model, SnapKV(window_size=4)), [*SECOND, *FIRST[12:24]]
+
+    def prepare() -> Callable[[], object]:
+        llm.reset()
+        answer(llm, SECOND)
+        answer(llm, [*SECOND, *FIRST[:12]])
+        assert llm._n_kept(np.array(edited)) == 48 and llm.kv_stats().n_compactions > 1
+        return lambda: answer(llm, edited)
+
+    def check(at: str) -> None:
+        assert llm.n_tokens == llm.kv_stats().n_past, at
+        got.append((answer(llm, edited, 4), positions(llm)))
+        assert got[-1] == got[0], at
+
+    got: list[object] = []
     every_line(prepare, check)
     llm.close()
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
-import numpy.typing as npt
 import pytest
 import tiny_model
+from kinds import WRITERS, logits
 from scripted import OTHERS, TOKENS, Script, answer, once
 
 from windowkv_edge import POLICIES, HeadScores, KVPolicy, Llama, _native, get_policy
@@ -21,23 +20,6 @@ Open = Callable[..., Llama]
 
 LIMIT, BATCH = 160, 32
 LONG = np.random.default_rng(3).integers(0, tiny_model.N_VOCAB, 1500).tolist()
-
-WRITERS = {
-    "llama": tiny_model.write_llama,
-    "gpt-oss": tiny_model.write_gpt_oss,
-    "lfm2": tiny_model.write_lfm2,
-    "granite": tiny_model.write_granite_hybrid,
-}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("limit")
-    return {name: write(folder / f"{name}.gguf") for name, write in WRITERS.items()}
-
-
-def logits(llm: Llama) -> npt.NDArray[np.float32]:
-    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
 
 
 def n_held(llm: Llama) -> float:

@@ -15,16 +15,17 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-import numpy.typing as npt
 import pytest
 import tiny_model
+from kinds import WRITERS, logits
 from scripted import OTHERS, TOKENS, Script, answer, positions
 from test_full_disk import room
 
 from windowkv_edge import POLICIES, HeadScores, Llama, NativeError, UnsupportedCallError, _native, state_files
 from windowkv_edge._files import FileError
 from windowkv_edge.errors import FormatError
-from windowkv_edge.states import n_reused, policy_text
+from windowkv_edge.prompts import n_reused
+from windowkv_edge.states import policy_text
 
 Open = Callable[..., Llama]
 
@@ -32,18 +33,6 @@ SMALL: dict[str, Any] = {"n_ctx": 1024, "n_batch": 512, "n_ubatch": 64, "n_threa
 BUDGET = 40
 
 SCORES = HeadScores({kind: np.random.default_rng(0).random((4, 4)) for kind in ("r", "r2")})
-KINDS: dict[str, Any] = {
-    "llama": tiny_model.write_llama,
-    "windows": tiny_model.write_gpt_oss,
-    "recurrent": tiny_model.write_granite_hybrid,
-    "convolutions": tiny_model.write_lfm2,
-}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("states")
-    return {kind: write(folder / f"{kind}.gguf") for kind, write in KINDS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +46,6 @@ def pair(models: dict[str, Path]) -> Iterator[tuple[Llama, Llama]]:
 
 def make(model: Path, **kwargs: Any) -> Llama:
     return Llama(str(model), **{**SMALL, "verbose": False, "kv_policy": "snapkv", "kv_budget": BUDGET, **kwargs})
-
-
-def logits(llm: Llama) -> npt.NDArray[np.float32]:
-    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
 
 
 def answering(llm: Llama, tokens: list[int] = TOKENS) -> Llama:
@@ -102,7 +87,7 @@ def policy(name: str, kind: str) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((name, "llama") for name in POLICIES), *((name, kind) for name in ("windowkv", "adakv", "h2o") for kind in KINDS if kind != "llama")],
+    [*((name, "llama") for name in POLICIES), *((name, kind) for name in ("windowkv", "adakv", "h2o") for kind in WRITERS if kind != "llama")],
 )  # fmt: skip
 def test_a_session_goes_on_bit_for_bit(models: dict[str, Path], opened: Open, tmp_path: Path, name: str, kind: str) -> None:
     own = policy(name, kind)
@@ -213,7 +198,7 @@ def test_a_state_of_something_else_is_refused(
         ({"type_k": 8, "type_v": 8}, "type of K is 1, expected 8"),
         ({"rope_freq_base": 5000.0}, "RoPE"),
         ({"model": tmp_path / "seed.gguf"}, "another model"),
-        ({"model": models["recurrent"]}, "another model"),
+        ({"model": models["granite"]}, "another model"),
     ):
         model = changes.pop("model", models["llama"])
         into = make(model, **changes)
@@ -263,20 +248,22 @@ def test_context_that_others_cleared(pair: tuple[Llama, Llama]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("held", "removable", "prompt", "is_live", "n"),
+    ("held", "removable", "prompt", "known", "n"),
     [
-        ([1, 2, 3], 3, [1, 2, 3, 4], False, 3),
-        ([1, 2, 3], 3, [1, 2, 4, 4], False, 0),  # what was compacted cannot go back
-        ([1, 2, 3], 2, [1, 2, 4, 4], False, 2),
-        ([1, 2, 3], 3, [1, 2, 3], False, 0),  # one would have to be evaluated again
-        ([1, 2, 3], 3, [1, 2, 3], True, 3),
-        ([1, 2, 3], 2, [1, 2, 3], False, 2),
-        ([], 0, [1], False, 0),
+        ([1, 2, 3], 3, [1, 2, 3, 4], (), 3),
+        ([1, 2, 3], 3, [1, 2, 4, 4], (), 0),  # what was compacted cannot go back
+        ([1, 2, 3], 2, [1, 2, 4, 4], (), 2),
+        ([1, 2, 3], 3, [1, 2, 3], (), 0),  # one would have to be evaluated again
+        ([1, 2, 3], 3, [1, 2, 3], {3}, 3),
+        ([1, 2, 3], 2, [1, 2, 3], (), 2),
+        ([1, 2, 3], 2, [1, 2], {2}, 2),
+        ([1, 2, 3], 2, [1, 2], {3}, 0),
+        ([], 0, [1], (), 0),
     ],
 )
-def test_what_a_state_saves(held: list[int], removable: int, prompt: list[int], is_live: bool, n: int) -> None:
+def test_what_a_state_saves(held: list[int], removable: int, prompt: list[int], known: Any, n: int) -> None:
     ids = [np.array(tokens, dtype=np.intc) for tokens in (held, prompt)]
-    assert n_reused(ids[0], removable, ids[1], is_live=is_live) == n
+    assert n_reused(ids[0], removable, ids[1], known) == n
 
 
 class Counted(Llama):
@@ -576,7 +563,7 @@ def test_no_memory(pair: tuple[Llama, Llama], saved: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator stands on glibc")
-@pytest.mark.parametrize("kind", ["llama", "windows", "convolutions"])
+@pytest.mark.parametrize("kind", ["llama", "gpt-oss", "lfm2"])
 def test_every_allocation_of_a_save_and_a_load_fails(
     models: dict[str, Path], native_tests: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -23,7 +23,18 @@ from windowkv_edge._files import check_output, open_own
 from windowkv_edge._text import for_markup, for_terminal
 
 from .bars import prompt_bar
-from .common import CLIError, load, mib, open_model, parse_budget, parse_limit, parse_policy, read_text, reports_errors
+from .common import (
+    CLIError,
+    load,
+    mib,
+    open_model,
+    parse_budget,
+    parse_checkpoints,
+    parse_limit,
+    parse_policy,
+    read_text,
+    reports_errors,
+)
 from .reading import cells_text, how_read, why_too_long
 
 __all__ = ["Chat", "chat"]
@@ -50,6 +61,9 @@ def chat(
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a reply at most.")] = 512,
+    checkpoints: Annotated[
+        str, typer.Option(help="Host memory for /edit, /undo and /regenerate: auto, bytes (256MiB), or 0.")
+    ] = "auto",
     session: Annotated[
         Path | None,
         typer.Option(help="Go on from this file, if it is there, and save the conversation to it at the end."),
@@ -57,7 +71,7 @@ def chat(
 ) -> None:
     """Chat with a model. /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves."""
     kv_policy, kv_budget = parse_policy(policy), None if budget is None else parse_budget(budget)
-    kv_limit = None if limit is None else parse_limit(limit)
+    kv_limit, kv_checkpoints = None if limit is None else parse_limit(limit), parse_checkpoints(checkpoints)
     if session is not None:
         check_output(session, "--session")
     info = open_model(model)
@@ -66,7 +80,7 @@ def chat(
         lowered = f"{info.path.name} was trained on {info.n_ctx_train:,} positions; --ctx is lowered to that"
         typer.echo(for_terminal(lowered), err=True)
         ctx = info.n_ctx_train
-    llm = load(Llama, info, ctx, threads, kv_policy, kv_budget, kv_limit)
+    llm = load(Llama, info, ctx, threads, kv_policy, kv_budget, kv_limit, kv_checkpoints=kv_checkpoints)
     try:
         talk = Chat(llm, console, system=system, temperature=temperature, max_tokens=max_tokens, session=session)
         within = "" if limit is None else f" within {limit}"
@@ -114,6 +128,7 @@ class Chat:
         self.has_template = "tokenizer.chat_template" in llm.metadata
         self.attached: list[str] = []
         self.messages: list[Message] = []
+        self.typed: list[str] = []  # the messages of the user, without the files in front of them
         self._forget()
 
     def run(self, read: Callable[[], str]) -> None:
@@ -137,25 +152,39 @@ class Chat:
 
     def say(self, text: str) -> None:
         """Send a message with the attached files, print the reply as it comes, keep both."""
-        n_before = len(self.messages)
-        self.messages.append({"role": "user", "content": "\n\n".join([*self.attached, text])})
         attached, self.attached = self.attached, []
+        message = {"role": "user", "content": "\n\n".join([*attached, text])}
+        if self._answer([*self.messages, message], [*self.typed, text], "the message is dropped"):
+            self.attached = attached
+
+    def _answer(self, messages: list[Message], typed: list[str], otherwise: str) -> bool:
+        """Make this the conversation, and add the reply to it. Without a reply it stays what it was.
+
+        Args:
+            messages: the last one is the user's.
+            typed: see there.
+            otherwise: what to say of the message where it gets no reply.
+
+        Returns:
+            Whether Ctrl-C came before the reply.
+        """
+        before, self.messages, self.typed = (self.messages, self.typed), messages, typed
         try:
             reply, interrupted = self._reply()
         except Exception as error:  # chat templates raise what they like
-            del self.messages[n_before:]
+            self.messages, self.typed = before
             if not isinstance(error, ValueError):  # an evaluation may have failed half-way
                 self.llm.reset()
-            self.note(f"the message was not answered and is dropped: {self._explain(error)}")
-            return
+            self.note(f"the message was not answered, {otherwise}: {self._explain(error)}")
+            return False
         if interrupted and not reply:
-            del self.messages[n_before:]
-            self.attached = attached
-            self.note("stopped before the reply began; the message is dropped")
-            return
-        self.messages.append({"role": "assistant", "content": reply})
+            self.messages, self.typed = before
+            self.note(f"stopped before the reply began; {otherwise}")
+            return True
+        self.messages = [*messages, {"role": "assistant", "content": reply}]
         if interrupted:
             self.note("stopped; the reply so far stays in the conversation")
+        return False
 
     def _reply(self) -> tuple[str, bool]:
         """The reply, printed while it comes, and whether Ctrl-C stopped it."""
@@ -220,8 +249,9 @@ class Chat:
         if name == "quit":
             return False
         commands = {
-            "stats": self.stats, "reset": self.reset, "policy": self.policy, "limit": self.limit, "file": self.file,
-            "save": self.save, "load": self.load, "help": self.help,
+            "regenerate": self.regenerate, "edit": self.edit, "undo": self.undo, "stats": self.stats,
+            "reset": self.reset, "policy": self.policy, "limit": self.limit, "file": self.file, "save": self.save,
+            "load": self.load, "help": self.help,
         }  # fmt: skip
         if name not in commands:
             self.note(f"unknown command /{name}, expected one of {', '.join(COMMANDS)}")
@@ -232,6 +262,33 @@ class Chat:
             self.note(str(error))
         return True
 
+    def regenerate(self, _: str) -> None:
+        """Another answer to the last message."""
+        last = self._last_question("/regenerate")
+        self._answer(self.messages[: last + 1], self.typed, "the conversation stays as it was")
+
+    def edit(self, argument: str) -> None:
+        """Say something else instead of the last message, behind the same files, and get an answer to that."""
+        if not argument:
+            raise CLIError("/edit without a text, expected /edit TEXT")
+        last = self._last_question("/edit")
+        files = self.messages[last]["content"].removesuffix(self.typed[-1])
+        message = {"role": "user", "content": files + argument}
+        self._answer([*self.messages[:last], message], [*self.typed[:-1], argument], "the conversation stays as it was")
+
+    def undo(self, _: str) -> None:
+        """Take the last message and its answer back."""
+        last = self._last_question("/undo")
+        self.messages, self.typed = self.messages[:last], self.typed[:-1]
+        self.note("your last message and its answer are forgotten")
+
+    def _last_question(self, command: str) -> int:
+        """Where the user's last message stands."""
+        for i in reversed(range(len(self.messages))):
+            if self.messages[i]["role"] == "user":
+                return i
+        raise CLIError(f"{command}: nothing was said yet")
+
     def stats(self, _: str) -> None:
         """Print what the cache holds."""
         stats = self.llm.kv_stats()
@@ -241,11 +298,14 @@ class Chat:
         table.add_row("of the last prompt", f"{stats.n_evaluated_last:,} evaluated, {stats.n_reused_last:,} reused")
         if stats.miss:
             table.add_row("", for_markup(stats.miss))
+        table.add_row("of all prompts", f"{stats.n_evaluated:,} evaluated, {stats.n_reused:,} reused")
         cells = f"{stats.cells.min():,} min, {stats.cells.mean():,.1f} mean, {stats.cells.max():,} max"
         table.add_row("cells per head", cells)
         table.add_row("KV cache", f"{mib(stats.bytes_live)} MiB")
         table.add_row("if every cell stayed", f"{mib(stats.bytes_full)} MiB")
         table.add_row("peak so far", f"{mib(stats.bytes_peak)} MiB")
+        n_mib = mib(stats.bytes_checkpoints)
+        table.add_row("states to go back to", f"{stats.n_checkpoints}, {n_mib} MiB of host memory")
         table.add_row("compactions", f"{stats.n_compactions}")
         if stats.n_compactions:
             table.add_row("last compaction", f"{stats.t_score_ms:.1f} ms scoring, {stats.t_compact_ms:.1f} ms moving")
@@ -300,7 +360,7 @@ class Chat:
     def save(self, argument: str) -> None:
         """Write the conversation and its cache to a file."""
         path = self._session_file("/save", argument)
-        self.llm.kv_save(path, extra={"messages": self.messages, "attached": self.attached})
+        self.llm.kv_save(path, extra={"messages": self.messages, "attached": self.attached, "typed": self.typed})
         self.note(f"saved to {path}, {mib(path.stat().st_size)} MiB; it holds the text of the conversation")
 
     def load(self, argument: str) -> None:
@@ -317,7 +377,11 @@ class Chat:
             self.llm.load_state(before)
             raise CLIError(f"{path} holds a session, but no conversation; load it with Llama.kv_load()")
         self.messages, self.attached = messages, attached
-        n_turns = sum(message["role"] == "user" for message in messages)
+        said = [message["content"] for message in messages if message["role"] == "user"]
+        typed: Any = extra.get("typed")
+        # without it files count as what was typed
+        known = _are_texts(typed) and len(typed) == len(said) and all(map(str.endswith, said, typed))
+        self.typed, n_turns = typed if known else said, len(said)
         self.note(f"{n_turns} messages of yours, {self.llm.n_tokens:,} tokens, budget {self.llm.kv_budget}")
 
     def _session_file(self, command: str, argument: str) -> Path:
@@ -336,7 +400,7 @@ class Chat:
 
     def _forget(self) -> None:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        self.attached = []
+        self.attached, self.typed = [], []
         self.llm.reset()
 
     def note(self, text: str) -> None:
@@ -344,6 +408,9 @@ class Chat:
 
 
 COMMANDS = {
+    "/regenerate": "another answer to your last message",
+    "/edit": "TEXT takes the place of your last message; its files stay",
+    "/undo": "takes your last message and its answer back",
     "/stats": "what the KV cache holds",
     "/reset": "forget the conversation",
     "/policy": "NAME [BUDGET] changes the KV policy, alone it lists them",

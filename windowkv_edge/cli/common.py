@@ -15,6 +15,7 @@ import typer
 
 from windowkv_edge import KVPolicy, Llama, UnsupportedModelError, WindowKVError, get_policy
 from windowkv_edge._text import for_terminal
+from windowkv_edge.checkpoints import check_checkpoints
 from windowkv_edge.eval.sources import read_text
 from windowkv_edge.gguf_info import GGUFInfo, read_info
 from windowkv_edge.limit import check_limit
@@ -27,6 +28,7 @@ __all__ = [
     "n_cores",
     "open_model",
     "parse_budget",
+    "parse_checkpoints",
     "parse_lengths",
     "parse_limit",
     "parse_policies",
@@ -86,6 +88,15 @@ def parse_limit(text: str) -> int | str:
         return check_limit(int(text) if text.isdecimal() else text)
     except ValueError as error:
         raise CLIError(str(error).replace("kv_limit is", "the limit is", 1)) from None
+
+
+def parse_checkpoints(text: str) -> str | int:
+    """``auto``, bytes (``256MiB``), or ``0``."""
+    try:
+        check_checkpoints(own := 0 if text.strip() == "0" else text, "a policy")
+        return own
+    except ValueError as error:
+        raise CLIError(str(error).replace("kv_checkpoints is", "--checkpoints is", 1)) from None
 
 
 def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
