@@ -332,6 +332,7 @@ class PolicyEvaluation(Compacting):
         n_boundary = 0 if cache is None else int(cache.kv.stats().n_boundary)
         why = "" if n_same == 0 else why_missed(n_prompt, n_same, self.n_tokens, n_boundary, self._kv_when.changed)
         prompts.begin(n_prompt, n_same, why)
+        self._kv_asked = None
         if len(tokens) == n_prompt > 0:  # else it goes on behind what is there
             self._find_messages(tokens)
         if cache is not None and self.n_tokens < self._kv_known:  # set back: the last logits are of another position

@@ -10,7 +10,7 @@ import numpy as np
 
 from ._memory import share_on_devices, usable_memory
 from .errors import UnsupportedCallError
-from .limit import Limit, Prefill, n_asks
+from .limit import N_ASKS, Limit, Prefill, n_asks
 from .pins import Pins, Range
 from .policies import Task
 from .prompts import Prompts, Step
@@ -114,10 +114,10 @@ class Compacting(llama_cpp.Llama):
             if n_held <= n_cells:
                 return
             n = max(1, int(n * n_cells / n_held) - 1)
-        given = self._kv_limit and self._kv_limit.given
+        whose = "there is" if self._kv_limit is None else f"kv_limit={self._kv_limit.given!r} leaves"
         raise UnsupportedCallError(
-            f"kv_policy={cache.policy.name!r} holds {n_held:.0f} cells per head, kv_limit={given!r} leaves room for "
-            f"{n_cells}; choose a larger limit or another policy"
+            f"kv_policy={cache.policy.name!r} holds {n_held:.0f} cells per head, {whose} room for {n_cells}; choose a "
+            "larger kv_limit (or kv_budget) or another policy"
         )
 
     def _asks(self, cache: PolicyCache, tokens: Sequence[int]) -> list[int]:
@@ -176,7 +176,10 @@ class Compacting(llama_cpp.Llama):
         """Compact to n_cells cells per head; asks: tokens of the prompt's end that are not evaluated yet."""
         within = self._kv_limit.n_free(cache.kv.stats(), cache.bound) if asks and self._kv_limit is not None else None
         cache.kv.set_pinned(self._kv_pins.for_compaction(n_cells, within))
-        cache.compact(n_cells, self._task(cache, asks))
+        # a question that is shorter than the observation window observes alone; policies that want more than a question
+        # can have, such as h2o, see what was read before it as well
+        is_short = 0 < len(asks) < cache.bound.n_observed <= N_ASKS
+        cache.compact(n_cells, self._task(cache, asks), n_observers=len(asks) if is_short else None)
 
     def _keep_logits(self, cache: PolicyCache) -> None:
         """Those of the last position, if it ends what was compacted and they are known."""

@@ -194,6 +194,29 @@ def test_the_last_user_message_observes(session: Open, document: str, monkeypatc
         assert observed and all(own == llm.input_ids[llm.n_tokens - 8 : llm.n_tokens].tolist() for own in observed)
 
 
+def test_a_short_question_observes_alone(session: Open, document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the end of what was read before it."""
+    llm = session(kv_policy=WindowKV(window_size=8), kv_limit=300, n_batch=128)
+    observed, cache = watch_observers(llm, monkeypatch), llm._kv_cache
+    assert cache is not None
+    asked: list[int | None] = []
+    compact = cache.compact
+
+    def call(n_cells: int, task: Any, policy: Any = None, n_observers: int | None = None) -> int:
+        asked.append(n_observers)
+        return compact(n_cells, task, policy, n_observers)
+
+    monkeypatch.setattr(cache, "compact", call)
+    messages: list[Any] = [
+        {"role": "user", "content": document[:2400]}, {"role": "assistant", "content": "I see."},
+        {"role": "user", "content": "Who?"},
+    ]  # fmt: skip
+    llm.create_chat_completion(messages, max_tokens=1, temperature=0.0)
+    assert {llm.detokenize(own) for own in observed} == {b"Who?"}
+    n = len(observed[0])
+    assert n < 8 and asked == [*[n] * len(observed), *[None] * (len(asked) - len(observed))]
+
+
 def test_observers_that_were_read_in_part(tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last batch begins inside of what is asked."""
     llm = opened(tiny, kv_policy="snapkv", kv_limit=LIMIT, n_batch=BATCH)
