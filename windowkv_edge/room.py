@@ -19,6 +19,9 @@ from .task import prompt_task
 
 __all__ = ["Compacting"]
 
+SPARE = 24
+"""A compaction takes up to one part in so many of the cells' bytes for a while (q8_0 cells of 64 values, 30 layers)."""
+
 WORTH_ASKING = 16 << 20
 """Bytes of cells below which nobody asks how much memory is free."""
 
@@ -96,7 +99,8 @@ class Compacting(llama_cpp.Llama):
                 self._shrink(cache, room - max(n, Limit.slack(room)))
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
-            room -= len(asks) if n < len(tokens) else 0  # they need room behind this batch, as often as they observe
+            # behind this batch the next observers need room, and then a compaction: scores of all cells, a layer twice
+            room -= max(len(asks), (room + self.n_batch) // SPARE)
             if n_held > room:
                 self._observe(cache, asks)
                 # small batches are not worth a compaction each
@@ -136,6 +140,7 @@ class Compacting(llama_cpp.Llama):
         """Have tokens observe what was read so far, as if they came next."""
         if not asks:
             return
+        cache.kv.reserve(len(asks))  # without room for more
         cache.kv.watch(False)  # a single one would end a prompt that was evaluated by hand
         with cache.kv.observing():
             self._batch.set_batch(batch=asks, n_past=self.n_tokens, logits_all=False)

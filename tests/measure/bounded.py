@@ -101,8 +101,9 @@ class Reader:
             logits = self.decode([token])
         return self.model.detokenize(res)
 
-    def compact(self, n_cells: int) -> None:
-        self.kv.compact(_native.policy_struct(self.parts), n_cells)
+    def compact(self, n_cells: int, n_observers: int = 0) -> None:
+        parts = self.parts.observed_by(n_observers) if n_observers else self.parts
+        self.kv.compact(_native.policy_struct(parts), n_cells)
 
     def full(self, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
         """Read with the full cache, and keep it."""
@@ -142,7 +143,7 @@ class Reader:
                     if asks:
                         with self.kv.observing():
                             self.decode(asks)
-                    self.compact(n_cells)
+                    self.compact(n_cells, len(asks))
             logits = self.decode(prompt[i : i + self.batch])
             tally.n_cells = max(tally.n_cells, self.held())
         if self.held() > self.limit:

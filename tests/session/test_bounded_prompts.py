@@ -52,6 +52,18 @@ def test_the_smaller_of_budget_and_limit(tiny: Path, opened: Open, monkeypatch: 
         assert most < max(seen) <= most + BATCH and n_held(llm) == 100
 
 
+@pytest.mark.parametrize("policy", ["auto", "snapkv"])
+def test_the_peak_is_the_limit_and_a_batch(tmp_path: Path, opened: Open, policy: str) -> None:
+    """In bytes, with what observing and compactions take for a moment: at most a twentieth more."""
+    path = tiny_model.write_llama(tmp_path / "deep.gguf", n_layer=30, head_dim=64)
+    llm = opened(path, kv_policy=policy, kv_limit=768, n_batch=256)
+    answer(llm, [*LONG, *OTHERS], 20)
+    stats = llm._kv.stats()  # type: ignore[union-attr]
+    beside = int(stats.bytes_live) - int(stats.bytes_pool)
+    assert llm.kv_stats().n_compactions > 3 and n_held(llm) <= 768
+    assert stats.bytes_peak - beside <= 1.05 * (768 + 256) * stats.bytes_cell
+
+
 def test_what_is_free_bounds(tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a limit; the budget holds behind the prompt, and nothing is said where there is enough."""
     llm = opened(tiny, kv_policy="snapkv", kv_budget=0.1, n_batch=BATCH)
