@@ -19,7 +19,9 @@ def n_observed(policy: KVPolicy) -> int:
     return int(policy.n_observed)
 
 
-def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "localization") -> int:
+def compact(
+    kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "localization", n_observers: int | None = None
+) -> int:
     """Evict all but the cells that the policy chooses.
 
     Args:
@@ -27,6 +29,7 @@ def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "l
         policy: bound to the model.
         n_cells: cells per (layer, kv head) that stay on average.
         task: the prompt's task.
+        n_observers: tokens that score at most, the last ones; None = as many as the policy asks for.
 
     Returns:
         Cells released over all layers and heads.
@@ -39,7 +42,10 @@ def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "l
             nothing was evicted.
     """
     if not policy.in_python:
-        return kv.compact(_native.policy_struct(policy.parts(task)), n_cells)
+        parts = policy.parts(task)
+        return kv.compact(
+            _native.policy_struct(parts if n_observers is None else parts.observed_by(n_observers)), n_cells
+        )
 
     stats = kv.stats()
     if int(kv.cells().max(initial=0)) <= n_cells:
@@ -55,7 +61,7 @@ def compact(kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "l
         finally:
             own.close()  # whoever keeps the view
 
-    return kv.compact_custom(n_observed(policy), n_cells, choose)
+    return kv.compact_custom(min(n_observed(policy), n_observers or n_observed(policy)), n_cells, choose)
 
 
 def _mark(

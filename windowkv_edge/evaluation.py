@@ -340,6 +340,7 @@ class PolicyEvaluation(Compacting):
     def _prompt_begins(self, tokens: Sequence[int], n_prompt: int) -> None:
         """Before ``generate`` evaluates n_prompt tokens; of ``tokens``, the first ones may be there."""
         cache, prompts = self._kv_cache, self._kv_prompts
+        self._kv_asked = None
         if cache is not None and self.n_tokens < self._kv_known:  # set back: the last logits are of another position
             self._requires_eval = True
         n_same = n_shared(tokens, self.input_ids[: self.n_tokens])

@@ -54,9 +54,13 @@ def n_bytes(name: str, text: str, other: str) -> int:
     return int(float(found[1]) * unit)
 
 
+N_ASKS = 64
+"""Tokens that are taken for what a prompt asks, at most."""
+
+
 def n_asks(policy: KVPolicy) -> int:
-    """Tokens at a prompt's end that are taken for what is asked: as many as the policy observes, 64 at most."""
-    return min(int(policy.n_observed), 64)
+    """The same with a policy: no more than it observes."""
+    return min(int(policy.n_observed), N_ASKS)
 
 
 @dataclass(frozen=True)

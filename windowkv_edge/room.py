@@ -12,7 +12,7 @@ import numpy as np
 from ._memory import share_on_devices, usable_memory
 from .errors import UnsupportedCallError
 from .going_back import GoingBack
-from .limit import Limit, Prefill, n_asks
+from .limit import N_ASKS, Limit, Prefill, n_asks
 from .pins import Pins, Range
 from .policies import Task
 from .prompts import Step
@@ -20,6 +20,9 @@ from .session import PolicyCache
 from .task import prompt_task
 
 __all__ = ["Compacting"]
+
+SPARE = 24
+"""A compaction takes up to one part in so many of the cells' bytes for a while (q8_0 cells of 64 values, 30 layers)."""
 
 WORTH_ASKING = 16 << 20
 """Bytes of cells below which nobody asks how much memory is free."""
@@ -94,7 +97,8 @@ class Compacting(GoingBack):
                 self._shrink(cache, room - max(n, Limit.slack(room)))
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
-            room -= len(asks) if n < len(tokens) else 0  # they need room behind this batch, as often as they observe
+            # behind this batch the next observers need room, and then a compaction: scores of all cells, a layer twice
+            room -= max(len(asks), (room + self.n_batch) // SPARE)
             if n_held > room:
                 self._keep_before(cache, step)
                 self._observe(cache, asks)
@@ -113,10 +117,10 @@ class Compacting(GoingBack):
             if n_held <= n_cells:
                 return
             n = max(1, int(n * n_cells / n_held) - 1)
-        given = self._kv_limit and self._kv_limit.given
+        whose = "there is" if self._kv_limit is None else f"kv_limit={self._kv_limit.given!r} leaves"
         raise UnsupportedCallError(
-            f"kv_policy={cache.policy.name!r} holds {n_held:.0f} cells per head, kv_limit={given!r} leaves room for "
-            f"{n_cells}; choose a larger limit or another policy"
+            f"kv_policy={cache.policy.name!r} holds {n_held:.0f} cells per head, {whose} room for {n_cells}; choose a "
+            "larger kv_limit (or kv_budget) or another policy"
         )
 
     def _asks(self, cache: PolicyCache, tokens: Sequence[int]) -> list[int]:
@@ -135,6 +139,7 @@ class Compacting(GoingBack):
         """Have tokens observe what was read so far, as if they came next."""
         if not asks:
             return
+        cache.kv.reserve(len(asks))  # without room for more
         cache.kv.watch(False)  # a single one would end a prompt that was evaluated by hand
         with cache.kv.observing():
             self._batch.set_batch(batch=asks, n_past=self.n_tokens, logits_all=False)
@@ -177,7 +182,10 @@ class Compacting(GoingBack):
         """Compact to n_cells cells per head; asks: tokens of the prompt's end that are not evaluated yet."""
         within = self._kv_limit.n_free(cache.kv.stats(), cache.bound) if asks and self._kv_limit is not None else None
         cache.kv.set_pinned(self._kv_pins.for_compaction(n_cells, within))
-        cache.compact(n_cells, self._task(cache, asks))
+        # a question that is shorter than the observation window observes alone; policies that want more than a question
+        # can have, such as h2o, see what was read before it as well
+        is_short = 0 < len(asks) < cache.bound.n_observed <= N_ASKS
+        cache.compact(n_cells, self._task(cache, asks), n_observers=len(asks) if is_short else None)
 
     def _keep_logits(self, cache: PolicyCache) -> None:
         """Those of the last position, if they are known; without memory for them the prompt is evaluated again."""

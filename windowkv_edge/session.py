@@ -207,13 +207,20 @@ class PolicyCache:
         types = () if self.policy.cells is None else cell_types(stats)
         return n_cells(budget, int(stats.n_past) + n_more, *types)
 
-    def compact(self, n_cells: int, task: Task = "localization", policy: KVPolicy | None = None) -> int:
+    def compact(
+        self,
+        n_cells: int,
+        task: Task = "localization",
+        policy: KVPolicy | None = None,
+        n_observers: int | None = None,
+    ) -> int:
         """Evict all but the cells that a policy chooses.
 
         Args:
             n_cells: cells per (layer, kv head) that stay on average.
             task: the prompt's task.
             policy: one that :meth:`bind` returned; None = the session's.
+            n_observers: see :func:`windowkv_edge.compaction.compact`.
 
         Returns:
             Cells released over all layers and heads.
@@ -223,4 +230,4 @@ class PolicyCache:
         """
         chosen = policy or self.bound
         with Interrupts(), self._guard.selecting(chosen.name):
-            return compact(self.kv, chosen, n_cells, task)
+            return compact(self.kv, chosen, n_cells, task, n_observers)

@@ -1,11 +1,24 @@
-"""Prompts that are read within a limit, beside those that are read with the full cache and compacted to it afterwards.
+"""Who should observe a prompt that is read within a limit, and down to how many cells should its parts be compacted?
 
-    python tests/measure/bounded.py MODEL [--length 7500] [--limit 1024] [--policy auto] [--count 1] [--depths 0.1,0.5,0.9]
+    python tests/measure/bounded.py MODEL [--length 1000] [--limit 256] [--batch 256] [--chat] [--ways end/limit,...]
 
-Needles (windowkv_edge/eval/README.md) of every kind at every depth. `full` keeps all cells, `exact` compacts after the
-prompt, `bounded` while it is read, `unasked` likewise but without the end of the prompt as observer (the prompt comes in
-pieces, evaluated by hand). Only needles that `full` answers count. Cells are the most that were held at any time, per
-head on average; seconds are those of the prompt, its compactions included.
+Needles (windowkv_edge/eval/README.md) of several kinds at several depths; only those count that the full cache answers. A
+way is OBSERVERS/TARGET. Before every batch that finds no room, some tokens are evaluated behind what was read, their
+attention chooses, and they are taken back:
+
+    end       the prompt's last tokens, with what a template puts behind the question
+    question  the last tokens of the question alone
+    all       the question and all that follows it
+    ahead     the question, evaluated once in front of everything: its queries are kept, and turned by RoPE to where the next
+              token would be; f16 cells only
+    none      nobody: the last tokens that were read choose
+
+    limit     every compaction goes down to the limit
+    share     to the share of the limit that was read of the prompt
+    half      between the two
+
+`exact` reads with the full cache and compacts once, to the limit. Without --chat a question ends with the beginning of its
+answer; with it the template's tokens stand behind it. Cells are the most that were held, seconds those of the prompt.
 """
 
 from __future__ import annotations
@@ -15,15 +28,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from windowkv_edge import Llama, _native  # before llama_cpp
-from windowkv_edge.bench.session import Model
+from windowkv_edge import _native, get_policy  # before llama_cpp
+
+import llama_cpp  # isort: skip
+import numpy as np
+import numpy.typing as npt
+
+from windowkv_edge.bench.session import Model, Session
 from windowkv_edge.eval import prose
-from windowkv_edge.eval.needle import KINDS, needle_cases
+from windowkv_edge.eval.needle import KINDS, N_ANSWER, make_needle
+from windowkv_edge.eval.case import place
 from windowkv_edge.eval.style import Style
+from windowkv_edge.heads import ModelHeads
+from windowkv_edge.limit import Limit
+from windowkv_edge.policies import ExpectedAttention
 
-N_ANSWER = 16
+OBSERVERS, TARGETS = ("end", "question", "all", "ahead", "none"), ("limit", "share", "half")
 
 
 @dataclass
@@ -31,91 +52,212 @@ class Tally:
     """What one way of reading gave."""
 
     n_right: int = 0
+    n_compactions: int = 0
     n_cells: float = 0.0
     seconds: list[float] = field(default_factory=list)
 
 
-def read(llm: Llama, prompt: Sequence[int], in_pieces: bool) -> tuple[list[int], float, float]:
-    """The first tokens of the answer, the most cells, the seconds of the prompt."""
-    most, decode, context = [0.0], llm._ctx.decode, _native.Context(llm.ctx)
+class Reader:
+    """One session, and the ways to read a prompt.
 
-    def watched(batch: Any) -> None:
-        decode(batch)
-        most[0] = max(most[0], float(context.cells().mean()))
+    Args:
+        model: the weights.
+        policy: its name.
+        n_ctx: positions.
+        limit: cells per head.
+        batch: tokens evaluated at once.
+        cells: type of the cells; None = what the policy prefers.
+        threads: CPU threads.
+    """
 
-    llm.reset()
-    llm._ctx.decode = watched  # type: ignore[method-assign]
-    start = time.perf_counter()
-    if in_pieces:
-        for i in range(0, len(prompt), llm.n_batch):
-            llm.eval(prompt[i : i + llm.n_batch])
-        stream = llm.generate([], reset=False, temp=0.0)
-        out = [llm.sample(temp=0.0)]
-        seconds = time.perf_counter() - start
-        stream.close()
-        while len(out) < N_ANSWER:
-            llm.eval(out[-1:])
-            out.append(llm.sample(temp=0.0))
-    else:
-        stream = llm.generate(prompt, temp=0.0)
-        out = [next(stream)]
-        seconds = time.perf_counter() - start
-        out += [next(stream) for _ in range(N_ANSWER - 1)]
-        stream.close()
-    llm._ctx.decode = decode  # type: ignore[method-assign]
-    return out, most[0], seconds
+    def __init__(
+        self, model: Model, policy: str, n_ctx: int, limit: int, batch: int, cells: str | None, threads: int
+    ) -> None:
+        self.model, self.limit, self.batch = model, limit, batch
+        own = get_policy(policy)
+        self.session = Session(model, n_ctx, "f16", own, True, threads, batch, own_cells=cells or own.cells)
+        assert self.session.cache is not None
+        self.kv, self.bound = self.session.kv, self.session.cache.bound
+        self.parts = self.bound.parts("localization")
+        self.n_observed = self.bound.n_observed
+        self.memory = llama_cpp.llama_get_memory(self.session.ctx)
+        self._rope = ExpectedAttention().bind(ModelHeads(str(model.path), model.about(), 1, 1, (0,)))
+
+    def held(self) -> float:
+        return float(self.kv.cells().mean())
+
+    def clear(self) -> None:
+        llama_cpp.llama_memory_clear(self.memory, True)
+
+    def decode(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        for i in range(0, len(tokens), self.batch):
+            self.session.decode(tokens[i : i + self.batch])
+        return self.session.logits()
+
+    def answer(self, logits: npt.NDArray[np.float32]) -> str:
+        res: list[int] = []
+        while len(res) < N_ANSWER and not self.model.is_end(token := int(logits.argmax())):
+            res.append(token)
+            logits = self.decode([token])
+        return self.model.detokenize(res)
+
+    def compact(self, n_cells: int, n_observers: int = 0) -> None:
+        parts = self.parts.observed_by(n_observers) if n_observers else self.parts
+        self.kv.compact(_native.policy_struct(parts), n_cells)
+
+    def full(self, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Read with the full cache, and keep it."""
+        self.clear()
+        self.kv.reserve(len(prompt))
+        logits = self.decode(prompt)
+        self.kv.snapshot_drop()
+        self.kv.snapshot_save()
+        return logits
+
+    def exact(self, logits: npt.NDArray[np.float32]) -> str:
+        self.kv.snapshot_restore()
+        self.compact(self.limit - Limit.slack(self.limit))
+        res = self.answer(logits)
+        self.kv.snapshot_drop()
+        return res
+
+    def read(self, prompt: list[int], question: tuple[int, int], observers: str, target: str, tally: Tally) -> str:
+        """Read within the limit."""
+        start = time.perf_counter()
+        self.clear()
+        first, stop = question
+        n = self.n_observed
+        asks = {
+            "end": prompt[-n:], "question": prompt[max(first, stop - n) : stop], "all": prompt[first:], "ahead": [], "none": []
+        }[observers]  # fmt: skip
+        ahead = self._ahead(prompt[first:stop]) if observers == "ahead" else None
+        last = len(prompt) - self.batch
+        for i in range(0, len(prompt), self.batch):
+            room = self.limit - (len(asks) if i < last else 0)
+            share = {"limit": 1.0, "share": min(1.0, i / last), "half": 0.5 + 0.5 * min(1.0, i / last)}[target]
+            if i > 0 and self.held() > (n_cells := max(2 * n, int(room * share))):
+                tally.n_compactions += 1
+                if ahead is not None:
+                    self._compact_for(ahead, n_cells)
+                else:
+                    if asks:
+                        with self.kv.observing():
+                            self.decode(asks)
+                    self.compact(n_cells, len(asks))
+            logits = self.decode(prompt[i : i + self.batch])
+            tally.n_cells = max(tally.n_cells, self.held())
+        if self.held() > self.limit:
+            self.compact(self.limit - Limit.slack(self.limit))
+        tally.seconds.append(time.perf_counter() - start)
+        return self.answer(logits)
+
+    #
+    # queries from in front of the prompt
+    #
+
+    def _ahead(self, question: Sequence[int]) -> list[list[npt.NDArray[np.float64]]]:
+        """Queries of the question in an empty cache, as if at position 0: [layer][query head] float64 [tokens, head_dim]."""
+        self.decode(question[-self.n_observed :])
+        stats = self.kv.stats()
+        res = []
+        for il in range(stats.n_layer):
+            queries = (self.kv.queries(il, ih) for ih in range(stats.n_head_kv * stats.n_gqa))
+            res.append([self._turn(rows.astype(np.float64), -at.astype(np.float64)) for at, rows in queries])
+        self.clear()
+        return res
+
+    def _turn(self, rows: npt.NDArray[np.float64], at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        assert isinstance(self._rope, ExpectedAttention)
+        return self._rope._turn(rows, at)
+
+    def _compact_for(self, ahead: list[list[npt.NDArray[np.float64]]], n_cells: int) -> None:
+        n_past = int(self.kv.stats().n_past)
+
+        def choose(budget: int, positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> None:
+            own: list[list[npt.NDArray[np.float32]]] = []
+            for il, layer in enumerate(positions):
+                n_gqa = len(ahead[il]) // len(layer)
+                own.append([])
+                for ih in range(len(layer)):
+                    keys = self.kv.rows(il, ih, "k").astype(np.float64)
+                    of_heads = []
+                    for rows in ahead[il][ih * n_gqa : (ih + 1) * n_gqa]:
+                        turned = self._turn(rows, n_past + np.arange(len(rows), dtype=np.float64))
+                        logits = turned @ keys.T / np.sqrt(keys.shape[1])
+                        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+                        of_heads.append((weights / weights.sum(axis=1, keepdims=True)).mean(axis=0))
+                    own[-1].append(np.mean(of_heads, axis=0).astype(np.float32))
+            tokens = own if self.parts.scoring.token_window_size else None
+            cells = np.array([[len(head) for head in layer] for layer in positions])
+            budgets = _native.budgets(self.parts, cells, budget, positions, own, tokens)
+            chosen = _native.select(self.parts, budgets, positions, own, tokens)
+            for il, layer in enumerate(chosen):
+                for ih, stays in enumerate(layer):
+                    keep[il][ih][stays] = 1
+
+        self.kv.compact_custom(1, n_cells, choose)
+
+    def close(self) -> None:
+        self.session.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--length", type=int, default=7500)
-    parser.add_argument("--limit", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=1000)
+    parser.add_argument("--limit", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--policy", default="auto")
+    parser.add_argument("--cells", help="type of the cells; default: what the policy prefers")
+    parser.add_argument("--chat", action="store_true", help="ask through the model's template, without a beginning of the answer")
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--depths", default="0.1,0.5,0.9")
+    parser.add_argument("--ways", default="end/limit,question/limit,none/limit,end/share,end/half")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    ways = [tuple(way.split("/")) for way in args.ways.split(",")]
+    if wrong := [way for way in ways if len(way) != 2 or way[0] not in OBSERVERS or way[1] not in TARGETS]:
+        raise SystemExit(f"--ways has {'/'.join(wrong[0])}, expected one of {OBSERVERS} / one of {TARGETS}")
 
     model = Model(args.model)
+    style = Style(model, args.chat)
     hay = model.tokenize(prose(8 * args.length))[: args.length]
-    depths = [float(depth) for depth in args.depths.split(",")]
-    cases = list(needle_cases(Style(model), hay, [args.length], depths, args.kinds.split(","), args.count, 0, 1))
-    model.close()
+    reader = Reader(model, args.policy, args.length + 512, args.limit, args.batch, args.cells, args.threads)
+    tallies = {"/".join(way): Tally() for way in ways}
+    n_cases = n_counted = n_exact = 0
+    for depth in map(float, args.depths.split(",")):
+        for index in range(1, 1 + args.count):
+            for kind in args.kinds.split(","):
+                needle = make_needle(kind, index)
+                others = needle.sentences[1:]
+                inserts = [(depth, needle.sentences[0]), *(((i + 0.5) / len(others), own) for i, own in enumerate(others))]
+                body = style.head + place(hay, [(at, style.tokenize(f"\n{line}\n")) for at, line in inserts])
+                prompt = body + style.ask(needle.question, "" if args.chat else needle.lead)
+                asked = f"\n\n{needle.question}" if args.chat else f"\n\nQuestion: {needle.question}"
+                question = len(body), len(body) + len(style.tokenize(asked))
 
-    n_ctx = max(len(case.prompt) for case in cases) + N_ANSWER
-    common: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": args.threads, "n_threads_batch": args.threads, "verbose": False}
-    limited: dict[str, Any] = {"kv_policy": args.policy, "kv_limit": args.limit, **common}
-    ways: dict[str, dict[str, Any]] = {
-        "full": {"kv_policy": "full", **common},
-        "exact": {"kv_prefill": "exact", **limited},
-        "bounded": limited,
-        "unasked": limited,
-    }
-    tallies = {way: Tally() for way in ways}
-    n_counted = 0
-    for case in cases:
-        rights = []
-        for way, kwargs in ways.items():
-            llm = Llama(str(args.model), **kwargs)
-            out, n_cells, seconds = read(llm, list(case.prompt), way == "unasked")
-            text = llm.detokenize(out).decode("utf-8", "ignore")
-            llm.close()
-            rights.append(all(answer in text for answer in case.answers))
-            tallies[way].n_cells = max(tallies[way].n_cells, n_cells)
-            tallies[way].seconds.append(seconds)
-            if not rights[0]:
-                break
-        if rights[0]:
-            n_counted += 1
-            for way, right in zip(ways, rights, strict=True):
-                tallies[way].n_right += right
-        print(case.key, dict(zip(ways, rights, strict=False)), flush=True)
-    print(f"\n{args.policy}, {args.length} tokens, limit {args.limit}: {n_counted} of {len(cases)} needles that full answers")
+                n_cases += 1
+                logits = reader.full(prompt)
+                if not all(answer in reader.answer(logits) for answer in needle.answers):
+                    continue
+                n_counted += 1
+                text = reader.exact(logits)
+                rights = {"exact": all(answer in text for answer in needle.answers)}
+                n_exact += rights["exact"]
+                for way, tally in tallies.items():
+                    text = reader.read(prompt, question, *way.split("/"), tally)
+                    rights[way] = all(answer in text for answer in needle.answers)
+                    tally.n_right += rights[way]
+                print(kind, depth, index, rights, flush=True)
+    reader.close()
+    model.close()
+    print(f"\n{args.policy}, {args.length} tokens, limit {args.limit}, batches of {args.batch}"
+          f"{', chat' if args.chat else ''}: the full cache answers {n_counted} of {n_cases}, exact {n_exact}")  # fmt: skip
+    print("| way | right | s a prompt | compactions | most cells |\n| --- | --- | --- | --- | --- |")
     for way, own in tallies.items():
         mean = sum(own.seconds) / max(1, len(own.seconds))
-        print(f"{way:8} {own.n_right:3} right, {own.n_cells:7.0f} cells at most, {mean:6.1f} s a prompt")
+        print(f"| {way} | {own.n_right} | {mean:.1f} | {own.n_compactions} | {own.n_cells:.0f} |")
 
 
 if __name__ == "__main__":

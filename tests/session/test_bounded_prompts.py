@@ -52,6 +52,18 @@ def test_the_smaller_of_budget_and_limit(tiny: Path, opened: Open, monkeypatch: 
         assert most < max(seen) <= most + BATCH and n_held(llm) == 100
 
 
+@pytest.mark.parametrize("policy", ["auto", "snapkv"])
+def test_the_peak_is_the_limit_and_a_batch(tmp_path: Path, opened: Open, policy: str) -> None:
+    """In bytes, with what observing and compactions take for a moment: at most a twentieth more."""
+    path = tiny_model.write_llama(tmp_path / "deep.gguf", n_layer=30, head_dim=64)
+    llm = opened(path, kv_policy=policy, kv_limit=768, n_batch=256)
+    answer(llm, [*LONG, *OTHERS], 20)
+    stats = llm._kv.stats()  # type: ignore[union-attr]
+    beside = int(stats.bytes_live) - int(stats.bytes_pool)
+    assert llm.kv_stats().n_compactions > 3 and n_held(llm) <= 768
+    assert stats.bytes_peak - beside <= 1.05 * (768 + 256) * stats.bytes_cell
+
+
 def test_what_is_free_bounds(tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a limit; the budget holds behind the prompt, and nothing is said where there is enough."""
     llm = opened(tiny, kv_policy="snapkv", kv_budget=0.1, n_batch=BATCH)
@@ -192,6 +204,29 @@ def test_the_last_user_message_observes(session: Open, document: str, monkeypatc
         observed.clear()
         answer(llm, llm.tokenize((content + document[2400:4000]).encode()), 1)
         assert observed and all(own == llm.input_ids[llm.n_tokens - 8 : llm.n_tokens].tolist() for own in observed)
+
+
+def test_a_short_question_observes_alone(session: Open, document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the end of what was read before it."""
+    llm = session(kv_policy=WindowKV(window_size=8), kv_limit=300, n_batch=128)
+    observed, cache = watch_observers(llm, monkeypatch), llm._kv_cache
+    assert cache is not None
+    asked: list[int | None] = []
+    compact = cache.compact
+
+    def call(n_cells: int, task: Any, policy: Any = None, n_observers: int | None = None) -> int:
+        asked.append(n_observers)
+        return compact(n_cells, task, policy, n_observers)
+
+    monkeypatch.setattr(cache, "compact", call)
+    messages: list[Any] = [
+        {"role": "user", "content": document[:2400]}, {"role": "assistant", "content": "I see."},
+        {"role": "user", "content": "Who?"},
+    ]  # fmt: skip
+    llm.create_chat_completion(messages, max_tokens=1, temperature=0.0)
+    assert {llm.detokenize(own) for own in observed} == {b"Who?"}
+    n = len(observed[0])
+    assert n < 8 and asked == [*[n] * len(observed), *[None] * (len(asked) - len(observed))]
 
 
 def test_observers_that_were_read_in_part(tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,9 +43,12 @@ REDUCED = {
 OPTIONS_ONLY = (
     "windowkv-edge demo",  # tests/session/test_cli.py runs it
     "windowkv-edge eval all",  # tests/session/test_eval.py runs it with --small
+    "windowkv-edge eval long",  # tests/session/test_limit_commands.py runs it
     "windowkv-edge bench llama-",
     "windowkv_edge/_tests/test-backend-ops-ragged perf",
+    "python tests/measure/bounded.py",
     "python tests/measure/chat_turns.py",
+    "python tests/measure/prefill.py",
     "python tests/measure/eval_costs.py",
     "python tests/measure/compaction.py llama-",  # it writes a model of 0.7 GB
     "python -m tests.gpu.check",

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from windowkv_edge import _native
+from windowkv_edge import _native, get_policy
 from windowkv_edge.policies.parts import Allocation, Parts, Scoring, Selection
 
 HEADER = _native.HEADERS[0].read_text(encoding="utf-8")
@@ -83,3 +83,13 @@ def test_native_policies_need_no_other_header() -> None:
     assert len(inner) > 15
     for path in inner:
         assert '#include "windowkv.h"' not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_fewer_observers() -> None:
+    """Windows shrink to them, and with these the tokens that always stay; what scores nothing stays as it is."""
+    parts = get_policy("auto").parts()
+    own = parts.observed_by(5)
+    assert (own.scoring.window_size, own.scoring.token_window_size, own.selection.n_recent) == (5, 5, 5)
+    assert own.allocation == parts.allocation and parts.observed_by(1000) == parts
+    streaming = get_policy("streamingllm").parts()
+    assert streaming.observed_by(5) == streaming

@@ -6,7 +6,7 @@ Fields, choices and defaults are those of the structs in ``windowkv-policy.h``: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -117,3 +117,10 @@ class Parts(NamedTuple):
     scoring: Scoring
     allocation: Allocation
     selection: Selection
+
+    def observed_by(self, n: int) -> Parts:
+        """The same with observation windows of the last n tokens at most, n >= 1."""
+        own = self.scoring
+        sizes = {name: min(n, getattr(own, name)) for name in ("window_size", "token_window_size")}
+        n_recent = self.selection.n_recent if own.window_size == 0 else min(n, self.selection.n_recent)
+        return self._replace(scoring=replace(own, **sizes), selection=replace(self.selection, n_recent=n_recent))
