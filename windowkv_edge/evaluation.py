@@ -65,6 +65,7 @@ class PolicyEvaluation(Compacting):
         self._kv_prompts = Prompts()
         self._kv_pins = Pins()
         self._kv_taken: set[str] = set()
+        self._kv_back = None
         self._kv_settled = False  # the end of a prompt was compacted
 
     def eval(self, tokens: Sequence[int]) -> None:
