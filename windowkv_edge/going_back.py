@@ -41,7 +41,7 @@ class GoingBack(llama_cpp.Llama):
     _kv_prompts: Prompts
     _kv_checkpoints: Checkpoints
     _kv_taken: set[str]  # of the current prompt and its answer
-    _kv_back: tuple[int, bool] | None  # tokens of the current prompt that a checkpoint saved, and whether it was a whole one
+    _kv_back: tuple[int, bool] | None  # tokens of the prompt that a checkpoint saved, and whether it was a whole one
     _kv_known: int
     _kv_settled: bool
 
