@@ -235,6 +235,7 @@ class PolicyEvaluation(Compacting):
         self._kv_when.changed, self._kv_settled = bool(noted["changed"]), bool(noted["settled"])
         self._kv_pins.asked, self._kv_pins.system = pins, system
         self._kv_prompts.forget()
+        self._kv_taken.clear()
 
     #
     # what the cache holds

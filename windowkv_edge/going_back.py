@@ -122,17 +122,20 @@ class GoingBack(llama_cpp.Llama):
             return
         with suppress(MemoryError, NativeError, UnsupportedCallError):
             tokens = np.array(self.input_ids[: self.n_tokens], dtype=np.intc)
-            if (own := store.of(tokens)) is not None and self._saving()(own, tokens) > 0:
-                store.used(own)
-                return
+            logits = {at: row for at, row in prompts.kept.items() if at <= self.n_tokens}
+            if (own := store.of(tokens, is_whole)) is not None:
+                if self._is_usable(own) and set(logits) <= set(own.logits):
+                    store.used(own)
+                    return
+                store.drop(own)
             removable = cache.kv.removable()
-            n = state_size(self._ctx.ctx) + tokens.nbytes + sum(own.nbytes for own in prompts.kept.values())
+            n = state_size(self._ctx.ctx) + tokens.nbytes + sum(row.nbytes for row in logits.values())
             if (is_whole and store.is_auto) or not store.make_room(n, _n_live(cache)):
-                store.miss(tokens, removable, prompts.kept, n)
+                store.miss(tokens, removable, logits, n)
                 return
             native = get_state(self._ctx.ctx, "a checkpoint")
             budget, noted = self._kv_when.budget, self._kv_noted()
-            store.add(Checkpoint(tokens, removable, budget, noted, native, prompts.kept, is_whole))
+            store.add(Checkpoint(tokens, removable, budget, noted, native, logits, is_whole))
 
     #
     # going back
@@ -152,17 +155,14 @@ class GoingBack(llama_cpp.Llama):
 
     def _saving(self) -> Callable[[Checkpoint, Tokens], int]:
         """What tells how many tokens of a prompt a checkpoint saves."""
-        budget, pins = self._kv_when.budget, self._kv_noted()["pins"]
         can_know = bool(self._kv_checkpoints.held) and self._has_logits()
+        return lambda own, prompt: own.saves(prompt, can_know) if self._is_usable(own) else 0
 
-        def saves(own: Checkpoint, prompt: Tokens) -> int:
-            if (type(own.budget), own.budget) != (type(budget), budget):
-                return 0  # its prompt was compacted for another one
-            if own.noted["pins"] != pins:
-                return 0  # and without these pins, or with others
-            return own.saves(prompt, can_know)
-
-        return saves
+    def _is_usable(self, own: Checkpoint) -> bool:
+        """Whether it was compacted for this budget and with these pins."""
+        budget = self._kv_when.budget
+        same_budget = (type(own.budget), own.budget) == (type(budget), budget)  # 1 is a cell, 1.0 all of them
+        return bool(same_budget and own.noted["pins"] == self._kv_noted()["pins"])
 
     def _has_logits(self) -> bool:
         """Whether the context has logits of a last token, in whose place kept ones can be put."""
