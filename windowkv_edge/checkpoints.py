@@ -137,13 +137,18 @@ class Checkpoints:
             self.miss(own.tokens, own.removable, own.logits, own.n_bytes)
         return n <= bound
 
-    def of(self, tokens: Tokens) -> Checkpoint | None:
+    def of(self, tokens: Tokens, is_whole: bool) -> Checkpoint | None:
         """The one that holds these tokens."""
-        return next((own for own in self.held if np.array_equal(own.tokens, tokens)), None)
+        same = (own for own in self.held if own.is_whole == is_whole and np.array_equal(own.tokens, tokens))
+        return next(same, None)
 
     def add(self, own: Checkpoint) -> None:
-        """Keep one, instead of another one of the same tokens."""
-        self.held = [*(other for other in self.held if not np.array_equal(other.tokens, own.tokens)), own]
+        """Keep one for which there is room."""
+        self.held = [*self.held, own]
+
+    def drop(self, own: Checkpoint) -> None:
+        """Another one is to take its place."""
+        self.held = [other for other in self.held if other is not own]
 
     def best(
         self, saves: Callable[[Checkpoint], int], n_live: int, n_prompt: int, n_observed: int

@@ -70,6 +70,7 @@ class PolicyEvaluation(Compacting):
         self._kv_asked_text = ""  # of the last chat
         self._kv_asked: Range | None = None  # where it stands in the prompt
         self._kv_taken: set[str] = set()
+        self._kv_back = None
         self._kv_settled = False  # the end of a prompt was compacted
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -250,6 +251,7 @@ class PolicyEvaluation(Compacting):
         self._kv_when.changed, self._kv_settled = bool(noted["changed"]), bool(noted["settled"])
         self._kv_pins.asked, self._kv_pins.system = pins, system
         self._kv_prompts.forget()
+        self._kv_taken.clear()
 
     #
     # what the cache holds

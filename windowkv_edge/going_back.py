@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .checkpoints import Checkpoint, Checkpoints
 from .errors import NativeError, UnsupportedCallError
-from .limit import Limit
+from .limit import Limit, n_asks
 from .native_state import get_state, refusal, set_state, state_size
 from .prompts import Prompts, Step, n_reused
 from .session import AfterPrompt, PolicyCache
@@ -41,6 +41,7 @@ class GoingBack(llama_cpp.Llama):
     _kv_prompts: Prompts
     _kv_checkpoints: Checkpoints
     _kv_taken: set[str]  # of the current prompt and its answer
+    _kv_back: tuple[int, bool] | None  # tokens of the prompt that a checkpoint saved, and whether it was a whole one
     _kv_known: int
     _kv_settled: bool
 
@@ -62,7 +63,11 @@ class GoingBack(llama_cpp.Llama):
             return
         if not self._kv_prompts.is_open:
             self._kv_taken.clear()
-        if n > 0 and "beginning" not in self._kv_taken and (self._moves_on(cache) or self._may_compact(cache, n)):
+            if step == "piece":
+                self._kv_back = None
+        # to where it came from the session can go back again
+        is_kept = "beginning" in self._kv_taken or self._kv_back is not None
+        if n > 0 and not is_kept and (self._moves_on(cache) or self._may_compact(cache, n)):
             self._kv_taken.add("beginning")
             self._keep_checkpoint(cache)
 
@@ -71,7 +76,10 @@ class GoingBack(llama_cpp.Llama):
         if step in ("prompt", "piece"):
             if "whole" not in self._kv_taken:
                 self._kv_taken.add("whole")
-                if cache.kv.removable() < self.n_tokens:
+                # no second one for a question behind the same text
+                n_saved = self._kv_back[0] if self._kv_back is not None and self._kv_back[1] else -1
+                is_kept = n_saved >= 0 and self.n_tokens - n_saved <= n_asks(cache.bound)
+                if not is_kept and cache.kv.removable() < self.n_tokens:
                     self._keep_checkpoint(cache, is_whole=True)
         elif "answer" not in self._kv_taken:
             self._kv_taken.add("answer")
@@ -115,17 +123,20 @@ class GoingBack(llama_cpp.Llama):
             return
         with suppress(MemoryError, NativeError, UnsupportedCallError):
             tokens = np.array(self.input_ids[: self.n_tokens], dtype=np.intc)
-            if (own := store.of(tokens)) is not None and self._saving()(own, tokens) > 0:
-                store.used(own)
-                return
+            logits = {at: row for at, row in prompts.kept.items() if at <= self.n_tokens}
+            if (own := store.of(tokens, is_whole)) is not None:
+                if self._is_usable(own) and set(logits) <= set(own.logits):
+                    store.used(own)
+                    return
+                store.drop(own)
             removable = cache.kv.removable()
-            n = state_size(self._ctx.ctx) + tokens.nbytes + sum(own.nbytes for own in prompts.kept.values())
+            n = state_size(self._ctx.ctx) + tokens.nbytes + sum(row.nbytes for row in logits.values())
             if (is_whole and store.is_auto) or not store.make_room(n, _n_live(cache)):
-                store.miss(tokens, removable, prompts.kept, n)
+                store.miss(tokens, removable, logits, n)
                 return
             native = get_state(self._ctx.ctx, "a checkpoint")
             budget, noted = self._kv_when.budget, self._kv_noted()
-            store.add(Checkpoint(tokens, removable, budget, noted, native, prompts.kept, is_whole))
+            store.add(Checkpoint(tokens, removable, budget, noted, native, logits, is_whole))
 
     #
     # going back
@@ -134,7 +145,7 @@ class GoingBack(llama_cpp.Llama):
     def _n_live(self, cache: PolicyCache, prompt: Tokens) -> int:
         """Tokens of a prompt that the session as it is need not evaluate."""
         known = {-1 if self._requires_eval else self.n_tokens}
-        if self._has_logits():
+        if self._kv_prompts.kept and self._has_logits():
             known.update(self._kv_prompts.kept)
         return n_reused(self._input_ids, cache.kv.removable(), prompt, known)
 
@@ -145,20 +156,18 @@ class GoingBack(llama_cpp.Llama):
 
     def _saving(self) -> Callable[[Checkpoint, Tokens], int]:
         """What tells how many tokens of a prompt a checkpoint saves."""
-        budget, pins, can_know = self._kv_when.budget, self._kv_noted()["pins"], self._has_logits()
+        can_know = bool(self._kv_checkpoints.held) and self._has_logits()
+        return lambda own, prompt: own.saves(prompt, can_know) if self._is_usable(own) else 0
 
-        def saves(own: Checkpoint, prompt: Tokens) -> int:
-            if (type(own.budget), own.budget) != (type(budget), budget):
-                return 0  # its prompt was compacted for another one
-            if own.noted["pins"] != pins:
-                return 0  # and without these pins, or with others
-            return own.saves(prompt, can_know)
-
-        return saves
+    def _is_usable(self, own: Checkpoint) -> bool:
+        """Whether it was compacted for this budget and with these pins."""
+        budget = self._kv_when.budget
+        same_budget = (type(own.budget), own.budget) == (type(budget), budget)  # 1 is a cell, 1.0 all of them
+        return bool(same_budget and own.noted["pins"] == self._kv_noted()["pins"])
 
     def _has_logits(self) -> bool:
         """Whether the context has logits of a last token, in whose place kept ones can be put."""
-        return self._kv_known > 0 and bool(llama_cpp.llama_get_logits_ith(self.ctx, -1))
+        return bool(llama_cpp.llama_get_logits_ith(self.ctx, -1))
 
     def _go_back(self, cache: PolicyCache, tokens: Sequence[int]) -> tuple[int, int, str]:
         """Before a prompt: go back to the checkpoint that saves most, if it saves more than the session as it is.
@@ -167,12 +176,14 @@ class GoingBack(llama_cpp.Llama):
             Tokens of the prompt that are saved, those that could have been, and in words what was in the way.
         """
         store, prompt = self._kv_checkpoints, np.array(tokens, dtype=np.intc)
+        self._kv_back = None
         saves, n = self._saving(), self._n_live(cache, prompt)
         found = store.best(lambda own: saves(own, prompt), n, len(prompt), int(cache.kv.stats().n_observed))
         if found is not None:
             n = saves(found, prompt)
             if why := self._become(found):
                 return 0, n, why
+            self._kv_back = n, found.is_whole
         return n, *store.remedy(prompt, n)
 
     def _become(self, own: Checkpoint) -> str:

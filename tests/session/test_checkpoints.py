@@ -358,6 +358,11 @@ def test_interrupted_while_going_back(
     assert cost(llm) == (31, 204)
     talk(fresh, MESSAGES[:1])
     assert got == answer(fresh, edited, 6) and state(llm) == state(fresh)
+    errors.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        answer(llm, edited)
+    assert llm.n_tokens == llm.kv_stats().n_past == 0
+    assert answer(llm, edited, 6) == got and cost(llm) == (0, 235)  # nor are its logits lost
 
 
 def test_no_memory_for_a_checkpoint(models: dict[str, Path], opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
