@@ -142,7 +142,10 @@ class Run:
         assert cache is not None
         native_compact, native_rm = cache.compact, ctx.kv_cache_seq_rm
 
-        def compact(n_cells: int, task: Task = "localization", policy: KVPolicy | None = None) -> int:
+        def compact(
+            n_cells: int, task: Task = "localization", policy: KVPolicy | None = None, n_observers: int | None = None
+        ) -> int:
+            assert n_observers is None  # of questions in chats
             self.catch_up()
             bound = policy or cache.bound
             scores = [self.kv.scores(il, bound.n_observed) for il in range(N_LAYER)]
