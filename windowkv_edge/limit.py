@@ -61,9 +61,11 @@ class Limit:
 
     Args:
         given: what :func:`check_limit` returned.
+        interval: see :meth:`slack`; None = an eighth of the cells.
     """
 
     given: int | str
+    interval: int | None = None
 
     def n_cells(self, stats: Any) -> int:
         """Cells per (layer, kv head) on average.
@@ -87,6 +89,11 @@ class Limit:
         if policy.name == "full":
             raise ValueError("kv_policy='full' keeps every cell, which kv_limit does not allow; leave one of them out")
         n, n_least = self.n_cells(stats), 2 * n_asks(policy)
+        if self.interval is not None and self.interval >= n:
+            raise ValueError(
+                f"kv_interval={self.interval} leaves nothing of the {n} cells per head that kv_limit={self.given!r} "
+                "holds; give a smaller one"
+            )
         if n < n_least:
             beside = int(stats.bytes_live) - int(stats.bytes_pool)
             least = (n_least * int(stats.bytes_cell) * 65 // 64 + beside) / 2**20
@@ -100,7 +107,6 @@ class Limit:
         n = self.n_cells(stats)
         return n - max(n_asks(policy), self.slack(n))
 
-    @staticmethod
-    def slack(n_cells: int) -> int:
+    def slack(self, n_cells: int) -> int:
         """Cells of room that a compaction makes while an answer grows, so that one is not due for every token."""
-        return max(1, n_cells // 8)
+        return max(1, n_cells // 8) if self.interval is None else self.interval

@@ -68,6 +68,9 @@ class Llama(SavedStates):
             bounds afterwards. "bounded": where a batch finds no room, what was read so far is compacted, as the
             prompt's last tokens attend to it: they are evaluated behind it, and taken back; of a prompt that is
             evaluated by hand they are not known. "auto": bounded if there is a limit.
+        kv_interval: tokens between two compactions of an answer that grows. With a limit, so many cells become free
+            whenever it is reached; None = an eighth of them. Without one, an answer holds what ``kv_budget`` grants for
+            the positions seen and this many tokens at most; None = it grows without end.
         kv_pin_system: in chats, the system prompt always stays, see :meth:`kv_pin`; where it takes more than half of
             the budget it does not, and a warning says so. Default True.
         kv_exact: attend to f16 and f32 cells with stock's kernel until something is evicted, which gives stock's logits
@@ -81,7 +84,8 @@ class Llama(SavedStates):
     The first prompt is compacted if it exceeds the budget, later ones (a chat's turns) if the cache grew, see
     ``kv_growth``: no more than ``kv_growth`` times the budget's cells are held when an answer begins. All cells compete
     then, those of earlier turns with those of a document, observed by the newest prompt's end. The cells of an answer
-    come on top.
+    come on top, unless ``kv_limit`` or ``kv_interval`` bounds them. Then it is compacted while it grows: its end
+    observes, and the newest tokens take the policy's ``answer_share`` of the cells that stay.
 
     With a policy flash attention is on, whatever ``flash_attn`` says. A session serves one thread at a time, in the
     process that created it.
@@ -106,6 +110,7 @@ class Llama(SavedStates):
         kv_exact: bool = True,
         kv_limit: int | str | None = None,
         kv_prefill: Prefill = "auto",
+        kv_interval: int | None = None,
         **kwargs: Any,
     ) -> None:
         if "_kv_guard" in self.__dict__:  # a second time: nothing else would free the first one's memory
@@ -125,10 +130,16 @@ class Llama(SavedStates):
                 f"kv_limit={kv_limit!r} and kv_prefill={kv_prefill!r} without kv_policy have no effect; name a policy, "
                 "e.g. kv_policy='auto'"
             )
+        if kv_policy is None and kv_interval is not None:
+            raise ValueError(f"kv_interval={kv_interval!r} without kv_policy has no effect; name a policy, e.g. 'auto'")
         if kv_prefill == "bounded" and kv_limit is None:
             raise ValueError("kv_prefill='bounded' needs a limit, e.g. kv_limit=4096 (cells per head) or '512MiB'")
         one_of("kv_prefill", kv_prefill, PREFILLS)
-        self._kv_limit = None if kv_limit is None else Limit(check_limit(kv_limit))
+        kv_interval = plain(kv_interval)
+        if kv_interval is not None:
+            at_least("kv_interval", kv_interval, 1)
+        self._kv_interval = kv_interval
+        self._kv_limit = None if kv_limit is None else Limit(check_limit(kv_limit), kv_interval)
         self._kv_prefill = kv_prefill
         kv_min_prompt, kv_growth, kv_exact = plain(kv_min_prompt), plain(kv_growth), plain(kv_exact)
         at_least("kv_min_prompt", kv_min_prompt, 0)
@@ -150,6 +161,8 @@ class Llama(SavedStates):
             self._kv_given["kv_budget"] = kv_budget
         if kv_limit is not None:
             self._kv_given |= {"kv_limit": kv_limit, "kv_prefill": kv_prefill}
+        if kv_interval is not None:
+            self._kv_given["kv_interval"] = kv_interval
 
         self._start_evaluation()
         if policy is None:

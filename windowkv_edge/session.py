@@ -74,6 +74,10 @@ class AfterPrompt:
     growth: float = 1.5
     changed: bool = False
 
+    def holds(self, n_past: int) -> bool:
+        """Whether the budget is owed by a sequence of so many positions."""
+        return isinstance(self.budget, int) or (n_past >= self.min_prompt and self.budget < 1.0)
+
     def is_due(self, n_past: int, n_boundary: int, n_held: float, n_cells: int) -> bool:
         """Whether the end of a prompt is to be compacted.
 

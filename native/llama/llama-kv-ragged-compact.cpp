@@ -195,6 +195,19 @@ static void move_rows_on_cpu(
     wkv::for_each(std::clamp<int64_t>(n_worth, 1, lctx.n_threads_batch()), 2*n_heads, move);
 }
 
+// sums go with their cells; those of cells that have none are not kept
+static std::vector<std::vector<float>> gather_sums(const llama_kv_ragged_cells & cells, const llama_kv_ragged_plan & plan, size_t i_head) {
+    std::vector<std::vector<float>> res(cells.sums.size());
+    for (size_t ih = 0; ih < res.size(); ++ih) {
+        const auto & sums = cells.sums[ih];
+        plan.keep.for_runs(i_head + ih, [&](int32_t i0, int32_t i1) {
+            const int32_t n = sums.size();
+            res[ih].insert(res[ih].end(), sums.begin() + std::min(i0, n), sums.begin() + std::min(i1, n));
+        });
+    }
+    return res;
+}
+
 llama_kv_ragged_cells llama_kv_ragged_gather(
         llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_plan & plan) {
     const auto & layer = seq.get_layers()[i];
@@ -208,7 +221,7 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
     // heads that fill at different rows are given the same room
     const int64_t n_mean  = std::accumulate(len_next.begin(), len_next.end(), int64_t(0))/layer.n_head_kv;
     const bool    uniform = std::all_of(len_next.begin(), len_next.end(), [&](int64_t n) { return n == n_mean; });
-    const int64_t slack   = std::max<int64_t>(uniform ? 1 : 16, n_mean/64);
+    const int64_t slack   = std::max<int64_t>({ uniform ? 1 : 16, n_mean/64, seq.n_room });
 
     llama_kv_ragged_cells res;
     res.kept.resize(layer.n_head_kv);
@@ -226,6 +239,7 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
         });
         GGML_ASSERT((int64_t) kept.size() == len_next[ih]);
     }
+    res.sums = gather_sums(seq.cells[i], plan, i*plan.n_head_kv);
     if (layer.on_cpu()) {
         move_rows_on_cpu(lctx, pool, res.pool, plan.keep, i*plan.n_head_kv, plan.n_head_kv);
         return res;
@@ -254,6 +268,20 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
 //
 // llama_kv_cache_ragged
 //
+
+void llama_kv_cache_ragged::accumulate(llama_context & lctx) {
+    llama_kv_ragged_scoring scoring;
+    scoring.window_sizes.push_back(seq.observed.n_observed);
+    scoring.reduce = LLAMA_KV_RAGGED_REDUCE_SUM;
+
+    lctx.synchronize();
+
+    std::vector<std::vector<float>> sums;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        sums.push_back(llama_kv_ragged_score(lctx, seq, i, scoring));
+    }
+    seq.set_sums(sums);
+}
 
 int64_t llama_kv_cache_ragged::compact(llama_context & lctx, const llama_kv_ragged_request & request) {
     const llama_kv_ragged_while guard(selecting);

@@ -9,9 +9,19 @@
 #include <functional>
 #include <vector>
 
+// what a score is, see wkv_reduce
+enum llama_kv_ragged_reduce {
+    LLAMA_KV_RAGGED_REDUCE_MEAN,
+    LLAMA_KV_RAGGED_REDUCE_MAX,
+    LLAMA_KV_RAGGED_REDUCE_SUM,
+};
+
 struct llama_kv_ragged_scoring {
     // Observation windows in tokens: the last queries of the sequence, or those of them that were observed. Each makes a plane of scores.
     std::vector<int32_t> window_sizes;
+
+    // other than the mean: of one window, and by_query_head is false; sum: of the queries that are in no sum yet, added to the cells' sums
+    llama_kv_ragged_reduce reduce = LLAMA_KV_RAGGED_REDUCE_MEAN;
 
     // false: the mean over the queries of a window and the query heads of a kv head
     // true:  the mean over the queries of the window for every query head by itself; there is one window then

@@ -66,7 +66,8 @@ llama_kv_ragged_seq::llama_kv_ragged_seq(
         const std::vector<llama_kv_ragged_layer> & layers,
               uint32_t                             n_pos_max,
               uint32_t                             n_observed,
-              llama_kv_ragged_meter              & meter) : layers(&layers), n_pos_max(n_pos_max), meter(&meter) {
+              llama_kv_ragged_meter              & meter) :
+    layers(&layers), n_pos_max(n_pos_max), meter(&meter), claim(std::make_unique<llama_kv_ragged_claim>(meter)) {
     for (const auto & layer : layers) {
         cells.emplace_back();
         cells.back().kept.resize(layer.n_head_kv);
@@ -178,6 +179,14 @@ void llama_kv_ragged_seq::trim(uint32_t p0) {
 
 void llama_kv_ragged_seq::withdraw(uint32_t p0) {
     n_pos             = p0;
+    n_summed          = std::min(n_summed, p0);
+    for (size_t i = 0; i < cells.size(); ++i) {
+        for (size_t ih = 0; ih < cells[i].sums.size(); ++ih) {
+            auto & sums = cells[i].sums[ih];
+            sums.resize(std::min<size_t>(sums.size(), n_cells(i, ih)));
+        }
+    }
+    claim_sums();
     prompt_begin      = prompt_begin < int32_t(p0) ? prompt_begin : -1;
     observed.n_prompt = std::min(observed.n_prompt, p0);
 }
@@ -194,6 +203,49 @@ void llama_kv_ragged_seq::end_prompt() {
 void llama_kv_ragged_seq::compact(size_t i, llama_kv_ragged_cells && left) {
     cells[i] = std::move(left);
     boundary = n_pos;
+    claim_sums();
+}
+
+void llama_kv_ragged_seq::copy_sums(size_t i, float * dst) const {
+    for (size_t ih = 0; ih < cells[i].kept.size(); ++ih) {
+        const size_t n     = n_cells(i, ih);
+        const size_t n_own = cells[i].sums.empty() ? 0 : std::min(n, cells[i].sums[ih].size());
+        if (n_own > 0) {
+            std::copy_n(cells[i].sums[ih].begin(), n_own, dst);
+        }
+        std::fill(dst + n_own, dst + n, 0.0f);
+        dst += n;
+    }
+}
+
+void llama_kv_ragged_seq::set_sums(const std::vector<std::vector<float>> & sums) {
+    std::vector<std::vector<std::vector<float>>> next(cells.size()); // may throw, before anything changes
+    for (size_t i = 0; i < cells.size(); ++i) {
+        const float * src = sums[i].data();
+        for (size_t ih = 0; ih < cells[i].kept.size(); ++ih) {
+            next[i].emplace_back(src, src + n_cells(i, ih));
+            src += n_cells(i, ih);
+        }
+    }
+    for (size_t i = 0; i < cells.size(); ++i) {
+        cells[i].sums = std::move(next[i]);
+    }
+    n_summed = n_pos;
+    claim_sums();
+}
+
+int64_t llama_kv_ragged_seq::bytes_sums() const {
+    int64_t res = 0;
+    for (const auto & cur : cells) {
+        for (const auto & sums : cur.sums) {
+            res += sums.size()*sizeof(float);
+        }
+    }
+    return res;
+}
+
+void llama_kv_ragged_seq::claim_sums() {
+    claim->set(bytes_sums());
 }
 
 std::vector<llama_kv_ragged_tensor> llama_kv_ragged_seq::make_queries(uint32_t n_observed) const {
@@ -221,6 +273,7 @@ void llama_kv_ragged_seq::clear() {
     for (auto & cur : cells) {
         cur.boundary = 0;
         cur.pool     = {};
+        cur.sums.clear();
         for (auto & kept : cur.kept) {
             kept.clear();
         }
@@ -230,7 +283,9 @@ void llama_kv_ragged_seq::clear() {
 }
 
 llama_kv_ragged_seq llama_kv_ragged_seq::make_empty() const {
-    return llama_kv_ragged_seq(*layers, n_pos_max, observed.n_observed, *meter);
+    llama_kv_ragged_seq res(*layers, n_pos_max, observed.n_observed, *meter);
+    res.n_room = n_room;
+    return res;
 }
 
 void llama_kv_ragged_seq::make_pools() {
@@ -252,12 +307,14 @@ llama_kv_ragged_seq llama_kv_ragged_seq::copy(bool exact) const {
     res.n_pos        = n_pos;
     res.boundary     = boundary;
     res.prompt_begin = prompt_begin;
+    res.n_summed     = n_summed;
 
     for (size_t i = 0; i < cells.size(); ++i) {
         const auto & layer = (*layers)[i];
 
         res.cells[i].kept     = cells[i].kept;
         res.cells[i].boundary = cells[i].boundary;
+        res.cells[i].sums     = cells[i].sums;
         if (n_pos > 0) {
             const auto len = n_cells(i);
             res.cells[i].pool = layer.copy_pool(cells[i].pool, exact ? len : layer.capacity(len, 32, boundary > 0), len, *meter);
@@ -266,5 +323,6 @@ llama_kv_ragged_seq llama_kv_ragged_seq::copy(bool exact) const {
     }
     res.observed.pos      = observed.pos;
     res.observed.n_prompt = observed.n_prompt;
+    res.claim_sums();
     return res;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .branch import Branches
 from .case import Case, EvalError
 from .fidelity import fidelity_cases
+from .generate import GenerateCase, Generator, generate_cases
 from .needle import needle_cases
 from .prose import prose
 from .records import Records, read_records
@@ -20,12 +21,15 @@ __all__ = [
     "Case",
     "EvalError",
     "FidelityCase",
+    "GenerateCase",
+    "Generator",
     "Plan",
     "Records",
     "Runner",
     "Style",
     "fidelity_cases",
     "fingerprint",
+    "generate_cases",
     "hay_tokens",
     "needle_cases",
     "prose",
