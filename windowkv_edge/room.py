@@ -182,7 +182,7 @@ class Compacting(llama_cpp.Llama):
         bound = None if comes == "batch" else self._answer_bound(cache)
         cache.kv.set_room(0 if bound is None else bound.interval)
         cache.kv.set_pinned(ranges)
-        cache.compact(n_cells, self._task(cache, asks))
+        cache.compact(n_cells, self._task(cache, asks), answers=comes == "answer")
 
     def _keep_logits(self, cache: PolicyCache) -> None:
         """Those of the last position, if it ends what was compacted and they are known."""

@@ -199,13 +199,16 @@ class PolicyCache:
         types = () if self.policy.cells is None else cell_types(stats)
         return n_cells(budget, int(stats.n_past), *types)
 
-    def compact(self, n_cells: int, task: Task = "localization", policy: KVPolicy | None = None) -> int:
+    def compact(
+        self, n_cells: int, task: Task = "localization", policy: KVPolicy | None = None, answers: bool = False
+    ) -> int:
         """Evict all but the cells that a policy chooses.
 
         Args:
             n_cells: cells per (layer, kv head) that stay on average.
             task: the prompt's task.
             policy: one that :meth:`bind` returned; None = the session's.
+            answers: an answer is compacted while it grows.
 
         Returns:
             Cells released over all layers and heads.
@@ -215,4 +218,4 @@ class PolicyCache:
         """
         chosen = policy or self.bound
         with Interrupts(), self._guard.selecting(chosen.name):
-            return compact(self.kv, chosen, n_cells, task)
+            return compact(self.kv, chosen, n_cells, task, answers)

@@ -111,7 +111,7 @@ static observers find_observers(const llama_kv_ragged_seq & seq, const llama_kv_
     const auto n_of = count_rows(seq, scoring.window_sizes, rows);
 
     const int64_t n       = n_of[i_window];
-    const int64_t n_known = i_window > 0 && scoring.in_place && n_of[0] <= n ? n_of[0] : 0; // the mean over these is there
+    const int64_t n_known = i_window > 0 && n_of[0] <= n ? n_of[0] : 0; // the mean over these is there
 
     auto res = make_observers(seq, { rows.end() - n, rows.end() - n_known });
     res.weight = 1.0f/float(n*(scoring.by_query_head ? 1 : n_gqa));

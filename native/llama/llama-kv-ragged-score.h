@@ -27,9 +27,6 @@ struct llama_kv_ragged_scoring {
     // true:  the mean over the queries of the window for every query head by itself; there is one window then
     bool by_query_head = false;
 
-    // whether dst still holds the scores by the first window when those by the second are asked for
-    bool in_place = true;
-
     // Only a graph of ggml's ops has what follows: devices compute it, and the CPU for cells that its own steps do not read.
 
     // a CPU computes it, too
@@ -43,7 +40,7 @@ struct llama_kv_ragged_scoring {
 };
 
 // Scores of one layer by window i_window: for the kv heads in turn [n_cells]; by query head [n_gqa, n_cells]. Returns how many.
-// i_window = 1: in_place, dst holds the scores by the first window, which those by the second take the place of. Queries that are in
+// i_window = 1: dst holds the scores by the first window, which those by the second take the place of. Queries that are in
 // both are not asked again then, if the second window is the larger one.
 // Throws std::runtime_error if there is nothing to score or the graph fails.
 size_t llama_kv_ragged_score(

@@ -140,7 +140,9 @@ def test_the_newest_tokens_stay(tiny: Path, opened: Open, name: str) -> None:
     policy = policy_of(name)
     llm = opened(tiny, kv_policy=policy, kv_limit=LIMIT, kv_interval=INTERVAL)
     grow(llm, TOKENS[:60], 300)
-    boundary = int(llm.kv_stats().n_boundary)
+    kv = llm._kv
+    assert kv is not None
+    boundary = int(kv.stats().n_boundary)
     newest = set(range(boundary - int((LIMIT - INTERVAL) * policy.answer_share), llm.n_tokens))
     assert len(newest) > 50
     for il, ih in np.ndindex(3, 2):
