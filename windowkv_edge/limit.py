@@ -47,8 +47,9 @@ def _n_bytes(text: str) -> int:
 
 
 def n_asks(policy: KVPolicy) -> int:
-    """Tokens at a prompt's end that are taken for what is asked: as many as the policy observes, 64 at most."""
-    return min(int(policy.n_observed), 64)
+    """Tokens at a prompt's end that are taken for what is asked: as many as the policy observes, 64 at most; one where
+    it sums up what has attended, which nothing asks for."""
+    return 1 if policy.accumulates else min(int(policy.n_observed), 64)
 
 
 @dataclass(frozen=True)

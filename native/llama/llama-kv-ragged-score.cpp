@@ -64,17 +64,23 @@ static int32_t window_start(const llama_kv_ragged_seq & seq, int32_t n) {
     return seq.observed_end() - n;
 }
 
-// of the largest window
+// Of the largest window. Where drafts that were taken back have displaced all of its queries, the newest one that is left.
 static std::vector<int32_t> find_rows(const llama_kv_ragged_seq & seq, const std::vector<int32_t> & sizes) {
-    return seq.observed.find(window_start(seq, *std::max_element(sizes.begin(), sizes.end())));
+    auto res = seq.observed.find(window_start(seq, *std::max_element(sizes.begin(), sizes.end())));
+    if (res.empty()) {
+        const auto all = seq.observed.find(0);
+        res.assign(all.empty() ? all.end() : all.end() - 1, all.end());
+    }
+    return res;
 }
 
-// how many of these each window holds, the last ones
+// how many of these each window holds, the last ones, and at least one
 static std::vector<int64_t> count_rows(const llama_kv_ragged_seq & seq, const std::vector<int32_t> & sizes, const std::vector<int32_t> & rows) {
     std::vector<int64_t> res;
     for (const int32_t n : sizes) {
         const int32_t start = window_start(seq, n);
-        res.push_back(std::count_if(rows.begin(), rows.end(), [&](int32_t row) { return seq.observed.pos[row] >= start; }));
+        const int64_t held  = std::count_if(rows.begin(), rows.end(), [&](int32_t row) { return seq.observed.pos[row] >= start; });
+        res.push_back(std::max<int64_t>(held, !rows.empty()));
     }
     if (seq.n_pos == 0 || *std::min_element(res.begin(), res.end()) == 0) {
         llama_kv_ragged_refuse("nothing to score, evaluate a prompt first");

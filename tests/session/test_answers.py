@@ -21,7 +21,7 @@ from windowkv_edge.budget import TYPES
 
 Open = Callable[..., Llama]
 
-LIMIT, INTERVAL = 120, 16
+LIMIT, INTERVAL = 136, 16
 
 
 def n_held(llm: Llama) -> float:

@@ -27,7 +27,7 @@ class CORM(KVPolicy):
         n_recent: last tokens that stay (the paper's r).
     """
 
-    window_size: int = 64
+    window_size: int = 32
     n_recent: int = 64
 
     name: ClassVar[str] = "corm"

@@ -34,6 +34,11 @@ class TOVA(KVPolicy):
         super().__post_init__()
         at_least("window_size", self.window_size, 1)
 
+    @property
+    def n_observed(self) -> int:
+        # more than are asked: a draft that is taken back must not take the newest token's query along
+        return max(16, self.window_size)
+
     def scoring(self, task: Task = "localization") -> Scoring:
         return Scoring(window_size=self.window_size, kernel_size=1)
 
