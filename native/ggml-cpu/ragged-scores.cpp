@@ -324,13 +324,15 @@ void score_worker::largest_block(int64_t n_cells, int64_t col0, int64_t j0, int6
 
     for (int64_t ic = 0; ic < n_cells; ++ic) {
         vf32 best = {};
+        vf32 rest = {}; // no number where one was not finite, which comparing does not tell
         for (int64_t j = j0; j < j1; j += VL) {
             const vf32 cur = vf_exp(vf_load(s + ic*sh.n_block + j) - vf_load(max + j))*vf_load(scale + j);
-            best = cur > best ? cur : best;
+            best  = cur > best ? cur : best;
+            rest += cur - cur;
         }
         float & dst = res[i_res*N_CELLS_TILE + ic];
         for (int l = 0; l < VL; ++l) {
-            dst = std::max(dst, best[l]);
+            dst = std::max(dst, best[l]) + (dst - dst) + rest[l];
         }
     }
 }

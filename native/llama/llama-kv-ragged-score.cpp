@@ -236,12 +236,16 @@ static ggml_tensor * columns(ggml_context * ctx, ggml_tensor * cur, int64_t i0, 
     return n == cur->ne[1] ? cur : ggml_view_2d(ctx, cur, cur->ne[0], n, cur->nb[1], i0*cur->nb[1]);
 }
 
-// the larger ones of two [n_cells, 1, n], or of n_cols columns
-static ggml_tensor * build_largest(ggml_context * ctx, ggml_tensor * cols) {
-    const int64_t n = cols->ne[0];
-    return ggml_reshape_3d(ctx, ggml_pool_2d(ctx, cols, GGML_OP_POOL_MAX, n, 1, n, 1, 0, 0), cols->ne[1], 1, cols->ne[2]);
+// the largest of every row, [ne1, 1, n]; no number where one was not finite, which comparing does not tell
+static ggml_tensor * build_largest(ggml_context * ctx, ggml_tensor * rows) {
+    const int64_t n = rows->ne[0];
+
+    ggml_tensor * rest = ggml_scale(ctx, ggml_sum_rows(ctx, rows), 0.0f);
+    ggml_tensor * res  = ggml_add(ctx, ggml_pool_2d(ctx, rows, GGML_OP_POOL_MAX, n, 1, n, 1, 0, 0), rest);
+    return ggml_reshape_3d(ctx, res, rows->ne[1], 1, rows->ne[2]);
 }
 
+// the larger ones of two
 static ggml_tensor * build_larger(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
     const auto as_row = [&](ggml_tensor * cur) { return ggml_reshape_3d(ctx, cur, 1, cur->ne[0], cur->ne[2]); };
     return build_largest(ctx, ggml_concat(ctx, as_row(a), as_row(b), 0));
