@@ -242,7 +242,8 @@ static llama_kv_ragged_cells gather_positions(const llama_kv_ragged_seq & seq, s
         });
         GGML_ASSERT(int64_t(kept.size()) == plan.after[i_head]);
     }
-    res.sums = gather_sums(seq.cells[i], plan, i*plan.n_head_kv);
+    res.sums     = gather_sums(seq.cells[i], plan, i*plan.n_head_kv);
+    res.n_summed = seq.cells[i].n_summed;
     return res;
 }
 
@@ -319,11 +320,11 @@ void llama_kv_cache_ragged::accumulate(llama_context & lctx) {
 
     lctx.synchronize();
 
-    std::vector<std::vector<float>> sums;
     for (size_t i = 0; i < layers.size(); ++i) {
-        sums.push_back(llama_kv_ragged_score(lctx, seq, i, scoring));
+        if (seq.cells[i].n_summed < seq.n_pos) {
+            seq.set_sums(i, llama_kv_ragged_score(lctx, seq, i, scoring)); // if it fails, the layers before are done
+        }
     }
-    seq.set_sums(sums);
 }
 
 int64_t llama_kv_cache_ragged::compact(llama_context & lctx, const llama_kv_ragged_request & request) {

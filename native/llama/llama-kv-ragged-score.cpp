@@ -98,8 +98,8 @@ static observers make_observers(const llama_kv_ragged_seq & seq, std::vector<int
 }
 
 // those that are in no sum yet; of what is only observed none are
-static observers find_unsummed(const llama_kv_ragged_seq & seq, int64_t n_gqa) {
-    auto rows = seq.observed.find(seq.n_summed);
+static observers find_unsummed(const llama_kv_ragged_seq & seq, size_t i, int64_t n_gqa) {
+    auto rows = seq.observed.find(seq.cells[i].n_summed);
     rows.erase(std::find_if(rows.begin(), rows.end(), [&](int32_t row) { return seq.observed.pos[row] >= int32_t(seq.n_pos); }), rows.end());
 
     auto res = make_observers(seq, std::move(rows));
@@ -109,9 +109,10 @@ static observers find_unsummed(const llama_kv_ragged_seq & seq, int64_t n_gqa) {
     return res;
 }
 
-static observers find_observers(const llama_kv_ragged_seq & seq, const llama_kv_ragged_scoring & scoring, size_t i_window, int64_t n_gqa) {
+static observers find_observers(
+        const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring, size_t i_window, int64_t n_gqa) {
     if (scoring.reduce == LLAMA_KV_RAGGED_REDUCE_SUM) {
-        return find_unsummed(seq, n_gqa);
+        return find_unsummed(seq, i, n_gqa);
     }
     const auto rows = find_rows(seq, scoring.window_sizes);
     const auto n_of = count_rows(seq, scoring.window_sizes, rows);
@@ -435,7 +436,7 @@ size_t llama_kv_ragged_score(
         llama_kv_ragged_workspace & workspace, float * dst) {
     const auto & layer = seq.get_layers()[i];
     const auto   len   = seq.n_cells(i);
-    const auto   obs   = find_observers(seq, scoring, i_window, layer.n_gqa());
+    const auto   obs   = find_observers(seq, i, scoring, i_window, layer.n_gqa());
 
     const int64_t n_res = scoring.by_query_head ? layer.n_gqa() : 1;
     const size_t  n_all = std::accumulate(len.begin(), len.end(), int64_t(0))*n_res;

@@ -179,8 +179,8 @@ void llama_kv_ragged_seq::trim(uint32_t p0) {
 
 void llama_kv_ragged_seq::withdraw(uint32_t p0) {
     n_pos             = p0;
-    n_summed          = std::min(n_summed, p0);
     for (size_t i = 0; i < cells.size(); ++i) {
+        cells[i].n_summed = std::min(cells[i].n_summed, p0);
         for (size_t ih = 0; ih < cells[i].sums.size(); ++ih) {
             auto & sums = cells[i].sums[ih];
             sums.resize(std::min<size_t>(sums.size(), n_cells(i, ih)));
@@ -218,34 +218,35 @@ void llama_kv_ragged_seq::copy_sums(size_t i, float * dst) const {
     }
 }
 
-void llama_kv_ragged_seq::set_sums(const std::vector<std::vector<float>> & sums) {
-    std::vector<std::vector<std::vector<float>>> next(cells.size()); // may throw, before anything changes
-    for (size_t i = 0; i < cells.size(); ++i) {
-        const float * src = sums[i].data();
-        for (size_t ih = 0; ih < cells[i].kept.size(); ++ih) {
-            next[i].emplace_back(src, src + n_cells(i, ih));
-            src += n_cells(i, ih);
-        }
+void llama_kv_ragged_seq::set_sums(size_t i, const std::vector<float> & sums) {
+    std::vector<std::vector<float>> next; // may throw, before anything changes
+
+    const float * src = sums.data();
+    for (size_t ih = 0; ih < cells[i].kept.size(); ++ih) {
+        next.emplace_back(src, src + n_cells(i, ih));
+        src += n_cells(i, ih);
     }
-    for (size_t i = 0; i < cells.size(); ++i) {
-        cells[i].sums = std::move(next[i]);
-    }
-    n_summed = n_pos;
+    cells[i].sums     = std::move(next);
+    cells[i].n_summed = n_pos;
     claim_sums();
 }
 
-int64_t llama_kv_ragged_seq::bytes_sums() const {
-    int64_t res = 0;
+uint32_t llama_kv_ragged_seq::n_summed() const {
+    uint32_t res = n_pos;
     for (const auto & cur : cells) {
-        for (const auto & sums : cur.sums) {
-            res += sums.size()*sizeof(float);
-        }
+        res = std::min(res, cur.n_summed);
     }
     return res;
 }
 
 void llama_kv_ragged_seq::claim_sums() {
-    claim->set(bytes_sums());
+    int64_t n_bytes = 0;
+    for (const auto & cur : cells) {
+        for (const auto & sums : cur.sums) {
+            n_bytes += sums.size()*sizeof(float);
+        }
+    }
+    claim->set(n_bytes);
 }
 
 std::vector<llama_kv_ragged_tensor> llama_kv_ragged_seq::make_queries(uint32_t n_observed) const {
@@ -307,7 +308,6 @@ llama_kv_ragged_seq llama_kv_ragged_seq::copy(bool exact) const {
     res.n_pos        = n_pos;
     res.boundary     = boundary;
     res.prompt_begin = prompt_begin;
-    res.n_summed     = n_summed;
 
     for (size_t i = 0; i < cells.size(); ++i) {
         const auto & layer = (*layers)[i];
@@ -315,6 +315,7 @@ llama_kv_ragged_seq llama_kv_ragged_seq::copy(bool exact) const {
         res.cells[i].kept     = cells[i].kept;
         res.cells[i].boundary = cells[i].boundary;
         res.cells[i].sums     = cells[i].sums;
+        res.cells[i].n_summed = cells[i].n_summed;
         if (n_pos > 0) {
             const auto len = n_cells(i);
             res.cells[i].pool = layer.copy_pool(cells[i].pool, exact ? len : layer.capacity(len, 32, boundary > 0), len, *meter);

@@ -18,8 +18,9 @@ struct llama_kv_ragged_cells {
 
     llama_kv_ragged_pool pool; // with free rows for cells to come
 
-    // [n_head_kv] attention that a head's first cells got so far from the queries before n_summed; empty: none of it is summed up
+    // [n_head_kv] attention that a head's first cells got so far from the queries before position n_summed; empty: none is summed up
     std::vector<std::vector<float>> sums;
+    uint32_t n_summed = 0;
 
     bool is_uniform() const; // all heads hold equally many cells
 
@@ -60,8 +61,6 @@ struct llama_kv_ragged_seq {
     std::vector<llama_kv_ragged_cells> cells; // [layers]
 
     llama_kv_ragged_observed observed;
-
-    uint32_t n_summed = 0; // queries before this position are part of the sums of cells
 
     uint32_t n_room = 0; // rows that a compaction leaves free in every head at least
 
@@ -121,10 +120,10 @@ struct llama_kv_ragged_seq {
     // sums of the cells of a layer, for every kv head in turn [n_cells]; 0 of cells that have none
     void copy_sums(size_t i, float * dst) const;
 
-    // take sums over the queries of all positions, of every layer in the same layout
-    void set_sums(const std::vector<std::vector<float>> & sums);
+    // take sums over the queries of all positions, in the same layout
+    void set_sums(size_t i, const std::vector<float> & sums);
 
-    int64_t bytes_sums() const; // on the host
+    uint32_t n_summed() const; // queries before this position are in the sums of all layers
 
     // what a compaction left of a layer
     void compact(size_t i, llama_kv_ragged_cells && left);

@@ -191,8 +191,8 @@ static void write_cells(llama_io_write_i & io, const llama_kv_cache_ragged & kv)
         }
     }
 
-    put<uint32_t>(io, seq.n_summed);
     for (const auto & cur : seq.cells) {
+        put<uint32_t>(io, cur.n_summed);
         put<uint32_t>(io, cur.sums.size());
         for (const auto & sums : cur.sums) {
             put<uint32_t>(io, sums.size());
@@ -239,9 +239,10 @@ static void read_shapes(llama_io_read_i & io, const llama_kv_cache_ragged & kv) 
 }
 
 static void read_sums(llama_io_read_i & io, llama_kv_ragged_seq & seq) {
-    seq.n_summed = get_within<uint32_t>(io, 0, seq.n_pos, "the end of the summed attention");
     for (size_t i = 0; i < seq.cells.size(); ++i) {
         auto & cur = seq.cells[i];
+
+        cur.n_summed = get_within<uint32_t>(io, 0, seq.n_pos, "the end of the summed attention");
 
         const uint32_t n_heads = get_within<uint32_t>(io, 0, cur.kept.size(), "the number of heads with summed attention");
         if (n_heads != 0 && n_heads != cur.kept.size()) {
