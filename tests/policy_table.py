@@ -12,11 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
-from reference import adakv, budgets, headkv, ours, pyramidkv, snapkv, streamingllm, windowkv
+from reference import adakv, budgets, corm, h2o, headkv, ours, pyramidkv, snapkv, streamingllm, tova, windowkv
 from reference.common import Cache, Kept, sizes
 
 from windowkv_edge import (
+    CORM,
     H2O,
+    TOVA,
     AdaKV,
     Auto,
     ExpectedAttention,
@@ -273,7 +275,21 @@ ROWS: dict[type[KVPolicy], Row] = {
         by_all,
         "layer",
     ),
-    H2O: Row(st.builds(H2O, recent_share=st.sampled_from([0.0, 0.5, 1.0])), None, "equal"),
+    TOVA: Row(
+        st.builds(TOVA, window_size=st.sampled_from([1, 1, 5, 40])),
+        lambda p, v: tova.tova(v.positions, v.scores, v.n_cells, window_size=p.window_size),
+        "equal",
+    ),
+    CORM: Row(
+        st.builds(CORM, window_size=sizes_of_windows, n_recent=st.sampled_from([0, 1, 20, 200])),
+        lambda p, v: corm.corm(v.scores, v.n_cells, n_recent=p.n_recent),
+        "equal",
+    ),
+    H2O: Row(
+        st.builds(H2O, recent_share=st.sampled_from([0.0, 0.3, 0.5, 1.0])),
+        lambda p, v: h2o.h2o(v.scores, v.n_cells, recent_share=p.recent_share),
+        "equal",
+    ),
     ExpectedAttention: Row(
         st.builds(ExpectedAttention, neox=st.booleans(), freq_base=st.just(1e4), n_sink=st.integers(0, 6)), None, "equal"
     ),

@@ -277,6 +277,14 @@ class Context:
         flat = np.array(ranges, dtype=np.int32).reshape(-1)
         check(lib.wkv_set_pinned(self._ctx, ffi.from_buffer("int32_t[]", flat), len(ranges)))
 
+    def set_room(self, n_tokens: int) -> None:
+        """Every compaction from now on leaves room for this many tokens, 0 = little: cells do not move meanwhile."""
+        check(lib.wkv_set_room(self._ctx, n_tokens))
+
+    def accumulate(self) -> None:
+        """Add the attention of the queries that are observed and in no sum yet to the sums of the cells."""
+        check(lib.wkv_accumulate(self._ctx))
+
     def set_attention(self, name: str) -> None:
         """Attention of layers whose heads hold equally many cells: "auto", "stock" or "ragged"."""
         check(lib.wkv_set_attention(self._ctx, getattr(lib, f"WKV_ATTENTION_{name}".upper())))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _native
 from .policies import CacheView, KVPolicy, Task
+from .policies.parts import Parts
 from .stats import cell_types
 
-__all__ = ["compact", "n_observed"]
+__all__ = ["compact", "in_answer", "n_observed"]
 
 
 def n_observed(policy: KVPolicy) -> int:
@@ -19,8 +21,30 @@ def n_observed(policy: KVPolicy) -> int:
     return int(policy.n_observed)
 
 
+N_ANSWER = 8
+"""Queries that observe where an answer is compacted while it grows: 32 of them take three times as long, and choose no
+better (eval/README.md)."""
+
+
+def in_answer(policy: KVPolicy, parts: Parts) -> Parts:
+    """The policy while an answer grows: with few observing tokens, unless it is made for that."""
+    if policy.answer_share == 0:
+        return parts
+    scoring, selection = parts.scoring, parts.selection
+    n, n_tokens = min(scoring.window_size, N_ANSWER), min(scoring.token_window_size, N_ANSWER)
+    return parts._replace(
+        scoring=replace(scoring, window_size=n, token_window_size=n_tokens),
+        selection=replace(selection, n_recent=min(selection.n_recent, n)),
+    )
+
+
 def compact(
-    kv: _native.Context, policy: KVPolicy, n_cells: int, task: Task = "localization", n_observers: int | None = None
+    kv: _native.Context,
+    policy: KVPolicy,
+    n_cells: int,
+    task: Task = "localization",
+    n_observers: int | None = None,
+    answers: bool = False,
 ) -> int:
     """Evict all but the cells that the policy chooses.
 
@@ -30,6 +54,7 @@ def compact(
         n_cells: cells per (layer, kv head) that stay on average.
         task: the prompt's task.
         n_observers: tokens that score at most, the last ones; None = as many as the policy asks for.
+        answers: an answer is compacted while it grows, see :func:`in_answer`; a policy in Python observes as always.
 
     Returns:
         Cells released over all layers and heads.
@@ -43,6 +68,8 @@ def compact(
     """
     if not policy.in_python:
         parts = policy.parts(task)
+        if answers:
+            parts = in_answer(policy, parts)
         return kv.compact(
             _native.policy_struct(parts if n_observers is None else parts.observed_by(n_observers)), n_cells
         )

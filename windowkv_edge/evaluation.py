@@ -296,10 +296,12 @@ class PolicyEvaluation(Compacting):
         self._kv_prompts.changed(self.n_tokens)
         try:
             with self._aligned(), Interrupts() as interrupts:
-                for i in range(0, max(1, len(tokens)), self.n_batch):  # as stock does
-                    batch = tokens[i : i + self.n_batch]
+                n_batch = self._accumulated_at_once(cache)  # as stock does, if nothing is summed up
+                for i in range(0, max(1, len(tokens)), n_batch):
+                    batch = tokens[i : i + n_batch]
                     if len(batch) > 0 and room is not None:
                         self._make_room(cache, tokens[i:], len(batch), step, room)
+                    self._accumulate(cache, len(batch))
                     # What generate() evaluates is known better here, and so is a last batch of one token. Of what is
                     # evaluated by hand, one token may follow a prompt of others, and theirs may follow several tokens
                     kv.watch(self._kv_step is None and (len(batch) > 1 or len(tokens) == 1))

@@ -74,7 +74,7 @@ def forecast(info: GGUFInfo, limit: int | str, n_tokens: int, policy: KVPolicy, 
     own.check(stats, policy)
     n = own.n_cells(stats)
     fits = n_tokens <= n
-    after = n_tokens if fits else n - Limit.slack(n)
+    after = n_tokens if fits else n - own.slack(n)
     peak = n_tokens if fits else min(n_tokens, n + n_batch)
     cells = {"peak": peak, "after": after, "most": n}
     figures = {f"cells_{name}": value for name, value in cells.items()}

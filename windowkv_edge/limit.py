@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from .budget import plain
 from .policies import KVPolicy
 
-__all__ = ["PREFILLS", "Limit", "Prefill", "check_limit", "n_asks", "n_bytes"]
+__all__ = ["PREFILLS", "Limit", "Prefill", "check_limit", "n_asks", "n_bytes", "slack"]
 
 Prefill = Literal["exact", "bounded", "auto"]
 PREFILLS: tuple[Prefill, ...] = get_args(Prefill)
@@ -59,8 +59,14 @@ N_ASKS = 64
 
 
 def n_asks(policy: KVPolicy) -> int:
-    """The same with a policy: no more than it observes."""
-    return min(int(policy.n_observed), N_ASKS)
+    """The same with a policy: no more than it observes; one where it sums up what has attended, which nothing asks
+    for."""
+    return 1 if policy.accumulates else min(int(policy.n_observed), N_ASKS)
+
+
+def slack(n_cells: int) -> int:
+    """Cells of room that a compaction makes, so that one is not due for every token."""
+    return max(1, n_cells // 8)
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,11 @@ class Limit:
 
     Args:
         given: what :func:`check_limit` returned.
+        interval: see :meth:`slack`; None = an eighth of the cells.
     """
 
     given: int | str
+    interval: int | None = None
 
     def n_cells(self, stats: Any) -> int:
         """Cells per (layer, kv head) on average.
@@ -100,6 +108,11 @@ class Limit:
         if policy.name == "full":
             raise ValueError("kv_policy='full' keeps every cell, which kv_limit does not allow; leave one of them out")
         n, n_least = self.n_cells(stats), 2 * n_asks(policy)
+        if self.interval is not None and self.interval >= n:
+            raise ValueError(
+                f"kv_interval={self.interval} leaves nothing of the {n} cells per head that kv_limit={self.given!r} "
+                "holds; give a smaller one"
+            )
         if n < n_least:
             beside = int(stats.bytes_live) - int(stats.bytes_pool)
             least = (n_least * int(stats.bytes_cell) * 65 // 64 + beside) / 2**20
@@ -113,7 +126,6 @@ class Limit:
         n = self.n_cells(stats)
         return n - max(n_asks(policy), self.slack(n))
 
-    @staticmethod
-    def slack(n_cells: int) -> int:
+    def slack(self, n_cells: int) -> int:
         """Cells of room that a compaction makes while an answer grows, so that one is not due for every token."""
-        return max(1, n_cells // 8)
+        return slack(n_cells) if self.interval is None else self.interval

@@ -34,7 +34,7 @@ class Limited(SavedStates):
                 self._kv_limit = None
                 self._kv_given.pop("kv_limit", None)
                 return
-            new, stats = Limit(check_limit(limit)), cache.kv.stats()
+            new, stats = Limit(check_limit(limit), self._kv_interval), cache.kv.stats()
             new.check(stats, cache.bound)
             n, room = n_pinned(self._kv_pins.asked), new.n_free(stats, cache.bound)
             if n >= room:

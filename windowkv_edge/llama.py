@@ -74,6 +74,9 @@ class Llama(Limited):
             batch. Where a batch finds no room, what was read so far is compacted, as what is asked attends to it: the
             end of a chat's last user message, else the prompt's last tokens. They are evaluated behind it, and taken
             back; of a prompt that is evaluated by hand they are not known.
+        kv_interval: tokens between two compactions of an answer that grows. With a limit, so many cells become free
+            whenever it is reached; None = an eighth of them. Without one, an answer holds what ``kv_budget`` grants for
+            the positions seen and this many tokens at most; None = it grows without end.
         kv_checkpoints: host memory for states to go back to: a message that was edited, a turn that was taken back and
             an answer that is asked for again cost the tokens that are new, where cells that were compacted, windows or
             recurrent layers could not go back. "auto": compressed states only, together no more than four times what
@@ -97,7 +100,8 @@ class Llama(Limited):
     The first prompt is compacted if it exceeds the budget, later ones (a chat's turns) if the cache grew, see
     ``kv_growth``: no more than ``kv_growth`` times the budget's cells are held when an answer begins. All cells compete
     then, those of earlier turns with those of a document, observed by the newest prompt's end. The cells of an answer
-    come on top.
+    come on top, unless ``kv_limit`` or ``kv_interval`` bounds them. Then it is compacted while it grows: its end
+    observes, and the newest tokens take the policy's ``answer_share`` of the cells that stay.
 
     With a policy flash attention is on, whatever ``flash_attn`` says. A session serves one thread at a time, in the
     process that created it.
@@ -124,6 +128,7 @@ class Llama(Limited):
         kv_prefill: Prefill = "auto",
         kv_progress: KVProgress | None = None,
         kv_checkpoints: str | int | None = "auto",
+        kv_interval: int | None = None,
         **kwargs: Any,
     ) -> None:
         if "_kv_guard" in self.__dict__:  # a second time: nothing else would free the first one's memory
@@ -143,8 +148,14 @@ class Llama(Limited):
                 f"kv_limit={kv_limit!r} and kv_prefill={kv_prefill!r} without kv_policy have no effect; name a policy, "
                 "e.g. kv_policy='auto'"
             )
+        if kv_policy is None and kv_interval is not None:
+            raise ValueError(f"kv_interval={kv_interval!r} without kv_policy has no effect; name a policy, e.g. 'auto'")
         one_of("kv_prefill", kv_prefill, PREFILLS)
-        self._kv_limit = None if kv_limit is None else Limit(check_limit(kv_limit))
+        kv_interval = plain(kv_interval)
+        if kv_interval is not None:
+            at_least("kv_interval", kv_interval, 1)
+        self._kv_interval = kv_interval
+        self._kv_limit = None if kv_limit is None else Limit(check_limit(kv_limit), kv_interval)
         self._kv_prefill = kv_prefill
         self._kv_checkpoints = Checkpoints(check_checkpoints(kv_checkpoints, kv_policy))
         self.kv_progress = kv_progress
@@ -172,6 +183,8 @@ class Llama(Limited):
             self._kv_given["kv_prefill"] = kv_prefill
         if kv_checkpoints != "auto":
             self._kv_given["kv_checkpoints"] = kv_checkpoints
+        if kv_interval is not None:
+            self._kv_given["kv_interval"] = kv_interval
 
         self._start_evaluation()
         if policy is None:

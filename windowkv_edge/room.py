@@ -5,15 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Literal
 
 import llama_cpp
 import numpy as np
 
 from ._memory import share_on_devices, usable_memory
+from .answers import Bound, newest
 from .errors import UnsupportedCallError
 from .going_back import GoingBack
-from .limit import N_ASKS, Limit, Prefill, n_asks
-from .pins import Pins, Range
+from .limit import N_ASKS, Prefill, n_asks, slack
+from .pins import Pins, Range, n_pinned
 from .policies import Task
 from .prompts import Step
 from .session import PolicyCache
@@ -28,10 +30,14 @@ WORTH_ASKING = 16 << 20
 """Bytes of cells below which nobody asks how much memory is free."""
 
 
+Comes = Literal["batch", "answer's start", "answer"]
+
+
 class Compacting(GoingBack):
     """The part of :class:`windowkv_edge.Llama` that compacts; nothing here is called from outside of the package."""
 
     _kv_prefill: Prefill
+    _kv_interval: int | None
     _kv_pins: Pins
     _kv_asked: Range | None
 
@@ -52,10 +58,10 @@ class Compacting(GoingBack):
         return None if room is None or n_all <= room else room
 
     def _bound(self, cache: PolicyCache, n_tokens: int, step: Step) -> int | None:
-        stats = cache.kv.stats()
-        limit = None if self._kv_limit is None else self._kv_limit.n_cells(stats)
         if step not in ("prompt", "piece"):
-            return limit
+            bound = self._answer_bound(cache)
+            return None if bound is None else bound.n_cells
+        limit = None if self._kv_limit is None else self._kv_limit.n_cells(cache.kv.stats())
         if self._kv_prefill == "exact":
             return None
         n_least, n_past = 2 * n_asks(cache.bound), self.n_tokens + n_tokens
@@ -64,6 +70,15 @@ class Compacting(GoingBack):
             rooms = [n for n in (limit, None if granted is None else max(granted, n_least)) if n is not None]
             return min(rooms, default=None)
         return limit if limit is not None else self._room_in_memory(cache, n_tokens, n_least)
+
+    def _answer_bound(self, cache: PolicyCache) -> Bound | None:
+        """What an answer may hold: the limit; without one what the budget grants and an interval, if there is one."""
+        if self._kv_limit is not None:
+            n_cells = self._kv_limit.n_cells(cache.kv.stats())
+            return Bound(n_cells, min(self._kv_limit.slack(n_cells), max(1, n_cells - 1)))
+        if self._kv_interval is None or not self._kv_when.holds(self.n_tokens):
+            return None
+        return Bound(cache.n_cells(self._kv_when.budget) + self._kv_interval, self._kv_interval)
 
     def _room_in_memory(self, cache: PolicyCache, n_tokens: int, n_least: int) -> int | None:
         """The same without a limit: as many as memory is free for, None if there is enough for all of them."""
@@ -92,9 +107,10 @@ class Compacting(GoingBack):
         kv = cache.kv
         n_held = float(kv.cells().mean())
         if step not in ("prompt", "piece"):
-            if n_held + n > room:
+            bound = self._answer_bound(cache)
+            if bound is not None and n_held + n > bound.n_cells:
                 self._keep_before(cache, step)
-                self._shrink(cache, room - max(n, Limit.slack(room)))
+                self._shrink(cache, bound.target(n), in_answer=True)
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
             # behind this batch the next observers need room, and then a compaction: scores of all cells, a layer twice
@@ -103,16 +119,16 @@ class Compacting(GoingBack):
                 self._keep_before(cache, step)
                 self._observe(cache, asks)
                 # small batches are not worth a compaction each
-                self._shrink(cache, room - max(0, Limit.slack(room) - self.n_batch), asks)
+                self._shrink(cache, room - max(0, slack(room) - self.n_batch), asks)
         if n > 1:
             kv.reserve(n)
 
-    def _shrink(self, cache: PolicyCache, n_cells: int, asks: Sequence[int] = ()) -> None:
+    def _shrink(self, cache: PolicyCache, n_cells: int, asks: Sequence[int] = (), in_answer: bool = False) -> None:
         """Compact to n_cells cells per head, for what is asked; a policy that counts otherwise gets fewer, until these
         are."""
         n, n_held = n_cells, float(cache.kv.cells().mean())
         for _ in range(4 if n_cells > 0 else 0):
-            self._compact(cache, n, asks)
+            self._compact(cache, n, asks, "answer" if in_answer else "batch")
             n_held = float(cache.kv.cells().mean())
             if n_held <= n_cells:
                 return
@@ -125,7 +141,9 @@ class Compacting(GoingBack):
 
     def _asks(self, cache: PolicyCache, tokens: Sequence[int]) -> list[int]:
         """What a prompt asks, of which ``tokens`` are left: of a chat the end of its last user message, else the
-        prompt's last tokens."""
+        prompt's last tokens; nothing of a policy that sums up what has attended."""
+        if cache.bound.accumulates:
+            return []
         n, n_past = min(n_asks(cache.bound), self.n_batch), self.n_tokens + len(tokens)
         start, stop = self._kv_asked or (0, n_past)
         if stop > n_past:
@@ -144,6 +162,22 @@ class Compacting(GoingBack):
         with cache.kv.observing():
             self._batch.set_batch(batch=asks, n_past=self.n_tokens, logits_all=False)
             self._ctx.decode(self._batch)
+
+    #
+    # attention that is summed up
+    #
+
+    def _accumulated_at_once(self, cache: PolicyCache) -> int:
+        """Tokens of a batch: no more than the policy's sums can wait for."""
+        return min(self.n_batch, int(cache.kv.stats().n_observed)) if cache.bound.accumulates else self.n_batch
+
+    def _accumulate(self, cache: PolicyCache, n: int) -> None:
+        """Before a batch of n tokens that would have others forgotten which are in no sum yet."""
+        if not cache.bound.accumulates:
+            return
+        stats = cache.kv.stats()
+        if int(stats.n_past) - int(stats.n_summed) + n > int(stats.n_observed):
+            cache.kv.accumulate()
 
     #
     # the end of a prompt
@@ -178,14 +212,29 @@ class Compacting(GoingBack):
         self._kv_when.changed = False
         self._kv_settled = True
 
-    def _compact(self, cache: PolicyCache, n_cells: int, asks: Sequence[int] = ()) -> None:
-        """Compact to n_cells cells per head; asks: tokens of the prompt's end that are not evaluated yet."""
+    def _compact(
+        self, cache: PolicyCache, n_cells: int, asks: Sequence[int] = (), comes: Comes = "answer's start"
+    ) -> None:
+        """Compact to n_cells cells per head.
+
+        Args:
+            cache: the cache.
+            n_cells: cells that stay.
+            asks: tokens of the prompt's end that are not evaluated yet.
+            comes: what is evaluated next: another batch of the prompt, an answer's first tokens, or more of it.
+        """
         within = self._kv_limit.n_free(cache.kv.stats(), cache.bound) if asks and self._kv_limit is not None else None
-        cache.kv.set_pinned(self._kv_pins.for_compaction(n_cells, within))
+        ranges = self._kv_pins.for_compaction(n_cells, within)
+        if comes == "answer":
+            ranges = [*ranges, *newest(cache.bound, self.n_tokens, n_cells - n_pinned(ranges))]
+        bound = None if comes == "batch" else self._answer_bound(cache)
+        cache.kv.set_room(0 if bound is None else bound.interval)
+        cache.kv.set_pinned(ranges)
         # a question that is shorter than the observation window observes alone; policies that want more than a question
         # can have, such as h2o, see what was read before it as well
         is_short = 0 < len(asks) < cache.bound.n_observed <= N_ASKS
-        cache.compact(n_cells, self._task(cache, asks), n_observers=len(asks) if is_short else None)
+        n_observers = len(asks) if is_short else None
+        cache.compact(n_cells, self._task(cache, asks), n_observers=n_observers, answers=comes == "answer")
 
     def _keep_logits(self, cache: PolicyCache) -> None:
         """Those of the last position, if they are known; without memory for them the prompt is evaluated again."""

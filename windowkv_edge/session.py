@@ -86,6 +86,10 @@ class AfterPrompt:
             return None
         return int(self.growth * n_cells) if is_settled else n_cells
 
+    def holds(self, n_past: int) -> bool:
+        """Whether the budget is owed by a sequence of so many positions."""
+        return isinstance(self.budget, int) or (n_past >= self.min_prompt and self.budget < 1.0)
+
     def is_due(self, n_past: int, n_boundary: int, n_held: float, n_cells: int) -> bool:
         """Whether the end of a prompt is to be compacted.
 
@@ -213,6 +217,7 @@ class PolicyCache:
         task: Task = "localization",
         policy: KVPolicy | None = None,
         n_observers: int | None = None,
+        answers: bool = False,
     ) -> int:
         """Evict all but the cells that a policy chooses.
 
@@ -221,6 +226,7 @@ class PolicyCache:
             task: the prompt's task.
             policy: one that :meth:`bind` returned; None = the session's.
             n_observers: see :func:`windowkv_edge.compaction.compact`.
+            answers: an answer is compacted while it grows.
 
         Returns:
             Cells released over all layers and heads.
@@ -230,4 +236,4 @@ class PolicyCache:
         """
         chosen = policy or self.bound
         with Interrupts(), self._guard.selecting(chosen.name):
-            return compact(self.kv, chosen, n_cells, task, n_observers)
+            return compact(self.kv, chosen, n_cells, task, n_observers, answers)

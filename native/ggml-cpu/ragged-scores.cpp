@@ -87,8 +87,10 @@ private:
 
     void scan_block (int64_t n_cells, int64_t n, float * max, float * sum) const;
     void weigh_block(int64_t n_cells, int64_t col0, int64_t j0, int64_t j1, const float * max, int64_t i_res) const;
+    void largest_block(int64_t n_cells, int64_t col0, int64_t j0, int64_t j1, const float * max, int64_t i_res) const;
 
     int64_t n_seen_by_all(int64_t ih) const; // cells at the begin of a head
+    int64_t n_seen(int64_t ih, int64_t ic) const { return p.n_cells[ih] - p.n_hidden[ih*p.n_queries + ic%p.n_queries]; } // of a column
 
     score_stats of_piece(int64_t i)  const { return stats(i); }
     score_stats of_head (int64_t ih) const { return stats(sh.n_pieces_all + ih); }
@@ -202,8 +204,7 @@ void score_worker::multiply(int64_t ih, int64_t cell0, int64_t n_cells, int64_t 
         return;
     }
     for (int64_t j = 0; j < std::min(n, sh.n_cols - col0); ++j) {
-        const int64_t n_seen = p.n_cells[ih] - p.n_hidden[ih*p.n_queries + (col0 + j)%p.n_queries] - cell0;
-        for (int64_t ic = std::max<int64_t>(0, n_seen); ic < n_cells; ++ic) {
+        for (int64_t ic = std::max<int64_t>(0, n_seen(ih, col0 + j) - cell0); ic < n_cells; ++ic) {
             s[ic*sh.n_block + j] = -INFINITY;
         }
     }
@@ -289,7 +290,8 @@ void score_worker::combine() {
                 }
             }
             for (int l = 0; l < VL; ++l) {
-                st.sum[j + l] = float(p.weight/sum[l]);
+                const double weight = !p.largest ? p.weight : j + l < sh.n_cols ? n_seen(ih, j + l) : 0;
+                st.sum[j + l] = float(weight/sum[l]);
             }
         }
         std::fill(st.max + sh.n_cols, st.max + sh.ld_c, 0.0f);
@@ -316,6 +318,25 @@ void score_worker::weigh_block(int64_t n_cells, int64_t col0, int64_t j0, int64_
     }
 }
 
+// the same for the largest
+void score_worker::largest_block(int64_t n_cells, int64_t col0, int64_t j0, int64_t j1, const float * max, int64_t i_res) const {
+    const float * scale = scales + i_res*sh.ld_c + col0;
+
+    for (int64_t ic = 0; ic < n_cells; ++ic) {
+        vf32 best = {};
+        vf32 rest = {}; // no number where one was not finite, which comparing does not tell
+        for (int64_t j = j0; j < j1; j += VL) {
+            const vf32 cur = vf_exp(vf_load(s + ic*sh.n_block + j) - vf_load(max + j))*vf_load(scale + j);
+            best  = cur > best ? cur : best;
+            rest += cur - cur;
+        }
+        float & dst = res[i_res*N_CELLS_TILE + ic];
+        for (int l = 0; l < VL; ++l) {
+            dst = std::max(dst, best[l]) + (dst - dst) + rest[l];
+        }
+    }
+}
+
 void score_worker::weigh() {
     const int64_t n_cols_res = sh.n_cols/sh.n_res;
 
@@ -338,7 +359,8 @@ void score_worker::weigh() {
                     const int64_t j0 = std::max(ir*n_cols_res - col0, int64_t(0))/VL*VL;
                     const int64_t j1 = std::min(fattn_pad((ir + 1)*n_cols_res, VL) - col0, n);
                     if (j0 < j1) {
-                        weigh_block(n_cells, col0, j0, j1, st.max + col0, ir);
+                        (this->*(p.largest ? &score_worker::largest_block : &score_worker::weigh_block))(
+                                n_cells, col0, j0, j1, st.max + col0, ir);
                     }
                 }
             }

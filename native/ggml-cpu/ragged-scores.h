@@ -1,7 +1,7 @@
 #pragma once
 
-// Scores of cells on the CPU: softmax of queries times keys over the cells of a kv head, summed over its queries. Attention weights
-// exist for one tile of cells at a time.
+// Scores of cells on the CPU: softmax of queries times keys over the cells of a kv head, summed over its queries, or the largest over
+// them. Attention weights exist for one tile of cells at a time.
 //
 // The softmax of a query needs its sum over all cells, so keys and queries are multiplied twice: scan() finds the largest logit and
 // the sum for a piece of the cells, combine() puts the pieces of a head together, weigh() adds up the weights. That takes less time
@@ -40,8 +40,10 @@ struct ggml_ragged_scores {
     float         softcap; // 0: none
     const float * sinks;   // [n_head], nullptr: none
 
-    // dst[i][j] = keep*dst[i][j] + weight*(sum of the weights of cell j), over all queries of a kv head, or of query head i of it
+    // dst[i][j] = keep*dst[i][j] + weight*(sum of the weights of cell j), over all queries of a kv head, or of query head i of it;
+    // largest: dst[i][j] = the largest of the weight of cell j times the cells that the query sees
     bool          by_query_head;
+    bool          largest;
     float         weight;
     float         keep; // 0: dst is not read
     float * const * dst; // [n_head_kv] or [n_gqa, n_head_kv], pointers to [n_cells[ih]]

@@ -26,13 +26,25 @@ enum wkv_query_heads {
     WKV_QUERY_HEADS_COUNT
 };
 
-// Scoring: who observes, and how scores are pooled. A score is the mean attention that a cell gets from the observing tokens.
+// what the attention weights that a cell gets become, over the observing tokens and the query heads of its kv head
+enum wkv_reduce {
+    WKV_REDUCE_MEAN = 0, // their mean
+    WKV_REDUCE_MAX  = 1, // the largest of weight times cells that the query sees; over 1 it is more than an even share of that query's
+                         // attention (CORM, arXiv 2404.15949, section 4.1)
+    WKV_REDUCE_SUM  = 2, // their sum over the tokens of the whole sequence, mean over the query heads (H2O, arXiv 2306.14048, section 4);
+                         // sums stay with their cells in compactions
+    WKV_REDUCE_COUNT
+};
+
+// Scoring: who observes, and how scores are pooled. A score is the mean attention that a cell gets from the observing tokens, unless
+// reduce says otherwise.
 struct wkv_scoring {
     int32_t window_size;       // observation window: the last window_size tokens observe the others; 0: positions alone decide
     int32_t token_window_size; // with token_share: a second plane of scores by the last token_window_size tokens, for single tokens
     int32_t pooling;           // enum wkv_pooling
     int32_t kernel_size;       // tokens that pooling spans, 1 = none; odd if centred
     int32_t query_heads;       // enum wkv_query_heads; each: windows with kernel_size = 1, share = first and token_share = 0
+    int32_t reduce;            // enum wkv_reduce; max, sum: kind = best
 };
 
 // the mean budget C of the layers
@@ -86,6 +98,7 @@ enum wkv_kind {
     WKV_KIND_RECENT  = 1, // the first n_sink tokens and the newest ones (StreamingLLM, arXiv 2309.17453)
     WKV_KIND_TOKENS  = 2, // the newest n_recent tokens and those with the best scores (SnapKV, arXiv 2404.14469)
     WKV_KIND_WINDOWS = 3, // windows of omega consecutive tokens, each as a whole (WindowKV, arXiv 2503.17922)
+    WKV_KIND_BEST    = 4, // the newest n_recent tokens and of all others, observing ones too, those with the best scores (H2O, CORM)
     WKV_KIND_COUNT
 };
 
@@ -99,8 +112,9 @@ enum wkv_share { WKV_SHARE_FIRST = 0, WKV_SHARE_MEAN = 1, WKV_SHARE_COUNT };
 struct wkv_selection {
     int32_t kind;          // enum wkv_kind
     int32_t n_sink;        // recent: first tokens that always stay
-    int32_t n_recent;      // tokens, windows: of the observation window the newest tokens that always stay, 0..window_size
-    int32_t omega;         // windows: tokens per window, on a fixed grid of positions; this and all below
+    int32_t n_recent;      // tokens, windows: of the observation window the newest tokens that always stay, 0..window_size; best: any
+                           // number of newest tokens, and at least the newest one stays
+    int32_t omega;         // windows: tokens per window, on a fixed grid of positions; this and all below but recent_share
     int32_t top_p;         // a window scores the mean of its top_p best tokens, 1..omega
     int32_t gamma;         // consecutive layers that share one set of indices, 1 = none do
     int32_t share;         // enum wkv_share
@@ -108,7 +122,8 @@ struct wkv_selection {
     int32_t protect_first; // 1: the first window always stays (it holds the attention sink)
     int32_t whole_windows; // 1: the worst windows are dropped whole until the budget is met or passed by less than one, as by the
                            // authors' code; 0: the last one that fits in part keeps its best tokens. Needs heads = equal
-    double  recent_share;  // n_recent takes at most this share of a budget, over 0 and up to 1
+    double  recent_share;  // windows: n_recent takes at most this share of a budget, over 0 and up to 1; best: as many newest tokens as
+                           // this share of the budget stay in place of n_recent, 0 = n_recent do
     double  token_share;   // of the rest single tokens take this share, 0..1; needs scope = head and gamma = 1
     int32_t window_floor;  // with token_share: cells that windows get before single tokens get any, >= 0
 };

@@ -56,6 +56,7 @@ struct wkv_stats {
     int32_t n_boundary;         // positions below this one were subject to the last compaction
     int32_t n_compactions;      // that evicted something, in all layers or in some
     int32_t n_observed;         // queries that a compaction can ask for; as many of the last prompt's end are held beside them
+    int32_t n_summed;           // tokens before this position are in the sums of the cells, see wkv_accumulate()
     int32_t type_k;             // ggml types of the cells
     int32_t type_v;
     int64_t bytes_live;         // bytes of the live buffers: pools, observed queries, tables on GPUs
@@ -116,6 +117,15 @@ WKV_API int wkv_fill(struct llama_context * ctx, int32_t n_tokens);
 // the policy chooses among these as if they were the whole cache; a position that some head has lost is as any other. They belong to
 // the context, and clearing the cache leaves them.
 WKV_API int wkv_set_pinned(struct llama_context * ctx, const int32_t * ranges, size_t n);
+
+// Rows that every compaction from now on leaves free in every head, 0 = few: so many tokens follow before cells move to larger pools, and
+// graphs are reused meanwhile.
+WKV_API int wkv_set_room(struct llama_context * ctx, int32_t n_tokens);
+
+// Adds the attention of the tokens that were evaluated since the last call, as far as they are observed, to the sums of the cells, of which
+// reduce = sum makes scores. A compaction that scores so does it by itself; before a batch after which more than n_observed tokens would
+// wait for it, the caller does. Tokens that are removed afterwards stay in the sums of the cells that they attended to.
+WKV_API int wkv_accumulate(struct llama_context * ctx);
 
 // choose between attention kernels, for measuring and tests (enum wkv_attention)
 WKV_API int wkv_set_attention(struct llama_context * ctx, int32_t attention);

@@ -118,6 +118,12 @@ public:
     // the positions so far end a prompt, whose last queries stay until the next one ends
     void end_prompt();
 
+    // rows that a compaction leaves free in every head at least
+    void set_room(uint32_t n_tokens) { seq.n_room = n_tokens; }
+
+    // add the attention of the queries that are in no sum yet, as far as they are observed, to the sums of the cells
+    void accumulate(llama_context & lctx);
+
     // Keep the cells that are selected, free the others; returns how many. Throws what select throws. If it fails while cells move, the
     // layers before are compacted and the others hold all their cells, which the message says.
     int64_t compact(llama_context & lctx, const llama_kv_ragged_request & request);

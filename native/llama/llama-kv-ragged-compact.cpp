@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
+#include <cstring>
 #include <new>
 #include <numeric>
 #include <stdexcept>
@@ -195,45 +196,102 @@ static void move_rows_on_cpu(
     wkv::for_each(std::clamp<int64_t>(n_worth, 1, lctx.n_threads_batch()), 2*n_heads, move);
 }
 
-llama_kv_ragged_cells llama_kv_ragged_gather(
-        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_plan & plan) {
-    const auto & layer = seq.get_layers()[i];
-    const auto & pool  = seq.cells[i].pool;
-    const auto   len   = seq.n_cells(i);
+// The same where every head keeps its rows: cells move towards its first one, what is behind them stays as it is. By one thread, as
+// nothing may fail halfway.
+static void move_rows_in_place(const llama_kv_ragged_pool & pool, const wkv::marks & keep, size_t i_head, size_t n_heads) {
+    for (const ggml_tensor * cur : { pool.k, pool.v }) {
+        for (size_t ih = 0; ih < n_heads; ++ih) {
+            const size_t n_row = cur->nb[1];
+            char       * own   = (char *) cur->data + pool.first[ih]*n_row;
+            char       * next  = own;
+            keep.for_runs(i_head + ih, [&](int32_t i0, int32_t i1) {
+                memmove(next, own + i0*n_row, (i1 - i0)*n_row);
+                next += (i1 - i0)*n_row;
+            });
+        }
+    }
+}
 
-    const auto   n_after = plan.after.begin() + i*plan.n_head_kv;
+// sums go with their cells; those of cells that have none are not kept
+static std::vector<std::vector<float>> gather_sums(const llama_kv_ragged_cells & cells, const llama_kv_ragged_plan & plan, size_t i_head) {
+    std::vector<std::vector<float>> res(cells.sums.size());
+    for (size_t ih = 0; ih < res.size(); ++ih) {
+        const auto & sums = cells.sums[ih];
+        plan.keep.for_runs(i_head + ih, [&](int32_t i0, int32_t i1) {
+            const int32_t n = sums.size();
+            res[ih].insert(res[ih].end(), sums.begin() + std::min(i0, n), sums.begin() + std::min(i1, n));
+        });
+    }
+    return res;
+}
+
+// what stays of a layer, without its rows
+static llama_kv_ragged_cells gather_positions(const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_plan & plan) {
+    llama_kv_ragged_cells res;
+    res.kept.resize(seq.cells[i].kept.size());
+    res.boundary = seq.n_pos;
+    for (size_t ih = 0; ih < res.kept.size(); ++ih) {
+        const size_t i_head = i*plan.n_head_kv + ih;
+
+        auto & kept = res.kept[ih];
+        kept.reserve(plan.after[i_head]);
+        plan.keep.for_runs(i_head, [&](int32_t i0, int32_t i1) {
+            for (int32_t ic = i0; ic < i1; ++ic) {
+                kept.push_back(seq.cells[i].position(ih, ic));
+            }
+        });
+        GGML_ASSERT(int64_t(kept.size()) == plan.after[i_head]);
+    }
+    res.sums     = gather_sums(seq.cells[i], plan, i*plan.n_head_kv);
+    res.n_summed = seq.cells[i].n_summed;
+    return res;
+}
+
+// rows that the heads of a layer are given, with room for what comes next
+static std::vector<int64_t> capacity_after(const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_plan & plan) {
+    const auto & layer = seq.get_layers()[i];
+
+    const auto n_after = plan.after.begin() + i*plan.n_head_kv;
 
     const std::vector<int64_t> len_next(n_after, n_after + layer.n_head_kv);
 
     // heads that fill at different rows are given the same room
     const int64_t n_mean  = std::accumulate(len_next.begin(), len_next.end(), int64_t(0))/layer.n_head_kv;
     const bool    uniform = std::all_of(len_next.begin(), len_next.end(), [&](int64_t n) { return n == n_mean; });
-    const int64_t slack   = std::max<int64_t>(uniform ? 1 : 16, n_mean/64);
+    const int64_t slack   = std::max<int64_t>({ uniform ? 1 : 16, n_mean/64, seq.n_room });
 
-    llama_kv_ragged_cells res;
-    res.kept.resize(layer.n_head_kv);
-    res.boundary = seq.n_pos;
-    res.pool     = layer.make_pool(layer.capacity(len_next, slack, true), seq.get_meter(), !layer.on_cpu());
+    return layer.capacity(len_next, slack, true);
+}
 
+llama_kv_ragged_cells llama_kv_ragged_gather(
+        llama_context & lctx, llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_plan & plan) {
+    const auto & layer = seq.get_layers()[i];
+    const auto & pool  = seq.cells[i].pool;
+    const auto   cap   = capacity_after(seq, i, plan);
+
+    llama_kv_ragged_cells res = gather_positions(seq, i, plan);
+
+    bool same_rows = layer.on_cpu();
     for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
-        auto & kept = res.kept[ih];
-
-        kept.reserve(len_next[ih]);
-        plan.keep.for_runs(i*plan.n_head_kv + ih, [&](int32_t i0, int32_t i1) {
-            for (int32_t ic = i0; ic < i1; ++ic) {
-                kept.push_back(seq.cells[i].position(ih, ic));
-            }
-        });
-        GGML_ASSERT((int64_t) kept.size() == len_next[ih]);
+        same_rows = same_rows && pool.cap(ih) == cap[ih];
     }
+    if (same_rows) {
+        move_rows_in_place(pool, plan.keep, i*plan.n_head_kv, plan.n_head_kv);
+        res.pool = std::move(seq.cells[i].pool); // nothing fails from here on
+        return res;
+    }
+
+    res.pool = layer.make_pool(cap, seq.get_meter(), !layer.on_cpu());
     if (layer.on_cpu()) {
         move_rows_on_cpu(lctx, pool, res.pool, plan.keep, i*plan.n_head_kv, plan.n_head_kv);
         return res;
     }
 
     // unused rows have to be finite: between heads they repeat a valid one, behind the last cell they are zero
-    llama_kv_ragged_claim claim(seq.get_meter(), (res.pool.first[layer.n_head_kv - 1] + len_next.back())*sizeof(int32_t));
-    std::vector<int32_t>  rows(res.pool.first[layer.n_head_kv - 1] + len_next.back(), 0);
+    const int64_t n_rows = res.pool.first[layer.n_head_kv - 1] + plan.after[(i + 1)*plan.n_head_kv - 1];
+
+    llama_kv_ragged_claim claim(seq.get_meter(), n_rows*sizeof(int32_t));
+    std::vector<int32_t>  rows(n_rows, 0);
     for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
         auto next = rows.begin() + res.pool.first[ih];
         plan.keep.for_runs(i*plan.n_head_kv + ih, [&](int32_t i0, int32_t i1) {
@@ -254,6 +312,20 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
 //
 // llama_kv_cache_ragged
 //
+
+void llama_kv_cache_ragged::accumulate(llama_context & lctx) {
+    llama_kv_ragged_scoring scoring;
+    scoring.window_sizes.push_back(seq.observed.n_observed);
+    scoring.reduce = LLAMA_KV_RAGGED_REDUCE_SUM;
+
+    lctx.synchronize();
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (seq.cells[i].n_summed < seq.n_pos) {
+            seq.set_sums(i, llama_kv_ragged_score(lctx, seq, i, scoring)); // if it fails, the layers before are done
+        }
+    }
+}
 
 int64_t llama_kv_cache_ragged::compact(llama_context & lctx, const llama_kv_ragged_request & request) {
     const llama_kv_ragged_while guard(selecting);

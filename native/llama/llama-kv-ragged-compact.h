@@ -27,6 +27,10 @@ public:
     // the same of one layer by all windows, taken into the graph that computes them
     void score(size_t il, const llama_kv_ragged_score_fn & stay);
 
+    // what the last call gave, and the same given back where somebody has changed it
+    const std::vector<float> & get_scores() const { return scores; }
+    void                       set_scores(const std::vector<float> & value) { scores = value; }
+
     llama_context                 & get_lctx()    const { return lctx; }
     const llama_kv_ragged_seq     & get_seq()     const { return seq; }
     const llama_kv_ragged_scoring & get_scoring() const { return scoring; }
@@ -78,6 +82,7 @@ struct llama_kv_ragged_plan {
 llama_kv_ragged_plan llama_kv_ragged_make_plan(
         llama_context & lctx, const llama_kv_ragged_seq & seq, const llama_kv_ragged_request & request);
 
-// What the plan leaves of one layer, in a new pool with room for what comes next; throws std::runtime_error if memory runs out.
+// What the plan leaves of one layer, in a pool with room for what comes next: a new one, or on the CPU the layer's own, where every head
+// has as many rows in it as it needs. Throws std::runtime_error if memory runs out, and seq is as it was.
 llama_kv_ragged_cells llama_kv_ragged_gather(
-        llama_context & lctx, const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_plan & plan);
+        llama_context & lctx, llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_plan & plan);

@@ -9,6 +9,8 @@
 #include <cinttypes>
 #include <stdexcept>
 
+static_assert(int(LLAMA_KV_RAGGED_REDUCE_MAX) == WKV_REDUCE_MAX && int(LLAMA_KV_RAGGED_REDUCE_SUM) == WKV_REDUCE_SUM, "the same choices");
+
 void llama_kv_ragged_check_request(const llama_kv_ragged_seq & seq, int32_t window_size, int64_t n_cells) {
     if (n_cells < 1) {
         throw std::invalid_argument(format("budget is %" PRId64 " cells per head, expected at least 1", n_cells));
@@ -99,7 +101,7 @@ bool llama_kv_ragged_policy_request(
 
     request.scoring.by_query_head = policy.scoring.query_heads == WKV_QUERY_HEADS_EACH;
     request.scoring.window_sizes  = sizes;
-    request.scoring.in_place      = !rest;
+    request.scoring.reduce        = llama_kv_ragged_reduce(policy.scoring.reduce);
     request.select = [&seq, &policy, rest, n_cells](llama_kv_ragged_choice & choice) {
         const auto     & cells  = rest ? rest->cells.cells() : choice.cells;
         const wkv_shapes shapes = llama_kv_ragged_shapes(seq, cells);
@@ -111,10 +113,21 @@ bool llama_kv_ragged_policy_request(
         llama_kv_ragged_claim claim(seq.get_meter());
         bool                  claimed = false;
 
+        // by the first window, those of pinned cells too: what the scores by the second are made from
+        std::vector<float>    first;
+        llama_kv_ragged_claim claim_first(seq.get_meter());
+
         const auto scores = [&](int32_t il0, int32_t il1, int32_t plane) {
             claim.add(claimed ? 0 : wkv::select_bytes(view));
             claimed = true;
+            if (rest && plane == 1) {
+                choice.set_scores(first);
+            }
             float * res = choice.score(il0, il1, plane);
+            if (rest && plane == 0 && choice.get_scoring().window_sizes.size() > 1) {
+                first = choice.get_scores();
+                claim_first.set(first.size()*sizeof(float));
+            }
             if (rest) {
                 rest->cells.take(res, view.index(il0, 0), view.index(il1, 0), view.n_rows());
             }

@@ -31,6 +31,8 @@ public:
         meter.add(n);
     }
 
+    void set(int64_t n) { add(n - size); }
+
 private:
     llama_kv_ragged_meter & meter;
 

@@ -48,7 +48,7 @@ struct head_group {
     int64_t n;
 
     ggml_tensor * mask    = nullptr; // F32 [n_tail, n_rows*n_gqa*n] of the last cells, nullptr: every query sees all
-    ggml_tensor * weights = nullptr; // F32 [n_rows*n_gqa, n_res, n]
+    ggml_tensor * weights = nullptr; // F32 [n_rows*n_gqa, n_res, n]; of the largest [1, n_rows*n_gqa, n]
     ggml_tensor * sum     = nullptr; // F32 [n_cells, n_res, n]
 
     std::vector<float> mask_data;
@@ -64,17 +64,23 @@ static int32_t window_start(const llama_kv_ragged_seq & seq, int32_t n) {
     return seq.observed_end() - n;
 }
 
-// of the largest window
+// Of the largest window. Where drafts that were taken back have displaced all of its queries, the newest one that is left.
 static std::vector<int32_t> find_rows(const llama_kv_ragged_seq & seq, const std::vector<int32_t> & sizes) {
-    return seq.observed.find(window_start(seq, *std::max_element(sizes.begin(), sizes.end())));
+    auto res = seq.observed.find(window_start(seq, *std::max_element(sizes.begin(), sizes.end())));
+    if (res.empty()) {
+        const auto all = seq.observed.find(0);
+        res.assign(all.empty() ? all.end() : all.end() - 1, all.end());
+    }
+    return res;
 }
 
-// how many of these each window holds, the last ones
+// how many of these each window holds, the last ones, and at least one
 static std::vector<int64_t> count_rows(const llama_kv_ragged_seq & seq, const std::vector<int32_t> & sizes, const std::vector<int32_t> & rows) {
     std::vector<int64_t> res;
     for (const int32_t n : sizes) {
         const int32_t start = window_start(seq, n);
-        res.push_back(std::count_if(rows.begin(), rows.end(), [&](int32_t row) { return seq.observed.pos[row] >= start; }));
+        const int64_t held  = std::count_if(rows.begin(), rows.end(), [&](int32_t row) { return seq.observed.pos[row] >= start; });
+        res.push_back(std::max<int64_t>(held, !rows.empty()));
     }
     if (seq.n_pos == 0 || *std::min_element(res.begin(), res.end()) == 0) {
         llama_kv_ragged_refuse("nothing to score, evaluate a prompt first");
@@ -91,13 +97,28 @@ static observers make_observers(const llama_kv_ragged_seq & seq, std::vector<int
     return res;
 }
 
-static observers find_observers(const llama_kv_ragged_seq & seq, const llama_kv_ragged_scoring & scoring, size_t i_window, int64_t n_gqa) {
+// those that are in no sum yet; of what is only observed none are
+static observers find_unsummed(const llama_kv_ragged_seq & seq, size_t i, int64_t n_gqa) {
+    auto rows = seq.observed.find(seq.cells[i].n_summed);
+    rows.erase(std::find_if(rows.begin(), rows.end(), [&](int32_t row) { return seq.observed.pos[row] >= int32_t(seq.n_pos); }), rows.end());
 
+    auto res = make_observers(seq, std::move(rows));
+    res.weight = 1.0f/float(n_gqa);
+    res.keep   = 1.0f;
+    res.planes = { { res.n(), res.weight } };
+    return res;
+}
+
+static observers find_observers(
+        const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring, size_t i_window, int64_t n_gqa) {
+    if (scoring.reduce == LLAMA_KV_RAGGED_REDUCE_SUM) {
+        return find_unsummed(seq, i, n_gqa);
+    }
     const auto rows = find_rows(seq, scoring.window_sizes);
     const auto n_of = count_rows(seq, scoring.window_sizes, rows);
 
     const int64_t n       = n_of[i_window];
-    const int64_t n_known = i_window > 0 && scoring.in_place && n_of[0] <= n ? n_of[0] : 0; // the mean over these is there
+    const int64_t n_known = i_window > 0 && n_of[0] <= n ? n_of[0] : 0; // the mean over these is there
 
     auto res = make_observers(seq, { rows.end() - n, rows.end() - n_known });
     res.weight = 1.0f/float(n*(scoring.by_query_head ? 1 : n_gqa));
@@ -199,14 +220,42 @@ static std::vector<float> make_weights(const observers & obs, int64_t n_gqa, boo
     return res;
 }
 
+// cells that the query of every column sees, [1, n_rows*n_gqa*n]
+static std::vector<float> make_n_seen(const llama_kv_ragged_cells & cells, const head_group & group, int64_t n_cells, const observers & obs,
+        int64_t n_gqa) {
+    std::vector<float> res;
+    for (int64_t i = 0; i < n_gqa*group.n; ++i) {
+        for (const int32_t pos : obs.pos) {
+            res.push_back(n_cells - n_unseen(cells, group.ih + i/n_gqa, n_cells, pos));
+        }
+    }
+    return res;
+}
+
 // columns of a matrix or the same of a mask, [ne0, n_rows*n_gqa, n]; some of them only if n = 1
 static ggml_tensor * columns(ggml_context * ctx, ggml_tensor * cur, int64_t i0, int64_t n) {
     return n == cur->ne[1] ? cur : ggml_view_2d(ctx, cur, cur->ne[0], n, cur->nb[1], i0*cur->nb[1]);
 }
 
-// the means over some of the columns: softmax(q k^T), then times the weights, [n_cells, n_res, n]
+// the largest of every row, [ne1, 1, n]; no number where one was not finite, which comparing does not tell
+static ggml_tensor * build_largest(ggml_context * ctx, ggml_tensor * rows) {
+    const int64_t n = rows->ne[0];
+
+    ggml_tensor * rest = ggml_scale(ctx, ggml_sum_rows(ctx, rows), 0.0f);
+    ggml_tensor * res  = ggml_add(ctx, ggml_pool_2d(ctx, rows, GGML_OP_POOL_MAX, n, 1, n, 1, 0, 0), rest);
+    return ggml_reshape_3d(ctx, res, rows->ne[1], 1, rows->ne[2]);
+}
+
+// the larger ones of two
+static ggml_tensor * build_larger(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
+    const auto as_row = [&](ggml_tensor * cur) { return ggml_reshape_3d(ctx, cur, 1, cur->ne[0], cur->ne[2]); };
+    return build_largest(ctx, ggml_concat(ctx, as_row(a), as_row(b), 0));
+}
+
+// the means over some of the columns: softmax(q k^T), then times the weights, [n_cells, n_res, n]; or the largest after that
 static ggml_tensor * build_part(
-        ggml_context * ctx, const attention & attn, ggml_tensor * k, ggml_tensor * q, int64_t n_obs, const head_group & group, const part & cur) {
+        ggml_context * ctx, const attention & attn, ggml_tensor * k, ggml_tensor * q, int64_t n_obs, const head_group & group, const part & cur,
+        bool largest) {
     const float   softcap = attn.softcap;
     const int64_t n_cols  = cur.n_rows*cur.n_gqa;
     const int64_t i_col   = cur.ig0*n_obs + cur.ir0;
@@ -231,6 +280,10 @@ static ggml_tensor * build_part(
         ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, sinks, cur.n_gqa*group.n, (group.ih*attn.n_gqa + cur.ig0)*sinks->nb[0]));
     }
     kq = ggml_reshape_3d(ctx, kq, kq->ne[0], n_cols, group.n);
+    if (largest) {
+        kq = ggml_mul(ctx, kq, columns(ctx, weights, i_col, n_cols));
+        return build_largest(ctx, ggml_cont(ctx, ggml_transpose(ctx, kq)));
+    }
 
     ggml_tensor * w = n_cols == weights->ne[0] ? weights :
         ggml_cont(ctx, ggml_view_2d(ctx, weights, n_cols, weights->ne[1], weights->nb[1], i_col*weights->nb[0]));
@@ -273,7 +326,8 @@ static void score_by_graph(
     llama_kv_ragged_compute graph(lctx, layer, workspace, (24 + 20*parts.size())*(groups.size() + 1));
     ggml_context * ctx = graph.get_ctx();
 
-    ggml_tensor * weights = graph.input(GGML_TYPE_F32, n_cols, n_res*groups[0].n);
+    const bool    largest = scoring.reduce == LLAMA_KV_RAGGED_REDUCE_MAX;
+    ggml_tensor * weights = largest ? nullptr : graph.input(GGML_TYPE_F32, n_cols, n_res*groups[0].n);
     ggml_tensor * idxs    = graph.input(GGML_TYPE_I32, obs.n(), n_gqa*groups[0].n);
 
     for (auto & group : groups) {
@@ -282,7 +336,11 @@ static void score_by_graph(
         group.mask_data = make_mask(seq.cells[i], group, n_cells, obs, n_gqa);
         group.mask      = group.mask_data.empty() ? nullptr :
             graph.input(GGML_TYPE_F32, group.mask_data.size()/(n_cols*group.n), n_cols*group.n);
-        group.weights   = ggml_view_3d(ctx, weights, n_cols, n_res, group.n, weights->nb[1], n_res*weights->nb[1], 0);
+        group.weights   = largest ? graph.input(GGML_TYPE_F32, 1, n_cols*group.n) :
+            ggml_view_3d(ctx, weights, n_cols, n_res, group.n, weights->nb[1], n_res*weights->nb[1], 0);
+        if (largest) {
+            group.weights = ggml_reshape_3d(ctx, group.weights, 1, n_cols, group.n);
+        }
 
         ggml_tensor * k = ggml_view_3d(ctx, pool.k, layer.n_embd_head_k, n_cells, group.n,
                 pool.k->nb[1], (pool.first[1] - pool.first[0])*pool.k->nb[1], pool.first[group.ih]*pool.k->nb[1]);
@@ -293,8 +351,8 @@ static void score_by_graph(
         q = ggml_reshape_3d(ctx, q, layer.n_embd_head_k, n_cols, group.n);
 
         for (const part & cur : parts) {
-            ggml_tensor * sum = build_part(ctx, attn, k, q, obs.n(), group, cur);
-            group.sum = group.sum ? ggml_add(ctx, group.sum, sum) : sum;
+            ggml_tensor * sum = build_part(ctx, attn, k, q, obs.n(), group, cur, largest);
+            group.sum = !group.sum ? sum : largest ? build_larger(ctx, group.sum, sum) : ggml_add(ctx, group.sum, sum);
         }
         if (stay) {
             stay(graph, group.sum, group.ih);
@@ -307,13 +365,17 @@ static void score_by_graph(
     graph.alloc();
 
     const auto data = make_weights(obs, n_gqa, scoring.by_query_head);
-    for (int64_t ih = 0; ih < groups[0].n; ++ih) {
+    for (int64_t ih = 0; !largest && ih < groups[0].n; ++ih) {
         ggml_backend_tensor_set(weights, data.data(), ih*n_res*weights->nb[1], n_res*weights->nb[1]);
     }
     for (int64_t ig = 0; ig < n_gqa*groups[0].n; ++ig) {
         ggml_backend_tensor_set(idxs, obs.rows.data(), ig*idxs->nb[1], idxs->nb[1]);
     }
     for (const auto & group : groups) {
+        if (largest) {
+            const auto n_seen = make_n_seen(seq.cells[i], group, len[group.ih], obs, n_gqa);
+            ggml_backend_tensor_set(group.weights, n_seen.data(), 0, ggml_nbytes(group.weights));
+        }
         if (group.mask) {
             ggml_backend_tensor_set(group.mask, group.mask_data.data(), 0, ggml_nbytes(group.mask));
         }
@@ -374,12 +436,15 @@ size_t llama_kv_ragged_score(
         llama_kv_ragged_workspace & workspace, float * dst) {
     const auto & layer = seq.get_layers()[i];
     const auto   len   = seq.n_cells(i);
-    const auto   obs   = find_observers(seq, scoring, i_window, layer.n_gqa());
+    const auto   obs   = find_observers(seq, i, scoring, i_window, layer.n_gqa());
 
     const int64_t n_res = scoring.by_query_head ? layer.n_gqa() : 1;
     const size_t  n_all = std::accumulate(len.begin(), len.end(), int64_t(0))*n_res;
+    if (scoring.reduce == LLAMA_KV_RAGGED_REDUCE_SUM) {
+        seq.copy_sums(i, dst);
+    }
     if (obs.n() == 0) {
-        return n_all; // both windows hold the same queries
+        return n_all; // both windows hold the same queries, or all of them are in the sums
     }
 
     const attention attn = attention_of(lctx, layer);
@@ -410,6 +475,7 @@ size_t llama_kv_ragged_score(
     p.softcap       = attn.softcap;
     p.sinks         = attn.sinks ? (const float *) attn.sinks->data : nullptr;
     p.by_query_head = scoring.by_query_head;
+    p.largest       = scoring.reduce == LLAMA_KV_RAGGED_REDUCE_MAX;
     p.weight        = obs.weight;
     p.keep          = obs.keep;
     p.dst           = rows.data();

@@ -9,16 +9,23 @@
 #include <functional>
 #include <vector>
 
+// what a score is, see wkv_reduce
+enum llama_kv_ragged_reduce {
+    LLAMA_KV_RAGGED_REDUCE_MEAN,
+    LLAMA_KV_RAGGED_REDUCE_MAX,
+    LLAMA_KV_RAGGED_REDUCE_SUM,
+};
+
 struct llama_kv_ragged_scoring {
     // Observation windows in tokens: the last queries of the sequence, or those of them that were observed. Each makes a plane of scores.
     std::vector<int32_t> window_sizes;
 
+    // other than the mean: of one window, and by_query_head is false; sum: of the queries that are in no sum yet, added to the cells' sums
+    llama_kv_ragged_reduce reduce = LLAMA_KV_RAGGED_REDUCE_MEAN;
+
     // false: the mean over the queries of a window and the query heads of a kv head
     // true:  the mean over the queries of the window for every query head by itself; there is one window then
     bool by_query_head = false;
-
-    // whether dst still holds the scores by the first window when those by the second are asked for
-    bool in_place = true;
 
     // Only a graph of ggml's ops has what follows: devices compute it, and the CPU for cells that its own steps do not read.
 
@@ -33,7 +40,7 @@ struct llama_kv_ragged_scoring {
 };
 
 // Scores of one layer by window i_window: for the kv heads in turn [n_cells]; by query head [n_gqa, n_cells]. Returns how many.
-// i_window = 1: in_place, dst holds the scores by the first window, which those by the second take the place of. Queries that are in
+// i_window = 1: dst holds the scores by the first window, which those by the second take the place of. Queries that are in
 // both are not asked again then, if the second window is the larger one.
 // Throws std::runtime_error if there is nothing to score or the graph fails.
 size_t llama_kv_ragged_score(

@@ -66,7 +66,8 @@ llama_kv_ragged_seq::llama_kv_ragged_seq(
         const std::vector<llama_kv_ragged_layer> & layers,
               uint32_t                             n_pos_max,
               uint32_t                             n_observed,
-              llama_kv_ragged_meter              & meter) : layers(&layers), n_pos_max(n_pos_max), meter(&meter) {
+              llama_kv_ragged_meter              & meter) :
+    layers(&layers), n_pos_max(n_pos_max), meter(&meter), claim(std::make_unique<llama_kv_ragged_claim>(meter)) {
     for (const auto & layer : layers) {
         cells.emplace_back();
         cells.back().kept.resize(layer.n_head_kv);
@@ -178,6 +179,14 @@ void llama_kv_ragged_seq::trim(uint32_t p0) {
 
 void llama_kv_ragged_seq::withdraw(uint32_t p0) {
     n_pos             = p0;
+    for (size_t i = 0; i < cells.size(); ++i) {
+        cells[i].n_summed = std::min(cells[i].n_summed, p0);
+        for (size_t ih = 0; ih < cells[i].sums.size(); ++ih) {
+            auto & sums = cells[i].sums[ih];
+            sums.resize(std::min<size_t>(sums.size(), n_cells(i, ih)));
+        }
+    }
+    claim_sums();
     prompt_begin      = prompt_begin < int32_t(p0) ? prompt_begin : -1;
     observed.n_prompt = std::min(observed.n_prompt, p0);
 }
@@ -194,6 +203,50 @@ void llama_kv_ragged_seq::end_prompt() {
 void llama_kv_ragged_seq::compact(size_t i, llama_kv_ragged_cells && left) {
     cells[i] = std::move(left);
     boundary = n_pos;
+    claim_sums();
+}
+
+void llama_kv_ragged_seq::copy_sums(size_t i, float * dst) const {
+    for (size_t ih = 0; ih < cells[i].kept.size(); ++ih) {
+        const size_t n     = n_cells(i, ih);
+        const size_t n_own = cells[i].sums.empty() ? 0 : std::min(n, cells[i].sums[ih].size());
+        if (n_own > 0) {
+            std::copy_n(cells[i].sums[ih].begin(), n_own, dst);
+        }
+        std::fill(dst + n_own, dst + n, 0.0f);
+        dst += n;
+    }
+}
+
+void llama_kv_ragged_seq::set_sums(size_t i, const std::vector<float> & sums) {
+    std::vector<std::vector<float>> next; // may throw, before anything changes
+
+    const float * src = sums.data();
+    for (size_t ih = 0; ih < cells[i].kept.size(); ++ih) {
+        next.emplace_back(src, src + n_cells(i, ih));
+        src += n_cells(i, ih);
+    }
+    cells[i].sums     = std::move(next);
+    cells[i].n_summed = n_pos;
+    claim_sums();
+}
+
+uint32_t llama_kv_ragged_seq::n_summed() const {
+    uint32_t res = n_pos;
+    for (const auto & cur : cells) {
+        res = std::min(res, cur.n_summed);
+    }
+    return res;
+}
+
+void llama_kv_ragged_seq::claim_sums() {
+    int64_t n_bytes = 0;
+    for (const auto & cur : cells) {
+        for (const auto & sums : cur.sums) {
+            n_bytes += sums.size()*sizeof(float);
+        }
+    }
+    claim->set(n_bytes);
 }
 
 std::vector<llama_kv_ragged_tensor> llama_kv_ragged_seq::make_queries(uint32_t n_observed) const {
@@ -221,6 +274,7 @@ void llama_kv_ragged_seq::clear() {
     for (auto & cur : cells) {
         cur.boundary = 0;
         cur.pool     = {};
+        cur.sums.clear();
         for (auto & kept : cur.kept) {
             kept.clear();
         }
@@ -230,7 +284,9 @@ void llama_kv_ragged_seq::clear() {
 }
 
 llama_kv_ragged_seq llama_kv_ragged_seq::make_empty() const {
-    return llama_kv_ragged_seq(*layers, n_pos_max, observed.n_observed, *meter);
+    llama_kv_ragged_seq res(*layers, n_pos_max, observed.n_observed, *meter);
+    res.n_room = n_room;
+    return res;
 }
 
 void llama_kv_ragged_seq::make_pools() {
@@ -258,6 +314,8 @@ llama_kv_ragged_seq llama_kv_ragged_seq::copy(bool exact) const {
 
         res.cells[i].kept     = cells[i].kept;
         res.cells[i].boundary = cells[i].boundary;
+        res.cells[i].sums     = cells[i].sums;
+        res.cells[i].n_summed = cells[i].n_summed;
         if (n_pos > 0) {
             const auto len = n_cells(i);
             res.cells[i].pool = layer.copy_pool(cells[i].pool, exact ? len : layer.capacity(len, 32, boundary > 0), len, *meter);
@@ -266,5 +324,6 @@ llama_kv_ragged_seq llama_kv_ragged_seq::copy(bool exact) const {
     }
     res.observed.pos      = observed.pos;
     res.observed.n_prompt = observed.n_prompt;
+    res.claim_sums();
     return res;
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 // the cells of one layer
@@ -16,6 +17,10 @@ struct llama_kv_ragged_cells {
     uint32_t boundary = 0;
 
     llama_kv_ragged_pool pool; // with free rows for cells to come
+
+    // [n_head_kv] attention that a head's first cells got so far from the queries before position n_summed; empty: none is summed up
+    std::vector<std::vector<float>> sums;
+    uint32_t n_summed = 0;
 
     bool is_uniform() const; // all heads hold equally many cells
 
@@ -56,6 +61,8 @@ struct llama_kv_ragged_seq {
     std::vector<llama_kv_ragged_cells> cells; // [layers]
 
     llama_kv_ragged_observed observed;
+
+    uint32_t n_room = 0; // rows that a compaction leaves free in every head at least
 
     // where several tokens came at once, if since then there was neither a compaction nor anybody who said that a prompt ends; else -1
     int32_t prompt_begin = -1;
@@ -110,6 +117,14 @@ struct llama_kv_ragged_seq {
     // the positions so far end a prompt
     void end_prompt();
 
+    // sums of the cells of a layer, for every kv head in turn [n_cells]; 0 of cells that have none
+    void copy_sums(size_t i, float * dst) const;
+
+    // take sums over the queries of all positions, in the same layout
+    void set_sums(size_t i, const std::vector<float> & sums);
+
+    uint32_t n_summed() const; // queries before this position are in the sums of all layers
+
     // what a compaction left of a layer
     void compact(size_t i, llama_kv_ragged_cells && left);
 
@@ -136,6 +151,10 @@ private:
     uint32_t n_pos_max;
 
     llama_kv_ragged_meter * meter;
+
+    std::unique_ptr<llama_kv_ragged_claim> claim; // of the sums
+
+    void claim_sums();
 
     bool has_room(size_t i, int64_t n_tokens) const; // of a layer
 

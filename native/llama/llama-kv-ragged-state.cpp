@@ -10,12 +10,13 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <cmath>
 #include <memory>
 #include <utility>
 #include <vector>
 
 static constexpr uint32_t MAGIC   = 0x736b7677; // "wvks" in memory
-static constexpr uint32_t VERSION = 1;
+static constexpr uint32_t VERSION = 2;
 
 enum part : uint32_t {
     PART_CELLS     = 1,
@@ -190,6 +191,15 @@ static void write_cells(llama_io_write_i & io, const llama_kv_cache_ragged & kv)
         }
     }
 
+    for (const auto & cur : seq.cells) {
+        put<uint32_t>(io, cur.n_summed);
+        put<uint32_t>(io, cur.sums.size());
+        for (const auto & sums : cur.sums) {
+            put<uint32_t>(io, sums.size());
+            put(io, sums);
+        }
+    }
+
     // positions below the boundary stay, so that nothing asks for older queries
     const auto rows = seq.observed.find(int32_t(seq.boundary) - int32_t(seq.observed.n_observed));
     put<uint32_t>(io, rows.size());
@@ -228,6 +238,27 @@ static void read_shapes(llama_io_read_i & io, const llama_kv_cache_ragged & kv) 
     }
 }
 
+static void read_sums(llama_io_read_i & io, llama_kv_ragged_seq & seq) {
+    for (size_t i = 0; i < seq.cells.size(); ++i) {
+        auto & cur = seq.cells[i];
+
+        cur.n_summed = get_within<uint32_t>(io, 0, seq.n_pos, "the end of the summed attention");
+
+        const uint32_t n_heads = get_within<uint32_t>(io, 0, cur.kept.size(), "the number of heads with summed attention");
+        if (n_heads != 0 && n_heads != cur.kept.size()) {
+            refuse(format("%u heads of a layer have summed attention, expected all %zu or none", n_heads, cur.kept.size()));
+        }
+        for (uint32_t ih = 0; ih < n_heads; ++ih) {
+            cur.sums.push_back(get<float>(io, get_within<uint32_t>(io, 0, seq.n_cells(i, ih), "the cells with summed attention")));
+            for (const float sum : cur.sums.back()) {
+                if (!(sum >= 0.0f && std::isfinite(sum))) {
+                    refuse("summed attention is negative or not finite");
+                }
+            }
+        }
+    }
+}
+
 // which cells there are
 // n_pos_max: positions that there can be
 static void read_positions(llama_io_read_i & io, llama_kv_ragged_seq & seq, uint32_t n_pos_max) {
@@ -251,6 +282,8 @@ static void read_positions(llama_io_read_i & io, llama_kv_ragged_seq & seq, uint
             layers[i].check_ragged();
         }
     }
+
+    read_sums(io, seq);
 
     // those of withdrawn positions are behind n_pos
     const uint32_t n_queries = get_within<uint32_t>(io, 0, seq.observed.n_rows(), "the number of queries");

@@ -103,6 +103,24 @@ int wkv_set_pinned(struct llama_context * ctx, const int32_t * ranges, size_t n)
     });
 }
 
+int wkv_set_room(struct llama_context * ctx, int32_t n_tokens) {
+    return wkv_with_prompt(ctx, [&](llama_kv_cache_ragged & kv) {
+        if (n_tokens < 0) {
+            return wkv_fail(WKV_ERR_ARGUMENT, format("n_tokens is %d, expected at least 0", n_tokens));
+        }
+        kv.set_room(n_tokens);
+        return int(WKV_OK);
+    });
+}
+
+int wkv_accumulate(struct llama_context * ctx) {
+    return wkv_with_prompt(ctx, [&](llama_kv_cache_ragged & kv) {
+        kv.check_not_observing();
+        kv.accumulate(*ctx);
+        return int(WKV_OK);
+    });
+}
+
 int wkv_set_attention(struct llama_context * ctx, int32_t attention) {
     return wkv_with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
         switch (attention) {
@@ -139,6 +157,9 @@ int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy
         if (!llama_kv_ragged_policy_request(kv.get_seq(), *policy, kv.get_pinned(), n_cells, request)) {
             kv.end_prompt();
             return 0;
+        }
+        if (policy->scoring.reduce == WKV_REDUCE_SUM) {
+            kv.accumulate(*ctx); // what stays takes its sums along
         }
         return kv.compact(*ctx, request);
     });

@@ -51,7 +51,7 @@ int64_t select_bytes(const cache_view & view) {
     const bool    differ = std::any_of(shapes.cells, shapes.cells + n_heads, [&](int32_t n) { return n != n_most; });
     const bool    mean   = p.scope == WKV_SCOPE_LAYER || p.share == WKV_SHARE_MEAN || policy.scoring.query_heads == WKV_QUERY_HEADS_EACH;
     const int64_t n_mean = !mean ? 8 : differ && p.share == WKV_SHARE_MEAN ? 64*std::min(p.gamma, shapes.n_layer) : 24;
-    const int64_t n_cell = p.kind == WKV_KIND_WINDOWS ? n_mean + 16/std::min(p.omega, 16) : p.kind == WKV_KIND_TOKENS ? 8 : 0;
+    const int64_t n_cell = p.kind == WKV_KIND_WINDOWS ? n_mean + 16/std::min(p.omega, 16) : p.kind == WKV_KIND_TOKENS ? 8 : p.kind == WKV_KIND_BEST ? 4 : 0;
     return n_cell*n_most*view.n_threads_for(0, n_step) + 3*n_compete/8;
 }
 
@@ -88,6 +88,9 @@ std::string heads_error(const wkv_policy & policy) {
     const wkv_selection  & sel      = policy.selection;
     const bool             by_score = p.heads == WKV_HEADS_SCORE;
 
+    if (by_score && sel.kind == WKV_KIND_BEST) {
+        return "heads compete with the scores of cells before the observation window, kind = best looks at all: expected heads = equal or importance";
+    }
     if (by_score && sel.kind == WKV_KIND_RECENT) {
         return "heads compete with scores, kind = recent has none: expected heads = equal or importance";
     }

@@ -7,7 +7,8 @@
 namespace wkv {
 
 std::vector<choice> scoring_choices(const wkv_scoring & p) {
-    return { { "pooling", p.pooling, WKV_POOLING_COUNT }, { "query_heads", p.query_heads, WKV_QUERY_HEADS_COUNT } };
+    return { { "pooling", p.pooling, WKV_POOLING_COUNT }, { "query_heads", p.query_heads, WKV_QUERY_HEADS_COUNT },
+        { "reduce", p.reduce, WKV_REDUCE_COUNT } };
 }
 
 std::string scoring_error(const wkv_policy & policy) {
@@ -16,7 +17,7 @@ std::string scoring_error(const wkv_policy & policy) {
 
     if (sel.kind == WKV_KIND_FULL || sel.kind == WKV_KIND_RECENT) {
         return p.window_size == 0 && p.token_window_size == 0 && p.kernel_size == 0 && p.pooling == WKV_POOLING_MAX &&
-            p.query_heads == WKV_QUERY_HEADS_MEAN ? "" : unused("scoring", "this kind of selection looks at positions alone");
+            p.query_heads == WKV_QUERY_HEADS_MEAN && p.reduce == WKV_REDUCE_MEAN ? "" : unused("scoring", "this kind of selection looks at positions alone");
     }
     if (p.window_size < 1) {
         return range("window_size", int64_t(p.window_size), "at least 1");
@@ -27,6 +28,12 @@ std::string scoring_error(const wkv_policy & policy) {
     if (p.query_heads == WKV_QUERY_HEADS_EACH &&
             (sel.kind != WKV_KIND_WINDOWS || p.kernel_size != 1 || sel.share != WKV_SHARE_FIRST || sel.token_share > 0.0)) {
         return "query_heads = each needs windows, kernel_size = 1, share = first and token_share = 0";
+    }
+    if (p.reduce != WKV_REDUCE_MEAN && sel.kind != WKV_KIND_BEST) {
+        return "reduce = max and reduce = sum need kind = best";
+    }
+    if (sel.kind == WKV_KIND_BEST && p.kernel_size != 1) {
+        return range("kernel_size", int64_t(p.kernel_size), "1 with kind = best");
     }
     return "";
 }

@@ -27,7 +27,14 @@ std::string selection_error(const wkv_policy & policy) {
     if (p.n_sink < 0) {
         return range("n_sink", int64_t(p.n_sink), "at least 0");
     }
-    if (p.n_recent < 0 || p.n_recent > policy.scoring.window_size) {
+    if (p.kind == WKV_KIND_BEST) {
+        if (p.n_recent < 0 || (p.n_recent > 0 && p.recent_share != 0.0)) {
+            return range("n_recent", int64_t(p.n_recent), "at least 0, and 0 where recent_share is given");
+        }
+        if (!is_share(p.recent_share)) {
+            return range("recent_share", p.recent_share, "0 to 1");
+        }
+    } else if (p.n_recent < 0 || p.n_recent > policy.scoring.window_size) {
         return range("n_recent", int64_t(p.n_recent), "0 to window_size");
     }
     return windows_error(policy);
@@ -156,6 +163,18 @@ static void mark_tokens_of(const cache_view & view, int32_t il, int32_t ih, int3
     keep.set(n - n_recent - n_rest, n);
 }
 
+// H2O (arXiv 2306.14048, section 4.3) and CORM (arXiv 2404.15949, section 4.2): the newest tokens, then the best of all others
+static void mark_best_of(const cache_view & view, int32_t il, int32_t ih, int32_t budget, mark_row keep) {
+    const wkv_selection & p = view.policy.selection;
+
+    const int32_t n        = view.n_cells(il, ih);
+    const int32_t n_asked  = p.recent_share > 0.0 ? int32_t(budget*p.recent_share) : p.n_recent;
+    const int32_t n_recent = std::min({ n, budget, std::max(1, n_asked) });
+
+    keep.set(n - n_recent, n);
+    take_best(view.score(il, ih), n - n_recent, budget - n_recent, keep);
+}
+
 std::string selection_misfit(const cache_view & view, int32_t il0, int32_t il1) {
     return view.policy.selection.kind == WKV_KIND_WINDOWS ? windows_misfit(view, il0, il1) : "";
 }
@@ -190,6 +209,9 @@ static void mark(const cache_view & view, const head_budgets & budgets, int32_t 
             break;
         case WKV_KIND_WINDOWS:
             mark_windows(view, budgets, il0, il1, keep);
+            break;
+        case WKV_KIND_BEST:
+            for_heads(view, budgets, il0, il1, keep, mark_best_of);
             break;
         case WKV_KIND_COUNT:
             break;

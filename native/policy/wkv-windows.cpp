@@ -14,7 +14,7 @@ std::string windows_error(const wkv_policy & policy) {
 
     if (p.kind != WKV_KIND_WINDOWS) {
         const bool given = p.omega != 0 || p.top_p != 0 || p.gamma != 0 || p.share != WKV_SHARE_FIRST || p.scope != WKV_SCOPE_LAYER ||
-            p.protect_first || p.whole_windows || p.recent_share != 0.0 || p.token_share != 0.0 || p.window_floor != 0 || second != 0;
+            p.protect_first || p.whole_windows || (p.recent_share != 0.0 && p.kind != WKV_KIND_BEST) || p.token_share != 0.0 || p.window_floor != 0 || second != 0;
         return given ? unused("an option of windows", "kind is not windows") : "";
     }
     if (p.omega < 1) {

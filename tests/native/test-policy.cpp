@@ -76,7 +76,7 @@ static void random_windows(wkv_scoring & sco, wkv_selection & sel) {
 static void random_allocation(wkv_allocation & all, const wkv_selection & sel) {
     const bool equal = sel.whole_windows || (sel.kind == WKV_KIND_WINDOWS && sel.scope == WKV_SCOPE_LAYER);
 
-    all.heads      = equal ? WKV_HEADS_EQUAL : choice(WKV_HEADS_COUNT);
+    all.heads      = equal ? WKV_HEADS_EQUAL : choice(sel.kind == WKV_KIND_BEST ? WKV_HEADS_SCORE : WKV_HEADS_COUNT);
     all.across     = all.heads == WKV_HEADS_SCORE ? choice(WKV_ACROSS_COUNT) : 0;
     all.accounting = one_in(3) ? WKV_ACCOUNTING_PAPER : WKV_ACCOUNTING_NATIVE;
     if (all.heads == WKV_HEADS_EQUAL || (all.heads == WKV_HEADS_SCORE && all.across == WKV_ACROSS_LAYER && one_in(2))) {
@@ -111,6 +111,12 @@ static wkv_policy random_policy() {
     }
     if (sel.kind == WKV_KIND_WINDOWS) {
         random_windows(sco, sel);
+    }
+    if (sel.kind == WKV_KIND_BEST) {
+        sco.kernel_size  = 1;
+        sco.reduce       = choice(WKV_REDUCE_COUNT);
+        sel.n_recent     = one_in(2) ? number(0) : 0; // more than the observation window too
+        sel.recent_share = sel.n_recent == 0 ? share() : 0.0;
     }
     if (sel.kind != WKV_KIND_FULL) {
         random_allocation(res.allocation, sel);

@@ -309,6 +309,38 @@ static void test_scores_are_exact(llama_model * model) {
     }
 }
 
+// the largest weights: the steps of a CPU and a graph, whose heads and queries are computed in parts, choose the same ones
+static void test_largest_scores(llama_model * model) {
+    auto ctx = make(model, 16);
+    CHECK(decode(ctx.get(), prompt(303), 0) == 0);
+    auto policy = windowkv();
+    for (const bool compacted : { false, true }) {
+        if (compacted) {
+            CHECK(wkv_compact(ctx.get(), &policy, 40) > 0);
+            CHECK(decode(ctx.get(), prompt(7, 3), 303) == 0);
+        }
+        const auto & seq = llama_kv_ragged_find(ctx->get_memory())->get_seq();
+
+        llama_kv_ragged_scoring scoring;
+        scoring.window_sizes = { 16 };
+        scoring.reduce       = LLAMA_KV_RAGGED_REDUCE_MAX;
+        const auto want = llama_kv_ragged_score(*ctx, seq, 0, scoring);
+        CHECK(*std::max_element(want.begin(), want.end()) > 1.0f); // some query attends to some cell more than evenly
+        scoring.graph = true;
+        for (const int64_t n_bytes_max : { int64_t(INT32_MAX), int64_t(seq.n_cells(0, 0))*7*4 }) {
+            for (const int64_t n_bytes_group : { int64_t(0), int64_t(1) << 30 }) {
+                scoring.n_bytes_max   = n_bytes_max;
+                scoring.n_bytes_group = n_bytes_group;
+                const auto got = llama_kv_ragged_score(*ctx, seq, 0, scoring);
+                CHECK(got.size() == want.size());
+                for (size_t i = 0; i < want.size(); ++i) {
+                    CHECK(std::fabs(got[i] - want[i]) <= (on_device ? 1e-2f : 1e-4f)*(1.0f + want[i]));
+                }
+            }
+        }
+    }
+}
+
 static void test_queries_older_than_every_cell(llama_model * model) {
     auto ctx = make(model, 16);
     CHECK(decode(ctx.get(), prompt(300), 0) == 0);
@@ -332,5 +364,6 @@ void test_prompt(llama_model * model) {
     test_scores_in_parts(model);
     test_scores_of_several_heads(model);
     test_scores_are_exact(model);
+    test_largest_scores(model);
     test_queries_older_than_every_cell(model);
 }

@@ -107,7 +107,8 @@ struct layer {
         p.kq_scale      = 1.0f/std::sqrt(float(n_embd));
         p.softcap       = one_in(4) ? 20.0f : 0.0f;
         p.by_query_head = one_in(3);
-        p.keep          = one_in(2) ? 0.0f : 0.5f;
+        p.largest       = one_in(3);
+        p.keep          = p.largest || one_in(2) ? 0.0f : 0.5f;
         p.weight        = 1.0f/float(p.n_queries*(p.by_query_head ? 1 : p.n_gqa));
     }
 
@@ -148,7 +149,7 @@ struct layer {
         return res;
     }
 
-    // sums of weights in double precision; size: the largest sum of the sizes of a logit's products
+    // sums of weights, or the largest times the cells that are seen, in double precision; size: the largest sum of the sizes of a logit's products
     std::vector<std::vector<double>> exact(double & size) const {
         const int64_t n_embd = p.k->ne[0];
 
@@ -183,7 +184,9 @@ struct layer {
                 sum += std::exp(cur - max);
             }
             for (int64_t ic = 0; ic < n; ++ic) {
-                res[ih*n_res() + (p.by_query_head ? ig : 0)][ic] += p.weight*std::exp(x[ic] - max)/sum;
+                double & dst = res[ih*n_res() + (p.by_query_head ? ig : 0)][ic];
+                const double weight = std::exp(x[ic] - max)/sum;
+                dst = p.largest ? std::max(dst, weight*double(n)) : dst + p.weight*weight;
             }
         }
         return res;

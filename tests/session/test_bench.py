@@ -113,7 +113,7 @@ def test_a_filled_cache(model: Model, policy: WindowKV | None, cells: str) -> No
     session.close()
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("full", "expected-attention", "h2o")])
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("full", "expected-attention")])
 def test_a_compaction_takes_less_than_5_bytes_a_cell(name: str, tmp_path: Path) -> None:
     """Beside the cache as it was; the pools of a layer's cells that stay are part of it. All that select in C++."""
     write_shape(Shape("heads", 16, 1024, 64, 32, 8, 32, 320), path := tmp_path / "heads.gguf")

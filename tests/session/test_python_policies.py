@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import tiny_model
-from reference.attention import observe
 from scripted import evaluate
 
-from windowkv_edge import H2O, CacheView, ExpectedAttention, KVPolicy, Llama, NativeError, SnapKV, WindowKV, WindowKVError, get_policy
+from windowkv_edge import CacheView, ExpectedAttention, KVPolicy, Llama, NativeError, SnapKV, WindowKV, WindowKVError, get_policy
 from windowkv_edge.bench.session import Model
 from windowkv_edge.compaction import compact
 from windowkv_edge.eval import Branches
@@ -254,27 +253,6 @@ def test_the_weights_of_expected_attention() -> None:
     turned[0::2] = query[0::2] * np.cos(angle) - query[1::2] * np.sin(angle)
     turned[1::2] = query[0::2] * np.sin(angle) + query[1::2] * np.cos(angle)
     np.testing.assert_allclose(policy._expected(keys, at, alike, 80), weights(turned), rtol=1e-4)
-
-
-def test_h2o_accumulates_over_the_whole_prompt(opened: Callable[..., Llama], tiny: Path) -> None:
-    """Scores by definition: every query of the prompt over the cells up to its own."""
-    llm = opened(tiny, n_ctx=512, kv_policy=H2O(n_observed=256), kv_budget=1.0)
-    llm.eval(TOKENS[:150])
-    kv = llm._kv
-    assert kv is not None
-    want = []
-    for il in range(3):
-        for head in range(2):
-            keys = kv.rows(il, head, "k")
-            found = [kv.queries(il, g) for g in (2 * head, 2 * head + 1)]
-            at = found[0][0]
-            assert at.tolist() == list(range(150))
-            queries = np.stack([rows for _, rows in found])
-            score = observe(queries, at, keys, np.arange(150, dtype=np.int32), keys.shape[1] ** -0.5)
-            score[-10:] = np.inf
-            want.append(np.sort(np.argsort(-score, kind="stable")[:20]).tolist())
-    llm.kv_compact(20)
-    assert [llm.kv_positions(il, head).tolist() for il in range(3) for head in range(2)] == want
 
 
 @pytest.mark.parametrize("neox", [False, True])

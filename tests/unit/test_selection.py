@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from policy_table import NATIVE, ROWS, budgets_of, kept, total, with_scores
 from reference.common import Cache, sizes
 
-from windowkv_edge import POLICIES, KVPolicy, WindowKV, _native, get_policy
+from windowkv_edge import POLICIES, KVPolicy, _native, get_policy
 from windowkv_edge.policies import Task
 
 policies = NATIVE
@@ -82,7 +82,7 @@ def check(policy: KVPolicy, positions: Cache, scores: Cache, n_cells: int, task:
 
 def same_in_heads(policy: KVPolicy, positions: Cache, scores: Cache, n_cells: int) -> tuple[Cache, Cache, int]:
     """Policies that choose once for all heads of a layer need heads that hold the same positions."""
-    if not isinstance(policy, WindowKV) or policy.scope != "layer":
+    if policy.selection().scope != "layer" or policy.selection().kind != "windows":
         return positions, scores, n_cells
     return (
         [[layer[0]] * len(layer) for layer in positions],

@@ -12,6 +12,7 @@ from windowkv_edge._libs import LLAMA_CPP_PYTHON
 from .bench import bench
 from .chat import chat
 from .demo import demo
+from . import eval_generate  # noqa: F401 (a command of its app)
 from .eval import app as eval_app
 from .eval_chat import chat as eval_chat
 from .eval_long import long

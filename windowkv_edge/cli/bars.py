@@ -84,6 +84,10 @@ class SuiteBars:
         """A prompt was done."""
         self._progress.update(self._prompts, description=for_terminal(what), advance=1)
 
+    def step(self, what: str, n: int = 0) -> None:
+        """Something was done, and n prompts."""
+        self._progress.update(self._prompts, description=for_terminal(what), advance=n)
+
     def read(self, done: int, total: int) -> None:
         """So many tokens of a prompt were read; shown for prompts of several batches."""
         if done < total and not self._progress.tasks[1].visible:

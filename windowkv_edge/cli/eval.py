@@ -23,6 +23,8 @@ from windowkv_edge.budget import TYPES
 from windowkv_edge.eval import (
     Case,
     FidelityCase,
+    GenerateCase,
+    Generator,
     Plan,
     Records,
     Runner,
@@ -92,8 +94,11 @@ POLICIES = (
 BUDGETS = "12%,6%,3%"
 
 
+Cases = Sequence[Case] | Sequence[FidelityCase] | Sequence[GenerateCase]
+
+
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What every evaluation takes."""
 
     info: GGUFInfo
@@ -105,7 +110,7 @@ class _Run:
     def go(
         self,
         about: Mapping[str, Any],
-        prepare: Callable[[Model], Sequence[Case] | Sequence[FidelityCase]],
+        prepare: Callable[[Model], Cases],
         n_ctx: int | None = None,
     ) -> None:
         """Build the prompts, run those that the results file lacks, print the tables."""
@@ -121,7 +126,7 @@ class _Run:
     def _measure(
         self,
         about: Mapping[str, Any],
-        prepare: Callable[[Model], Sequence[Case] | Sequence[FidelityCase]],
+        prepare: Callable[[Model], Cases],
         n_ctx: int | None,
     ) -> None:
         model = Model(self.info.path, self.gpu_layers)
@@ -146,13 +151,16 @@ class _Run:
             model.close()
 
     def _loop(
-        self, model: Model, cases: Sequence[Case] | Sequence[FidelityCase], records: Records, n_ctx: int | None
+        self, model: Model, cases: Cases, records: Records, n_ctx: int | None
     ) -> None:
         n_ctx = n_ctx or max(_positions(case) for case in cases)
         self._check_positions(n_ctx)
         with suite_bars(len(cases)) as bars:
             if records.n_old:
                 bars.note(f"{self.out} has {records.n_old} of {len(cases)} prompts, going on from there")
+            if isinstance(cases[0], GenerateCase):
+                Generator(model, self.plan, records, bars.step).run(cases)  # type: ignore[arg-type]
+                return
             with Runner(model, self.plan, n_ctx, records, bars.done, bars.read) as runner:
                 if isinstance(cases[0], FidelityCase):
                     runner.run_fidelity(cases)  # type: ignore[arg-type]
@@ -174,12 +182,14 @@ def _make_folder(path: Path, option: str) -> None:
         raise CLIError(f"cannot make the folder {path}: {error.strerror or error}; give another {option}") from error
 
 
-def _positions(case: Case | FidelityCase) -> int:
+def _positions(case: Case | FidelityCase | GenerateCase) -> int:
+    if isinstance(case, GenerateCase):
+        return len(case.prompt) + case.n_tokens + 1
     behind = len(case.follow) if isinstance(case, FidelityCase) else len(case.follow_up) + case.max_tokens
     return len(case.prompt) + behind + 1
 
 
-def _start(
+def start(
     name: str,
     model: str,
     policies: str,
@@ -189,7 +199,7 @@ def _start(
     out: Path | None,
     threads: int | None,
     gpu_layers: int,
-) -> _Run:
+) -> Run:
     plan = Plan(
         policies=parse_policies(policies),
         budgets=tuple(dict.fromkeys(parse_budget(part) for part in split_names(budgets))),
@@ -199,10 +209,10 @@ def _start(
     for cells in plan.types:
         if cells not in (OWN, *TYPES):
             raise CLIError(f"--types has {cells!r}, expected some of {OWN}, {', '.join(TYPES)}")
-    return _Run(open_model(model), plan, out or Path(f"eval-{name}.jsonl"), seed, gpu_layers)
+    return Run(open_model(model), plan, out or Path(f"eval-{name}.jsonl"), seed, gpu_layers)
 
 
-def _chosen(text: str, known: Sequence[str], option: str) -> list[str]:
+def chosen(text: str, known: Sequence[str], option: str) -> list[str]:
     names = split_names(text)
     for name in names:
         if name not in known:
@@ -252,9 +262,9 @@ def needle(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """Facts hidden in a text at several depths, with the question at its end."""
-    run = _start("needle", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = start("needle", model, policies, budgets, types, seed, out, threads, gpu_layers)
     sizes, places = parse_lengths(lengths), _depths(depths)
-    names = _chosen(kinds, needles.KINDS, "--kinds")
+    names = chosen(kinds, needles.KINDS, "--kinds")
     about = {
         "suite": "needle", "lengths": sizes, "depths": places, "kinds": names, "count": count, "first": first,
         "haystack": _about(haystack), "chat": chat,
@@ -286,8 +296,8 @@ def ruler(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """RULER's task families: keys, values, variables, frequent words, questions."""
-    run = _start("ruler", model, policies, budgets, types, seed, out, threads, gpu_layers)
-    sizes, names = parse_lengths(lengths), _chosen(tasks, list(rulers.TASKS), "--tasks")
+    run = start("ruler", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    sizes, names = parse_lengths(lengths), chosen(tasks, list(rulers.TASKS), "--tasks")
     if min(sizes) < 512:
         raise CLIError(f"--lengths has {min(sizes)}, expected at least 512: the tasks need room for what they hide")
     about = {
@@ -322,7 +332,7 @@ def fidelity(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """KL divergence, top-1 agreement and NLL increase against the full cache over free text."""
-    run = _start("fidelity", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = start("fidelity", model, policies, budgets, types, seed, out, threads, gpu_layers)
     sizes = parse_lengths(lengths)
     texts = [own for path in text or [] for own in read_texts(path)]
     about = {
@@ -356,7 +366,7 @@ def turns(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """Compact on the first question, then ask about other places of the same document."""
-    run = _start("turns", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = start("turns", model, policies, budgets, types, seed, out, threads, gpu_layers)
     sizes = parse_lengths(lengths)
     about = {
         "suite": "turns", "lengths": sizes, "count": count, "questions": questions, "first": first,
@@ -387,7 +397,7 @@ def tasks(
     gpu_layers: GPULayers = 0,
 ) -> None:
     """Questions, summaries, classes and code of files in LongBench's format."""
-    run = _start("tasks", model, policies, budgets, types, seed, out, threads, gpu_layers)
+    run = start("tasks", model, policies, budgets, types, seed, out, threads, gpu_layers)
     about = {"suite": "tasks", "file": file.name, "n_ctx": n_ctx, "limit": limit, "chat": chat}
 
     def prepare(weights: Model) -> list[Case]:

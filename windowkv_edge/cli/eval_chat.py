@@ -18,14 +18,14 @@ from windowkv_edge.eval.run import FULL, OWN
 from .bars import suite_bars
 from .common import CLIError, load, reports_errors
 from .eval import (
-    Budgets, Chat, First, GPULayers, Haystack, ModelArg, Out, Policies, Seed, Threads, _about, _Run, _start,
+    Budgets, Chat, First, GPULayers, Haystack, ModelArg, Out, Policies, Seed, Threads, _about, Run, start,
 )  # fmt: skip
 
 __all__ = ["chat"]
 
 
 @dataclass(frozen=True)
-class _ChatRun(_Run):
+class _ChatRun(Run):
     """Every policy and budget holds every conversation, in a session of its own.
 
     Attributes:
@@ -99,7 +99,7 @@ def chat(
 ) -> None:
     """Conversations: facts told, documents pasted, and questions about all of it some turns later."""
     run = _ChatRun(
-        **vars(_start("chat", model, policies, budgets, OWN, seed, out, threads, gpu_layers)), limited=limited
+        **vars(start("chat", model, policies, budgets, OWN, seed, out, threads, gpu_layers)), limited=limited
     )
     if limited and not all(isinstance(budget, int) for budget in run.plan.budgets):
         raise CLIError(f"--budgets has {budgets!r}, expected numbers of cells per head with --limited, such as 512,256")

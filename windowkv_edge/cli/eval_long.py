@@ -29,10 +29,10 @@ from .eval import (
     Seed,
     Threads,
     _about,
-    _chosen,
+    chosen,
     _depths,
     _positions,
-    _Run,
+    Run,
 )
 
 __all__ = ["long"]
@@ -41,7 +41,7 @@ _TIMES = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LongRun(_Run):
+class _LongRun(Run):
     """A run whose documents are read within limits."""
 
     long: LongPlan
@@ -90,21 +90,21 @@ def long(
         raise CLIError("--policies has full, which keeps every cell and is measured in any case; leave it out")
     if not named:
         raise CLIError("--policies is empty, expected some such as auto,streamingllm")
-    chosen = _chosen(exact, tuple(named), "--exact") if exact.strip() else []
+    exact_names = chosen(exact, tuple(named), "--exact") if exact.strip() else []
     cells = next(iter(named.values())).cells or "f16" if types == OWN else types
     if cells not in TYPES:
         raise CLIError(f"--types has {types!r}, expected {OWN} or one of {', '.join(TYPES)}")
     plan = Plan(named, sizes, (cells,), threads or n_cores())
-    long_plan = LongPlan(named, chosen, sizes, cells, plan.threads)
+    long_plan = LongPlan(named, exact_names, sizes, cells, plan.threads)
     room = info.n_ctx_train - 256  # for the question and its answer
     tokens = parse_lengths(lengths) if lengths else [n * max(sizes) for n in _TIMES if n * max(sizes) <= room]
     if not tokens:
         raise CLIError(f"{info.path.name} was trained with {info.n_ctx_train:,} positions; give smaller --limits")
-    places, names = _depths(depths), _chosen(kinds, needles.KINDS, "--kinds")
+    places, names = _depths(depths), chosen(kinds, needles.KINDS, "--kinds")
     run = _LongRun(info, plan, out or Path("eval-long.jsonl"), seed, gpu_layers, long=long_plan)
     about = {
         "suite": "long", "lengths": tokens, "depths": places, "kinds": names, "count": count, "first": first,
-        "haystack": _about(haystack), "chat": chat, "exact": chosen,
+        "haystack": _about(haystack), "chat": chat, "exact": exact_names,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Case]:

@@ -6,6 +6,7 @@ from .branch import Branches
 from .case import Case, EvalError
 from .chat import Conversation, conversations
 from .fidelity import fidelity_cases
+from .generate import GenerateCase, Generator, generate_cases
 from .needle import needle_cases
 from .prose import prose
 from .records import Records, read_records
@@ -22,6 +23,8 @@ __all__ = [
     "Conversation",
     "EvalError",
     "FidelityCase",
+    "GenerateCase",
+    "Generator",
     "Plan",
     "Records",
     "Runner",
@@ -29,6 +32,7 @@ __all__ = [
     "conversations",
     "fidelity_cases",
     "fingerprint",
+    "generate_cases",
     "hay_tokens",
     "needle_cases",
     "prose",

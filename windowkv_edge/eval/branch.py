@@ -26,7 +26,8 @@ class Branches:
     """A session whose uncompacted cache is kept, to go back to before every compaction.
 
     What a branch gives is what a fresh session with its policy gives, bit for bit: prompts are evaluated in the same
-    batches. The copy of the cache takes as much memory as the cache itself; there is one.
+    batches; where attention is summed up in smaller ones, but for rounding. The copy of the cache takes as much memory
+    as the cache itself; there is one.
 
     Args:
         model: the weights.
@@ -35,6 +36,7 @@ class Branches:
         cells: of K and V in the layers that policies compress, a name of :data:`windowkv_edge.budget.TYPES`; the cache
             of window layers stays f16. f16 where the heads' rows are no whole blocks of it: ``cells`` then says so.
         threads: CPU threads.
+        accumulates: a policy scores by sums over the whole prompt, see :attr:`KVPolicy.accumulates`.
         read: see :data:`Read`.
 
     Raises:
@@ -48,10 +50,12 @@ class Branches:
         n_observed: int,
         cells: str = "f16",
         threads: int = 2,
+        accumulates: bool = False,
         read: Read | None = None,
     ) -> None:
         self.read = read
-        self.model, self.n_ctx, self.n_observed = model, n_ctx, n_observed
+        n_observed = max(n_observed, N_BATCH) if accumulates else n_observed  # of a batch no query may be lost
+        self.model, self.n_ctx, self.n_observed, self.accumulates = model, n_ctx, n_observed, accumulates
         self.session = Session(model, n_ctx, "f16", Full(), True, threads, N_BATCH, own_cells=cells)
         assert self.session.cache is not None
         self.cache = self.session.cache
@@ -171,7 +175,12 @@ class Branches:
             WindowKVError: there is no room, a computation failed or memory ran out.
         """
         for i in range(0, len(tokens), N_BATCH):
-            self.session.decode(tokens[i : i + N_BATCH])
+            batch = tokens[i : i + N_BATCH]
+            if self.accumulates:
+                stats = self.kv.stats()
+                if int(stats.n_past) - int(stats.n_summed) + len(batch) > self.n_observed:
+                    self.kv.accumulate()
+            self.session.decode(batch)
             if self.read is not None:
                 self.read(min(i + N_BATCH, len(tokens)), len(tokens))
         return self.session.logits()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bench.session import Model
-from ..limit import Limit
+from ..limit import slack
 from ..llama import Llama
 from ..policies import KVPolicy
 from .branch import N_BATCH, Branches, Read
@@ -76,7 +76,7 @@ class LongRunner:
         self.model, self.plan, self.n_ctx, self.records, self.report = model, plan, n_ctx, records, report
         self.read = read
         window = max(policy.n_observed for policy in plan.policies.values())
-        self.branches = Branches(model, n_ctx, window, plan.cells, plan.threads, read)
+        self.branches = Branches(model, n_ctx, window, plan.cells, plan.threads, read=read)
         try:
             if self.branches.cells != plan.cells:
                 raise EvalError(f"the rows of this model's heads are no whole blocks of {plan.cells}; give --types f16")
@@ -126,7 +126,7 @@ class LongRunner:
         if results[0]["score"] == 0:
             return results
         for name, limit in ((name, limit) for limit in self.plan.limits for name in self.plan.exact):
-            n_cells = min(n, limit - Limit.slack(limit)) if n > limit else n
+            n_cells = min(n, limit - slack(limit)) if n > limit else n
             own.compact(self.plan.policies[name], n_cells)
             answer = own.greedy(case.max_tokens)
             results.append(self._row(name + EXACT, limit, n, seconds, case, answer, own.decode_ms))

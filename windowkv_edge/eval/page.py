@@ -9,7 +9,7 @@ from typing import Any
 from .._json import dumps
 from .._text import for_terminal
 from .results import Results
-from .tables import Table, about, by, fidelity_table, ranks, retention_table, summary, summary_text
+from .tables import Table, about, answer_tables, by, fidelity_table, ranks, retention_table, summary, summary_text
 
 __all__ = ["html"]
 
@@ -66,6 +66,7 @@ def html(results: Sequence[Results], drawn: Sequence[Mapping[str, bytes]]) -> st
         parts.append({"name": "Summary", "about": summary_text(results), "tables": [table], "pictures": []})
     for res, files in zip(results, drawn, strict=True):
         tables = [{"name": "", **_cells(fidelity_table(res) if res.is_fidelity else retention_table(res))}]
+        tables += [{"name": name, **_cells(table)} for name, table in answer_tables(res)]
         if not res.is_fidelity:
             tables.append({"name": "By kind", **_cells(by(res, "task"))})
         pictures = [{"name": name, "data": base64.b64encode(data).decode()} for name, data in files.items()]

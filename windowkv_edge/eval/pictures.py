@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._text import for_plot
+from .answer_tables import answers_picture
 from .results import Line, Results, budget_name
 from .run import FULL
 
@@ -124,6 +125,8 @@ def draw(res: Results) -> dict[str, Any]:
     """Figures of one suite by their names."""
     if not res.budgets:  # the full cache answered nothing
         return {}
+    if res.is_generate:
+        return {"answers": answers_picture(res)}
     figures = {"bytes": _curves(res)}
     if res.suite in ("needle", "chat", "long"):
         figures["depth"] = _depths(res)

@@ -23,9 +23,11 @@ Budget = Any
 
 N_BOOTSTRAP = 2000
 
-SUITES = ("needle", "ruler", "turns", "chat", "fidelity", "tasks", "long")
+SUITES = ("needle", "ruler", "turns", "chat", "fidelity", "generate", "tasks", "long")
+DISTANCES = ("fidelity", "generate")
 MAX_LINES, MAX_BUDGETS = 64, 32
 MAX_VALUE = 1e15  # sums and plots stay finite
+MAX_PARTS = 64
 
 
 @dataclass(frozen=True, order=True)
@@ -62,7 +64,11 @@ class Results:
 
     @property
     def is_fidelity(self) -> bool:
-        return self.suite == "fidelity"
+        return self.suite in DISTANCES
+
+    @property
+    def is_generate(self) -> bool:
+        return self.suite == "generate"
 
     @property
     def budgets(self) -> list[Budget]:
@@ -183,7 +189,7 @@ def _row_fault(row: Mapping[str, Any]) -> str | None:
         return f"'suite' is {shown(row.get('suite'))}, expected one of {', '.join(SUITES)}"
     if not isinstance(row.get("task"), str):
         return f"'task' is {shown(row.get('task'))}, expected text"
-    for key in ("length", "n_follow") if row["suite"] == "fidelity" else ("length",):
+    for key in ("length", "n_follow") if row["suite"] in DISTANCES else ("length",):
         if not _is_number(row.get(key)):
             return f"{key!r} is {shown(row.get(key))}, expected a number"
     if "depth" not in row or not (depth is None or _is_number(depth, 0, 1)):
@@ -207,10 +213,25 @@ def _result_fault(result: Mapping[str, Any], suite: str) -> str | None:
         return f"'budget' of {shown(result['policy'])} is {shown(budget)}, expected a share, a number of cells, or null"
     if not _is_number(result.get("kv_bytes")):
         return f"'kv_bytes' is {shown(result.get('kv_bytes'))}, expected a number"
-    if suite != "fidelity" and not _is_number(result.get("score"), 0, 1):
+    if suite not in DISTANCES and not _is_number(result.get("score"), 0, 1):
         return f"'score' is {shown(result.get('score'))}, expected a number of 0 to 1"
-    for key in ("kl", "top1", "nll_increase") if suite == "fidelity" else ("decode_ms",):
+    for key in ("kl", "top1", "nll_increase") if suite in DISTANCES else ("decode_ms",):
         if key not in result or not (result[key] is None or _is_number(result[key], -MAX_VALUE)):
+            return f"{key!r} is {shown(result.get(key))}, expected a number or null"
+    return _answer_fault(result) if suite == "generate" else None
+
+
+def _answer_fault(result: Mapping[str, Any]) -> str | None:
+    """Why what a long answer has beside its distances cannot be shown; its own text need not be there."""
+    for key in ("kl_by_part", "ms_by_part"):
+        parts = result.get(key, [])
+        if not isinstance(parts, list) or len(parts) > MAX_PARTS or not all(p is None or _is_number(p) for p in parts):
+            return f"{key!r} is {shown(parts)}, expected at most {MAX_PARTS} numbers or nulls"
+    repeats = result.get("repeats", {})
+    if not isinstance(repeats, dict) or not all(_is_number(share, 0, 1) for share in repeats.values()):
+        return f"'repeats' is {shown(repeats)}, expected shares of 0 to 1"
+    for key in ("decode_ms", "compact_ms"):
+        if not (result.get(key) is None or _is_number(result[key])):
             return f"{key!r} is {shown(result.get(key))}, expected a number or null"
     return None
 

@@ -55,6 +55,10 @@ class Plan:
     def window(self) -> int:
         return max(policy.n_observed for policy in self.policies.values())
 
+    @property
+    def accumulates(self) -> bool:
+        return any(policy.accumulates for policy in self.policies.values())
+
 
 @dataclass(frozen=True)
 class FidelityCase:
@@ -101,7 +105,7 @@ class Runner:
         try:
             own_types = (cells for policy in plan.policies.values() for cells in plan.types_of(policy))
             for cells in dict.fromkeys(("f16", *own_types)):
-                own = Branches(model, n_ctx, plan.window, cells, plan.threads, read)
+                own = Branches(model, n_ctx, plan.window, cells, plan.threads, plan.accumulates, read)
                 self.stack.callback(own.close)
                 if own.cells == cells:
                     self.branches[cells] = own

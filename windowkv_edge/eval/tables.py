@@ -9,12 +9,14 @@ from typing import NamedTuple
 import numpy as np
 
 from .._text import for_markdown
+from .answer_tables import kl_rows, own_rows
 from .results import Budget, Line, Results, budget_name
 from .run import FULL
 
 __all__ = [
     "Table",
     "about",
+    "answer_tables",
     "by",
     "fidelity_table",
     "markdown",
@@ -76,6 +78,14 @@ def fidelity_table(res: Results) -> Table:
     return _table(["policy", "", *map(budget_name, res.budgets)], rows)
 
 
+def answer_tables(res: Results) -> list[tuple[str, Table]]:
+    """Further tables of long answers, with their names."""
+    if not res.is_generate:
+        return []
+    found = [("KL by position", kl_rows(res)), ("Own texts", own_rows(res))]
+    return [(name, _table(head, rows)) for name, (head, rows) in found if rows]
+
+
 def _kl_by_text(res: Results) -> Table:
     texts = list(dict.fromkeys(row["task"] for row in res.rows))
     rows = []
@@ -112,6 +122,9 @@ def about(res: Results) -> str:
     if res.is_fidelity:
         tokens = res.rows[0]["n_follow"]
         said = f"{len(res.rows)} windows, {tokens} forced tokens each"
+        if res.is_generate:
+            how = f"compacted every {res.header.get('interval')} tokens, temperature {res.header.get('temperature')}"
+            return f"{text}: {len(res.rows)} answers of {tokens} tokens, {how}; budgets are cells per head"
         return f"{text}: {said}; budgets are shares of the full f16 cache's bytes"
     full = sum(row["results"][0]["score"] for row in res.rows)
     kind = "full cache" if res.suite == "long" else "full f16 cache"
@@ -128,6 +141,7 @@ def markdown(results: Sequence[Results]) -> str:
         parts.append(f"## {for_markdown(f'{res.suite}: {res.source}')}\n\n{for_markdown(about(res))}")
         if res.is_fidelity:
             parts.append(str(fidelity_table(res)))
+            parts += [f"### {name}\n\n{table}" for name, table in answer_tables(res)]
             if len({row["task"] for row in res.rows}) > 1:
                 parts.append(f"### KL by text, at {', '.join(map(budget_name, res.budgets))}\n\n{_kl_by_text(res)}")
             continue

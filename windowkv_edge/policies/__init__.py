@@ -11,6 +11,7 @@ from ..budget import plain
 from .adakv import AdaKV
 from .auto import Auto
 from .base import CacheView, KVPolicy, Positions, Scores, Task, at_least
+from .corm import CORM
 from .expected_attention import ExpectedAttention
 from .full import Full
 from .h2o import H2O
@@ -18,15 +19,18 @@ from .headkv import HeadKV, HeadKVR2
 from .pyramidkv import PyramidKV
 from .snapkv import SnapKV
 from .streamingllm import StreamingLLM
+from .tova import TOVA
 from .windowkv import WindowKV
 from .windowkv_adakv import WindowAdaKV
 from .windowkv_headkv import WindowHeadKV
 from .windowkv_paper import WindowKVPaper
 
 __all__ = [
+    "CORM",
     "ENTRY_POINTS",
     "H2O",
     "POLICIES",
+    "TOVA",
     "AdaKV",
     "Auto",
     "CacheView",
@@ -59,6 +63,8 @@ POLICIES: dict[str, type[KVPolicy]] = {
         PyramidKV,
         AdaKV,
         ExpectedAttention,
+        TOVA,
+        CORM,
         H2O,
         HeadKV,
         HeadKVR2,

@@ -161,6 +161,9 @@ class KVPolicy:
     #: cells of K and V that it prefers, a name of llama.cpp; fractions of a budget then are of the bytes of f16 cells
     cells: ClassVar[str | None] = None
 
+    #: share of the cells that the newest tokens take in any case when an answer is compacted while it grows
+    answer_share: ClassVar[float] = 0.5
+
     #: whether the prompt's text has to be classified before a compaction
     needs_task: bool = False
 
@@ -180,6 +183,11 @@ class KVPolicy:
         Policies in Python give it a value (``n_observed: int = 32``), or override it or :meth:`scoring`.
         """
         return max(1, *(self.scoring(task).n_observed for task in TASKS))
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether scores are sums over the whole sequence, to which a session adds the queries batch by batch."""
+        return not self.in_python and self.scoring().reduce == "sum"
 
     @property
     def in_python(self) -> bool:

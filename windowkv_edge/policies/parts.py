@@ -32,6 +32,9 @@ class Scoring:
         kernel_size: tokens that pooling spans, 1 = none; odd for "max". 0 where positions alone decide.
         query_heads: what is scored where several query heads share a kv head: their "mean", or "each" by itself;
             windows are then scored in each and averaged (WindowKV's code).
+        reduce: what the attention weights of a cell become, over the observing tokens and the query heads: their
+            "mean"; the largest of weight times cells that the query sees, "max" (CORM); or their "sum" over the tokens
+            of the whole sequence, which stays with the cell in compactions (H2O). The last two are of kind "best".
     """
 
     window_size: int = 0
@@ -39,6 +42,7 @@ class Scoring:
     pooling: Literal["max", "carry"] = "max"
     kernel_size: int = 0
     query_heads: Literal["mean", "each"] = "mean"
+    reduce: Literal["mean", "max", "sum"] = "mean"
 
     @property
     def n_observed(self) -> int:
@@ -80,10 +84,12 @@ class Selection:
 
     Args:
         kind: "full" = every cell, "recent" = the first and the newest tokens (StreamingLLM), "tokens" = the newest and
-            the best ones (SnapKV), "windows" = windows of consecutive tokens (WindowKV).
+            the best ones (SnapKV), "windows" = windows of consecutive tokens (WindowKV), "best" = the newest and of all
+            others, observing ones too, the best ones (H2O, CORM).
         n_sink: of "recent", the first tokens that always stay.
-        n_recent: of "tokens" and "windows", the newest tokens that always stay, at most the observation window.
-        omega: tokens per window; this and all below are of "windows".
+        n_recent: of "tokens" and "windows", the newest tokens that always stay, at most the observation window; of
+            "best" any number.
+        omega: tokens per window; this and all below are of "windows", but recent_share of "best" as well.
         top_p: a window scores the mean of its top_p best tokens.
         gamma: consecutive layers that share one set of indices.
         share: whose scores choose for such a group: its "first" layer's, or the "mean" over its layers.
@@ -91,12 +97,13 @@ class Selection:
         protect_first: the first window always stays.
         whole_windows: windows are dropped whole, so that a layer holds up to omega - 1 cells more than its budget or
             fewer; otherwise the last one keeps its best tokens.
-        recent_share: n_recent takes at most this share of a budget.
+        recent_share: n_recent takes at most this share of a budget; of "best", the newest tokens take this share in
+            place of n_recent, 0 = n_recent.
         token_share: of the rest single tokens take this share.
         window_floor: with token_share, cells that windows get before single tokens get any.
     """
 
-    kind: Literal["full", "recent", "tokens", "windows"]
+    kind: Literal["full", "recent", "tokens", "windows", "best"]
     n_sink: int = 0
     n_recent: int = 0
     omega: int = 0

@@ -24,6 +24,7 @@ class StreamingLLM(KVPolicy):
     name: ClassVar[str] = "streamingllm"
     paper: ClassVar[str] = "arXiv 2309.17453"
     keeps: ClassVar[str] = "the first tokens and the newest ones"
+    answer_share: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,301 @@
+"""Long answers: what they hold while they grow, which cells stay, and that nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import pytest
+from llama_cpp.llama_speculative import LlamaDraftModel
+from reference.corm import prominence
+from reference.h2o import accumulated
+from scripted import OTHERS, TOKENS, Script, answer, once
+from test_limit import policy_of
+
+from windowkv_edge import CORM, H2O, POLICIES, TOVA, Llama, SnapKV, StreamingLLM
+from windowkv_edge.budget import TYPES
+
+Open = Callable[..., Llama]
+
+LIMIT, INTERVAL = 136, 16
+
+
+def n_held(llm: Llama) -> float:
+    kv = llm._kv
+    assert kv is not None
+    return float(kv.cells().mean())
+
+
+def grow(llm: Llama, prompt: list[int], n: int, **kwargs: Any) -> list[float]:
+    """Cells held after every token of an answer."""
+    seen = []
+    stream = llm.generate(prompt, temp=0.0, **kwargs)
+    for _ in range(n):
+        next(stream)
+        seen.append(n_held(llm))
+    stream.close()
+    return seen
+
+
+def logits(llm: Llama) -> npt.NDArray[np.float32]:
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
+
+
+def n_reused(llm: Llama) -> int:
+    """Graphs that llama.cpp did not have to build again."""
+    return int(llama_cpp.llama_perf_context(llm.ctx).n_reused)
+
+
+#
+# what is held
+#
+
+
+@pytest.mark.parametrize("name", [*(name for name in POLICIES if name != "full"), "script"])
+def test_answers_stay_within_the_limit(tiny: Path, opened: Open, name: str) -> None:
+    llm = opened(tiny, kv_policy=policy_of(name), kv_limit=LIMIT, kv_interval=INTERVAL, n_batch=32)
+    seen = grow(llm, TOKENS[:60], 600)
+    assert max(seen) <= LIMIT
+    assert min(seen[100:]) >= LIMIT - INTERVAL - 2  # and it uses what it may
+    assert llm.kv_stats().n_past == 60 + 599
+    assert abs(llm.kv_stats().n_compactions - (659 - LIMIT) / INTERVAL) <= 2
+
+
+@pytest.mark.parametrize("policy", ["tova", "corm", "h2o", "streamingllm", "snapkv"])
+def test_an_interval_is_enough(tiny: Path, opened: Open, policy: str) -> None:
+    """Without a limit an answer holds what the budget grants and an interval; without both it grows."""
+    llm = opened(tiny, kv_policy=policy, kv_budget=80, kv_interval=20)
+    assert max(grow(llm, TOKENS[:200], 300)) == 100
+    llm = opened(tiny, kv_policy=policy, kv_budget=80)
+    assert max(grow(llm, TOKENS[:200], 300)) == 80 + 299
+
+
+def test_a_share_grows_with_the_answer(tiny: Path, opened: Open) -> None:
+    llm = opened(tiny, kv_policy="snapkv", kv_budget=0.25, kv_min_prompt=150, kv_interval=10)
+    seen = grow(llm, TOKENS[:100], 400)
+    assert max(seen[:50]) == 149  # shorter sequences are left whole
+    granted = [(100 + i) // 4 for i in range(400)]
+    assert all(own <= n + 10 for own, n in zip(seen[60:], granted[60:]))
+    assert seen[-1] > 110
+
+
+def test_the_interval_is_the_limits_slack(tiny: Path, opened: Open) -> None:
+    counts = []
+    for interval in (None, 30, 60):
+        llm = opened(tiny, kv_policy="streamingllm", kv_limit=LIMIT, kv_interval=interval)
+        grow(llm, TOKENS[:60], 500)
+        counts.append(llm.kv_stats().n_compactions)
+    assert counts[0] == pytest.approx((559 - LIMIT) / (LIMIT // 8), abs=2)
+    assert counts[1:] == [pytest.approx((559 - LIMIT) / n, abs=2) for n in (30, 60)]
+
+
+def test_one_token_at_a_time(tiny: Path, opened: Open) -> None:
+    """As TOVA's paper evicts; by hand single tokens are an answer, too."""
+    llm = opened(tiny, kv_policy="tova", kv_budget=50, kv_interval=1)
+    llm.eval(TOKENS[:100])
+    for token in OTHERS[:30]:
+        llm.eval([token])
+        assert n_held(llm) <= 51
+    cells = [llm.kv_positions(0, head).tolist() for head in range(2)]
+    assert cells[0] == cells[1] and cells[0][-1] == 129
+
+
+def test_memory_is_flat(tiny: Path, opened: Open) -> None:
+    """Cells do not move to larger pools between compactions, and graphs are used again."""
+    llm = opened(tiny, kv_policy="snapkv", kv_limit=128, kv_interval=32)
+    grow(llm, TOKENS[:60], 200)
+    kv = llm._kv
+    assert kv is not None
+    peak, start, n_compactions = kv.stats().bytes_peak, n_reused(llm), kv.stats().n_compactions
+    live = set()
+    for token in OTHERS[:320]:
+        llm.eval([token])
+        live.add(int(kv.stats().bytes_live))
+    assert len(live) == 1 and kv.stats().bytes_peak == peak
+    assert n_reused(llm) - start >= 320 - (kv.stats().n_compactions - n_compactions)
+
+
+def test_bad_intervals_are_refused(tiny: Path, opened: Open) -> None:
+    for bad in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="kv_interval is"):
+            opened(tiny, kv_policy="snapkv", kv_interval=bad)
+    with pytest.raises(ValueError, match="without kv_policy"):
+        opened(tiny, kv_interval=10)
+    with pytest.raises(ValueError, match="leaves nothing of the 128 cells"):
+        opened(tiny, kv_policy="snapkv", kv_limit=128, kv_interval=128)
+
+
+#
+# which cells stay
+#
+
+
+@pytest.mark.parametrize("name", ["snapkv", "auto", "headkv-r2"])
+def test_the_newest_tokens_stay(tiny: Path, opened: Open, name: str) -> None:
+    """A share of the cells, whatever the last tokens attended to; not behind a prompt."""
+    policy = policy_of(name)
+    llm = opened(tiny, kv_policy=policy, kv_limit=LIMIT, kv_interval=INTERVAL)
+    grow(llm, TOKENS[:60], 300)
+    kv = llm._kv
+    assert kv is not None
+    boundary = int(kv.stats().n_boundary)
+    newest = set(range(boundary - int((LIMIT - INTERVAL) * policy.answer_share), llm.n_tokens))
+    assert len(newest) > 50
+    for il, ih in np.ndindex(3, 2):
+        assert newest <= set(llm.kv_positions(il, ih).tolist())
+
+
+def test_pins_stay_in_answers(tiny: Path, opened: Open) -> None:
+    llm = opened(tiny, kv_policy="snapkv", kv_limit=LIMIT, kv_interval=INTERVAL)
+    llm.kv_pin(3, 20)
+    assert max(grow(llm, TOKENS[:60], 300)) <= LIMIT
+    assert set(range(3, 20)) <= set(llm.kv_positions(1, 1).tolist())
+
+
+def observed(llm: Llama, il: int, ih: int, of: Any) -> npt.NDArray[np.float64]:
+    """A definition of the references for the cells of one head, by the queries that are held."""
+    kv = llm._kv
+    assert kv is not None
+    n_gqa = kv.stats().n_gqa
+    found = [kv.queries(il, ih * n_gqa + g) for g in range(n_gqa)]
+    keys = kv.rows(il, ih, "k")
+    pos = kv.positions(il, ih)
+    return np.asarray(of(np.stack([rows for _, rows in found]), found[0][0], keys, pos, keys.shape[1] ** -0.5))
+
+
+@pytest.mark.parametrize("cells", ["f32", "f16", "q8_0"])
+def test_corm_keeps_what_stands_out(tiny: Path, opened: Open, cells: str) -> None:
+    """By definition, before anything was evicted and behind a compaction."""
+    policy = CORM(window_size=24, n_recent=10)
+    llm = opened(tiny, kv_policy=policy, kv_budget=1.0, type_k=TYPES[cells], type_v=TYPES[cells])
+    llm.eval(TOKENS[:150])
+    for n_cells in (60, 40):
+        want = {}
+        for il, ih in np.ndindex(3, 2):
+            score, pos = observed(llm, il, ih, prominence), llm.kv_positions(il, ih)
+            order = np.argsort(-score[:-10], kind="stable")
+            want[il, ih] = sorted([*pos[order[: n_cells - 10]].tolist(), *pos[-10:].tolist()])
+        llm.kv_compact(n_cells)
+        same = [len(set(want[at]) & set(llm.kv_positions(*at).tolist())) for at in want]
+        assert sum(same) >= 0.98 * n_cells * len(want)  # scores of float accuracy may tie
+        for token in OTHERS[:30]:
+            llm.eval([token])
+
+
+def test_h2o_carries_its_sums(tiny: Path, opened: Open) -> None:
+    """Over batches of a prompt that are more than the queries held, a compaction, an answer, and another compaction."""
+    n_cells = 60
+    llm = opened(tiny, kv_policy=H2O(n_observed=32), kv_budget=1.0, n_batch=64, type_k=TYPES["f32"], type_v=TYPES["f32"])
+    full = opened(tiny, kv_policy=H2O(n_observed=400), kv_budget=1.0, n_batch=64, type_k=TYPES["f32"], type_v=TYPES["f32"])
+    for own in (llm, full):
+        own.eval(TOKENS[:150])
+    heads = list(np.ndindex(3, 2))
+    sums = {at: observed(full, *at, accumulated) for at in heads}
+
+    def chosen(at: tuple[int, int], pos: npt.NDArray[np.int32]) -> list[int]:
+        score = sums[at].copy()
+        score[-(n_cells // 2) :] = np.inf
+        return np.sort(np.argsort(-score, kind="stable")[:n_cells]).tolist()
+
+    same = 0
+    for step in range(2):
+        before = {at: llm.kv_positions(*at) for at in heads}
+        want = {at: chosen(at, before[at]) for at in heads}
+        llm.kv_compact(n_cells)
+        for at in heads:
+            got = llm.kv_positions(*at)
+            same += len(set(before[at][want[at]].tolist()) & set(got.tolist()))
+            sums[at] = sums[at][np.isin(before[at], got)]
+        if step == 0:
+            for token in OTHERS[:25]:
+                llm.eval([token])
+            for at in heads:  # the 25 queries alone, over all cells that they saw
+                kv = llm._kv
+                assert kv is not None
+                carried = np.concatenate([sums[at], np.zeros(25)])
+                found = [kv.queries(at[0], 2 * at[1] + g) for g in range(2)]
+                new = found[0][0] >= 150
+                rows = np.stack([own[new] for _, own in found])
+                keys = kv.rows(*at, "k")
+                sums[at] = carried + accumulated(rows, found[0][0][new], keys, kv.positions(*at), keys.shape[1] ** -0.5)
+    assert same >= 0.99 * 2 * n_cells * len(heads)
+
+
+#
+# what else happens in an answer
+#
+
+
+class WrongDraft(LlamaDraftModel):
+    """Tokens that are never right twice."""
+
+    def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
+        return np.array([(int(input_ids[-1]) + i) % 128 for i in (7, 13, 29)], dtype=np.intc)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "tova"])
+def test_drafts_are_taken_back(tiny: Path, opened: Open, policy: str) -> None:
+    """Compactions come before a draft, which can be removed behind them; of what was refused no cell is left."""
+    llm = opened(
+        tiny, kv_policy=policy, kv_limit=LIMIT, kv_interval=INTERVAL, draft_model=WrongDraft(), logits_all=True,
+        type_k=TYPES["f32"], type_v=TYPES["f32"],
+    )  # fmt: skip
+    assert max(grow(llm, TOKENS[:60], 300)) <= LIMIT
+    assert llm.kv_stats().n_compactions > 5
+    tokens = llm.input_ids[: llm.n_tokens].tolist()
+    fresh = opened(tiny, kv_policy="full", type_k=TYPES["f32"], type_v=TYPES["f32"])
+    fresh.eval(tokens)
+    assert llm.kv_stats().n_past == llm.n_tokens == len(tokens)
+    own, want = llm._kv, fresh._kv
+    assert own is not None and want is not None
+    for head in range(2):  # keys of the first layer follow from the token and its position alone
+        rows = want.rows(0, head, "k")[own.positions(0, head)]
+        np.testing.assert_allclose(own.rows(0, head, "k"), rows, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "tova", "corm", "auto"])
+def test_saved_inside_an_answer(tiny: Path, opened: Open, tmp_path: Path, policy: str) -> None:
+    """Saved, loaded and continued is continued, bit for bit, over further compactions."""
+    results = []
+    for saves in (False, True):
+        llm = opened(tiny, kv_policy=policy, kv_limit=LIMIT, kv_interval=INTERVAL)
+        grow(llm, TOKENS[:60], 150)
+        if saves:
+            llm.kv_save(tmp_path / "answer.session")
+            llm = opened(tiny, kv_policy=policy, kv_limit=LIMIT, kv_interval=INTERVAL)
+            llm.kv_load(tmp_path / "answer.session")
+        rows = []
+        for token in OTHERS[:100]:
+            llm.eval([token])
+            rows.append(logits(llm))
+        results.append(np.array(rows))
+    assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()])
+def test_what_fails_in_an_answer(tiny: Path, opened: Open, error: BaseException) -> None:
+    """Nothing is evicted, and the session goes on."""
+    llm = opened(tiny, kv_policy=Script(action=once(error)), kv_limit=LIMIT, kv_interval=INTERVAL)
+    with pytest.raises(type(error)):
+        grow(llm, TOKENS[:60], 200)
+    assert llm.kv_stats().n_past == llm.n_tokens == LIMIT == n_held(llm)
+    for token in OTHERS[:100]:
+        llm.eval([token])
+    assert n_held(llm) <= LIMIT
+    assert len(answer(llm, TOKENS[:60], 100)) == 100
+
+
+def test_a_copy_has_the_interval(tiny: Path, opened: Open) -> None:
+    llm = opened(tiny, kv_policy=StreamingLLM(), kv_budget=40, kv_interval=10)
+    assert llm.__getstate__()["kv_interval"] == 10
+    assert "kv_interval" not in opened(tiny, kv_policy=SnapKV()).__getstate__()
+
+
+def test_what_the_papers_policies_leave_to_themselves() -> None:
+    """They keep the newest tokens that they mean to; all others are given some."""
+    own = {name for name, policy in POLICIES.items() if policy.answer_share == 0}
+    assert own == {TOVA.name, CORM.name, H2O.name, StreamingLLM.name}
