@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import re
 import warnings
 import weakref
@@ -20,10 +21,13 @@ from .guard import Guard, Interrupts, interrupt_soon
 from .pins import Pins, Range, n_system
 from .policies import KVPolicy
 from .prompts import Prompts, Step, n_shared, why_missed
-from .room import Compacting
 from .session import PolicyCache
+from .shift import GivenUp, Shifting
 
 __all__ = ["PolicyEvaluation"]
+
+GENERATE = tuple(inspect.signature(llama_cpp.Llama.generate).parameters)[2:]
+"""Names of what ``generate`` takes behind the tokens."""
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:
@@ -45,7 +49,7 @@ def _range(own: Any) -> Range:
     raise FormatError(f"it pins the positions {own!r}, expected a start and a stop")
 
 
-class PolicyEvaluation(Compacting):
+class PolicyEvaluation(Shifting):
     """``llama_cpp.Llama`` over the cache of a policy: ``eval`` and ``generate``; the rest of the class is
     :class:`windowkv_edge.Llama`.
 
@@ -64,6 +68,8 @@ class PolicyEvaluation(Compacting):
         self._kv_failed: list[BaseException] = []  # inside llama_decode, to be raised by the next call
         self._kv_prompts = Prompts()
         self._kv_pins = Pins()
+        self._kv_lost = GivenUp()
+        self._kv_moving = self._kv_sampler = None
         self._kv_settled = False  # the end of a prompt was compacted
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -81,7 +87,7 @@ class PolicyEvaluation(Compacting):
         """
         with self._use("eval()"):
             step: Step = self._kv_step
-            n_before = self.n_tokens
+            n_before, n_shifted = self.n_tokens, self._kv_prompts.n_shifted
             if step == "prompt":
                 self._kv_step = "answer"
             elif step is None and len(tokens) > 1:
@@ -92,7 +98,8 @@ class PolicyEvaluation(Compacting):
                 else:
                     self._eval(self._kv_cache, tokens, step)
             finally:
-                self._kv_prompts.evaluated(step, max(0, self.n_tokens - n_before), n_before)
+                n_gone = self._kv_prompts.n_shifted - n_shifted
+                self._kv_prompts.evaluated(step, max(0, self.n_tokens + n_gone - n_before), n_before)
             if step == "prompt" and self._kv_cache is not None:
                 self._end_prompt(self._kv_cache)
 
@@ -117,18 +124,28 @@ class PolicyEvaluation(Compacting):
         tokens = list(tokens)
         if self._kv_cache is not None:
             check_tokens(tokens, self._n_vocab)  # before anything of the last prompt goes
-        own = super().generate(tokens, *args, **kwargs)
+        own: Any = None
         reset = kwargs.get("reset", args[6] if len(args) > 6 else True)
         step: Literal["prompt", "answer"] | None = "prompt"
-        sent = None
+        named = {**dict(zip(GENERATE[6:], args[6:], strict=False)), **kwargs}
+        sent = token = None
+        at = -1  # position of the token
         try:
             while True:
                 # only while it runs: somebody may hold it for long, and evaluate another prompt meanwhile
                 with self._use("generate()"):
-                    if step == "prompt":
+                    if own is None:
+                        tokens = self._fit_prompt(tokens, reset)
+                        own = super().generate(tokens, *args, **kwargs)
                         self._prompt_begins(tokens if reset else [], len(tokens))
+                    elif token is not None and at >= self._n_ctx and self._shifts:
+                        own.close()
+                        at = self._make_answer_room(at)
+                        own, sent = super().generate([token], *args[:6], **{**named, "reset": False}), None
                     before, self._kv_step = self._kv_step, step
                     try:
+                        if at >= 0:
+                            self._kv_sampler = self._sampler  # if it is asked for, the answer goes on behind a shift
                         token = own.send(sent)
                     except StopIteration:
                         return
@@ -137,10 +154,12 @@ class PolicyEvaluation(Compacting):
                             self._align()
                         raise
                     finally:
-                        step, self._kv_step = self._kv_step, before
+                        step, self._kv_step, self._kv_sampler = self._kv_step, before, None
+                    at = self.n_tokens if at < 0 else at + 1
                 sent = yield token
         finally:
-            own.close()
+            if own is not None:
+                own.close()
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """See ``llama_cpp.Llama.sample``; a prompt that was evaluated by hand ends here (see the class).
@@ -171,6 +190,8 @@ class PolicyEvaluation(Compacting):
     #
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if self._kv_sampler is not None:
+            return self._kv_sampler
         if kwargs.get("grammar") is not None:
             need_tokenizer(self._model, "a grammar")
             check_grammar(self._model, kwargs["grammar"])
@@ -211,17 +232,19 @@ class PolicyEvaluation(Compacting):
         pins = self._kv_pins
         return {
             "known": self._kv_known, "open": self._kv_prompts.is_open, "changed": self._kv_when.changed,
-            "settled": self._kv_settled,
+            "settled": self._kv_settled, "lost": self._kv_lost.noted(), "shifted": self._kv_prompts.n_shifted,
             "pins": [list(own) for own in pins.asked], "system": list(pins.system or ()),
         }  # fmt: skip
 
     def _kv_note(self, noted: Mapping[str, Any]) -> None:
         pins = [_range(own) for own in noted["pins"]]
         system = _range(noted["system"]) if noted["system"] else None
+        lost = GivenUp.of(noted["lost"])
         self._kv_known, self._kv_prompts.is_open = int(noted["known"]), bool(noted["open"])
         self._kv_when.changed, self._kv_settled = bool(noted["changed"]), bool(noted["settled"])
         self._kv_pins.asked, self._kv_pins.system = pins, system
         self._kv_prompts.forget()
+        self._kv_lost, self._kv_prompts.n_shifted = lost, max(0, int(noted["shifted"]))
 
     #
     # what the cache holds
@@ -235,6 +258,7 @@ class PolicyEvaluation(Compacting):
         self._kv_settled = self._kv_when.changed = False
         self._kv_prompts.is_open = False
         self._kv_prompts.changed(0)
+        self._kv_lost = GivenUp()
 
     def _sync_positions(self) -> None:
         """Bring the native cache to ``n_tokens`` positions, as ``eval`` does before every decode."""
@@ -265,10 +289,13 @@ class PolicyEvaluation(Compacting):
         fits = self._fits(cache, tokens, step)
         _native.clear_error()
         self._kv_prompts.changed(self.n_tokens)
+        self._kv_lost.cut(self.n_tokens)
         try:
             with self._aligned(), Interrupts() as interrupts:
                 for i in range(0, max(1, len(tokens)), self.n_batch):  # as stock does
                     batch = tokens[i : i + self.n_batch]
+                    if self._kv_step is None:
+                        self._make_positions(cache, len(batch))
                     if len(batch) > 0 and not fits:
                         self._make_room(cache, tokens[i:], len(batch), step)
                     # What generate() evaluates is known better here, and so is a last batch of one token. Of what is
@@ -299,6 +326,7 @@ class PolicyEvaluation(Compacting):
     def _align(self) -> None:
         if self._kv_cache is not None:
             self._kv_cache.kv.end_observing()
+        self._finish_move()
         n_past = int(_native.Context(self._ctx.ctx).stats().n_past)
         if n_past == self.n_tokens:
             return
@@ -314,7 +342,7 @@ class PolicyEvaluation(Compacting):
         n_same = n_shared(tokens, self.input_ids[: self.n_tokens])
         n_boundary = 0 if cache is None else int(cache.kv.stats().n_boundary)
         why = "" if n_same == 0 else why_missed(n_prompt, n_same, self.n_tokens, n_boundary, self._kv_when.changed)
-        prompts.begin(n_prompt, n_same, why)
+        prompts.begin(n_prompt, n_same, why, n_read=self._kv_n_read, lost=self._kv_miss)
         if len(tokens) == n_prompt > 0:  # else it goes on behind what is there
             self._find_system(tokens)
         if cache is not None and self.n_tokens < self._kv_known:  # set back: the last logits are of another position

@@ -21,6 +21,7 @@ from .policies import Full, KVPolicy, get_policy
 from .limit import PREFILLS, Limit, Prefill, check_limit
 from .policies.base import at_least, number_of, one_of, true_or_false
 from .session import AfterPrompt, PolicyCache, ragged_cache
+from .shift import SHIFTS, Shift
 from .states import SavedStates, model_id
 from .stats import KVStats
 
@@ -68,6 +69,12 @@ class Llama(SavedStates):
             bounds afterwards. "bounded": where a batch finds no room, what was read so far is compacted, as the
             prompt's last tokens attend to it: they are evaluated behind it, and taken back; of a prompt that is
             evaluated by hand they are not known. "auto": bounded if there is a limit.
+        kv_shift: what happens at the end of ``n_ctx``. "refuse": an error, as without a policy. "shift": the oldest
+            positions are given up, half of those that can go, and the others move down; the first four and those that
+            are pinned stay. So a chat goes on without an end. Its history, sent as a whole at every turn, is known,
+            what was given up included, and only what is new is evaluated. A prompt that is longer than the context is
+            read in pieces; what is given up of it is gone. ``max_tokens=None`` stands for ``n_ctx`` tokens then.
+            Budgets are about the positions that are there.
         kv_pin_system: in chats, the system prompt always stays, see :meth:`kv_pin`; where it takes more than half of
             the budget it does not, and a warning says so. Default True.
         kv_exact: attend to f16 and f32 cells with stock's kernel until something is evicted, which gives stock's logits
@@ -106,6 +113,7 @@ class Llama(SavedStates):
         kv_exact: bool = True,
         kv_limit: int | str | None = None,
         kv_prefill: Prefill = "auto",
+        kv_shift: Shift = "refuse",
         **kwargs: Any,
     ) -> None:
         if "_kv_guard" in self.__dict__:  # a second time: nothing else would free the first one's memory
@@ -128,6 +136,10 @@ class Llama(SavedStates):
         if kv_prefill == "bounded" and kv_limit is None:
             raise ValueError("kv_prefill='bounded' needs a limit, e.g. kv_limit=4096 (cells per head) or '512MiB'")
         one_of("kv_prefill", kv_prefill, PREFILLS)
+        one_of("kv_shift", kv_shift, SHIFTS)
+        if kv_shift == "shift" and kv_policy is None:
+            raise ValueError("kv_shift='shift' needs a policy: kv_policy='full' keeps every cell")
+        self._kv_shift = kv_shift
         self._kv_limit = None if kv_limit is None else Limit(check_limit(kv_limit))
         self._kv_prefill = kv_prefill
         kv_min_prompt, kv_growth, kv_exact = plain(kv_min_prompt), plain(kv_growth), plain(kv_exact)
@@ -148,6 +160,8 @@ class Llama(SavedStates):
         self._kv_given = {**kwargs, **own, "kv_exact": kv_exact}
         if kv_budget is not None:
             self._kv_given["kv_budget"] = kv_budget
+        if kv_shift != "refuse":
+            self._kv_given["kv_shift"] = kv_shift
         if kv_limit is not None:
             self._kv_given |= {"kv_limit": kv_limit, "kv_prefill": kv_prefill}
 
@@ -188,6 +202,7 @@ class Llama(SavedStates):
             )
             if self._kv_limit is not None:
                 self._kv_limit.check(cache.kv.stats(), cache.bound)
+            self._check_shift(cache)
             self._watch_context(cache)
             self._kv_model = model_id(self)
             self._kv_initial = super().__getstate__()  # type: ignore[no-untyped-call]

@@ -60,6 +60,12 @@ class Pins:
         self.system: Range | None = None
         self._has_warned = False
 
+    def moved(self, close: Callable[[int], int]) -> None:
+        """Positions moved; close: from where the end of a range was to where it is."""
+        self.asked = [(close(start), close(stop)) for start, stop in self.asked]
+        if self.system is not None:
+            self.system = close(self.system[0]), close(self.system[1])
+
     def ranges(self, n_cells: int | None = None) -> list[Range]:
         """What stays with so many cells per head; None = any number. Where all of it takes more than half of them, the
         system prompt is not pinned, and a warning says so."""

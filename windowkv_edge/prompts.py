@@ -48,6 +48,7 @@ class Prompts:
         n_evaluated, n_reused: tokens of all prompts.
         n_evaluated_last, n_reused_last: of the last one.
         miss: why tokens that the last prompt shared with the cache were evaluated again, "" if none were.
+        n_shifted: positions that were given up at the end of the context, in all.
     """
 
     def __init__(self) -> None:
@@ -55,9 +56,10 @@ class Prompts:
         self.n_evaluated = self.n_reused = 0
         self.n_evaluated_last = self.n_reused_last = 0
         self.miss = ""
+        self.n_shifted = 0
         self._n_prompt = self._n_same = 0
         self._start = 0  # position of the first of the pieces
-        self._why = ""
+        self._why = self._lost = ""
         self._at = 0
         self._logits: npt.NDArray[np.float32] | None = None
 
@@ -65,19 +67,23 @@ class Prompts:
     # counts
     #
 
-    def begin(self, n_prompt: int, n_same: int, why: str) -> None:
+    def begin(self, n_prompt: int, n_same: int, why: str, n_read: int = 0, lost: str = "") -> None:
         """A prompt begins, or goes on with pieces that were evaluated by hand.
 
         Args:
             n_prompt: its tokens.
             n_same: of these, the first ones that the cache has seen.
             why: :func:`why_missed`, if these cannot be reused.
+            n_read: others of its tokens that were evaluated ahead.
+            lost: why those that were read before and are not in the cache any more are evaluated again.
         """
         if not self.is_open or n_same < self._start + self.n_evaluated_last:
             self.n_evaluated_last = 0
-        self._n_prompt, self._n_same, self._why = n_prompt, n_same, why
+        self.n_evaluated += n_read
+        self.n_evaluated_last += n_read
+        self._n_prompt, self._n_same, self._why, self._lost = n_prompt, n_same, why, lost
         self.n_reused_last = 0
-        self.miss = ""
+        self.miss = lost
 
     def evaluated(self, step: Step, n: int, n_before: int) -> None:
         """n tokens were evaluated behind n_before positions."""
@@ -93,7 +99,7 @@ class Prompts:
         else:
             self.n_reused_last = max(0, min(n_before, self._n_same) - self.n_evaluated_last)
             # of a prompt that is there as a whole the last token is evaluated again, for its logits
-            self.miss = self._why if n_before < self._n_same - (self._n_same == self._n_prompt) else ""
+            self.miss = self._why if n_before < self._n_same - (self._n_same == self._n_prompt) else self._lost
         self.n_evaluated += n
         self.n_evaluated_last += n
         self.n_reused += self.n_reused_last if step == "prompt" else 0
@@ -116,6 +122,13 @@ class Prompts:
     def logits(self, n_tokens: int) -> npt.NDArray[np.float32] | None:
         """Those that :meth:`keep` kept behind so many positions."""
         return self._logits if self._at == n_tokens else None
+
+    def moved(self, p0: int, n: int) -> None:
+        """The positions [p0, p0 + n) were given up, and the later ones moved down."""
+        self.n_shifted += n
+        self._start = self._start if self._start <= p0 else max(p0, self._start - n)
+        if self._at > p0:
+            self._logits, self._at = (None, 0) if self._at <= p0 + n else (self._logits, self._at - n)
 
     def changed(self, n_tokens: int) -> None:
         """The cache forgets the positions from n_tokens on."""

@@ -27,6 +27,7 @@ from .evaluation import PolicyEvaluation
 from .guard import Interrupts
 from .policies import KVPolicy
 from .prompts import n_shared
+from .shift import GivenUp
 from .state_files import SavedSession
 
 __all__ = ["SavedState", "SavedStates", "model_id", "n_reused", "policy_text"]
@@ -168,7 +169,7 @@ class SavedStates(PolicyEvaluation):
             if self._kv_cache is None:
                 return super().save_state()
             own = self._capture("save_state()")
-            input_ids = np.full(self._n_ctx, -1, dtype=np.intc)
+            input_ids = np.full(self.n_ctx(), -1, dtype=np.intc)
             input_ids[: len(own.tokens)] = own.tokens
             return SavedState(
                 input_ids=input_ids, scores=own.scores, n_tokens=len(own.tokens), llama_state=own.native.tobytes(),
@@ -300,7 +301,8 @@ class SavedStates(PolicyEvaluation):
             n_same = n_shared(prompt, self.input_ids[: self.n_tokens])
             if n_same == len(prompt) and self._kv_prompts.logits(n_same) is not None:
                 return False  # nothing of it is evaluated
-            best = n_reused(self._input_ids, own.kv.removable(), tokens, is_live=not self._requires_eval)
+            live = not self._requires_eval
+            best = self._n_saved(self._kv_lost, self._input_ids, own.kv.removable(), tokens, is_live=live)
             if (found := _best_of(cache, tokens, best, lambda state: self._saves(state, tokens))) is None:
                 return False
             self.load_state(found)
@@ -313,7 +315,14 @@ class SavedStates(PolicyEvaluation):
             return 0  # its prompt was compacted for another one
         if state.session["noted"]["pins"] != self._kv_noted()["pins"]:
             return 0  # and without these pins, or with others
-        return n_reused(state.input_ids[: state.n_tokens], state.session["removable"], prompt)
+        lost = GivenUp.of(state.session["noted"]["lost"])
+        return self._n_saved(lost, state.input_ids[: state.n_tokens], state.session["removable"], prompt)
+
+    def _n_saved(self, lost: GivenUp, held: Tokens, removable: int, prompt: Tokens, *, is_live: bool = False) -> int:
+        """:func:`n_reused`, with what was given up of the prompt."""
+        mapped = lost.held(prompt.tolist(), held)[1] if self._shifts else prompt.tolist()
+        n = n_reused(held, removable, np.array(mapped, dtype=np.intc), is_live=is_live)
+        return n + len(prompt) - len(mapped) if n > 0 else 0
 
     #
     # internals
@@ -358,8 +367,8 @@ class SavedStates(PolicyEvaluation):
             return "it was saved with another model, or with other LoRA, metadata or RoPE parameters"
         if session["policy"] != (own := policy_text(cache.policy)):
             return f"it was saved with kv_policy={session['policy']}, and this session has {own}; set kv_policy first"
-        if max(n_tokens, session["n_past"]) > self._n_ctx:
-            return f"it holds {max(n_tokens, session['n_past'])} tokens, this session n_ctx={self._n_ctx}"
+        if max(n_tokens, session["n_past"]) > self.n_ctx():
+            return f"it holds {max(n_tokens, session['n_past'])} tokens, this session n_ctx={self.n_ctx()}"
         if self._logits_all and len(scores) != n_tokens:
             return "it was saved without logits_all=True, which this session has"
         return None

@@ -49,6 +49,8 @@ class KVStats:
             that the cache held already.
         n_evaluated_last, n_reused_last: the same of the last prompt.
         miss: why tokens that the last prompt shared with the cache had to be evaluated again, in words; "" if none had.
+        n_shifted: positions that were given up at the end of the context in all (``kv_shift``). All other numbers are
+            about the ones that are there.
     """
 
     policy: str
@@ -69,6 +71,7 @@ class KVStats:
     n_evaluated_last: int = 0
     n_reused_last: int = 0
     miss: str = ""
+    n_shifted: int = 0
 
     @classmethod
     def read(cls, ctx: Context, policy: str | None, prompts: Prompts) -> KVStats:
@@ -101,6 +104,7 @@ class KVStats:
             n_evaluated_last=prompts.n_evaluated_last,
             n_reused_last=prompts.n_reused_last,
             miss=prompts.miss,
+            n_shifted=prompts.n_shifted,
         )
 
     def __str__(self) -> str:

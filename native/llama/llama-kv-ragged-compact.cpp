@@ -256,6 +256,8 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
 //
 
 int64_t llama_kv_cache_ragged::compact(llama_context & lctx, const llama_kv_ragged_request & request) {
+    check_closed();
+
     const llama_kv_ragged_while guard(selecting);
 
     const auto plan = llama_kv_ragged_make_plan(lctx, seq, request);

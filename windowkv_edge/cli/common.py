@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jinja2
 import psutil
@@ -128,9 +128,11 @@ def open_model(model: str) -> GGUFInfo:
 
 
 def load(
-    cls: type[L], info: GGUFInfo, n_ctx: int, threads: int | None, policy: KVPolicy | None, budget: float | None
+    cls: type[L], info: GGUFInfo, n_ctx: int, threads: int | None, policy: KVPolicy | None, budget: float | None,
+    **more: Any,
 ) -> L:
-    """A session of class ``cls`` on ``threads`` CPU threads; None = as many as llama-cpp-python takes."""
+    """A session of class ``cls`` on ``threads`` CPU threads; None = as many as llama-cpp-python takes. ``more``: other
+    arguments."""
     try:
         return cls(
             str(info.path),
@@ -141,6 +143,7 @@ def load(
             kv_policy=policy,
             kv_budget=budget,
             verbose=False,
+            **more,
         )
     except UnsupportedModelError:
         raise
