@@ -112,7 +112,8 @@ class PolicyEvaluation(Shifting):
             self._end_prompt(cache)
         if len(tokens) > 1 and self._fits(cache, tokens, step):
             cache.kv.reserve(len(tokens))
-        self._evaluate(cache, tokens, step)
+        for piece in self._pieces(cache, tokens):
+            self._evaluate(cache, piece, step)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """See ``llama_cpp.Llama.generate``; what it evaluates first ends the prompt. The prompt that was compacted last
@@ -294,8 +295,6 @@ class PolicyEvaluation(Shifting):
             with self._aligned(), Interrupts() as interrupts:
                 for i in range(0, max(1, len(tokens)), self.n_batch):  # as stock does
                     batch = tokens[i : i + self.n_batch]
-                    if self._kv_step is None:
-                        self._make_positions(cache, len(batch))
                     if len(batch) > 0 and not fits:
                         self._make_room(cache, tokens[i:], len(batch), step)
                     # What generate() evaluates is known better here, and so is a last batch of one token. Of what is

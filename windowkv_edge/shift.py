@@ -186,11 +186,32 @@ class Shifting(Compacting):
             free[start:stop] = False
         return np.flatnonzero(free)
 
-    def _make_positions(self, cache: PolicyCache, n: int) -> None:
-        """Before n tokens are evaluated behind what is there: room for them, if the session shifts."""
-        over = self.n_tokens + n - self._n_ctx
-        if over > 0 and self._shifts:
-            self._give_up(cache, over)
+    def _make_positions(self, cache: PolicyCache, n: int, n_wanted: int = 0) -> int:
+        """Before n tokens are evaluated behind what is there, and if it can be n_wanted more: room for as many of the
+        first ones as there can be. Returns how many these are, at least one.
+
+        Raises:
+            UnsupportedCallError, NativeError: see :meth:`_give_up`.
+        """
+        while (n_over := self.n_tokens + n + n_wanted - self._n_ctx) > 0:
+            n_room = self._n_ctx - self.n_tokens
+            if n_over <= self._free_positions().size:
+                self._give_up(cache, n_over)
+            elif n_room > 0:
+                return min(n, n_room)
+            else:
+                self._give_up(cache, 1)
+        return n
+
+    def _pieces(self, cache: PolicyCache, tokens: Sequence[int]) -> Generator[Sequence[int], None, None]:
+        """Tokens that are evaluated by hand, in pieces that find room."""
+        if not self._shifts or self._kv_step is not None or self.n_tokens + len(tokens) <= self._n_ctx:
+            yield tokens
+            return
+        while len(tokens) > 0:
+            n = self._make_positions(cache, len(tokens))
+            yield tokens[:n]
+            tokens = tokens[n:]
 
     def _make_answer_room(self, at: int) -> int:
         """Before the token of an answer at a position behind the last one; returns where it goes."""
@@ -278,17 +299,9 @@ class Shifting(Compacting):
         rest = self._keep_shared(cache, tokens) if reset else list(tokens)
         if not reset:
             self._sync_positions()
-        while (n_over := self.n_tokens + len(rest) + n_wanted - self._n_ctx) > 0:
-            n_free, n_room = self._free_positions().size, self._n_ctx - self.n_tokens
-            if n_over <= n_free:
-                self._give_up(cache, n_over)
-            elif len(rest) <= n_room:  # the answer gives up the rest
-                n_wanted = 0
-            elif n_room > 0:
-                self._read(cache, rest[:n_room])
-                rest = rest[n_room:]
-            else:
-                self._give_up(cache, 1)
+        while (n := self._make_positions(cache, len(rest), n_wanted)) < len(rest):
+            self._read(cache, rest[:n])
+            rest = rest[n:]
         return [*self.input_ids[: self.n_tokens].tolist(), *rest] if reset else rest
 
     def _keep_shared(self, cache: PolicyCache, tokens: list[int]) -> list[int]:

@@ -99,11 +99,11 @@ def test_logits_are_stocks(tmp_path: Path, opened: Open, model: str, kind: int) 
         own.n_tokens = own._kv_known = 200
     if model == "gpt-oss":
         assert llama_cpp.llama_memory_can_shift(llama_cpp.llama_get_memory(llm.ctx))
-    for token in OTHERS[:20]:
-        for own in (llm, stock):
-            own.eval([token])
-        want = logits(stock)
-        np.testing.assert_allclose(logits(llm), want, atol=1e-4 * np.abs(want).max())
+    # many tokens at once: stock sums a single token's values in f16, and its cells stand in another order
+    for own in (llm, stock):
+        own.eval(OTHERS[:64])
+    want = logits(stock)
+    np.testing.assert_allclose(logits(llm), want, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("cells", ["f32", "f16", "q8_0", "q4_0"])
@@ -130,9 +130,9 @@ def test_keys_are_turned(tmp_path: Path, opened: Open, arch: str, cells: str) ->
         got = kv.rows(i // 2, i % 2, "k")
         assert (got[: first.sum()] == old[first]).all()
         want = turned(old[rest] @ spin, -300, neox=arch == "exaone") @ spin
-        # half a step of the type; steps of quantised ones are a 127th and an 8th of a block's largest value
-        step = {"f32": 1e-5, "f16": 2**-10, "q8_0": 0.51 / 127, "q4_0": 0.63 / 8}[cells]
-        assert np.abs(got[first.sum() :] - want).max() <= step * np.abs(want).max() * 1.05
+        # half a step of the type; of q4_0 a whole one, an 8th of a block's largest value: seven reach the other side
+        step = {"f32": 1e-5, "f16": 2**-10, "q8_0": 0.51 / 127, "q4_0": 1.02 / 8}[cells]
+        assert np.abs(got[first.sum() :] - want).max() <= step * np.abs(want).max()
         stays = first | rest
         assert (kv.rows(i // 2, i % 2, "v") == values[i][stays]).all()
     llm.n_tokens = llm._kv_known = 120
@@ -178,21 +178,18 @@ def talk(llm: Llama, n_turns: int, *, n_new: int = 30, n_answer: int = 12, histo
     """Turns of a chat that sends all of its history; checks that nothing of it is evaluated twice."""
     history = [] if history is None else history
     batches = counted(llm)
-    n_fed = 0  # tokens of the last answer that were evaluated
     for i in range(n_turns):
-        start = 37 * len(history) % 2000
+        start, is_first = 37 * len(history) % 2000, not history
         history += LONG_TEXT[start : start + n_new]
         batches.clear()
         got = answer(llm, history, n_answer)
         # the last token of the answer before comes with the turn, and the last one of this is not evaluated
-        new = n_new + (i > 0)
+        new = n_new + (not is_first)
         assert sum(batches) == new + n_answer - 1, (i, batches)
         own = llm.kv_stats()
         assert own.miss == "" and own.n_evaluated_last == new
         history += got
-        n_fed = len(got)
         check_consistent(llm)
-    assert n_fed == n_answer
     return history
 
 
@@ -235,7 +232,7 @@ def test_refused_unless_asked_for(tiny: Path, opened: Open) -> None:
     with pytest.raises(UnsupportedCallError, match="256 positions of 256"):
         answer(llm, [*TOKENS[:250]], 20)
     assert llm.kv_stats().n_shifted == 0
-    with pytest.raises(ValueError, match="'refuse', 'shift'"):
+    with pytest.raises(ValueError, match="expected one of refuse, shift"):
         opened(tiny, kv_policy="snapkv", kv_shift="slide")
     with pytest.raises(ValueError, match="needs a policy"):
         opened(tiny, kv_shift="shift")
@@ -406,13 +403,17 @@ class Failing:
             raise self.error
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("error", [NativeError("no memory for the rows"), KeyboardInterrupt()], ids=["memory", "ctrl-c"])
+STOPS = {
+    "memory": (NativeError("no memory for the rows"), False),
+    "ctrl-c before": (KeyboardInterrupt(), False),
+    "ctrl-c behind": (KeyboardInterrupt(), True),
+}
+
+
+@pytest.mark.parametrize(("error", "after"), STOPS.values(), ids=STOPS)
 @pytest.mark.parametrize("call", ["eval", "answer", "prompt"])
 def test_what_stops_a_shift(tiny: Path, opened: Open, call: str, error: BaseException, after: bool) -> None:
     """With a pin there are two moves; whichever fails, the session says what the cache holds, and goes on."""
-    if after and isinstance(error, NativeError):
-        pytest.skip("a move that is done has not failed")
     llm = opened(tiny, kv_policy="full", n_ctx=N_CTX, kv_shift="shift")
     llm.kv_pin(40, 50)
     answer(llm, LONG_TEXT[:250])
