@@ -14,6 +14,7 @@ import tiny_model
 from scripted import OTHERS, TOKENS, answer, evaluate, positions
 
 from windowkv_edge import POLICIES, Llama, NativeError, UnsupportedCallError, UnsupportedModelError
+from windowkv_edge.heads import HeadScores
 from windowkv_edge.shift import GivenUp
 
 Open = Callable[..., Llama]
@@ -130,8 +131,8 @@ def test_keys_are_turned(tmp_path: Path, opened: Open, arch: str, cells: str) ->
         got = kv.rows(i // 2, i % 2, "k")
         assert (got[: first.sum()] == old[first]).all()
         want = turned(old[rest] @ spin, -300, neox=arch == "exaone") @ spin
-        # half a step of the type; of q4_0 a whole one, an 8th of a block's largest value: seven reach the other side
-        step = {"f32": 1e-5, "f16": 2**-10, "q8_0": 0.51 / 127, "q4_0": 1.02 / 8}[cells]
+        # half a step of the type, and a scale in f16; of q4_0 a whole one, an 8th of a block's largest value: seven reach the other side
+        step = {"f32": 1e-5, "f16": 2**-10, "q8_0": 0.58 / 127, "q4_0": 1.02 / 8}[cells]
         assert np.abs(got[first.sum() :] - want).max() <= step * np.abs(want).max()
         stays = first | rest
         assert (kv.rows(i // 2, i % 2, "v") == values[i][stays]).all()
@@ -185,22 +186,22 @@ def talk(llm: Llama, n_turns: int, *, n_new: int = 30, n_answer: int = 12, histo
         got = answer(llm, history, n_answer)
         # the last token of the answer before comes with the turn, and the last one of this is not evaluated
         new = n_new + (not is_first)
-        assert sum(batches) == new + n_answer - 1, (i, batches)
+        if llm._kv_limit is None:  # else some are observed besides
+            assert sum(batches) == new + n_answer - 1, (i, batches)
         own = llm.kv_stats()
-        assert own.miss == "" and own.n_evaluated_last == new
+        assert own.miss == "" and own.n_evaluated_last == new, own
         history += got
         check_consistent(llm)
     return history
 
 
-@pytest.mark.parametrize("limit", [None, 160])
-@pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_a_chat_without_an_end(
-    tiny: Path, opened: Open, importance: Any, policy: str, limit: int | None
-) -> None:
+# 'full' keeps every cell, which a limit does not allow
+ENDLESS = [(name, limit) for name in sorted(POLICIES) for limit in (None, 160) if name != "full" or limit is None]
+
+
+@pytest.mark.parametrize(("policy", "limit"), ENDLESS)
+def test_a_chat_without_an_end(tiny: Path, opened: Open, importance: Any, policy: str, limit: int | None) -> None:
     """Five times the context, with every policy, with and without a limit."""
-    if policy == "full" and limit:
-        pytest.skip("'full' keeps every cell, which a limit does not allow")
     chosen = importance(policy)
     llm = opened(tiny, kv_policy=chosen, kv_budget=0.5, n_ctx=N_CTX, kv_shift="shift", kv_limit=limit)
     history = talk(llm, 31)
@@ -216,12 +217,10 @@ def importance() -> Callable[[str], Any]:
     """A policy by its name, with head scores where it needs some."""
 
     def make(name: str) -> Any:
-        policy = POLICIES[name]
-        if "importance" in getattr(policy, "__dataclass_fields__", {}) and name != "auto":
-            return type(policy)(importance=np.arange(1, 7).reshape(3, 2) / 6)
-        if getattr(policy, "needs_task", False):
-            return type(policy)(task="localization")
-        return name
+        kind: Any = POLICIES[name]
+        scores = np.arange(1, 13).reshape(3, 4) / 12  # of query heads
+        own = {"importance": HeadScores({"r": scores, "r2": scores}), "task": "localization"}
+        return kind(**{key: value for key, value in own.items() if key in kind.__dataclass_fields__})
 
     return make
 
@@ -348,12 +347,17 @@ def test_pins_stay(tiny: Path, opened: Open) -> None:
     assert (start, stop) == (4, 14)
     assert llm.input_ids[start:stop].tolist() == history[40:50]
     assert all(set(range(start, stop)) <= set(own) for own in positions(llm))
-    llm.kv_unpin()
-    llm.kv_pin(4, llm.n_tokens)
-    with pytest.raises(UnsupportedCallError, match="pin fewer"):
-        llm.eval(LONG_TEXT[:N_CTX])
-    llm.kv_unpin()
-    talk(llm, 3, history=history)
+    # where nothing can go
+    whole = opened(tiny, kv_policy="full", n_ctx=N_CTX, kv_shift="shift")
+    history = talk(whole, 6)
+    whole.kv_pin(0, N_CTX)
+    for ask in (lambda: whole.eval(LONG_TEXT[:N_CTX]), lambda: answer(whole, [*history, *LONG_TEXT[:N_CTX]])):
+        with pytest.raises(UnsupportedCallError, match="pin fewer"):
+            ask()
+        check_consistent(whole)
+    whole.kv_unpin()
+    whole.eval(LONG_TEXT[:60])
+    check_consistent(whole)
 
 
 def test_saved_sessions_go_on(tiny: Path, opened: Open, tmp_path: Path) -> None:
@@ -455,59 +459,37 @@ def test_windows_and_recurrent_states(tmp_path: Path, opened: Open) -> None:
 #
 
 
-def chat(llm: Llama, n_turns: int, *, stream: bool, **more: Any) -> list[dict[str, str]]:
+def test_the_chat_handler(smollm2: Path, opened: Open) -> None:
+    """llama-cpp-python renders the whole history at every turn; what is new is evaluated. Every other turn is a stream."""
+    llm: Any = opened(smollm2, kv_policy="auto", kv_budget=0.5, n_ctx=N_CTX, kv_shift="shift", n_threads=2)
     messages = [{"role": "system", "content": "The code is 7-4-1. Answer briefly."}]
-    for i in range(n_turns):
-        messages.append({"role": "user", "content": f"Tell me something about the number {i} and its friends."})
-        got = llm.create_chat_completion(messages, stream=stream, temperature=0.0, **more)
-        parts = got if stream else [got]
-        choices = [part["choices"][0] for part in parts]
-        text = "".join((own.get("delta") or own.get("message"))["content"] or "" if "delta" not in own or
-                       "content" in own["delta"] else "" for own in choices)  # fmt: skip
-        assert choices[-1]["finish_reason"] in ("stop", "length")
-        messages.append({"role": "assistant", "content": text})
-    return messages
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_chat_handler(smollm2: Path, opened: Open, stream: bool) -> None:
-    """llama-cpp-python renders the whole history at every turn; what is new is evaluated."""
-    llm = opened(smollm2, kv_policy="auto", kv_budget=0.5, n_ctx=N_CTX, kv_shift="shift", n_threads=2)
-    n_before = 0
     turns = []
-    for n in range(1, 13):
+    for i in range(14):
+        messages.append({"role": "user", "content": f"Tell me something about the number {i} and its friends."})
         before = llm.kv_stats()
-        if n == 1:
-            messages = chat(llm, 1, stream=stream, max_tokens=24)
-        else:
-            messages.append({"role": "user", "content": f"Tell me something about the number {n} and its friends."})
-            got = llm.create_chat_completion(messages, stream=stream, temperature=0.0, max_tokens=24)
-            text = (
-                "".join(part["choices"][0]["delta"].get("content") or "" for part in got)
-                if stream else got["choices"][0]["message"]["content"]
-            )  # fmt: skip
-            messages.append({"role": "assistant", "content": text})
+        got = llm.create_chat_completion(messages, stream=i % 2 == 1, temperature=0.0, max_tokens=12)
+        choices = [part["choices"][0] for part in (got if i % 2 == 1 else [got])]
+        assert choices[-1]["finish_reason"] in ("stop", "length")
+        text = "".join((own.get("message") or own["delta"]).get("content") or "" for own in choices)
+        messages.append({"role": "assistant", "content": text})
         own = llm.kv_stats()
         turns.append(own.n_evaluated - before.n_evaluated)
-        assert own.miss == "" or own.n_shifted == before.n_shifted, own.miss
-        n_before = own.n_shifted
-    assert n_before > N_CTX
-    assert max(turns[1:]) < 45, turns  # a question with its template, and the end of the answer before
-    assert llm.kv_pinned[-1][0] == 0 and b"7-4-1" in llm.detokenize(llm.input_ids[: llm.kv_pinned[-1][1]].tolist())
+        assert own.miss == ""
+    assert own.n_shifted > N_CTX
+    assert max(turns[1:]) < 35, turns  # a question with its template, and the end of the answer before
+    start, stop = llm.kv_pinned[-1]
+    assert start == 0 and b"7-4-1" in llm.detokenize(llm.input_ids[:stop].tolist())
 
 
 def test_completions_behind_the_context(smollm2: Path, opened: Open) -> None:
-    llm = opened(smollm2, kv_policy="snapkv", kv_budget=0.5, n_ctx=N_CTX, kv_shift="shift", n_threads=2)
-    text = "One two three four five six seven eight nine ten. " * 60  # 660 tokens
+    llm: Any = opened(smollm2, kv_policy="snapkv", kv_budget=0.5, n_ctx=N_CTX, kv_shift="shift", n_threads=2)
+    text = "One two three four five six seven eight nine ten. " * 30  # 330 tokens
     out = llm.create_completion(text, max_tokens=8, temperature=0.0)
-    assert out["usage"]["prompt_tokens"] > 600 and out["choices"][0]["finish_reason"] == "length"
-    assert llm.kv_stats().n_shifted > 300
-    out = llm.create_completion(text, max_tokens=300, temperature=0.0, logit_bias={llm.token_eos(): -100.0})
-    assert out["usage"]["completion_tokens"] == 300
-    out = llm.create_completion("One", max_tokens=None, temperature=0.0, logit_bias={llm.token_eos(): -100.0})
-    assert out["usage"]["completion_tokens"] == N_CTX
-    assert llm._n_ctx == N_CTX and not llm._kv_lifts
-    for bad in (text,):
-        with pytest.raises(ValueError, match="logprobs is not supported"):
-            llm.create_completion(bad[:100], logprobs=1)
-    assert llm._n_ctx == N_CTX and not llm._kv_as_is
+    assert out["usage"]["prompt_tokens"] > 300 and out["choices"][0]["finish_reason"] == "length"
+    n_shifted = llm.kv_stats().n_shifted
+    assert n_shifted > 100
+    out = llm.create_completion("1, 2, 3, 4, 5, 6, 7, 8, 9,", max_tokens=None, temperature=0.0)
+    assert out["usage"]["completion_tokens"] == N_CTX and llm.kv_stats().n_shifted > n_shifted
+    with pytest.raises(ValueError, match="logprobs is not supported"):
+        llm.create_completion("One", logprobs=1)
+    assert llm._n_ctx == N_CTX and not llm._kv_lifts and not llm._kv_as_is
