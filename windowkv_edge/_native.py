@@ -285,6 +285,14 @@ class Context:
         """Add the attention of the queries that are observed and in no sum yet to the sums of the cells."""
         check(lib.wkv_accumulate(self._ctx))
 
+    def shift(self, p0: int, n: int) -> None:
+        """Give up the positions [p0, p0 + n), the later ones move down; nothing changes if it fails."""
+        check(lib.wkv_shift(self._ctx, p0, n))
+
+    def can_shift(self) -> bool:
+        """Whether the model's positions can be moved."""
+        return check(lib.wkv_can_shift(self._ctx)) == 1
+
     def set_attention(self, name: str) -> None:
         """Attention of layers whose heads hold equally many cells: "auto", "stock" or "ragged"."""
         check(lib.wkv_set_attention(self._ctx, getattr(lib, f"WKV_ATTENTION_{name}".upper())))

@@ -134,7 +134,9 @@ def _mark(
                 )
             keep[il][head][at] = 1
         counts = [int(own.sum()) for own in keep[il]]
-        if not policy.ragged and min(counts) < max(counts):
+        # a head that lost more cells than others in a shift cannot keep as many
+        short = [n for n, have in zip(counts, positions[il], strict=True) if n < min(have.size, max(counts))]
+        if not policy.ragged and short:
             raise ValueError(
                 f"{what}: the heads of layer {il} keep {counts} cells, expected equally many; "
                 "set ragged = True in the policy"

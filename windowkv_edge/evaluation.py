@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import re
 import warnings
 import weakref
@@ -22,10 +23,13 @@ from .pins import Pins, Range, n_system
 from .policies import KVPolicy
 from .progress import KVProgress, report
 from .prompts import Prompts, Step, n_shared, why_missed
-from .room import Compacting
 from .session import PolicyCache
+from .shift import GivenUp, Shifting
 
 __all__ = ["PolicyEvaluation"]
+
+GENERATE = tuple(inspect.signature(llama_cpp.Llama.generate).parameters)[2:]
+"""Names of what ``generate`` takes behind the tokens."""
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:
@@ -47,7 +51,7 @@ def _range(own: Any) -> Range:
     raise FormatError(f"it pins the positions {own!r}, expected a start and a stop")
 
 
-class PolicyEvaluation(Compacting):
+class PolicyEvaluation(Shifting):
     """``llama_cpp.Llama`` over the cache of a policy: ``eval`` and ``generate``; the rest of the class is
     :class:`windowkv_edge.Llama`.
 
@@ -71,6 +75,8 @@ class PolicyEvaluation(Compacting):
         self._kv_asked: Range | None = None  # where it stands in the prompt
         self._kv_taken: set[str] = set()
         self._kv_back = None
+        self._kv_lost = GivenUp()
+        self._kv_moving = self._kv_sampler = None
         self._kv_settled = False  # the end of a prompt was compacted
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -88,7 +94,7 @@ class PolicyEvaluation(Compacting):
         """
         with self._use("eval()"):
             step: Step = self._kv_step
-            n_before = self.n_tokens
+            n_before, n_shifted = self.n_tokens, self._kv_prompts.n_shifted
             if step == "prompt":
                 self._kv_step = "answer"
             elif step is None and len(tokens) > 1:
@@ -99,7 +105,8 @@ class PolicyEvaluation(Compacting):
                 else:
                     self._eval(self._kv_cache, tokens, step)
             finally:
-                self._kv_prompts.evaluated(step, max(0, self.n_tokens - n_before), n_before)
+                n_gone = self._kv_prompts.n_shifted - n_shifted
+                self._kv_prompts.evaluated(step, max(0, self.n_tokens + n_gone - n_before), n_before)
             if step == "prompt" and self._kv_cache is not None:
                 self._end_prompt(self._kv_cache)
 
@@ -119,12 +126,8 @@ class PolicyEvaluation(Compacting):
         if step not in ("prompt", "piece") and len(tokens) > 0 and self._kv_prompts.is_open:
             self._end_prompt(cache)
         self._keep_beginning(cache, len(tokens), step)
-        room = self._room(cache, len(tokens), step)
-        if room is not None and step in ("prompt", "piece"):
-            self._say_bounded(cache, len(tokens), room)
-        elif room is None and len(tokens) > 1:
-            cache.kv.reserve(len(tokens))
-        self._evaluate(cache, tokens, step, room)
+        for piece in self._pieces(cache, tokens):
+            self._evaluate(cache, piece, step)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """See ``llama_cpp.Llama.generate``; what it evaluates first ends the prompt. It goes on from what the session
@@ -136,23 +139,33 @@ class PolicyEvaluation(Compacting):
         tokens = list(tokens)
         if self._kv_cache is not None:
             check_tokens(tokens, self._n_vocab)  # before anything of the last prompt goes
-        own = super().generate(tokens, *args, **kwargs)
+        own: Any = None
         reset = kwargs.get("reset", args[6] if len(args) > 6 else True)
         step: Literal["prompt", "answer"] | None = "prompt"
-        sent = None
+        named = {**dict(zip(GENERATE[6:], args[6:], strict=False)), **kwargs}
+        sent = token = None
+        at = -1  # position of the token
         try:
             while True:
                 # only while it runs: somebody may hold it for long, and evaluate another prompt meanwhile
                 try:
                     with self._use("generate()"):
-                        if step == "prompt":
+                        if own is None:
+                            tokens = self._fit_prompt(tokens, reset)
+                            own = super().generate(tokens, *args, **kwargs)
                             self._prompt_begins(tokens if reset else [], len(tokens))
-                        token, step = self._send(own, sent, step)
+                        elif token is not None and at >= self._n_ctx and self._shifts:
+                            own.close()
+                            at = self._make_answer_room(at)
+                            own, sent = super().generate([token], *args[:6], **{**named, "reset": False}), None
+                        token, step = self._send(own, sent, step, is_answer=at >= 0)
+                        at = self.n_tokens if at < 0 else at + 1
                 except StopIteration:
                     return
                 sent = yield token
         finally:
-            own.close()
+            if own is not None:
+                own.close()
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """See ``llama_cpp.Llama.sample``; a prompt that was evaluated by hand ends here (see the class).
@@ -183,16 +196,22 @@ class PolicyEvaluation(Compacting):
     #
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if self._kv_sampler is not None:
+            return self._kv_sampler
         if kwargs.get("grammar") is not None:
             need_tokenizer(self._model, "a grammar")
             check_grammar(self._model, kwargs["grammar"])
         return super()._init_sampler(*args, **kwargs)
 
-    def _send(self, own: Any, sent: Any, step: Literal["prompt", "answer"] | None) -> tuple[int, Any]:
+    def _send(
+        self, own: Any, sent: Any, step: Literal["prompt", "answer"] | None, *, is_answer: bool
+    ) -> tuple[int, Any]:
         """The next token of stock's generator, and what it does after it."""
         before = self._kv_step
         try:
             self._kv_step = step
+            if is_answer:
+                self._kv_sampler = self._sampler  # if it is asked for, the answer goes on behind a shift
             return own.send(sent), self._kv_step
         except StopIteration:
             raise
@@ -201,7 +220,7 @@ class PolicyEvaluation(Compacting):
                 self._align()
             raise
         finally:
-            self._kv_step = before
+            self._kv_step, self._kv_sampler = before, None
 
     def _use(self, call: str) -> AbstractContextManager[None]:
         self._raise_failed()
@@ -240,18 +259,20 @@ class PolicyEvaluation(Compacting):
         pins = self._kv_pins
         return {
             "known": self._kv_known, "open": self._kv_prompts.is_open, "changed": self._kv_when.changed,
-            "settled": self._kv_settled,
+            "settled": self._kv_settled, "lost": self._kv_lost.noted(), "shifted": self._kv_prompts.n_shifted,
             "pins": [list(own) for own in pins.asked], "system": list(pins.system or ()),
         }  # fmt: skip
 
     def _kv_note(self, noted: Mapping[str, Any]) -> None:
         pins = [_range(own) for own in noted["pins"]]
         system = _range(noted["system"]) if noted["system"] else None
+        lost = GivenUp.of(noted["lost"])
         self._kv_known, self._kv_prompts.is_open = int(noted["known"]), bool(noted["open"])
         self._kv_when.changed, self._kv_settled = bool(noted["changed"]), bool(noted["settled"])
         self._kv_pins.asked, self._kv_pins.system = pins, system
         self._kv_prompts.forget()
         self._kv_taken.clear()
+        self._kv_lost, self._kv_prompts.n_shifted = lost, max(0, int(noted["shifted"]))
 
     #
     # what the cache holds
@@ -265,6 +286,7 @@ class PolicyEvaluation(Compacting):
         self._kv_settled = self._kv_when.changed = False
         self._kv_prompts.is_open = False
         self._kv_prompts.changed(0)
+        self._kv_lost = GivenUp()
 
     def _sync_positions(self) -> None:
         """Bring the native cache to ``n_tokens`` positions, as ``eval`` does before every decode."""
@@ -290,10 +312,15 @@ class PolicyEvaluation(Compacting):
             )
         self._sync_positions()
 
-    def _evaluate(self, cache: PolicyCache, tokens: Sequence[int], step: Step, room: int | None) -> None:
-        kv = cache.kv
+    def _evaluate(self, cache: PolicyCache, tokens: Sequence[int], step: Step) -> None:
+        kv, room = cache.kv, self._room(cache, len(tokens), step)
+        if room is not None and step in ("prompt", "piece"):
+            self._say_bounded(cache, len(tokens), room)
+        elif room is None and len(tokens) > 1:
+            kv.reserve(len(tokens))
         _native.clear_error()
         self._kv_prompts.changed(self.n_tokens)
+        self._kv_lost.cut(self.n_tokens)
         try:
             with self._aligned(), Interrupts() as interrupts:
                 n_batch = self._accumulated_at_once(cache)  # as stock does, if nothing is summed up
@@ -332,6 +359,7 @@ class PolicyEvaluation(Compacting):
     def _align(self) -> None:
         if self._kv_cache is not None:
             self._kv_cache.kv.end_observing()
+        self._finish_move()
         n_past = int(_native.Context(self._ctx.ctx).stats().n_past)
         if n_past == self.n_tokens:
             return
@@ -343,7 +371,7 @@ class PolicyEvaluation(Compacting):
 
     def _prompt_begins(self, tokens: Sequence[int], n_prompt: int) -> None:
         """Before ``generate`` evaluates n_prompt tokens; of ``tokens``, the first ones may be there."""
-        cache, prompts = self._kv_cache, self._kv_prompts
+        cache, prompts, ahead = self._kv_cache, self._kv_prompts, (self._kv_n_read, self._kv_miss)
         self._kv_asked = None
         if cache is not None and self.n_tokens < self._kv_known:  # set back: the last logits are of another position
             self._requires_eval = True
@@ -352,11 +380,11 @@ class PolicyEvaluation(Compacting):
         is_known = prompts.logits(n_same) is not None
         why = why_missed(n_prompt, n_same, self.n_tokens, n_boundary, self._kv_when.changed, is_known)
         if cache is None or len(tokens) != n_prompt or n_prompt == 0:  # stock, or behind what is there
-            prompts.begin(n_prompt, n_same, why if n_same > 0 else "")
+            prompts.begin(n_prompt, n_same, why if n_same > 0 else "", *ahead)
             return
         n_saved, n_most, more = self._go_back(cache, tokens)
         reasons = [why] * (n_saved < n_same - 1) + [more] * (more != "")
-        prompts.begin(n_prompt, max(n_same, n_most), "; ".join(reasons))
+        prompts.begin(n_prompt, max(n_same, n_most), "; ".join(reasons), *ahead)
         self._find_messages(tokens)
 
         # the same prompt again: below the boundary nothing can be removed, so that its last token cannot be evaluated

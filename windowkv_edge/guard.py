@@ -43,7 +43,9 @@ def _runs(thread: int, files: frozenset[str]) -> bool:
 _FOLDER = os.path.dirname(__file__)
 
 # who enters: the public calls, and what calls functions of others
-_CALLERS = frozenset(os.path.join(_FOLDER, name) for name in ("llama.py", "limited.py", "evaluation.py", "states.py"))
+_CALLERS = frozenset(
+    os.path.join(_FOLDER, name) for name in ("llama.py", "limited.py", "evaluation.py", "states.py", "shift.py")
+)
 _SELECTORS = frozenset(os.path.join(_FOLDER, name) for name in ("session.py", "compaction.py", "progress.py"))
 
 

@@ -25,6 +25,7 @@ from .limited import Limited
 from .policies.base import at_least, number_of, one_of, true_or_false
 from .progress import KVProgress
 from .session import AfterPrompt, PolicyCache, ragged_cache
+from .shift import SHIFTS, Shift
 from .states import model_id
 from .stats import KVStats
 
@@ -77,6 +78,12 @@ class Llama(Limited):
         kv_interval: tokens between two compactions of an answer that grows. With a limit, so many cells become free
             whenever it is reached; None = an eighth of them. Without one, an answer holds what ``kv_budget`` grants for
             the positions seen and this many tokens at most; None = it grows without end.
+        kv_shift: what happens at the end of ``n_ctx``. "refuse": an error, as without a policy. "shift": the oldest
+            positions are given up, half of those that can go, and the others move down; the first four and those that
+            are pinned stay. So a chat goes on without an end. Its history, sent as a whole at every turn, is known,
+            what was given up included, and only what is new is evaluated. A prompt that is longer than the context is
+            read in pieces; what is given up of it is gone. ``max_tokens=None`` stands for ``n_ctx`` tokens then.
+            Budgets are about the positions that are there.
         kv_checkpoints: host memory for states to go back to: a message that was edited, a turn that was taken back and
             an answer that is asked for again cost the tokens that are new, where cells that were compacted, windows or
             recurrent layers could not go back. "auto": compressed states only, together no more than four times what
@@ -129,6 +136,7 @@ class Llama(Limited):
         kv_progress: KVProgress | None = None,
         kv_checkpoints: str | int | None = "auto",
         kv_interval: int | None = None,
+        kv_shift: Shift = "refuse",
         **kwargs: Any,
     ) -> None:
         if "_kv_guard" in self.__dict__:  # a second time: nothing else would free the first one's memory
@@ -155,6 +163,10 @@ class Llama(Limited):
         if kv_interval is not None:
             at_least("kv_interval", kv_interval, 1)
         self._kv_interval = kv_interval
+        one_of("kv_shift", kv_shift, SHIFTS)
+        if kv_shift == "shift" and kv_policy is None:
+            raise ValueError("kv_shift='shift' needs a policy: kv_policy='full' keeps every cell")
+        self._kv_shift = kv_shift
         self._kv_limit = None if kv_limit is None else Limit(check_limit(kv_limit), kv_interval)
         self._kv_prefill = kv_prefill
         self._kv_checkpoints = Checkpoints(check_checkpoints(kv_checkpoints, kv_policy))
@@ -177,6 +189,8 @@ class Llama(Limited):
         self._kv_given = {**kwargs, **own, "kv_exact": kv_exact}
         if kv_budget is not None:
             self._kv_given["kv_budget"] = kv_budget
+        if kv_shift != "refuse":
+            self._kv_given["kv_shift"] = kv_shift
         if kv_limit is not None:
             self._kv_given["kv_limit"] = kv_limit
         if kv_prefill != "auto":
@@ -223,6 +237,7 @@ class Llama(Limited):
             )
             if self._kv_limit is not None:
                 self._kv_limit.check(cache.kv.stats(), cache.bound)
+            self._check_shift(cache)
             self._watch_context(cache)
             self._kv_model = model_id(self)
             self._kv_initial = super().__getstate__()  # type: ignore[no-untyped-call]

@@ -80,6 +80,12 @@ class Pins:
         """What is pinned: what was asked for, and the system prompt unless the last compaction found it too long."""
         return [*self.asked, *([self._system] if self._system and not self._is_too_long else [])]
 
+    def moved(self, close: Callable[[int], int]) -> None:
+        """Positions moved; close: from where the end of a range was to where it is."""
+        self.asked = [(close(start), close(stop)) for start, stop in self.asked]
+        if self._system is not None:
+            self._system = close(self._system[0]), close(self._system[1])
+
     def for_compaction(self, n_cells: int, n_within: int | None = None) -> list[Range]:
         """What stays in a compaction. Where all of it takes more than half of the cells, the system prompt is not
         pinned, and a warning says so.

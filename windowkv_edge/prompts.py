@@ -77,6 +77,7 @@ class Prompts:
         miss: why tokens that the last prompt shared with the cache were evaluated again, "" if none were.
         kept: logits, float32 [n_vocab], by the number of positions in front of them: of the last prompt, and of the
             one that was compacted last. Nobody writes to them.
+        n_shifted: positions that were given up at the end of the context, in all.
     """
 
     def __init__(self) -> None:
@@ -84,28 +85,33 @@ class Prompts:
         self.n_evaluated = self.n_reused = 0
         self.n_evaluated_last = self.n_reused_last = 0
         self.miss = ""
+        self.n_shifted = 0
         self._n_prompt = self._n_same = 0
         self._start = 0  # position of the first of the pieces
-        self._why = ""
+        self._why = self._lost = ""
         self.kept: dict[int, npt.NDArray[np.float32]] = {}
 
     #
     # counts
     #
 
-    def begin(self, n_prompt: int, n_same: int, why: str) -> None:
+    def begin(self, n_prompt: int, n_same: int, why: str, n_read: int = 0, lost: str = "") -> None:
         """A prompt begins, or goes on with pieces that were evaluated by hand.
 
         Args:
             n_prompt: its tokens.
             n_same: of these, the first ones that the cache has seen.
             why: :func:`why_missed`, if these cannot be reused.
+            n_read: others of its tokens that were evaluated ahead.
+            lost: why those that were read before and are not in the cache any more are evaluated again.
         """
         if not self.is_open or n_same < self._start + self.n_evaluated_last:
             self.n_evaluated_last = 0
-        self._n_prompt, self._n_same, self._why = n_prompt, n_same, why
+        self.n_evaluated += n_read
+        self.n_evaluated_last += n_read
+        self._n_prompt, self._n_same, self._why, self._lost = n_prompt, n_same, why, lost
         self.n_reused_last = 0
-        self.miss = ""
+        self.miss = lost
 
     def evaluated(self, step: Step, n: int, n_before: int) -> None:
         """n tokens were evaluated behind n_before positions."""
@@ -121,7 +127,7 @@ class Prompts:
         else:
             self.n_reused_last = max(0, min(n_before, self._n_same) - self.n_evaluated_last)
             # of a prompt that is there as a whole the last token is evaluated again, for its logits
-            self.miss = self._why if n_before < self._n_same - (self._n_same == self._n_prompt) else ""
+            self.miss = self._why if n_before < self._n_same - (self._n_same == self._n_prompt) else self._lost
         self.n_evaluated += n
         self.n_evaluated_last += n
         self.n_reused += self.n_reused_last if step == "prompt" else 0
@@ -144,6 +150,12 @@ class Prompts:
     def logits(self, n_tokens: int) -> npt.NDArray[np.float32] | None:
         """Those that :meth:`keep` kept behind so many positions."""
         return self.kept.get(n_tokens)
+
+    def moved(self, p0: int, n: int) -> None:
+        """The positions [p0, p0 + n) were given up, and the later ones moved down."""
+        self.n_shifted += n
+        self._start = self._start if self._start <= p0 else max(p0, self._start - n)
+        self.kept = {(at if at <= p0 else at - n): row for at, row in self.kept.items() if at <= p0 or at > p0 + n}
 
     def changed(self, n_tokens: int) -> None:
         """The cache forgets the positions from n_tokens on."""

@@ -26,6 +26,7 @@ from .evaluation import PolicyEvaluation
 from .native_state import get_state, refusal, set_state
 from .policies import KVPolicy
 from .prompts import n_common, n_reused
+from .shift import GivenUp
 from .state_files import SavedSession
 
 __all__ = ["SavedState", "SavedStates", "model_id", "policy_text"]
@@ -142,7 +143,7 @@ class SavedStates(PolicyEvaluation):
             if self._kv_cache is None:
                 return super().save_state()
             own = self._capture("save_state()")
-            input_ids = np.full(self._n_ctx, -1, dtype=np.intc)
+            input_ids = np.full(self.n_ctx(), -1, dtype=np.intc)
             input_ids[: len(own.tokens)] = own.tokens
             return SavedState(
                 input_ids=input_ids, scores=own.scores, n_tokens=len(own.tokens), llama_state=own.native.tobytes(),
@@ -271,7 +272,9 @@ class SavedStates(PolicyEvaluation):
         with self._use("load_state()"):
             own = self._need_cache("load_state()")
             tokens = np.array(prompt, dtype=np.intc)
-            best = max(self._n_live(own, tokens), self._n_kept(tokens))
+            held = self.input_ids[: self.n_tokens]
+            n_live = self._n_mapped(self._kv_lost, held, tokens, lambda mapped: self._n_live(own, mapped))
+            best = max(n_live, self._n_kept(tokens))
             if (found := _best_of(cache, tokens, best, lambda state: self._saves(state, tokens))) is None:
                 return False
             self.load_state(found)
@@ -284,7 +287,17 @@ class SavedStates(PolicyEvaluation):
             return 0  # its prompt was compacted for another one
         if state.session["noted"]["pins"] != self._kv_noted()["pins"]:
             return 0  # and without these pins, or with others
-        return n_reused(state.input_ids[: state.n_tokens], state.session["removable"], prompt)
+        lost = GivenUp.of(state.session["noted"]["lost"])
+        held, removable = state.input_ids[: state.n_tokens], state.session["removable"]
+        return self._n_mapped(lost, held, prompt, lambda mapped: n_reused(held, removable, mapped))
+
+    def _n_mapped(self, lost: GivenUp, held: Tokens, prompt: Tokens, count: Callable[[Tokens], int]) -> int:
+        """What ``count`` gives of a prompt as a session sees it that gave up a part, and this part."""
+        if not self._shifts:
+            return count(prompt)
+        mapped = np.array(lost.held(prompt.tolist(), held)[1], dtype=np.intc)
+        n = count(mapped)
+        return n + len(prompt) - len(mapped) if n > 0 else 0
 
     #
     # internals
@@ -318,8 +331,8 @@ class SavedStates(PolicyEvaluation):
             return "it was saved with another model, or with other LoRA, metadata or RoPE parameters"
         if session["policy"] != (own := policy_text(cache.policy)):
             return f"it was saved with kv_policy={session['policy']}, and this session has {own}; set kv_policy first"
-        if max(n_tokens, session["n_past"]) > self._n_ctx:
-            return f"it holds {max(n_tokens, session['n_past'])} tokens, this session n_ctx={self._n_ctx}"
+        if max(n_tokens, session["n_past"]) > self.n_ctx():
+            return f"it holds {max(n_tokens, session['n_past'])} tokens, this session n_ctx={self.n_ctx()}"
         if self._logits_all and len(scores) != n_tokens:
             return "it was saved without logits_all=True, which this session has"
         return None

@@ -53,6 +53,8 @@ class KVStats:
             of ``kv_checkpoints`` that would have kept them; "" if none had.
         n_checkpoints: states that the session can go back to.
         bytes_checkpoints: their bytes, in host memory; part of nothing else.
+        n_shifted: positions that were given up at the end of the context in all (``kv_shift``). All other numbers are
+            about the ones that are there.
     """
 
     policy: str
@@ -75,6 +77,7 @@ class KVStats:
     miss: str = ""
     n_checkpoints: int = 0
     bytes_checkpoints: int = 0
+    n_shifted: int = 0
 
     @classmethod
     def read(cls, ctx: Context, policy: str | None, prompts: Prompts, checkpoints: Checkpoints) -> KVStats:
@@ -109,6 +112,7 @@ class KVStats:
             miss=prompts.miss,
             n_checkpoints=len(checkpoints.held),
             bytes_checkpoints=checkpoints.n_bytes,
+            n_shifted=prompts.n_shifted,
         )
 
     def __str__(self) -> str:

@@ -127,6 +127,17 @@ WKV_API int wkv_set_room(struct llama_context * ctx, int32_t n_tokens);
 // wait for it, the caller does. Tokens that are removed afterwards stay in the sums of the cells that they attended to.
 WKV_API int wkv_accumulate(struct llama_context * ctx);
 
+// Context shift: give up the positions [p0, p0 + n), in every head those that it still holds, and move all later ones down by n, their keys
+// and observed queries rotated to where they are then. Windows and recurrent states beside do what they do in stock llama.cpp. Ranges of
+// wkv_set_pinned() and snapshots stay as they are. 0 <= p0, n >= 1, and positions are left behind. Nothing changes if it fails, unless a
+// backend fails while cells move: the cache is cleared then, and the message says so.
+// llama_memory_seq_rm(mem, 0, p0, p0 + n) and llama_memory_seq_add(mem, 0, p0 + n, -1, -n) do the same; between the two only removals are
+// served.
+WKV_API int wkv_shift(struct llama_context * ctx, int32_t p0, int32_t n);
+
+// whether the positions of the model can be shifted: 1 or 0
+WKV_API int wkv_can_shift(struct llama_context * ctx);
+
 // choose between attention kernels, for measuring and tests (enum wkv_attention)
 WKV_API int wkv_set_attention(struct llama_context * ctx, int32_t attention);
 

@@ -109,7 +109,7 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx
 }
 
 bool llama_kv_cache_ragged::get_can_shift() const {
-    return false;
+    return llama_kv_cache::get_can_shift();
 }
 
 void llama_kv_cache_ragged::clear(bool data) {
@@ -122,6 +122,7 @@ void llama_kv_cache_ragged::clear(bool data) {
 
     snapshot_drop();
     visit.reset();
+    hole = {};
     seq.clear();
     llama_kv_ragged_trim();
     epoch++;
@@ -141,6 +142,14 @@ bool llama_kv_cache_ragged::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
     if (rm_nothing(seq_id, p0, p1, seq.n_pos)) {
         return true;
+    }
+    if (p1 >= 0 && p1 < (llama_pos) seq.n_pos) {
+        hole = { p0, p1 };
+        return true;
+    }
+    if (!hole.empty() && p0 <= hole.p1) {
+        p0   = std::min(p0, hole.p0);
+        hole = {};
     }
     if (p0 == 0) {
         clear(false);
@@ -164,20 +173,12 @@ void llama_kv_cache_ragged::seq_keep(llama_seq_id seq_id) {
     }
 }
 
-void llama_kv_cache_ragged::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(p0);
-    GGML_UNUSED(p1);
-    GGML_UNUSED(shift);
-    llama_kv_ragged_no_shift(this);
-}
-
 void llama_kv_cache_ragged::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
     GGML_UNUSED(seq_id);
     GGML_UNUSED(p0);
     GGML_UNUSED(p1);
     GGML_UNUSED(d);
-    llama_kv_ragged_no_shift(this);
+    llama_kv_ragged_no_div(this);
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_ragged::memory_breakdown() const {
@@ -212,13 +213,15 @@ bool llama_kv_cache_ragged::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
         return true;
     }
 
-    if (visit && p0 > 0 && p0 < (llama_pos) visit->n_pos) {
-        LLAMA_LOG_DEBUG("%s: position %d is older than the tokens that are only observed (from %u)\n", __func__, p0, visit->n_pos);
-        return false;
+    if (p1 >= 0 && p1 < (llama_pos) seq.n_pos) {
+        return can_open(p0, p1);
+    }
+    if (!hole.empty() && p0 <= hole.p1) {
+        p0 = std::min(p0, hole.p0);
     }
 
-    if (p1 >= 0 && p1 < (llama_pos) seq.n_pos) {
-        LLAMA_LOG_DEBUG("%s: [%d, %d) is not a tail of the %u positions\n", __func__, p0, p1, seq.n_pos);
+    if (visit && p0 > 0 && p0 < (llama_pos) visit->n_pos) {
+        LLAMA_LOG_DEBUG("%s: position %d is older than the tokens that are only observed (from %u)\n", __func__, p0, visit->n_pos);
         return false;
     }
 
@@ -279,6 +282,7 @@ void llama_kv_cache_ragged::replace(llama_kv_ragged_seq && next) {
 
     snapshot_drop();
     visit.reset();
+    hole = {};
     seq = std::move(next);
     llama_kv_ragged_trim();
     epoch++;
@@ -287,6 +291,7 @@ void llama_kv_cache_ragged::replace(llama_kv_ragged_seq && next) {
 
 void llama_kv_cache_ragged::snapshot_save(llama_memory_i & mem) {
     check_not_observing();
+    check_closed();
     synchronize();
     snapshot = std::make_unique<llama_kv_ragged_snapshot>(seq, *this, mem);
 }
@@ -301,6 +306,7 @@ void llama_kv_cache_ragged::snapshot_restore() {
     snapshot->others.restore();
     seq = std::move(next);
     visit.reset();
+    hole = {};
     epoch++;
 }
 
@@ -316,6 +322,7 @@ void llama_kv_cache_ragged::check_not_observing() const {
 
 void llama_kv_cache_ragged::observe_begin(llama_memory_i & mem) {
     check_not_observing();
+    check_closed();
     synchronize();
 
     llama_kv_ragged_others others(*this, mem);
@@ -347,6 +354,11 @@ bool llama_kv_cache_ragged::prepare_room(const std::vector<llama_ubatch> & ubatc
 
     if (!cparams.causal_attn) {
         return llama_kv_ragged_refuse_batch("the context was switched to non-causal attention, switch it back");
+    }
+
+    if (!hole.empty()) {
+        return llama_kv_ragged_refuse_batch(format("the positions %d to %d were removed and the ones behind them did not move: call "
+                "llama_memory_seq_add(mem, 0, %d, -1, %d) before the next batch", hole.p0, hole.p1 - 1, hole.p1, -hole.n()));
     }
 
     // new cells have to be the last ones of every head
@@ -428,10 +440,10 @@ bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * sw
     return !ragged || ragged->can_rm(seq_id, p0, p1, swa);
 }
 
-bool llama_kv_ragged_no_shift(const llama_kv_cache * kv) {
+bool llama_kv_ragged_no_div(const llama_kv_cache * kv) {
     const bool res = as_ragged(kv) != nullptr;
     if (res) {
-        LLAMA_LOG_ERROR("%s: positions of a cache with a policy are final, shifting and dividing them is refused\n", __func__);
+        LLAMA_LOG_ERROR("%s: positions of a cache with a policy move down as a whole, dividing them is refused\n", __func__);
     }
     return res;
 }

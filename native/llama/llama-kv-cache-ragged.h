@@ -3,6 +3,7 @@
 #include "llama-kv-cache.h"
 #include "llama-kv-ragged-compact.h"
 #include "llama-kv-ragged-seq.h"
+#include "llama-kv-ragged-shift.h"
 #include "llama-kv-ragged-snapshot.h"
 #include "llama-kv-ragged-stats.h"
 #include "llama-kv-ragged-table.h"
@@ -131,6 +132,17 @@ public:
     // hold the cells of another sequence, whose positions the cell metadata holds already; gives the copy below up
     void replace(llama_kv_ragged_seq && next);
 
+    // Give up positions [p0, p0 + n) in every head, move the later ones down, and do the same for what lies beside in the memory of the
+    // context. Throws std::invalid_argument, llama_kv_ragged_unsupported or std::runtime_error with nothing changed; if a backend fails
+    // while cells move, which it has shown before that it can, the cache is cleared, and the message says so.
+    void shift(llama_context & lctx, int32_t p0, int32_t n);
+
+    // the last seq_add() was refused or failed
+    bool has_stayed() const { return stayed; }
+
+    // throws std::invalid_argument if positions were removed and the ones behind them did not move
+    void check_closed() const;
+
     // keep a copy of the cache, go back to it any number of times, give it up; clearing the cache gives it up as well
     // mem is the memory of the context that holds this cache; what it keeps for other layers is part of the copy
     void snapshot_save(llama_memory_i & mem);
@@ -197,6 +209,13 @@ private:
     };
     std::unique_ptr<llama_kv_ragged_visit> visit;
 
+    // removed by seq_rm(), until seq_add() closes it
+    llama_kv_ragged_hole hole;
+
+    std::unique_ptr<llama_kv_ragged_shift> planned; // of shift(), for seq_add()
+
+    bool stayed = false;
+
     attention_type attention = ATTENTION_AUTO;
 
     std::vector<wkv::position_range> pinned;
@@ -213,6 +232,12 @@ private:
     llama_context * lctx = nullptr;
 
     void synchronize() const;
+
+    // whether positions in the middle can be removed, for a shift
+    bool can_open(llama_pos p0, llama_pos p1) const;
+
+    // move what lies behind the hole
+    void close(llama_context & lctx);
 
     void make_room(int64_t n_tokens, bool exact);
 

@@ -328,6 +328,8 @@ void llama_kv_cache_ragged::accumulate(llama_context & lctx) {
 }
 
 int64_t llama_kv_cache_ragged::compact(llama_context & lctx, const llama_kv_ragged_request & request) {
+    check_closed();
+
     const llama_kv_ragged_while guard(selecting);
 
     const auto plan = llama_kv_ragged_make_plan(lctx, seq, request);

@@ -67,8 +67,14 @@ llama_seq_id llama_kv_ragged_seq_id(const llama_kv_cache * kv, llama_seq_id seq_
 // whether kv and the cache of the sliding windows beside it, which may be nullptr, can remove these positions
 bool llama_kv_ragged_can_rm(const llama_kv_cache * kv, const llama_kv_cache * swa, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 
-// true, with a line in the log, if positions must stay as they are
-bool llama_kv_ragged_no_shift(const llama_kv_cache * kv);
+// true, with a line in the log, if positions cannot be divided
+bool llama_kv_ragged_no_div(const llama_kv_cache * kv);
+
+// true if a ragged cache refused the last seq_add(), so that positions beside it have to stay too
+bool llama_kv_ragged_stayed(const llama_kv_cache * kv);
+
+// true for a ragged cache, beside which windows are no larger than they have to be: positions move although the sizes differ
+bool llama_kv_ragged_small_windows(const llama_kv_cache * kv);
 
 // the same if a ragged cache would have to hold a second sequence
 bool llama_kv_ragged_no_copy(const llama_kv_cache * kv, llama_seq_id seq_id_src, llama_seq_id seq_id_dst);

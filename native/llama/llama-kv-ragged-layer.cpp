@@ -141,7 +141,7 @@ llama_kv_ragged_pool llama_kv_ragged_layer::make_pool(const std::vector<int64_t>
     return res;
 }
 
-static void copy_rows(ggml_tensor * src, ggml_tensor * dst, int64_t i_src, int64_t i_dst, int64_t n) {
+void llama_kv_ragged_copy_rows(ggml_tensor * src, ggml_tensor * dst, int64_t i_src, int64_t i_dst, int64_t n) {
     const ggml_init_params params = {
         /*.mem_size   =*/ 2*ggml_tensor_overhead(),
         /*.mem_buffer =*/ nullptr,
@@ -164,8 +164,8 @@ llama_kv_ragged_pool llama_kv_ragged_layer::copy_pool(
     llama_kv_ragged_pool res = make_pool(cap, meter);
     for (int64_t ih = 0; ih < n_head_kv; ++ih) {
         if (len[ih] > 0) {
-            copy_rows(src.k, res.k, src.first[ih], res.first[ih], len[ih]);
-            copy_rows(src.v, res.v, src.first[ih], res.first[ih], len[ih]);
+            llama_kv_ragged_copy_rows(src.k, res.k, src.first[ih], res.first[ih], len[ih]);
+            llama_kv_ragged_copy_rows(src.v, res.v, src.first[ih], res.first[ih], len[ih]);
         }
     }
     return res;

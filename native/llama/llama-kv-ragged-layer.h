@@ -83,6 +83,9 @@ struct llama_kv_ragged_layer {
             llama_kv_ragged_meter      & meter) const;
 };
 
+// n rows of one tensor to another of the same row type; those of one must not overlap
+void llama_kv_ragged_copy_rows(ggml_tensor * src, ggml_tensor * dst, int64_t i_src, int64_t i_dst, int64_t n);
+
 // The layers that the filter accepts, all without one. Throws std::runtime_error with the reason if one cannot be served, or the
 // backend that holds it.
 std::vector<llama_kv_ragged_layer> llama_kv_ragged_make_layers(

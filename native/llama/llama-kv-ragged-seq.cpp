@@ -11,7 +11,12 @@
 //
 
 bool llama_kv_ragged_cells::is_uniform() const {
-    return std::all_of(kept.begin(), kept.end(), [&](const auto & cur) { return cur.size() == kept[0].size(); });
+    for (size_t ih = 1; ih < kept.size(); ++ih) {
+        if (kept[ih].size() != kept[0].size() || pool.cap(ih) != pool.cap(0)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 //
@@ -189,6 +194,40 @@ void llama_kv_ragged_seq::withdraw(uint32_t p0) {
     claim_sums();
     prompt_begin      = prompt_begin < int32_t(p0) ? prompt_begin : -1;
     observed.n_prompt = std::min(observed.n_prompt, p0);
+}
+
+void llama_kv_ragged_seq::close(const llama_kv_ragged_hole & hole) {
+    for (auto & cur : cells) {
+        for (size_t ih = 0; ih < cur.sums.size(); ++ih) {
+            auto & sums = cur.sums[ih];
+            sums.erase(sums.begin() + std::min(sums.size(), cur.find(ih, hole.p0)), sums.begin() + std::min(sums.size(), cur.find(ih, hole.p1)));
+        }
+        cur.n_summed = hole.close(cur.n_summed);
+
+        const uint32_t next = hole.close(cur.boundary);
+        for (auto & kept : cur.kept) {
+            kept.erase(std::lower_bound(kept.begin(), kept.end(), hole.p0), std::lower_bound(kept.begin(), kept.end(), hole.p1));
+            for (auto & p : kept) {
+                p = hole.close(p);
+            }
+            // a boundary of 0 says that nothing was ever compacted, and pools have stock's padding
+            if (next == 0 && cur.boundary > 0) {
+                kept.push_back(0);
+            }
+        }
+        cur.boundary = next == 0 && cur.boundary > 0 ? 1 : next;
+    }
+    boundary = std::max<uint32_t>(hole.close(boundary), boundary > 0 ? 1 : 0);
+    n_pos    = hole.close(n_pos);
+    if (prompt_begin >= 0) {
+        prompt_begin = hole.close(prompt_begin);
+    }
+
+    for (auto & p : observed.pos) {
+        p = p < hole.p0 ? p : p < hole.p1 ? -1 : p - hole.n();
+    }
+    observed.n_prompt = hole.close(observed.n_prompt);
+    claim_sums();
 }
 
 int32_t llama_kv_ragged_seq::observed_end() const {

@@ -22,13 +22,31 @@ struct llama_kv_ragged_cells {
     std::vector<std::vector<float>> sums;
     uint32_t n_summed = 0;
 
-    bool is_uniform() const; // all heads hold equally many cells
+    bool is_uniform() const; // all heads hold equally many cells, and have room for equally many
+
+    // the first cell of a head whose position is not below p, of as many as there may be
+    size_t find(int64_t ih, int32_t p) const {
+        const auto & own = kept[ih];
+        return p <= int64_t(boundary) ? std::lower_bound(own.begin(), own.end(), p) - own.begin() : own.size() + (p - boundary);
+    }
 
     // of a head's cell
     int32_t position(int64_t ih, int64_t ic) const {
         const int64_t n_kept = kept[ih].size();
         return ic < n_kept ? kept[ih][ic] : boundary + (ic - n_kept);
     }
+};
+
+// Positions [p0, p1) that are given up in all heads while later ones stay; none at first.
+struct llama_kv_ragged_hole {
+    int32_t p0 = 0;
+    int32_t p1 = 0;
+
+    bool    empty() const { return p0 == p1; }
+    int32_t n()     const { return p1 - p0; }
+
+    // where what lies before a position ends once the later ones moved down
+    int32_t close(int32_t p) const { return p <= p0 ? p : p <= p1 ? p0 : p - n(); }
 };
 
 // Which queries are held: a row of the tensors each, found by its position. Twice n_observed rows, so that the last queries of a
@@ -111,6 +129,10 @@ struct llama_kv_ragged_seq {
 
     // behind the newest query that observes: n_pos, or more after withdraw()
     int32_t observed_end() const;
+
+    // positions behind the hole move down into it; allocates nothing where every list of kept positions has room for one. Cells and queries
+    // are to be moved before
+    void close(const llama_kv_ragged_hole & hole);
 
     bool in_prompt() const { return prompt_begin >= 0; }
 

@@ -273,9 +273,8 @@ static void read_positions(llama_io_read_i & io, llama_kv_ragged_seq & seq, uint
 
         cur.boundary = get_within<uint32_t>(io, 0, seq.boundary, "the boundary of a layer");
         for (auto & kept : cur.kept) {
-            const uint32_t n_min = std::min<uint32_t>(1, cur.boundary);
-
-            kept = get<int32_t>(io, get_within<uint32_t>(io, n_min, cur.boundary, "the number of kept cells"));
+            // none where all of them were given up in a shift
+            kept = get<int32_t>(io, get_within<uint32_t>(io, 0, cur.boundary, "the number of kept cells"));
             check_ascending(kept, cur.boundary, "kept positions");
         }
         if (!cur.is_uniform()) {
@@ -569,6 +568,11 @@ bool llama_kv_ragged_state_write(
     explained([&] {
         check_idle(*ragged);
         check_call(*kv, recr, seq_id, flags);
+        ragged->check_closed();
+        if (swa && swa->get_has_shift()) {
+            llama_kv_ragged_refuse("the positions of windows moved, and their keys follow with the next batch: evaluate a token before the "
+                    "state is saved, or shift with wkv_shift()");
+        }
 
         const uint32_t own = parts(swa, recr, flags);
 

@@ -121,6 +121,22 @@ int wkv_accumulate(struct llama_context * ctx) {
     });
 }
 
+int wkv_shift(struct llama_context * ctx, int32_t p0, int32_t n) {
+    return wkv_with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        kv.shift(*ctx, p0, n);
+        try {
+            ctx->memory_update(false); // the keys of windows
+        } catch (const std::exception & err) {
+            LLAMA_LOG_DEBUG("%s: the keys of windows follow with the next batch (%s)\n", __func__, err.what());
+        }
+        return int(WKV_OK);
+    });
+}
+
+int wkv_can_shift(struct llama_context * ctx) {
+    return wkv_with_cache(ctx, [&](const llama_kv_cache_ragged &) { return int(ctx->get_memory()->get_can_shift()); });
+}
+
 int wkv_set_attention(struct llama_context * ctx, int32_t attention) {
     return wkv_with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
         switch (attention) {

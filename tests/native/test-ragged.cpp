@@ -53,6 +53,7 @@ int main(int argc, char ** argv) {
         test_sequence(model);
         test_prompt(model);
         test_selection(model);
+        test_shift(model);
     }
     test_state(model);
 

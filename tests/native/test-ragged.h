@@ -63,4 +63,5 @@ void test_cells    (llama_model * model);
 void test_sequence (llama_model * model);
 void test_prompt   (llama_model * model);
 void test_selection(llama_model * model);
+void test_shift    (llama_model * model);
 void test_state    (llama_model * model);

@@ -18,9 +18,10 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from rich.console import Console
 from rich.table import Table
 
-from windowkv_edge import POLICIES, Llama, WindowKVError
+from windowkv_edge import POLICIES, Llama, UnsupportedModelError, WindowKVError
 from windowkv_edge._files import check_output, open_own
 from windowkv_edge._text import for_markup, for_terminal
+from windowkv_edge.gguf_info import GGUFInfo
 
 from .bars import prompt_bar
 from .common import (
@@ -80,7 +81,7 @@ def chat(
         lowered = f"{info.path.name} was trained on {info.n_ctx_train:,} positions; --ctx is lowered to that"
         typer.echo(for_terminal(lowered), err=True)
         ctx = info.n_ctx_train
-    llm = load(Llama, info, ctx, threads, kv_policy, kv_budget, kv_limit, kv_checkpoints=kv_checkpoints)
+    llm = _load(info, ctx, threads, kv_policy, kv_budget, kv_limit, kv_checkpoints=kv_checkpoints)
     try:
         talk = Chat(llm, console, system=system, temperature=temperature, max_tokens=max_tokens, session=session)
         within = "" if limit is None else f" within {limit}"
@@ -95,6 +96,16 @@ def chat(
             talk.save("")
     finally:
         llm.close()
+
+
+def _load(info: GGUFInfo, *args: Any, **options: Any) -> Llama:
+    """A session that goes on behind its context, where the model's positions can be moved."""
+    try:
+        return load(Llama, info, *args, kv_shift="shift", **options)
+    except UnsupportedModelError as error:
+        if "kv_shift" not in str(error):
+            raise
+        return load(Llama, info, *args, **options)
 
 
 class Chat:
@@ -189,11 +200,12 @@ class Chat:
     def _reply(self) -> tuple[str, bool]:
         """The reply, printed while it comes, and whether Ctrl-C stopped it."""
         reply, finish, n_first, start = "", None, 0, 0.0
+        n_shifted = self.llm.kv_stats().n_shifted
         try:
             with contextlib.closing(self._stream()) as stream:
                 with prompt_bar(self.llm, self.console, "reading"):
                     piece, finish = next(stream, ("", "stop"))
-                n_first, start = self.llm.n_tokens, time.perf_counter()
+                n_first, start = self._n_read(), time.perf_counter()
                 while True:
                     self.console.out(for_terminal(piece if reply else piece.lstrip(" "), keep="\n\t"), end="")
                     reply += piece
@@ -203,10 +215,21 @@ class Chat:
                     piece, finish = following[0], following[1] or finish
         except KeyboardInterrupt:
             self.console.out("")
+            self._after_shift(n_shifted)
             return reply, True
         self.console.out("")
-        self._after_reply(finish, self.llm.n_tokens - n_first, time.perf_counter() - start)
+        self._after_reply(finish, self._n_read() - n_first, time.perf_counter() - start)
+        self._after_shift(n_shifted)
         return reply, False
+
+    def _n_read(self) -> int:
+        """Tokens of the conversation that were evaluated, given up ones included."""
+        return self.llm.n_tokens + self.llm.kv_stats().n_shifted
+
+    def _after_shift(self, n_before: int) -> None:
+        n = self.llm.kv_stats().n_shifted - n_before
+        if n > 0:
+            self.note(f"the context was full: the oldest {n:,} tokens of the conversation were given up")
 
     def _stream(self) -> Generator[tuple[str, str | None], None, None]:
         """Pieces of the reply; with the last one the reason why it ended."""

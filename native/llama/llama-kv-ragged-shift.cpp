@@ -1,0 +1,345 @@
+#include "llama-kv-ragged-shift.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-ragged.h"
+#include "llama-kv-ragged-create.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+// rows that a graph rotates: some MiB of F32, whatever the length of the cache
+static constexpr int64_t N_CHUNK_MAX = 2048;
+
+//
+// llama_kv_ragged_shift
+//
+
+llama_kv_ragged_shift::llama_kv_ragged_shift(
+        llama_context & lctx, const llama_kv_cache & kv, llama_kv_ragged_seq & seq, const llama_kv_ragged_hole & hole) :
+    lctx(lctx), hole(hole), of_cells(seq.get_meter()), of_queries(seq.get_meter()) {
+    const auto & layers = seq.get_layers();
+
+    for (const auto & layer : layers) {
+        ropes.push_back(make_rope(layer));
+    }
+    set_hadamard(kv);
+
+    int64_t n_moved = 0;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        std::vector<int64_t> left;
+        for (int64_t ih = 0; ih < layers[i].n_head_kv; ++ih) {
+            const int64_t n_cells = seq.n_cells(i, ih);
+            const int64_t i0      = seq.cells[i].find(ih, hole.p0);
+            const int64_t i1      = seq.cells[i].find(ih, hole.p1);
+
+            n_moved = std::max(n_moved, n_cells - i1);
+            left.push_back(n_cells - (i1 - i0));
+
+            seq.cells[i].kept[ih].reserve(1); // see llama_kv_ragged_seq::close()
+        }
+        if (std::any_of(left.begin(), left.end(), [&](int64_t n) { return n != left[0]; })) {
+            layers[i].check_ragged();
+        }
+    }
+    n_chunk = std::clamp<int64_t>(n_moved, 1, N_CHUNK_MAX);
+    down.assign(n_chunk, -hole.n());
+
+    const auto & observed = seq.observed;
+    int64_t n_head = 0;
+    for (const auto & layer : layers) {
+        n_head = std::max(n_head, layer.n_head);
+    }
+    if (std::any_of(observed.pos.begin(), observed.pos.end(), [&](int32_t p) { return p >= hole.p1; })) {
+        for (int64_t i = 0; i < n_head*observed.n_rows(); ++i) {
+            moves.push_back(observed.pos[i%observed.n_rows()] >= hole.p1 ? -hole.n() : 0);
+        }
+    }
+
+    // once ahead, with as many rows as there will ever be
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (!ropes[i].rotates) {
+            continue;
+        }
+        const auto  & pool = seq.cells[i].pool;
+        const int64_t n    = std::min(n_chunk, pool.n_rows());
+        rotate(layers[i], ropes[i], of_cells, pool.k, 0, n, nullptr, 0, down.data());
+        if (!moves.empty()) {
+            const int64_t n_rows = observed.n_rows()*layers[i].n_head;
+            rotate(layers[i], ropes[i], of_queries, observed.queries[i].tensor, 0, std::min(n_rows, N_CHUNK_MAX), nullptr, 0, moves.data());
+        }
+    }
+}
+
+llama_kv_ragged_shift::rope llama_kv_ragged_shift::make_rope(const llama_kv_ragged_layer & layer) const {
+    const auto & model   = lctx.get_model();
+    const auto & hparams = model.hparams;
+    const auto & cparams = lctx.get_cparams();
+
+    rope res;
+    res.rotates     = hparams.rope_type != LLAMA_ROPE_TYPE_NONE && hparams.has_rope(layer.il);
+    res.n_rot       = hparams.n_rot(layer.il);
+    res.n_ctx_orig  = cparams.n_ctx_orig_yarn;
+    res.freq_base   = model.get_rope_freq_base (cparams, layer.il);
+    res.freq_scale  = model.get_rope_freq_scale(cparams, layer.il);
+
+    // Keys have the model's own scale of attention already (YaRN, LongRoPE): this rotation must not give it to them again. ggml's
+    // rope_yarn() multiplies by what is divided by here
+    res.attn_factor = cparams.yarn_ext_factor != 0.0f ? 1.0f/(1.0f + 0.1f*logf(1.0f/res.freq_scale)) : 1.0f;
+
+    if (ggml_tensor * factors = res.rotates ? model.get_rope_factors(cparams, layer.il) : nullptr) {
+        GGML_ASSERT(factors->type == GGML_TYPE_F32 && factors->ne[0] >= res.n_rot/2);
+        res.factors.resize(factors->ne[0]);
+        ggml_backend_tensor_get(factors, res.factors.data(), 0, ggml_nbytes(factors));
+    }
+    return res;
+}
+
+void llama_kv_ragged_shift::set_hadamard(const llama_kv_cache & kv) {
+    const ggml_init_params params = {
+        /*.mem_size   =*/ 2*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    ggml_tensor * rot = kv.build_input_k_rot(ctx.get());
+    if (!rot) {
+        return;
+    }
+    ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_cpu_buffer_type()) };
+    if (!buf) {
+        llama_kv_ragged_refuse("no memory for the rotation of cells");
+    }
+    kv.set_input_k_rot(rot);
+
+    n_hadamard = rot->ne[0];
+    hadamard.resize(ggml_nelements(rot));
+    ggml_backend_tensor_get(rot, hadamard.data(), 0, ggml_nbytes(rot));
+}
+
+void llama_kv_ragged_shift::rotate(
+        const llama_kv_ragged_layer     & layer,
+        const rope                      & own,
+              llama_kv_ragged_workspace & workspace,
+              ggml_tensor               * src,
+              int64_t                     i0,
+              int64_t                     n,
+              ggml_tensor               * dst,
+              int64_t                     j0,
+        const int32_t                   * pos) const {
+    llama_kv_ragged_compute graph(lctx, layer, workspace, 24);
+
+    ggml_context * ctx = graph.get_ctx();
+
+    const auto & cparams = lctx.get_cparams();
+
+    ggml_tensor * shift   = graph.input(GGML_TYPE_I32, n);
+    ggml_tensor * factors = own.factors.empty() ? nullptr : graph.input(GGML_TYPE_F32, own.factors.size());
+    ggml_tensor * rot     = hadamard.empty()    ? nullptr : graph.input(GGML_TYPE_F32, n_hadamard, n_hadamard);
+
+    // [n_embd_head, 1, n]: a row is one head at one position
+    ggml_tensor * rows = ggml_new_tensor_3d(ctx, src->type, src->ne[0], 1, n);
+    ggml_backend_tensor_alloc(src->buffer, rows, (char *) src->data + i0*src->nb[1]);
+
+    ggml_tensor * cur = rows->type == GGML_TYPE_F32 ? rows : ggml_cast(ctx, rows, GGML_TYPE_F32);
+    if (rot) {
+        cur = llama_mul_mat_hadamard(ctx, cur, rot); // its own inverse
+    }
+    cur = ggml_rope_ext(ctx, cur, shift, factors, own.n_rot, lctx.get_model().hparams.rope_type, own.n_ctx_orig, own.freq_base, own.freq_scale,
+            cparams.yarn_ext_factor, own.attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+    if (rot) {
+        cur = llama_mul_mat_hadamard(ctx, cur, rot);
+    }
+    if (rows->type != GGML_TYPE_F32) {
+        cur = ggml_cast(ctx, cur, rows->type);
+    }
+    ggml_set_output(cur);
+    graph.expand(cur);
+
+    graph.alloc();
+    ggml_backend_tensor_set(shift, pos, 0, ggml_nbytes(shift));
+    if (factors) {
+        ggml_backend_tensor_set(factors, own.factors.data(), 0, ggml_nbytes(factors));
+    }
+    if (rot) {
+        ggml_backend_tensor_set(rot, hadamard.data(), 0, ggml_nbytes(rot));
+    }
+    graph.compute();
+
+    // the rows were read as a whole: they may be written over
+    if (dst) {
+        llama_kv_ragged_copy_rows(ggml_reshape_2d(ctx, cur, cur->ne[0], n), dst, 0, j0, n);
+    }
+}
+
+// rows that move down by less than their number
+static void move_rows(ggml_tensor * tensor, int64_t i_src, int64_t i_dst, int64_t n) {
+    if (n == 0 || i_src == i_dst) {
+        return;
+    }
+    if (ggml_backend_buffer_is_host(tensor->buffer)) {
+        char * data = (char *) tensor->data;
+        memmove(data + i_dst*tensor->nb[1], data + i_src*tensor->nb[1], n*tensor->nb[1]);
+        return;
+    }
+    // as many at once as do not overlap
+    const int64_t n_gap = i_src - i_dst;
+    for (int64_t i = 0; i < n; i += n_gap) {
+        llama_kv_ragged_copy_rows(tensor, tensor, i_src + i, i_dst + i, std::min(n_gap, n - i));
+    }
+}
+
+void llama_kv_ragged_shift::apply_cells(llama_kv_ragged_seq & seq, size_t i) {
+    const auto & layer = seq.get_layers()[i];
+    const auto & cells = seq.cells[i];
+    const auto & pool  = cells.pool;
+
+    for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
+        const int64_t n_cells = seq.n_cells(i, ih);
+        const int64_t i_dst   = pool.first[ih] + cells.find(ih, hole.p0);
+        const int64_t i_src   = pool.first[ih] + cells.find(ih, hole.p1);
+        const int64_t n       = pool.first[ih] + n_cells - i_src;
+
+        for (int64_t ir = 0; ir < n && ropes[i].rotates; ir += n_chunk) {
+            rotate(layer, ropes[i], of_cells, pool.k, i_src + ir, std::min(n_chunk, n - ir), pool.k,
+                    i_dst + ir, down.data());
+        }
+        if (!ropes[i].rotates) {
+            move_rows(pool.k, i_src, i_dst, n);
+        }
+        move_rows(pool.v, i_src, i_dst, n);
+    }
+}
+
+void llama_kv_ragged_shift::apply_queries(llama_kv_ragged_seq & seq, size_t i) {
+    const auto  & layer   = seq.get_layers()[i];
+    ggml_tensor * queries = seq.observed.queries[i].tensor;
+
+    const int64_t n_rows = moves.empty() || !ropes[i].rotates ? 0 : seq.observed.n_rows()*layer.n_head;
+    for (int64_t ir = 0; ir < n_rows; ir += N_CHUNK_MAX) {
+        rotate(layer, ropes[i], of_queries, queries, ir, std::min(N_CHUNK_MAX, n_rows - ir), queries,
+                ir, moves.data() + ir);
+    }
+}
+
+void llama_kv_ragged_shift::apply(llama_kv_ragged_seq & seq) {
+    for (size_t i = 0; i < ropes.size(); ++i) {
+        apply_cells  (seq, i);
+        apply_queries(seq, i);
+    }
+    seq.close(hole);
+}
+
+//
+// llama_kv_cache_ragged
+//
+
+bool llama_kv_cache_ragged::can_open(llama_pos p0, llama_pos p1) const {
+    if (!get_can_shift()) {
+        LLAMA_LOG_DEBUG("%s: [%d, %d) is not a tail of the %u positions, and those behind it cannot be moved\n", __func__, p0, p1, seq.n_pos);
+        return false;
+    }
+    if (visit) {
+        LLAMA_LOG_DEBUG("%s: tokens are only observed, [%d, %d) stays until they are gone\n", __func__, p0, p1);
+        return false;
+    }
+    if (!hole.empty()) {
+        LLAMA_LOG_DEBUG("%s: the positions [%d, %d) were removed and are not closed, [%d, %d) stays\n", __func__, hole.p0, hole.p1, p0, p1);
+        return false;
+    }
+    return true;
+}
+
+void llama_kv_cache_ragged::check_closed() const {
+    if (!hole.empty()) {
+        throw std::invalid_argument(format("the positions %d to %d were removed and the ones behind them did not move: call "
+                    "llama_memory_seq_add(mem, 0, %d, -1, %d) first", hole.p0, hole.p1 - 1, hole.p1, -hole.n()));
+    }
+}
+
+void llama_kv_cache_ragged::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    stayed = false;
+    if (seq_id > 0 || shift == 0 || p0 >= (llama_pos) seq.n_pos || (p1 >= 0 && p1 <= std::max(p0, 0))) {
+        return; // there is nothing to move
+    }
+    stayed = true;
+
+    if (is_busy()) {
+        llama_kv_ragged_refuse_batch("a selection is running, no position can be moved until it has returned");
+        return;
+    }
+    const bool is_tail = p1 < 0 || p1 >= (llama_pos) seq.n_pos;
+    if (hole.empty() || p0 < hole.p0 || p0 > hole.p1 || !is_tail || shift != -hole.n()) {
+        llama_kv_ragged_refuse_batch(format("positions from %d on cannot be moved by %d: remove as many before them first, and move all that "
+                    "follow (llama_memory_seq_rm(mem, 0, p0, p0 + n), then llama_memory_seq_add(mem, 0, p0 + n, -1, -n))", p0, shift));
+        return;
+    }
+    if (!lctx) {
+        llama_kv_ragged_refuse_batch("nothing was evaluated on this context yet: shift with wkv_shift(), or evaluate a token first");
+        return;
+    }
+    try {
+        close(*lctx);
+        stayed = false;
+    } catch (const std::exception & err) {
+        llama_kv_ragged_refuse_batch(llama_kv_ragged_reason(err));
+    }
+}
+
+void llama_kv_cache_ragged::close(llama_context & lctx) {
+    synchronize();
+
+    const auto own = planned ? std::move(planned) : std::make_unique<llama_kv_ragged_shift>(lctx, *this, seq, hole);
+    try {
+        own->apply(seq);
+    } catch (const std::exception & err) {
+        const std::string reason = llama_kv_ragged_reason(err);
+        lctx.get_memory()->clear(true); // some cells moved, and others did not
+        llama_kv_ragged_refuse(reason + " while cells moved, and what moved cannot go back: the cache was cleared");
+    }
+    llama_kv_cache::seq_rm(0, seq.n_pos, -1); // positions are all that it holds: the last ones are as good as those in the hole
+    hole = {};
+    epoch++;
+}
+
+void llama_kv_cache_ragged::shift(llama_context & lctx, int32_t p0, int32_t n) {
+    check_not_observing();
+    check_closed();
+
+    llama_memory_i & mem = *lctx.get_memory();
+    if (!mem.get_can_shift()) {
+        llama_kv_ragged_refuse_unsupported("the positions of this model cannot be shifted: its RoPE is not one rotation for a whole head "
+                "(positions of several components, or dimensions that differ from layer to layer)");
+    }
+    if (p0 < 0 || n < 1 || int64_t(p0) + n >= seq.n_pos) {
+        throw std::invalid_argument(format("positions %d to %" PRId64 " of %u are to be given up, expected some of them, and some behind them",
+                    p0, int64_t(p0) + n - 1, seq.n_pos));
+    }
+    this->lctx = &lctx;
+    synchronize();
+
+    planned = std::make_unique<llama_kv_ragged_shift>(lctx, *this, seq, llama_kv_ragged_hole { p0, p0 + n });
+    if (!mem.seq_rm(0, p0, p0 + n)) {
+        planned.reset();
+        llama_kv_ragged_refuse("what lies beside the cells cannot give these positions up");
+    }
+    mem.seq_add(0, p0 + n, -1, -n);
+    if (stayed) {
+        const std::string reason = llama_kv_ragged_get_error();
+        llama_kv_ragged_refuse(reason);
+    }
+}
+
+bool llama_kv_ragged_stayed(const llama_kv_cache * kv) {
+    const auto * ragged = dynamic_cast<const llama_kv_cache_ragged *>(kv);
+    return ragged && ragged->has_stayed();
+}
+
+bool llama_kv_ragged_small_windows(const llama_kv_cache * kv) {
+    return dynamic_cast<const llama_kv_cache_ragged *>(kv) != nullptr;
+}
