@@ -82,7 +82,8 @@ class Pins:
 
     def moved(self, close: Callable[[int], int]) -> None:
         """Positions moved; close: from where the end of a range was to where it is."""
-        self.asked = [(close(start), close(stop)) for start, stop in self.asked]
+        moved = [(close(start), close(stop)) for start, stop in self.asked]
+        self.asked = [(start, stop) for start, stop in moved if start < stop]
         if self._system is not None:
             self._system = close(self._system[0]), close(self._system[1])
 

@@ -148,7 +148,8 @@ class Compacting(GoingBack):
         start, stop = self._kv_asked or (0, n_past)
         if stop > n_past:
             start, stop = 0, n_past
-        start = max(start, stop - n)
+        # they take positions behind what is there
+        start = max(start, stop - n, stop - (self.n_ctx() - self.n_tokens))
         if start >= self.n_tokens:
             return list(tokens[start - self.n_tokens : stop - self.n_tokens])
         return [*self.input_ids[: self.n_tokens].tolist(), *tokens][start:stop]

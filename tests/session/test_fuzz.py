@@ -42,7 +42,9 @@ from windowkv_edge import (  # noqa: E402
     WindowHeadKV,
     WindowKV,
 )
-from windowkv_edge.limit import Limit  # noqa: E402
+from windowkv_edge.answers import newest  # noqa: E402
+from windowkv_edge.compaction import N_ANSWER  # noqa: E402
+from windowkv_edge.pins import n_pinned  # noqa: E402
 from windowkv_edge.policies import Task  # noqa: E402
 
 N_LAYER, N_HEAD, N_HEAD_KV, N_CTX, N_BATCH = 3, 4, 2, 512, 32
@@ -86,6 +88,15 @@ class Model:
             self.n = min(self.n, p0)
         return True
 
+    def shift(self, p0: int, n: int) -> None:
+        def close(own: np.ndarray) -> np.ndarray:
+            return np.concatenate([own[own < p0], own[own >= p0 + n] - n])
+
+        self.heads = [[close(own) for own in layer] for layer in self.heads]
+        if self.boundary > p0:
+            self.boundary = max(p0, self.boundary - n, 1)
+        self.n -= n
+
     def keep(self, masks: list[list[np.ndarray]]) -> None:
         self.heads = [[own[m] for own, m in zip(a, b, strict=True)] for a, b in zip(self.heads, masks, strict=True)]
         self.boundary = self.n
@@ -109,12 +120,15 @@ class Run:
         self.rng = np.random.default_rng(seed)
         self.llm = Llama(
             str(path), n_ctx=N_CTX, n_batch=N_BATCH, kv_policy=POLICIES[0], kv_budget=N_CTX, n_threads=1,
-            n_threads_batch=1, verbose=False,
+            n_threads_batch=1, verbose=False, kv_shift="shift" if seed % 2 else "refuse",
         )  # fmt: skip
         assert self.llm._kv is not None
         self.kv = self.llm._kv
         self.model = Model()
         self.saved: list[Saved] = []
+        self.checkpoints: dict[int, Saved] = {}
+        self.prompts: list[list[int]] = []
+        self.n_gone = 0  # positions that this step gave up
         self.done: Counter[str] = Counter()
         self.folder = tempfile.TemporaryDirectory()
         self.watch()
@@ -143,18 +157,28 @@ class Run:
         native_compact, native_rm = cache.compact, ctx.kv_cache_seq_rm
 
         def compact(
-            n_cells: int, task: Task = "localization", policy: KVPolicy | None = None, n_observers: int | None = None
+            n_cells: int,
+            task: Task = "localization",
+            policy: KVPolicy | None = None,
+            n_observers: int | None = None,
+            answers: bool = False,
         ) -> int:
             assert n_observers is None  # of questions in chats
             self.catch_up()
             bound = policy or cache.bound
-            scores = [self.kv.scores(il, bound.n_observed) for il in range(N_LAYER)]
-            ranges = llm._kv_pins.ranges()
+            n_observed = min(bound.n_observed, N_ANSWER) if answers else bound.n_observed
+            scores = [self.kv.scores(il, n_observed) for il in range(N_LAYER)]
+            ranges = [*llm._kv_pins.ranges()]
+            if answers:
+                ranges += newest(bound, self.model.n, n_cells - n_pinned(ranges))
             keep = pinned(
                 lambda own, planes, n: kept(bound, own, planes[0], n, task), self.model.heads, [scores], n_cells, ranges
             )
-            n_released = native_compact(n_cells, task, policy)
-            if not all(own.all() for layer in keep for own in layer):
+            n_released = native_compact(n_cells, task, policy, answers=answers)
+            # heads that compete are not asked where everything fits
+            fits = all(sum(own) <= n_cells * N_HEAD_KV for own in sizes(self.model.heads))
+            is_asked = not fits or bound.parts("localization").allocation.heads != "score"
+            if is_asked and not all(own.all() for layer in keep for own in layer):
                 self.model.keep(keep)
                 self.done["compactions"] += 1
             assert self.llm.kv_stats().cells.tolist() == sizes(self.model.heads)
@@ -166,7 +190,29 @@ class Run:
             assert p1 == -1 and res == self.model.trim(p0)
             return bool(res)
 
+        def move_down(cache: Any, p0: int, p1: int) -> None:
+            self.catch_up()
+            native_move(cache, p0, p1)
+            self.model.shift(p0, p1 - p0)
+            self.n_gone += p1 - p0
+            self.done["moves"] += 1
+
+        def keep_checkpoint(own: Any) -> None:
+            self.catch_up()
+            assert self.model.n == len(own.tokens)
+            self.checkpoints[id(own)] = Saved(own, copy.deepcopy(self.model), llm.kv_policy)
+            native_add(own)
+
+        def become(own: Any) -> str:
+            why = str(native_become(own))
+            assert not why
+            self.model = copy.deepcopy(self.checkpoints[id(own)].model)
+            self.done["went back"] += 1
+            return why
+
+        native_move, native_add, native_become = llm._move_down, llm._kv_checkpoints.add, llm._become
         cache.compact, ctx.kv_cache_seq_rm = compact, seq_rm  # type: ignore[method-assign]
+        llm._move_down, llm._kv_checkpoints.add, llm._become = move_down, keep_checkpoint, become  # type: ignore[method-assign]
 
     def same(self) -> None:
         """The session holds what the model says."""
@@ -181,6 +227,7 @@ class Run:
     def step(self) -> None:
         name = str(self.rng.choice(list(self.operations), p=self.weights))
         self.done[name] += 1
+        self.n_gone = 0
         self.operations[name]()
         self.same()
 
@@ -201,36 +248,49 @@ class Run:
             assert float(self.llm.kv_stats().cells.mean()) <= n_most
 
     def do_one(self) -> None:
-        if self.model.n == N_CTX:
+        if self.model.n == N_CTX and self.llm._kv_shift == "refuse":
             with pytest.raises(UnsupportedCallError):
                 self.llm.eval(self.tokens(1))
             return
         n = self.model.n
         self.llm.eval(self.tokens(1))
-        assert self.llm.n_tokens == n + 1
+        assert self.llm.n_tokens == n + 1 - self.n_gone
         self.bounded()
 
     def do_piece(self) -> None:
         """Of a prompt that is evaluated by hand."""
         n, n_new = self.model.n, self.number(2, 120)
-        if n + n_new > N_CTX:
+        if n + n_new > N_CTX and self.llm._kv_shift == "refuse":
             with pytest.raises(UnsupportedCallError):
                 self.llm.eval(self.tokens(n_new))
             return
         self.llm.eval(self.tokens(n_new))
-        assert self.llm.n_tokens == n + n_new
+        assert self.llm.n_tokens == n + n_new - self.n_gone
         self.bounded()
 
     def do_prompt(self) -> None:
         """One that goes on where an earlier one differs, or a new one, and some tokens of an answer."""
         held = self.llm.input_ids[: self.llm.n_tokens].tolist()
+        if self.prompts and self.rng.random() < 0.4:
+            held = self.prompts[self.number(0, len(self.prompts))]
         n_same = self.number(0, len(held) + 1) if self.rng.random() < 0.3 else len(held)
         if n_same > N_CTX - 100 or self.rng.random() < 0.1:
             n_same = 0
         prompt, n_answer = [*held[:n_same], *self.tokens(self.number(1, 80))], self.number(1, 8)
+        self.prompts = [*self.prompts[-4:], prompt]
         answer(self.llm, prompt, n_answer)
-        assert self.llm.input_ids[: len(prompt)].tolist() == prompt
-        assert self.llm.n_tokens == len(prompt) + n_answer - 1
+        if not self.llm._kv_lost.parts:
+            assert self.llm.input_ids[: len(prompt)].tolist() == prompt
+            assert self.llm.n_tokens == len(prompt) + n_answer - 1
+        self.bounded()
+
+    def do_edit(self) -> None:
+        """A message takes the place of the last one."""
+        answer(self.llm, self.tokens(self.number(40, 100)), 2)
+        before = self.llm.input_ids[: self.llm.n_tokens].tolist()
+        for _ in range(2):
+            answer(self.llm, [*before, *self.tokens(self.number(1, 100))], self.number(1, 40))
+            self.same()
         self.bounded()
 
     def do_compact(self) -> None:
@@ -247,6 +307,13 @@ class Run:
         self.llm._ctx.kv_cache_seq_rm(-1, p0, -1)
         self.llm.n_tokens = self.model.n
 
+    def do_shift(self) -> None:
+        """On one side of the boundary, before the last tokens on both: definitions take these for held by all heads."""
+        low, high = (0, self.model.boundary - 8) if self.rng.random() < 0.5 else (self.model.boundary, self.model.n - 8)
+        if high - low >= 2 and self.llm._kv_cache is not None:
+            p0 = self.number(low, high - 1)
+            self.llm._move_down(self.llm._kv_cache, p0, self.number(p0 + 1, high))
+
     def do_clear(self) -> None:
         self.llm.reset()
         self.model.clear()
@@ -262,7 +329,9 @@ class Run:
     def do_limit(self) -> None:
         """Another limit, for an empty cache."""
         self.do_clear()
-        self.llm._kv_limit = None if self.rng.random() < 0.4 else Limit(self.number(100, 200))
+        self.llm.kv_limit = None if self.rng.random() < 0.4 else self.number(100, 200)
+        self.llm._kv_interval = None if self.rng.random() < 0.5 else self.number(8, 40)
+        self.llm._kv_checkpoints.given = ("auto", 0, 1 << 20, 16 << 20)[self.number(0, 4)]
 
     def do_pin(self) -> None:
         """A few positions that are there in full or still to come, or none any more."""
@@ -312,7 +381,7 @@ class Run:
         self.model = before
 
 
-WEIGHTS = {"one": 30, "piece": 8, "prompt": 8, "compact": 8, "trim": 7, "clear": 2, "policy": 2, "limit": 2, "budget": 3, "snapshot": 3, "load": 3, "save": 3, "pin": 3}
+WEIGHTS = {"one": 30, "piece": 8, "prompt": 8, "compact": 8, "trim": 7, "clear": 2, "policy": 2, "limit": 2, "budget": 3, "snapshot": 3, "load": 3, "save": 3, "pin": 3, "shift": 3, "edit": 3}
 """How often, against 1."""
 
 
@@ -333,13 +402,15 @@ def run(path: Path, n_steps: int, seed: int) -> dict[str, int]:
 
 
 def test_random_operations(tiny: Path) -> None:
-    done = run(tiny, 2000, 0)
-    assert set(done) == {*WEIGHTS, "file", "compactions"} and min(done.values()) > 10
+    for seed in (0, 1):  # without and with kv_shift
+        done = run(tiny, 1500, seed)
+        assert set(done) == {*WEIGHTS, "file", "compactions", "moves", "went back"} and min(done.values()) > 5
 
 
 @pytest.mark.slow
 def test_twenty_thousand_operations(tiny: Path) -> None:
-    run(tiny, 20_000, 1)
+    for seed in (2, 3):
+        run(tiny, 10_000, seed)
 
 
 if __name__ == "__main__":

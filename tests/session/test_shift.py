@@ -376,8 +376,7 @@ def test_saved_sessions_go_on(tiny: Path, opened: Open, tmp_path: Path) -> None:
     llm.load_state(state := other.save_state())
     talk(llm, 2, history=list(want))
     llm.reset()
-    assert llm._n_saved(GivenUp.of(state.session["noted"]["lost"]), state.input_ids[: state.n_tokens],
-                        state.session["removable"], np.array([*want, 1], dtype=np.intc)) == len(want) - 1  # fmt: skip
+    assert llm._saves(state, np.array([*want, 1], dtype=np.intc)) == len(want) - 1
 
 
 def test_scores_move(tiny: Path, opened: Open) -> None:
