@@ -19,9 +19,6 @@ from .task import prompt_task
 
 __all__ = ["Compacting"]
 
-SPARE = 24
-"""A compaction takes up to one part in so many of the cells' bytes for a while (q8_0 cells of 64 values, 30 layers)."""
-
 WORTH_ASKING = 16 << 20
 """Bytes of cells below which nobody asks how much memory is free."""
 
@@ -99,12 +96,10 @@ class Compacting(llama_cpp.Llama):
                 self._shrink(cache, room - max(n, Limit.slack(room)))
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
-            # behind this batch the next observers need room, and then a compaction: scores of all cells, a layer twice
-            room -= max(len(asks), (room + self.n_batch) // SPARE)
+            room = Limit.before(room, self.n_batch, len(asks) if n < len(tokens) else 0)
             if n_held > room:
                 self._observe(cache, asks)
-                # small batches are not worth a compaction each
-                self._shrink(cache, room - max(0, Limit.slack(room) - self.n_batch), asks)
+                self._shrink(cache, Limit.behind(room, self.n_batch), asks)
         if n > 1:
             kv.reserve(n)
 
