@@ -113,6 +113,7 @@ class FakeLlama:
         self.pieces = pieces
         self.n_tokens = 0
         self.n_resets = 0
+        self.kv_progress: Any = None
         self.prompts: list[Any] = []
 
     def create_chat_completion(self, messages: list[dict[str, str]], **_: Any) -> Iterator[dict[str, Any]]:

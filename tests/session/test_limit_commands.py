@@ -154,13 +154,13 @@ def test_bars_of_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
 def test_eval_long(smollm2: Path, tmp_path: Path) -> None:
     out = tmp_path / "long.jsonl"
     args: list[Any] = [
-        "eval", "long", smollm2, "--limits", "256", "--lengths", "300,600", "--kinds", "number,word", "--depths", "0.5",
+        "eval", "long", smollm2, "--limits", "256", "--lengths", "400", "--kinds", "number,word", "--depths", "0.5",
         "--threads", "2", "--out", out,
     ]  # fmt: skip
     result = run(*args)
     assert result.exit_code == 0, result.output
     header, *rows = map(json.loads, out.read_text().splitlines())
-    assert header["suite"] == "long" and len(rows) == 4
+    assert header["suite"] == "long" and len(rows) == 2
     for row in rows:
         full, *others = row["results"]
         assert full["policy"] == "full" and full["cells"] == "q8_0" and full["n_peak"] == row["n_prompt"]
@@ -173,7 +173,7 @@ def test_eval_long(smollm2: Path, tmp_path: Path) -> None:
             assert by_name[name]["budget"] == 256 and by_name[name]["n_compactions"] >= 1
             assert by_name[name]["n_peak"] <= 1.3 * (256 + 512)
         assert by_name["auto" + EXACT]["n_peak"] == row["n_prompt"]
-    assert sum(row["results"][0]["score"] > 0 for row in rows) >= 2
+    assert any(row["results"][0]["score"] > 0 for row in rows)
     assert "auto (exact), q8_0" in result.stdout and "By depth" not in result.stdout
     size = out.stat().st_size
     assert run(*args).exit_code == 0 and out.stat().st_size == size  # nothing is measured twice
