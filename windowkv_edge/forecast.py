@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .budget import bits
 from .gguf_info import GGUFInfo
-from .limit import Limit, check_limit
+from .limit import Limit, check_limit, n_asks, slack
 from .policies import KVPolicy
 
 __all__ = ["Forecast", "forecast"]
@@ -74,11 +74,24 @@ def forecast(info: GGUFInfo, limit: int | str, n_tokens: int, policy: KVPolicy, 
     own.check(stats, policy)
     n = own.n_cells(stats)
     fits = n_tokens <= n
-    after = n_tokens if fits else n - own.slack(n)
-    peak = n_tokens if fits else min(n_tokens, n + n_batch)
+    peak, after = (n_tokens, n_tokens) if fits else _read(n_tokens, n, n_batch, n_asks(policy))
     cells = {"peak": peak, "after": after, "most": n}
     figures = {f"cells_{name}": value for name, value in cells.items()}
     # as long as nothing was compacted, pools come in pieces that stock's attention reads
     rows = {name: -(-value // 256) * 256 if fits and name != "most" else value for name, value in cells.items()}
     figures |= {f"bytes_{name}": value * cell + queries for name, value in rows.items()}
     return Forecast(n_tokens, n, **figures, bytes_full=n_tokens * cell + queries)
+
+
+def _read(n_tokens: int, limit: int, n_batch: int, n_observers: int) -> tuple[int, int]:
+    """Cells at the peak of a prompt that does not fit, observers included, and behind it."""
+    held = peak = 0
+    for i in range(0, n_tokens, n_batch):
+        n = min(n_batch, n_tokens - i)
+        room = Limit.before(limit, n_batch, n_observers if i + n < n_tokens else 0)
+        if held > room:
+            peak = max(peak, held + n_observers)
+            held = Limit.behind(room, n_batch)
+        held += n
+        peak = max(peak, held)
+    return peak, held if held <= limit else limit - slack(limit)

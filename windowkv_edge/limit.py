@@ -54,6 +54,9 @@ def n_bytes(name: str, text: str, other: str) -> int:
     return int(float(found[1]) * unit)
 
 
+SPARE = 24
+"""A compaction takes up to one part in so many of the cells' bytes for a while (q8_0 cells of 64 values, 30 layers)."""
+
 N_ASKS = 64
 """Tokens that are taken for what a prompt asks, at most."""
 
@@ -125,6 +128,18 @@ class Limit:
         """Cells per head that every compaction within the limit leaves."""
         n = self.n_cells(stats)
         return n - max(n_asks(policy), self.slack(n))
+
+    @staticmethod
+    def before(n_cells: int, n_batch: int, n_observers: int) -> int:
+        """Of n_cells, those that may be held before a batch of a prompt: behind it the next observers need room, and
+        then a compaction, for scores of all cells and a layer twice."""
+        return n_cells - max(n_observers, (n_cells + n_batch) // SPARE)
+
+    @staticmethod
+    def behind(n_cells: int, n_batch: int) -> int:
+        """Cells that a compaction leaves before a batch that n_cells may be held for: small batches are not worth one
+        each."""
+        return n_cells - max(0, slack(n_cells) - n_batch)
 
     def slack(self, n_cells: int) -> int:
         """Cells of room that a compaction makes while an answer grows, so that one is not due for every token."""

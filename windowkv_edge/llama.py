@@ -393,7 +393,8 @@ class Llama(Limited):
 
     @property
     def kv_pinned(self) -> tuple[Range, ...]:
-        """Positions [start, stop) that are pinned: by :meth:`kv_pin`, then a chat's system prompt."""
+        """Positions [start, stop) that are pinned: by :meth:`kv_pin`, then a chat's system prompt, unless the last
+        compaction found it too long."""
         return tuple(self._kv_pins.ranges())
 
     def kv_stats(self) -> KVStats:

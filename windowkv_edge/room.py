@@ -14,7 +14,7 @@ from ._memory import share_on_devices, usable_memory
 from .answers import Bound, newest
 from .errors import UnsupportedCallError
 from .going_back import GoingBack
-from .limit import N_ASKS, Prefill, n_asks, slack
+from .limit import N_ASKS, Limit, Prefill, n_asks
 from .pins import Pins, Range, n_pinned
 from .policies import Task
 from .prompts import Step
@@ -22,9 +22,6 @@ from .session import PolicyCache
 from .task import prompt_task
 
 __all__ = ["Compacting"]
-
-SPARE = 24
-"""A compaction takes up to one part in so many of the cells' bytes for a while (q8_0 cells of 64 values, 30 layers)."""
 
 WORTH_ASKING = 16 << 20
 """Bytes of cells below which nobody asks how much memory is free."""
@@ -113,13 +110,11 @@ class Compacting(GoingBack):
                 self._shrink(cache, bound.target(n), in_answer=True)
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
-            # behind this batch the next observers need room, and then a compaction: scores of all cells, a layer twice
-            room -= max(len(asks), (room + self.n_batch) // SPARE)
+            room = Limit.before(room, self.n_batch, len(asks) if n < len(tokens) else 0)
             if n_held > room:
                 self._keep_before(cache, step)
                 self._observe(cache, asks)
-                # small batches are not worth a compaction each
-                self._shrink(cache, room - max(0, slack(room) - self.n_batch), asks)
+                self._shrink(cache, Limit.behind(room, self.n_batch), asks)
         if n > 1:
             kv.reserve(n)
 

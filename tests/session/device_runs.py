@@ -479,14 +479,14 @@ def prompt_out_of_memory(model: Path, policy: Any) -> list[Json]:
     from windowkv_edge import NativeError
 
     def answer(llm: Any) -> list[int]:
-        stream = llm.generate(tokens(300), temp=0.0)
+        stream = llm.generate(tokens(110), temp=0.0)
         try:
-            return [next(stream) for _ in range(3)]
+            return [next(stream) for _ in range(2)]
         finally:
             stream.close()
 
     res: list[Json] = []
-    with session(model, 99, kv_policy=policy, kv_limit=120, n_batch=32) as llm:
+    with session(model, 99, kv_policy=policy, kv_limit=64, n_batch=32) as llm:
         answer(llm)
         while not res or res[-1]["n_failed"]:
             llm.reset()

@@ -118,6 +118,7 @@ class FakeLlama:
         self.pieces = pieces
         self.n_tokens = 0
         self.n_resets = 0
+        self.kv_progress: Any = None
         self.prompts: list[Any] = []
         self.kv_progress: Any = None
 

@@ -272,15 +272,14 @@ def test_out_of_memory_changes_nothing(device: Run, write: Callable[..., Path], 
     assert np.array_equal(found["short"], found["enough"])
 
 
-@pytest.mark.parametrize("policy", [WINDOWKV, ADAKV], ids=["uniform", "ragged"])
-def test_a_prompt_within_a_limit_without_memory(device: Run, model: Path, policy: Any) -> None:
+def test_a_prompt_within_a_limit_without_memory(device: Run, model: Path) -> None:
     """Whichever allocation fails: tokens and positions agree, and the next prompt is answered as by a fresh session."""
-    *failed, done = device("cuda", device_runs.prompt_out_of_memory, model, policy)
+    *failed, done = device("cuda", device_runs.prompt_out_of_memory, model, WINDOWKV)
     assert len(failed) > 10 and sum(row["error"] != "" for row in failed) > 5
     assert done["error"] == ""
     for row in failed:
         assert row["left"][0] == row["left"][1] and row["next"] == done["next"], row
-        assert row["cells"] <= 120
+        assert row["cells"] <= 64
 
 
 @pytest.mark.parametrize("policy", [WINDOWKV, ADAKV], ids=["uniform", "ragged"])
