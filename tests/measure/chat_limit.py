@@ -4,7 +4,8 @@
 
 llama-cpp-python's own chat handler renders the whole history at every turn. "New" are the tokens of a prompt behind those that it
 shares with what was evaluated by the end of the turn before; no turn should evaluate more than these and 5 %. Afterwards the last
-answer is asked for again, the last message is edited, and turns are taken back: each should evaluate its own message alone. MiB of the cells are after the answer, those of checkpoints are host memory.
+answer is asked for again, the last message is edited, and turns are taken back, as far as checkpoints reach: each should evaluate
+its own message alone. MiB of the cells are after the answer, those of checkpoints are host memory.
 """
 
 from __future__ import annotations
@@ -121,6 +122,8 @@ def main() -> None:
         n_new, n_evaluated = chat.back(n_turns, f"In short: {last}")
         print(f"another message {n_turns} turn(s) back: {n_new} tokens, {n_evaluated} evaluated {llm.kv_stats().miss}", flush=True)
         chat.messages = before
+        if n_evaluated > n_new:
+            break  # the others are read from the beginning, too
     llm.close()
 
 
