@@ -34,6 +34,7 @@ REDUCED = {
     "windowkv-edge chat": "",
     "windowkv-edge profile": "--lengths 64 --depths 0.5",
     "windowkv-edge eval fidelity": "--lengths 300 --windows 1 --follow 4 --budgets 25%",
+    "windowkv-edge eval generate": "--tokens 40 --cells 32 --free 8 --policies streamingllm",
     "windowkv-edge eval needle": "--lengths 600 --depths 0.5 --kinds number",
     "windowkv-edge bench smollm2": "--lengths 300 --rounds 1 --fill --references 2",
     "python tests/measure/compaction.py smollm2": "--lengths 300 --rounds 1",
