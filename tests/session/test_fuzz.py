@@ -72,6 +72,15 @@ class Model:
             self.n = min(self.n, p0)
         return True
 
+    def shift(self, p0: int, n: int) -> None:
+        def close(own: np.ndarray) -> np.ndarray:
+            return np.concatenate([own[own < p0], own[own >= p0 + n] - n])
+
+        self.heads = [[close(own) for own in layer] for layer in self.heads]
+        if self.boundary > p0:
+            self.boundary = max(p0, self.boundary - n, 1)
+        self.n -= n
+
     def keep(self, masks: list[list[np.ndarray]]) -> None:
         self.heads = [[own[m] for own, m in zip(a, b, strict=True)] for a, b in zip(self.heads, masks, strict=True)]
         self.boundary = self.n
@@ -95,7 +104,10 @@ def run(path: Path, n_steps: int, seed: int) -> dict[str, int]:
     model = Model()
     done: dict[str, int] = {}
     for _ in range(n_steps):
-        what = rng.choice(["one", "prompt", "compact", "trim", "clear", "policy", "snapshot"], p=[0.5, 0.14, 0.14, 0.12, 0.03, 0.03, 0.04])
+        what = rng.choice(
+            ["one", "prompt", "compact", "trim", "clear", "policy", "snapshot", "shift"],
+            p=[0.46, 0.14, 0.14, 0.12, 0.03, 0.03, 0.04, 0.04],
+        )
         done[what] = done.get(what, 0) + 1
         if what in ("one", "prompt"):
             n = 1 if what == "one" else int(rng.integers(2, 120))
@@ -117,13 +129,27 @@ def run(path: Path, n_steps: int, seed: int) -> dict[str, int]:
                 continue
             keep = kept(bound, model.heads, scores, n_cells)
             stats = llm.kv_compact(n_cells)
-            if not all(own.all() for layer in keep for own in layer):
+            # heads that compete are not asked where everything fits
+            fits = all(sum(own) <= n_cells * N_HEAD_KV for own in sizes(model.heads))
+            is_asked = not fits or bound.parts("localization").allocation.heads != "score"
+            if is_asked and not all(own.all() for layer in keep for own in layer):
                 model.keep(keep)
             assert stats.cells.tolist() == sizes(model.heads)
         elif what == "trim":
             p0 = int(rng.integers(0, model.n + 2))
             assert llm._ctx.kv_cache_seq_rm(-1, p0, -1) == model.trim(p0)
             llm.n_tokens = model.n
+        elif what == "shift":
+            # on one side of the boundary, and before the last tokens on both: definitions take these for held by all heads
+            lo, hi = (0, model.boundary - 8) if rng.random() < 0.5 else (model.boundary, model.n - 8)
+            if hi - lo < 2:
+                continue
+            p0 = int(rng.integers(lo, hi - 1))
+            n = int(rng.integers(1, hi - p0))
+            kv.shift(p0, n)
+            model.shift(p0, n)
+            llm.n_tokens = llm._kv_known = model.n
+            llm.input_ids[p0 : model.n] = llm.input_ids[p0 + n : model.n + n]
         elif what == "clear":
             llm.reset()
             model.clear()
@@ -147,7 +173,7 @@ def run(path: Path, n_steps: int, seed: int) -> dict[str, int]:
 
 def test_random_operations(tiny: Path) -> None:
     done = run(tiny, 2000, 0)
-    assert len(done) == 7 and min(done.values()) > 20
+    assert len(done) == 8 and min(done.values()) > 20
 
 
 @pytest.mark.slow
