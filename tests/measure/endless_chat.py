@@ -25,18 +25,25 @@ TOPICS = ("rivers", "bridges", "clocks", "apples", "ships", "mountains", "letter
 ASKS = "What is the secret code?"
 
 
+class _Rendered(Exception):
+    pass
+
+
 def prompt(llm: Llama, messages: list[dict[str, str]]) -> list[int]:
     """Tokens that the handler makes of the messages."""
-    seen: list[list[int]] = []
+
+    def stop(prompt: list[int], **_: Any) -> None:
+        raise _Rendered(prompt)
+
     own: Any = llm.create_completion
-    llm.create_completion = lambda prompt, **_: seen.append(prompt) or {}  # type: ignore[method-assign]
+    llm.create_completion = stop  # type: ignore[method-assign, assignment]
     try:
-        llm.create_chat_completion(messages)  # type: ignore[arg-type]
-    except KeyError:
-        pass  # of the answer, which there is none
+        llm.create_chat_completion(messages)
+    except _Rendered as rendered:
+        return list(rendered.args[0])
     finally:
         llm.create_completion = own  # type: ignore[method-assign]
-    return list(seen[0])
+    raise SystemExit("the chat handler completes nothing")
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -56,7 +63,7 @@ class Talk:
         self.messages.append({"role": "user", "content": text})
         rendered = prompt(self.llm, self.messages)
         n_new = len(rendered) - common(rendered, self.read)
-        out: Any = self.llm.create_chat_completion(self.messages, max_tokens=n_answer, temperature=0.0)  # type: ignore[arg-type]
+        out: Any = self.llm.create_chat_completion(self.messages, max_tokens=n_answer, temperature=0.0)
         answer = out["choices"][0]["message"]
         self.messages.append({"role": "assistant", "content": answer["content"]})
         stats = self.llm.kv_stats()

@@ -6,7 +6,7 @@ import io
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -355,3 +355,14 @@ def test_files_that_hold_no_conversation(smollm2: Path, tmp_path: Path) -> None:
     refused(run("chat", smollm2, "--session", tmp_path / "none" / "file"), "--session", "no folder")
     refused_late = run("chat", smollm2, "--session", tmp_path / "text")
     assert refused_late.exit_code == 2 and "not a saved session" in refused_late.stderr
+
+
+def test_a_chat_longer_than_the_context(smollm2: Path, opened: Callable[..., Llama]) -> None:
+    """It goes on, and says what was given up."""
+    out = io.StringIO()
+    llm = opened(smollm2, n_ctx=256, kv_policy="auto", kv_shift="shift")
+    chat = Chat(llm, Console(file=out, width=200), max_tokens=3, temperature=0.0)
+    for i in range(4):
+        chat.say(f"Number {i}: " + "one two three four five six seven eight nine ten, " * 6)
+    assert len(chat.messages) == 8 and "dropped" not in out.getvalue()
+    assert "the context was full: the oldest" in out.getvalue() and llm.kv_stats().n_shifted > 0

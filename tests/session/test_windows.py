@@ -191,14 +191,34 @@ def test_a_batch_that_does_not_follow_is_refused(gemma3: Path, gemma_tokens: lis
     assert llm.kv_stats().n_past == 603
 
 
-def test_shifts_are_refused(gemma3: Path, gemma_tokens: list[int], opened: Open) -> None:
+def test_shifts_of_all_caches_or_none(gemma3: Path, gemma_tokens: list[int], opened: Open) -> None:
     llm = opened(gemma3, kv_policy="snapkv", kv_budget=400)
     evaluate(llm, gemma_tokens[:300])
     mem = llama_cpp.llama_get_memory(llm.ctx)
-    assert not llama_cpp.llama_memory_can_shift(mem)
-    llama_cpp.llama_memory_seq_add(mem, 0, 100, -1, -50)
+    llama_cpp.llama_memory_seq_add(mem, 0, 100, -1, -50)  # over positions that are there
     llama_cpp.llama_memory_seq_div(mem, 0, 0, -1, 2)
     assert llama_cpp.llama_memory_seq_pos_max(mem, 0) == 299
+    assert llama_cpp.llama_memory_can_shift(mem) and llama_cpp.llama_memory_seq_rm(mem, 0, 4, 104)
+    llama_cpp.llama_memory_seq_add(mem, 0, 104, -1, -99)  # by another number
+    assert llama_cpp.llama_memory_seq_pos_max(mem, 0) == 299
+    llama_cpp.llama_memory_seq_add(mem, 0, 104, -1, -100)
+    assert llama_cpp.llama_memory_seq_pos_max(mem, 0) == 199
+    llm.n_tokens = llm._kv_known = 200
+    follow(llm, gemma_tokens[300:303])
+
+
+def test_shifts_have_the_layers_own_base(gemma3: Path, gemma_tokens: list[int], opened: Open) -> None:
+    """Layers without a window turn by another base than those with one; pairs are half a head apart."""
+    llm = opened(gemma3, kv_policy="full", type_k=0, type_v=0, n_ctx=1024)
+    llm.eval(gemma_tokens[:700])
+    assert llm._kv is not None
+    before = llm._kv.rows(0, 0, "k")[304:]
+    llm._kv.shift(4, 300)
+    base = float(llm.metadata["gemma3.rope.freq_base"])
+    angle = -300 * base ** (-np.arange(128) * 2 / 256)
+    x, y = before[:, :128], before[:, 128:]
+    want = np.concatenate([x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], axis=1)
+    np.testing.assert_allclose(llm._kv.rows(0, 0, "k")[4:], want, atol=1e-6 * np.abs(want).max())
 
 
 #
