@@ -159,6 +159,9 @@ class Shifting(Compacting):
     def _sync_positions(self) -> None:
         raise NotImplementedError
 
+    def _clear(self) -> None:
+        raise NotImplementedError
+
     def _evaluate(self, cache: PolicyCache, tokens: Sequence[int], step: Any) -> None:
         raise NotImplementedError
 
@@ -290,14 +293,25 @@ class Shifting(Compacting):
                 self._kv_lost = GivenUp()
             return tokens
         if reset:
-            n_parts, tokens, self._kv_miss = self._kv_lost.held(tokens, self.input_ids[: self.n_tokens])
-            self._kv_lost = GivenUp(self._kv_lost.parts[:n_parts])
+            n_parts, mapped, self._kv_miss = self._kv_lost.held(tokens, self.input_ids[: self.n_tokens])
+            held = np.array(mapped, dtype=np.intc)
+            if n_parts > 0 and max(self._n_live(cache, held), self._n_kept(held)) == 0:
+                # if nothing of it can be kept, then all of it is read again, with what was given up
+                n_same, stats = n_shared(mapped, self.input_ids[: self.n_tokens]), cache.kv.stats()
+                self._kv_miss = why_missed(
+                    len(mapped), n_same, int(stats.n_past), int(stats.n_boundary), self._kv_when.changed
+                )
+                n_parts, mapped = 0, tokens
+            tokens, self._kv_lost = mapped, GivenUp(self._kv_lost.parts[:n_parts])
         n_wanted = min(wants, self._n_ctx // 8)
         if len(tokens) + n_wanted + (0 if reset else self.n_tokens) <= self._n_ctx:
             return tokens
 
-        rest = self._keep_shared(cache, tokens) if reset else list(tokens)
-        if not reset:
+        if reset:
+            self._go_back(cache, tokens)
+            rest = self._keep_shared(cache, tokens)
+        else:
+            rest = list(tokens)
             self._sync_positions()
         while (n := self._make_positions(cache, len(rest), n_wanted)) < len(rest):
             self._read(cache, rest[:n])
@@ -316,7 +330,8 @@ class Shifting(Compacting):
         if n_same > 0 and not self._kv_miss:
             n_boundary = int(cache.kv.stats().n_boundary)
             self._kv_miss = why_missed(len(tokens), n_same, n_past, n_boundary, self._kv_when.changed)
-        self.reset()  # type: ignore[no-untyped-call]
+        with self._aligned():
+            self._clear()
         return tokens
 
     def _read(self, cache: PolicyCache, tokens: Sequence[int]) -> None:
