@@ -232,9 +232,14 @@ class Session(Steps):
 
 class Limited(Session):
     """The same with ``kv_limit``: compactions between the batches of the prompt, which its last tokens observe, and between those
-    that are generated."""
+    that are generated; of these positions some are given up on the way."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"kv_limit": 40, "n_batch": 16, "n_ubatch": 16}
+    OPTIONS: ClassVar[dict[str, Any]] = {"kv_limit": 40, "kv_shift": "shift", "n_batch": 16, "n_ubatch": 16}
+
+    SHIFTS_AT = 6
+    """Tokens behind the prompt."""
+
+    has_shifted = False
 
     def prompt(self) -> None:
         stream = self._own().generate(TOKENS[:N_PROMPT], temp=0.0)
@@ -242,4 +247,23 @@ class Limited(Session):
             next(stream)
         finally:
             stream.close()
-        self.n_done = 0
+        self.n_done, self.has_shifted = 0, False
+
+    def tokens(self) -> None:
+        n_wanted = self.n_wanted
+        if n_wanted >= self.SHIFTS_AT > self.n_done or self.n_done == self.SHIFTS_AT and not self.has_shifted:
+            self.n_wanted = self.SHIFTS_AT
+            try:
+                super().tokens()
+            finally:
+                self.n_wanted = n_wanted
+            llm = self._own()
+            llm._give_up(llm._kv_cache, 8)
+            self.has_shifted = True
+        super().tokens()
+
+    def held(self) -> Any:
+        """Positions that were given up count."""
+        n_tokens, cells, (n_past, *others), logits = super().held()
+        n = self._own().kv_stats().n_shifted
+        return n_tokens + n, cells, (n_past + n, *others), logits
