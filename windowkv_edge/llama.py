@@ -439,7 +439,11 @@ class Llama(Limited):
         pins = self._kv_cache is not None and self._kv_given["kv_pin_system"]
         self._kv_pins.text = system_text(messages) if pins else ""
         self._kv_asked_text = "" if self._kv_cache is None else asked_text(messages)
-        return super().create_chat_completion(messages, *args, **kwargs)
+        try:
+            return super().create_chat_completion(messages, *args, **kwargs)
+        except BaseException:
+            self._kv_pins.text = self._kv_asked_text = ""  # there may be no tokenizer that could find them
+            raise
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """See ``llama_cpp.Llama.embed``; needs a session without a policy.
