@@ -22,8 +22,8 @@ def n_observed(policy: KVPolicy) -> int:
 
 
 N_ANSWER = 8
-"""Queries that observe where an answer is compacted while it grows: 32 of them take three times as long, and choose no
-better (eval/README.md)."""
+"""Queries that observe where an answer is compacted while it grows. 32 of them take nearly three times as long: with
+512 cells of SmolLM2 and one thread 3.5 % of the time of 64 tokens, 8 take 1.3 %."""
 
 
 def in_answer(policy: KVPolicy, parts: Parts) -> Parts:
