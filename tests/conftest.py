@@ -44,6 +44,7 @@ LONG = (
     "session/test_states.py",
     "session/test_limit.py",
     "session/test_answers.py",
+    "session/test_shift.py",
     "session/test_upstream.py",
     "session/test_cli.py",
     "session/test_eval_prompts.py",
