@@ -19,7 +19,8 @@ Tokens = npt.NDArray[np.intc]
 
 AUTO = 4
 """Of "auto": bytes of all checkpoints, in those that the session takes at that moment. A model with windows or
-recurrent layers has two for every turn; the others one or less (tests/measure/chat_limit.py)."""
+recurrent layers has two for every turn. The others have one for every compaction: with a limit of 1,024 cells and short
+messages, what fits reaches five turns back at least (tests/measure/chat_limit.py)."""
 
 N_MISSED = 4  # checkpoints that are not there, to tell what more bytes would have saved
 
