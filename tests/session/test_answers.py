@@ -225,6 +225,33 @@ def test_h2o_carries_its_sums(tiny: Path, opened: Open) -> None:
     assert same >= 0.99 * 2 * n_cells * len(heads)
 
 
+def test_sums_move_with_their_cells(tiny: Path, opened: Open) -> None:
+    """When positions are given up in front of them (kv_shift)."""
+    options: dict[str, Any] = {"kv_budget": 1.0, "n_batch": 64, "type_k": TYPES["f32"], "type_v": TYPES["f32"]}
+    llm = opened(tiny, kv_policy=H2O(n_observed=32), **options)
+    full = opened(tiny, kv_policy=H2O(n_observed=400), **options)
+    for own in (llm, full):
+        own.eval(TOKENS[:150])
+    heads = list(np.ndindex(3, 2))
+    sums = {at: observed(full, *at, accumulated) for at in heads}
+    llm.kv_compact(80)
+    assert llm._kv_cache is not None
+    held = {at: llm.kv_positions(*at) for at in heads}
+    llm._move_down(llm._kv_cache, 20, 60)
+    assert any(((own >= 20) & (own < 60)).any() for own in held.values())
+    same, n_cells = 0, 30
+    stays = {at: own[(own < 20) | (own >= 60)] for at, own in held.items()}
+    n_left = min(map(len, stays.values()))
+    assert n_left > n_cells
+    llm.kv_compact(n_cells)
+    for at, own in stays.items():
+        score = sums[at][own]
+        score[-(n_cells // 2) :] = np.inf
+        want = own[np.argsort(-score, kind="stable")[:n_cells]]
+        same += len(set(np.where(want < 20, want, want - 40).tolist()) & set(llm.kv_positions(*at).tolist()))
+    assert same >= 0.99 * n_cells * len(heads)
+
+
 #
 # what else happens in an answer
 #
