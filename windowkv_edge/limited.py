@@ -1,10 +1,14 @@
-"""What a session is given while it lives: another limit, and a function that is told how far a prompt is."""
+"""What a session is given while it lives: another limit, positions that stay, a function that is told how far a prompt
+is."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from . import _native
+from .errors import UnsupportedCallError
 from .limit import Limit, check_limit
-from .pins import n_pinned
+from .pins import Range, n_pinned
 from .progress import KVProgress, check_progress
 from .states import SavedStates
 
@@ -61,6 +65,60 @@ class Limited(SavedStates):
             if (n_tokens := _native.int32("n_tokens", n_tokens)) < 0:
                 raise ValueError(f"n_tokens is {n_tokens}, expected at least 0")
             return self._room(cache, n_tokens, "prompt")
+
+    def kv_pin(self, start: int, stop: int) -> None:
+        """Positions [start, stop) of the sequence, read or yet to come, stay in every compaction with every policy.
+
+        They count in the budget; the policy chooses the other cells. Pins hold until :meth:`kv_unpin`, also for prompts
+        that come after a reset.
+
+        Raises:
+            UnsupportedCallError: the session has no policy or cannot be used now (see the class), or some of these
+                positions were evicted.
+            TypeError, ValueError: no such positions, or all pins together leave nothing of ``kv_budget`` or
+                ``kv_limit`` for others. With a fractional budget the compaction raises that, and nothing is evicted.
+        """
+        with self._use("kv_pin()"):
+            cache = self._need_cache("kv_pin()")
+            start, stop = _native.int32("start", start), _native.int32("stop", stop)
+            if not 0 <= start < stop <= self._n_ctx:
+                raise ValueError(f"kv_pin({start}, {stop}): expected 0 <= start < stop <= n_ctx ({self._n_ctx})")
+            n = n_pinned([*self._kv_pins.asked, (start, stop)])
+            if isinstance(self._kv_when.budget, int) and n >= self._kv_when.budget:
+                raise ValueError(
+                    f"kv_pin({start}, {stop}): {n} positions would be pinned, and kv_budget={self._kv_when.budget} leaves "
+                    "nothing for other cells; pin fewer, or raise it"
+                )
+            if self._kv_limit is not None and n >= (room := self._kv_limit.n_free(cache.kv.stats(), cache.bound)):
+                raise ValueError(
+                    f"kv_pin({start}, {stop}): {n} positions would be pinned, and kv_limit={self._kv_limit.given!r} "
+                    f"leaves {room} for them and other cells; pin fewer, or create a session with a larger one"
+                )
+            n_boundary = int(cache.kv.stats().n_boundary)
+            for il, ih in np.ndindex(*cache.kv.cells().shape) if start < n_boundary else ():
+                held = cache.kv.positions(il, ih)
+                if np.count_nonzero((held >= start) & (held < min(stop, n_boundary))) < min(stop, n_boundary) - start:
+                    raise UnsupportedCallError(
+                        f"kv_pin({start}, {stop}): some of these positions were evicted; pin before the prompt is "
+                        "compacted, or call reset() and evaluate it again"
+                    )
+            self._kv_pins.asked.append((start, stop))
+
+    def kv_unpin(self) -> None:
+        """Forget every :meth:`kv_pin`.
+
+        Raises:
+            UnsupportedCallError: the session has no policy or cannot be used now (see the class).
+        """
+        with self._use("kv_unpin()"):
+            self._need_cache("kv_unpin()")
+            self._kv_pins.asked.clear()
+
+    @property
+    def kv_pinned(self) -> tuple[Range, ...]:
+        """Positions [start, stop) that are pinned: by :meth:`kv_pin`, then a chat's system prompt, unless the last
+        compaction found it too long."""
+        return tuple(self._kv_pins.ranges())
 
     @property
     def kv_progress(self) -> KVProgress | None:
