@@ -86,8 +86,8 @@ class Limited(SavedStates):
             n = n_pinned([*self._kv_pins.asked, (start, stop)])
             if isinstance(self._kv_when.budget, int) and n >= self._kv_when.budget:
                 raise ValueError(
-                    f"kv_pin({start}, {stop}): {n} positions would be pinned, and kv_budget={self._kv_when.budget} leaves "
-                    "nothing for other cells; pin fewer, or raise it"
+                    f"kv_pin({start}, {stop}): {n} positions would be pinned, and kv_budget={self._kv_when.budget} "
+                    "leaves nothing for other cells; pin fewer, or raise it"
                 )
             if self._kv_limit is not None and n >= (room := self._kv_limit.n_free(cache.kv.stats(), cache.bound)):
                 raise ValueError(
