@@ -55,14 +55,14 @@ def flash_attn_ragged(
     return res
 
 
-def observe(
+def weights(
     queries: npt.NDArray[np.float32],
     query_pos: npt.NDArray[np.int32],
     keys: npt.NDArray[np.float32],
     key_pos: npt.NDArray[np.int32],
     scale: float,
 ) -> npt.NDArray[np.float64]:
-    """Mean attention of observed queries over the cells of one kv head (WindowKV section 3.2, SnapKV section 3).
+    """Attention of observed queries over the cells of one kv head, each over those at its position and before.
 
     Args:
         queries: [n_gqa, observed, head_dim], the query heads that share this kv head.
@@ -72,12 +72,20 @@ def observe(
         scale: factor on the logits, 1/sqrt(head_dim) for most models.
 
     Returns:
-        [cells], mean over queries and query heads.
+        [n_gqa, observed, cells].
     """
     logits = np.einsum("gqd,cd->gqc", queries.astype(np.float64), keys.astype(np.float64)) * scale
     logits = np.where(key_pos[None, None, :] <= query_pos[None, :, None], logits, -np.inf)
-    weights = np.exp(logits - logits.max(axis=2, keepdims=True))
-    weights /= weights.sum(axis=2, keepdims=True)
-    return np.asarray(weights.mean(axis=(0, 1)))
+    res = np.exp(logits - logits.max(axis=2, keepdims=True))
+    return np.asarray(res / res.sum(axis=2, keepdims=True))
 
 
+def observe(
+    queries: npt.NDArray[np.float32],
+    query_pos: npt.NDArray[np.int32],
+    keys: npt.NDArray[np.float32],
+    key_pos: npt.NDArray[np.int32],
+    scale: float,
+) -> npt.NDArray[np.float64]:
+    """Mean of :func:`weights` over queries and query heads (WindowKV section 3.2, SnapKV section 3): [cells]."""
+    return np.asarray(weights(queries, query_pos, keys, key_pos, scale).mean(axis=(0, 1)))

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import budgets
+from .attention import weights
 from .common import Cache, Kept, Ranking, best, keep, newest, sizes
 
 
@@ -21,21 +22,10 @@ def prominence(
     """Per cell the largest of attention weight times t, over queries and query heads, where t is the number of cells that
     the query sees. A key is minor for a query where that is below 1 (section 4.1).
 
-    Args:
-        queries: [n_gqa, observed, head_dim], the query heads that share this kv head.
-        query_pos: [observed].
-        keys: [cells, head_dim].
-        key_pos: [cells], ascending.
-        scale: factor on the logits.
+    Takes what :func:`reference.attention.weights` takes, and returns [cells].
     """
-    res = np.zeros(len(keys))
-    for rows in queries.astype(np.float64):
-        for at, query in zip(query_pos, rows, strict=True):
-            seen = key_pos <= at
-            logits = keys[seen].astype(np.float64) @ query * scale
-            weights = np.exp(logits - logits.max())
-            res[seen] = np.maximum(res[seen], weights / weights.sum() * seen.sum())
-    return res
+    n_seen = (key_pos[None, :] <= query_pos[:, None]).sum(axis=1)
+    return np.asarray((weights(queries, query_pos, keys, key_pos, scale) * n_seen[None, :, None]).max(axis=(0, 1)))
 
 
 def rank(score: npt.NDArray[np.float32], n_recent: int) -> Ranking:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import budgets
+from .attention import weights
 from .common import Cache, Kept, Ranking, best, keep, newest, sizes
 
 
@@ -20,21 +21,9 @@ def accumulated(
 ) -> npt.NDArray[np.float64]:
     """Per cell the sum of the attention weights over the queries (section 4.2), mean over the query heads.
 
-    Args:
-        queries: [n_gqa, observed, head_dim], the query heads that share this kv head.
-        query_pos: [observed].
-        keys: [cells, head_dim].
-        key_pos: [cells], ascending.
-        scale: factor on the logits.
+    Takes what :func:`reference.attention.weights` takes, and returns [cells].
     """
-    res = np.zeros(len(keys))
-    for rows in queries.astype(np.float64):
-        for at, query in zip(query_pos, rows, strict=True):
-            seen = key_pos <= at
-            logits = keys[seen].astype(np.float64) @ query * scale
-            weights = np.exp(logits - logits.max())
-            res[seen] += weights / weights.sum()
-    return res / len(queries)
+    return np.asarray(weights(queries, query_pos, keys, key_pos, scale).sum(axis=1).mean(axis=0))
 
 
 def rank(score: npt.NDArray[np.float32], budget: int, recent_share: float) -> Ranking:
