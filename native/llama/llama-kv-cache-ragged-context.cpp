@@ -162,6 +162,10 @@ int64_t llama_kv_cache_ragged_context::get_n_observed(int64_t n_tokens) const {
     return std::min<int64_t>(n_tokens, kv->get_seq().observed.n_observed);
 }
 
+void llama_kv_cache_ragged_context::note_keys(int32_t il, const ggml_tensor * k_cur) const {
+    kv->set_rope(il, llama_kv_ragged_find_rope(k_cur));
+}
+
 uint64_t llama_kv_cache_ragged_context::get_epoch() const {
     return kv->get_epoch();
 }

@@ -101,6 +101,9 @@ public:
 
     uint64_t get_epoch() const;
 
+    // what a context shift has to know of the keys that the graph makes
+    void note_keys(int32_t il, const ggml_tensor * k_cur) const;
+
     // store k_cur and v_cur, observe q_cur and attend
     //   q_cur [n_embd_head_k, n_head, n_tokens], k_cur, v_cur [n_embd_head_k/v, n_head_kv, n_tokens]
     //   returns [n_embd_head_v*n_head, n_tokens]

@@ -32,7 +32,9 @@ llama_kv_cache_ragged::llama_kv_cache_ragged(
     cparams(cparams),
     layers(llama_kv_ragged_make_layers(model, cparams, type_k, type_v, filter)),
     map_layer(hparams.n_layer_all, -1),
-    seq(layers, cparams.n_ctx_seq, n_observed, stats.meter) {
+    seq(layers, cparams.n_ctx_seq, n_observed, stats.meter),
+    arch(model.arch),
+    ropes(layers.size()) {
     if (cparams.n_seq_max > 1) {
         llama_kv_ragged_refuse(format("n_seq_max is %u, expected 1: the cache holds one sequence", cparams.n_seq_max));
     }
@@ -106,10 +108,6 @@ llama_memory_context_ptr llama_kv_cache_ragged::init_update(llama_context * lctx
     }
 
     return llama_kv_cache::init_update(lctx, optimize);
-}
-
-bool llama_kv_cache_ragged::get_can_shift() const {
-    return llama_kv_cache::get_can_shift();
 }
 
 void llama_kv_cache_ragged::clear(bool data) {
@@ -214,7 +212,7 @@ bool llama_kv_cache_ragged::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
 
     if (p1 >= 0 && p1 < (llama_pos) seq.n_pos) {
-        return can_open(p0, p1);
+        return can_open(p0, p1, swa);
     }
     if (!hole.empty() && p0 <= hole.p1) {
         p0 = std::min(p0, hole.p0);
@@ -304,6 +302,7 @@ void llama_kv_cache_ragged::snapshot_restore() {
 
     auto next = snapshot->seq.copy(/*exact =*/ false); // nothing changes until it exists
     snapshot->others.restore();
+    next.n_room = seq.n_room; // the context's
     seq = std::move(next);
     visit.reset();
     hole = {};

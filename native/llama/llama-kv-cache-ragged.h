@@ -4,6 +4,7 @@
 #include "llama-kv-ragged-compact.h"
 #include "llama-kv-ragged-seq.h"
 #include "llama-kv-ragged-shift.h"
+#include "llama-arch.h"
 #include "llama-kv-ragged-snapshot.h"
 #include "llama-kv-ragged-stats.h"
 #include "llama-kv-ragged-table.h"
@@ -120,7 +121,15 @@ public:
     void end_prompt();
 
     // rows that a compaction leaves free in every head at least
-    void set_room(uint32_t n_tokens) { seq.n_room = n_tokens; }
+    void set_room(uint32_t n_tokens) { seq.n_room = std::min(n_tokens, get_size()); }
+
+    // how the keys of each layer got their positions, as the last graph said
+    const std::vector<llama_kv_ragged_rope> & get_ropes() const { return ropes; }
+
+    void set_rope(int32_t il, const llama_kv_ragged_rope & rope) { ropes[get_index(il)] = rope; }
+
+    // whether the windows of the same memory can be shifted
+    bool can_shift_beside(const llama_kv_cache & swa) const;
 
     // add the attention of the queries that are in no sum yet, as far as they are observed, to the sums of the cells
     void accumulate(llama_context & lctx);
@@ -209,6 +218,10 @@ private:
     };
     std::unique_ptr<llama_kv_ragged_visit> visit;
 
+    const llm_arch arch; // of the model
+
+    std::vector<llama_kv_ragged_rope> ropes; // [layers]
+
     // removed by seq_rm(), until seq_add() closes it
     llama_kv_ragged_hole hole;
 
@@ -234,7 +247,7 @@ private:
     void synchronize() const;
 
     // whether positions in the middle can be removed, for a shift
-    bool can_open(llama_pos p0, llama_pos p1) const;
+    bool can_open(llama_pos p0, llama_pos p1, const llama_kv_cache * swa) const;
 
     // move what lies behind the hole
     void close(llama_context & lctx);

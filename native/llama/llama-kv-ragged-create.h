@@ -73,8 +73,8 @@ bool llama_kv_ragged_no_div(const llama_kv_cache * kv);
 // true if a ragged cache refused the last seq_add(), so that positions beside it have to stay too
 bool llama_kv_ragged_stayed(const llama_kv_cache * kv);
 
-// true for a ragged cache, beside which windows are no larger than they have to be: positions move although the sizes differ
-bool llama_kv_ragged_small_windows(const llama_kv_cache * kv);
+// true for a ragged cache, beside which windows are no larger than they have to be, if their positions can be moved all the same
+bool llama_kv_ragged_windows_shift(const llama_kv_cache * kv, const llama_kv_cache * swa);
 
 // the same if a ragged cache would have to hold a second sequence
 bool llama_kv_ragged_no_copy(const llama_kv_cache * kv, llama_seq_id seq_id_src, llama_seq_id seq_id_dst);

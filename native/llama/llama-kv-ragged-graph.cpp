@@ -381,6 +381,7 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
     }
 
     inp->scales[il] = kq_scale;
+    note_keys(il, k_cur);
 
     const layer_view view = get_view(ctx, il);
 

@@ -318,12 +318,15 @@ static void score_by_graph(
 
     const int64_t n_cols = obs.n()*n_gqa;
     const int64_t n_most = *std::max_element(len.begin(), len.end());
+    if (n_most == 0) {
+        return; // a shift may give up all cells of a layer
+    }
 
     const auto parts  = make_parts(n_most, obs.n(), n_gqa, scoring.n_bytes_max);
     auto       groups = make_groups(pool, len, n_most*n_cols*(int64_t) sizeof(float),
             std::min(scoring.n_bytes_max, scoring.n_bytes_group >= 0 ? scoring.n_bytes_group : layer.on_cpu() ? 0 : N_BYTES_GROUP));
 
-    llama_kv_ragged_compute graph(lctx, layer, workspace, (24 + 20*parts.size())*(groups.size() + 1));
+    llama_kv_ragged_compute graph(lctx, layer, workspace, (24 + 32*parts.size())*(groups.size() + 1));
     ggml_context * ctx = graph.get_ctx();
 
     const bool    largest = scoring.reduce == LLAMA_KV_RAGGED_REDUCE_MAX;
@@ -443,7 +446,7 @@ size_t llama_kv_ragged_score(
     if (scoring.reduce == LLAMA_KV_RAGGED_REDUCE_SUM) {
         seq.copy_sums(i, dst);
     }
-    if (obs.n() == 0) {
+    if (obs.n() == 0 || n_all == 0) {
         return n_all; // both windows hold the same queries, or all of them are in the sums
     }
 

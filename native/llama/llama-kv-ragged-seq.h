@@ -145,6 +145,8 @@ struct llama_kv_ragged_seq {
     // take sums over the queries of all positions, in the same layout
     void set_sums(size_t i, const std::vector<float> & sums);
 
+    void claim_sums(); // their bytes, where they were written directly
+
     uint32_t n_summed() const; // queries before this position are in the sums of all layers
 
     // what a compaction left of a layer
@@ -175,8 +177,6 @@ private:
     llama_kv_ragged_meter * meter;
 
     std::unique_ptr<llama_kv_ragged_claim> claim; // of the sums
-
-    void claim_sums();
 
     bool has_room(size_t i, int64_t n_tokens) const; // of a layer
 

@@ -4,7 +4,6 @@
 #include "llama-impl.h"
 #include "llama-kv-cache-ragged.h"
 #include "llama-kv-ragged-create.h"
-#include "llama-model.h"
 
 #include <algorithm>
 #include <cinttypes>
@@ -20,31 +19,29 @@ static constexpr int64_t N_CHUNK_MAX = 2048;
 //
 
 llama_kv_ragged_shift::llama_kv_ragged_shift(
-        llama_context & lctx, const llama_kv_cache & kv, llama_kv_ragged_seq & seq, const llama_kv_ragged_hole & hole) :
+        llama_context & lctx, const llama_kv_cache_ragged & kv, llama_kv_ragged_seq & seq, const llama_kv_ragged_hole & hole) :
     lctx(lctx), hole(hole), of_cells(seq.get_meter()), of_queries(seq.get_meter()) {
     const auto & layers = seq.get_layers();
 
-    for (const auto & layer : layers) {
-        ropes.push_back(make_rope(layer));
+    for (const auto & rope : kv.get_ropes()) {
+        ropes.push_back(make_rope(rope));
     }
     set_hadamard(kv);
+    check(seq, hole);
 
     int64_t n_moved = 0;
     for (size_t i = 0; i < layers.size(); ++i) {
-        std::vector<int64_t> left;
+        int64_t n_gap = INT64_MAX;
         for (int64_t ih = 0; ih < layers[i].n_head_kv; ++ih) {
-            const int64_t n_cells = seq.n_cells(i, ih);
-            const int64_t i0      = seq.cells[i].find(ih, hole.p0);
-            const int64_t i1      = seq.cells[i].find(ih, hole.p1);
+            const int64_t i0 = seq.cells[i].find(ih, hole.p0);
+            const int64_t i1 = seq.cells[i].find(ih, hole.p1);
 
-            n_moved = std::max(n_moved, n_cells - i1);
-            left.push_back(n_cells - (i1 - i0));
+            n_moved = std::max(n_moved, seq.n_cells(i, ih) - i1);
+            n_gap   = std::min(n_gap, i1 - i0);
 
             seq.cells[i].kept[ih].reserve(1); // see llama_kv_ragged_seq::close()
         }
-        if (std::any_of(left.begin(), left.end(), [&](int64_t n) { return n != left[0]; })) {
-            layers[i].check_ragged();
-        }
+        between.push_back(make_between(seq, i, n_gap));
     }
     n_chunk = std::clamp<int64_t>(n_moved, 1, N_CHUNK_MAX);
     down.assign(n_chunk, -hole.n());
@@ -75,26 +72,18 @@ llama_kv_ragged_shift::llama_kv_ragged_shift(
     }
 }
 
-llama_kv_ragged_shift::rope llama_kv_ragged_shift::make_rope(const llama_kv_ragged_layer & layer) const {
-    const auto & model   = lctx.get_model();
-    const auto & hparams = model.hparams;
-    const auto & cparams = lctx.get_cparams();
-
+llama_kv_ragged_shift::rope llama_kv_ragged_shift::make_rope(const llama_kv_ragged_rope & own) {
     rope res;
-    res.rotates     = hparams.rope_type != LLAMA_ROPE_TYPE_NONE && hparams.has_rope(layer.il);
-    res.n_rot       = hparams.n_rot(layer.il);
-    res.n_ctx_orig  = cparams.n_ctx_orig_yarn;
-    res.freq_base   = model.get_rope_freq_base (cparams, layer.il);
-    res.freq_scale  = model.get_rope_freq_scale(cparams, layer.il);
+    res.own     = own;
+    res.rotates = own.kind != llama_kv_ragged_rope::NONE;
 
     // Keys have the model's own scale of attention already (YaRN, LongRoPE): this rotation must not give it to them again. ggml's
     // rope_yarn() multiplies by what is divided by here
-    res.attn_factor = cparams.yarn_ext_factor != 0.0f ? 1.0f/(1.0f + 0.1f*logf(1.0f/res.freq_scale)) : 1.0f;
+    res.attn_factor = own.ext_factor != 0.0f ? 1.0f/(1.0f + 0.1f*logf(1.0f/own.freq_scale)) : 1.0f;
 
-    if (ggml_tensor * factors = res.rotates ? model.get_rope_factors(cparams, layer.il) : nullptr) {
-        GGML_ASSERT(factors->type == GGML_TYPE_F32 && factors->ne[0] >= res.n_rot/2);
-        res.factors.resize(factors->ne[0]);
-        ggml_backend_tensor_get(factors, res.factors.data(), 0, ggml_nbytes(factors));
+    if (res.rotates && own.factors) {
+        res.factors.resize(own.factors->ne[0]);
+        ggml_backend_tensor_get(own.factors, res.factors.data(), 0, ggml_nbytes(own.factors));
     }
     return res;
 }
@@ -136,22 +125,20 @@ void llama_kv_ragged_shift::rotate(
 
     ggml_context * ctx = graph.get_ctx();
 
-    const auto & cparams = lctx.get_cparams();
-
     ggml_tensor * shift   = graph.input(GGML_TYPE_I32, n);
     ggml_tensor * factors = own.factors.empty() ? nullptr : graph.input(GGML_TYPE_F32, own.factors.size());
     ggml_tensor * rot     = hadamard.empty()    ? nullptr : graph.input(GGML_TYPE_F32, n_hadamard, n_hadamard);
 
-    // [n_embd_head, 1, n]: a row is one head at one position
-    ggml_tensor * rows = ggml_new_tensor_3d(ctx, src->type, src->ne[0], 1, n);
-    ggml_backend_tensor_alloc(src->buffer, rows, (char *) src->data + i0*src->nb[1]);
+    // [n_embd_head, 1, n]: a row is one head at one position. A view: where a quantised tensor of its own begins, CUDA clears what is
+    // behind its end
+    ggml_tensor * rows = ggml_view_3d(ctx, src, src->ne[0], 1, n, src->nb[1], src->nb[1], i0*src->nb[1]);
 
     ggml_tensor * cur = rows->type == GGML_TYPE_F32 ? rows : ggml_cast(ctx, rows, GGML_TYPE_F32);
     if (rot) {
         cur = llama_mul_mat_hadamard(ctx, cur, rot); // its own inverse
     }
-    cur = ggml_rope_ext(ctx, cur, shift, factors, own.n_rot, lctx.get_model().hparams.rope_type, own.n_ctx_orig, own.freq_base, own.freq_scale,
-            cparams.yarn_ext_factor, own.attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+    cur = ggml_rope_ext(ctx, cur, shift, factors, own.own.n_rot, own.own.mode, own.own.n_ctx_orig, own.own.freq_base, own.own.freq_scale,
+            own.own.ext_factor, own.attn_factor, own.own.beta_fast, own.own.beta_slow);
     if (rot) {
         cur = llama_mul_mat_hadamard(ctx, cur, rot);
     }
@@ -177,8 +164,35 @@ void llama_kv_ragged_shift::rotate(
     }
 }
 
-// rows that move down by less than their number
-static void move_rows(ggml_tensor * tensor, int64_t i_src, int64_t i_dst, int64_t n) {
+void llama_kv_ragged_shift::check(const llama_kv_ragged_seq & seq, const llama_kv_ragged_hole & hole) {
+    const auto & layers = seq.get_layers();
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        std::vector<int64_t> left;
+        for (int64_t ih = 0; ih < layers[i].n_head_kv; ++ih) {
+            left.push_back(seq.n_cells(i, ih) - int64_t(seq.cells[i].find(ih, hole.p1) - seq.cells[i].find(ih, hole.p0)));
+        }
+        if (std::any_of(left.begin(), left.end(), [&](int64_t n) { return n != left[0]; })) {
+            layers[i].check_ragged();
+        }
+    }
+}
+
+llama_kv_ragged_tensor llama_kv_ragged_shift::make_between(const llama_kv_ragged_seq & seq, size_t i, int64_t n_gap) {
+    const auto & pool  = seq.cells[i].pool;
+    const auto & layer = seq.get_layers()[i];
+    if (layer.on_cpu() || n_gap >= N_CHUNK_MAX) {
+        return {};
+    }
+    auto res = llama_kv_ragged_tensor::make(layer.buft, pool.v->type, { pool.v->ne[0], N_CHUNK_MAX, 1 }, "moved rows", seq.get_meter());
+    if (!res.tensor) {
+        llama_kv_ragged_refuse("no memory for the rows that move");
+    }
+    return res;
+}
+
+// Rows that move down, by less than their number perhaps. between: where a part of them can lie meanwhile, on devices
+static void move_rows(ggml_tensor * tensor, ggml_tensor * between, int64_t i_src, int64_t i_dst, int64_t n) {
     if (n == 0 || i_src == i_dst) {
         return;
     }
@@ -187,10 +201,18 @@ static void move_rows(ggml_tensor * tensor, int64_t i_src, int64_t i_dst, int64_
         memmove(data + i_dst*tensor->nb[1], data + i_src*tensor->nb[1], n*tensor->nb[1]);
         return;
     }
-    // as many at once as do not overlap
-    const int64_t n_gap = i_src - i_dst;
-    for (int64_t i = 0; i < n; i += n_gap) {
-        llama_kv_ragged_copy_rows(tensor, tensor, i_src + i, i_dst + i, std::min(n_gap, n - i));
+    // as many at once as do not overlap, or as lie elsewhere meanwhile
+    const int64_t n_gap  = i_src - i_dst;
+    const bool    direct = !between || n_gap >= between->ne[1];
+    const int64_t n_part = direct ? n_gap : between->ne[1];
+    for (int64_t i = 0; i < n; i += n_part) {
+        const int64_t n_own = std::min(n_part, n - i);
+        if (direct) {
+            llama_kv_ragged_copy_rows(tensor, tensor, i_src + i, i_dst + i, n_own);
+        } else {
+            llama_kv_ragged_copy_rows(tensor, between, i_src + i, 0, n_own);
+            llama_kv_ragged_copy_rows(between, tensor, 0, i_dst + i, n_own);
+        }
     }
 }
 
@@ -210,9 +232,10 @@ void llama_kv_ragged_shift::apply_cells(llama_kv_ragged_seq & seq, size_t i) {
                     i_dst + ir, down.data());
         }
         if (!ropes[i].rotates) {
-            move_rows(pool.k, i_src, i_dst, n);
+            const bool is_alike = pool.k->type == pool.v->type && pool.k->ne[0] == pool.v->ne[0];
+            move_rows(pool.k, is_alike ? between[i].tensor : nullptr, i_src, i_dst, n);
         }
-        move_rows(pool.v, i_src, i_dst, n);
+        move_rows(pool.v, between[i].tensor, i_src, i_dst, n);
     }
 }
 
@@ -239,8 +262,14 @@ void llama_kv_ragged_shift::apply(llama_kv_ragged_seq & seq) {
 // llama_kv_cache_ragged
 //
 
-bool llama_kv_cache_ragged::can_open(llama_pos p0, llama_pos p1) const {
-    if (!get_can_shift()) {
+bool llama_kv_cache_ragged::get_can_shift() const {
+    return llama_kv_cache::get_can_shift() && std::all_of(ropes.begin(), ropes.end(), [](const auto & rope) {
+        return rope.kind == llama_kv_ragged_rope::NONE || rope.kind == llama_kv_ragged_rope::WHOLE;
+    });
+}
+
+bool llama_kv_cache_ragged::can_open(llama_pos p0, llama_pos p1, const llama_kv_cache * swa) const {
+    if (!get_can_shift() || (swa && !llama_kv_ragged_windows_shift(this, swa))) {
         LLAMA_LOG_DEBUG("%s: [%d, %d) is not a tail of the %u positions, and those behind it cannot be moved\n", __func__, p0, p1, seq.n_pos);
         return false;
     }
@@ -250,6 +279,17 @@ bool llama_kv_cache_ragged::can_open(llama_pos p0, llama_pos p1) const {
     }
     if (!hole.empty()) {
         LLAMA_LOG_DEBUG("%s: the positions [%d, %d) were removed and are not closed, [%d, %d) stays\n", __func__, hole.p0, hole.p1, p0, p1);
+        return false;
+    }
+    // what seq_add() could not close
+    if (!lctx) {
+        LLAMA_LOG_DEBUG("%s: nothing was evaluated on this context yet, [%d, %d) stays: shift with wkv_shift()\n", __func__, p0, p1);
+        return false;
+    }
+    try {
+        llama_kv_ragged_shift::check(seq, { p0, p1 });
+    } catch (const std::exception & err) {
+        LLAMA_LOG_DEBUG("%s: [%d, %d) stays: %s\n", __func__, p0, p1, err.what());
         return false;
     }
     return true;
@@ -329,9 +369,9 @@ void llama_kv_cache_ragged::shift(llama_context & lctx, int32_t p0, int32_t n) {
         llama_kv_ragged_refuse("what lies beside the cells cannot give these positions up");
     }
     mem.seq_add(0, p0 + n, -1, -n);
+    planned.reset();
     if (stayed) {
-        const std::string reason = llama_kv_ragged_get_error();
-        llama_kv_ragged_refuse(reason);
+        throw std::runtime_error(llama_kv_ragged_get_error());
     }
 }
 
@@ -340,6 +380,14 @@ bool llama_kv_ragged_stayed(const llama_kv_cache * kv) {
     return ragged && ragged->has_stayed();
 }
 
-bool llama_kv_ragged_small_windows(const llama_kv_cache * kv) {
-    return dynamic_cast<const llama_kv_cache_ragged *>(kv) != nullptr;
+bool llama_kv_ragged_windows_shift(const llama_kv_cache * kv, const llama_kv_cache * swa) {
+    const auto * ragged = dynamic_cast<const llama_kv_cache_ragged *>(kv);
+    return ragged && ragged->can_shift_beside(*swa);
+}
+
+bool llama_kv_cache_ragged::can_shift_beside(const llama_kv_cache & swa) const {
+    // upstream rotates keys of these types, in every layer of the windows
+    const bool has_type = swa.type_k() == GGML_TYPE_F16 || swa.type_k() == GGML_TYPE_F32;
+    const bool has_rope = arch != LLM_ARCH_LLAMA4 && arch != LLM_ARCH_SMALLTHINKER && arch != LLM_ARCH_AFMOE;
+    return has_type && has_rope;
 }

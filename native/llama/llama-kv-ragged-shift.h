@@ -4,6 +4,7 @@
 // are then, as upstream's build_rope_shift() does for caches of its own.
 
 #include "llama-kv-ragged-compute.h"
+#include "llama-kv-ragged-rope.h"
 #include "llama-kv-ragged-seq.h"
 
 #include <cstdint>
@@ -12,6 +13,7 @@
 
 struct llama_context;
 class llama_kv_cache;
+class llama_kv_cache_ragged;
 
 // What moving the keys of a sequence takes. Everything that needs memory is there once it is constructed, and every layer's device has
 // shown that it computes what is asked of it; the sequence is as it was until apply().
@@ -19,20 +21,21 @@ class llama_kv_ragged_shift {
 public:
     // kv: the cache that holds the sequence, for its rotation of cells; hole: inside of the positions, more follow
     // throws std::runtime_error, llama_kv_ragged_unsupported where a device does not serve the outcome
-    llama_kv_ragged_shift(llama_context & lctx, const llama_kv_cache & kv, llama_kv_ragged_seq & seq, const llama_kv_ragged_hole & hole);
+    llama_kv_ragged_shift(llama_context & lctx, const llama_kv_cache_ragged & kv, llama_kv_ragged_seq & seq, const llama_kv_ragged_hole & hole);
+
+    // throws llama_kv_ragged_unsupported where a device does not serve the outcome
+    static void check(const llama_kv_ragged_seq & seq, const llama_kv_ragged_hole & hole);
 
     // throws std::runtime_error if a backend fails all the same; what the sequence holds is undefined then
     void apply(llama_kv_ragged_seq & seq);
 
 private:
-    // of a layer, as upstream passes it to its shift, but for the length of the rotated vectors, which stays
+    // of a layer, as its graph rotates keys, but for the length of the rotated vectors, which stays
     struct rope {
-        bool    rotates;
-        int32_t n_rot;
-        int32_t n_ctx_orig;
-        float   freq_base;
-        float   freq_scale;
-        float   attn_factor;
+        llama_kv_ragged_rope own;
+
+        bool  rotates;
+        float attn_factor;
 
         std::vector<float> factors; // [n_rot/2] or empty
     };
@@ -53,7 +56,13 @@ private:
     llama_kv_ragged_workspace of_cells;
     llama_kv_ragged_workspace of_queries;
 
-    rope make_rope(const llama_kv_ragged_layer & layer) const;
+    // [layers] rows of V that lie there while they move, empty where they need not
+    std::vector<llama_kv_ragged_tensor> between;
+
+    static rope make_rope(const llama_kv_ragged_rope & own);
+
+    // n_gap: cells that each head loses at least
+    static llama_kv_ragged_tensor make_between(const llama_kv_ragged_seq & seq, size_t i, int64_t n_gap);
 
     void set_hadamard(const llama_kv_cache & kv);
 

@@ -297,6 +297,7 @@ static llama_kv_ragged_seq read_cells(llama_io_read_i & io, const llama_kv_cache
     auto seq = kv.get_seq().make_empty();
     seq.n_pos = n_pos;
     read_positions(io, seq, kv.get_size());
+    seq.claim_sums();
     if (n_pos > 0) {
         seq.make_pools();
     }

@@ -116,6 +116,7 @@ int wkv_set_room(struct llama_context * ctx, int32_t n_tokens) {
 int wkv_accumulate(struct llama_context * ctx) {
     return wkv_with_prompt(ctx, [&](llama_kv_cache_ragged & kv) {
         kv.check_not_observing();
+        kv.check_closed();
         kv.accumulate(*ctx);
         return int(WKV_OK);
     });
@@ -166,6 +167,7 @@ int wkv_on_prompt(struct llama_context * ctx, wkv_prompt_fn fn, void * user) {
 int64_t wkv_compact(struct llama_context * ctx, const struct wkv_policy * policy, int64_t n_cells) {
     return wkv_with_prompt(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         kv.check_not_observing();
+        kv.check_closed();
         if (!policy) {
             return wkv_fail(WKV_ERR_ARGUMENT, "policy is null");
         }
@@ -227,6 +229,7 @@ static void select_custom(
 int64_t wkv_compact_custom(struct llama_context * ctx, int32_t window_size, int64_t n_cells, wkv_select_fn fn, void * user) {
     return wkv_with_prompt(ctx, [&](llama_kv_cache_ragged & kv) -> int64_t {
         kv.check_not_observing();
+        kv.check_closed();
         if (!fn) {
             return wkv_fail(WKV_ERR_ARGUMENT, "fn is null");
         }

@@ -144,6 +144,21 @@ def positions_of(llm: Llama, i: int) -> list[int]:
     return llm.kv_positions(i // 2, i % 2).tolist()
 
 
+def test_layers_without_rope_stay(tmp_path: Path, opened: Open) -> None:
+    """SmolLM3 leaves RoPE out in every fourth layer, which only its graph says."""
+    path = tiny_model.write_llama(tmp_path / "tiny.gguf", arch="smollm3", n_layer=4)
+    llm = opened(path, kv_policy="full", n_ctx=512, type_k=0, type_v=0)
+    evaluate(llm, TOKENS[:200])
+    kv = llm._kv
+    assert kv is not None and kv.can_shift()
+    before = keys(llm)
+    kv.shift(50, 100)
+    for i, (old, got) in enumerate(zip(before, keys(llm), strict=True)):
+        assert (got[:50] == old[:50]).all()
+        want = old[150:] if i // 2 == 3 else turned(old[150:], -100)
+        assert np.abs(got[50:] - want).max() <= 1e-5 * np.abs(want).max()
+
+
 def test_yarn_scales_keys_once(tmp_path: Path, opened: Open) -> None:
     """YaRN multiplies what it turns (arXiv 2309.00071, eq. 22); what is turned again keeps its length."""
     path = tiny_model.write_llama(tmp_path / "tiny.gguf")
@@ -242,6 +257,35 @@ def test_a_model_that_cannot(tiny: Path, opened: Open, monkeypatch: pytest.Monke
     with pytest.raises(UnsupportedModelError, match="kv_shift='shift' is not possible"):
         opened(tiny, kv_policy="snapkv", kv_shift="shift")
     opened(tiny, kv_policy="snapkv")
+
+
+def test_windows_that_cannot(tmp_path: Path, opened: Open) -> None:
+    """Upstream's own shift ends the process with quantised windows, or bf16 ones."""
+    path = tiny_model.write_gpt_oss(tmp_path / "gpt-oss.gguf")
+    for kind in (8, 30):
+        with pytest.raises(UnsupportedModelError, match="kv_shift='shift' is not possible"):
+            opened(path, kv_policy="snapkv", kv_shift="shift", type_k=kind)
+        llm = opened(path, kv_policy="snapkv", type_k=kind)
+        evaluate(llm, TOKENS[:60])
+        assert not llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 4, 20)
+        assert llm.kv_stats().n_past == 60
+
+
+def test_a_hole_that_nobody_could_close(tiny: Path, opened: Open) -> None:
+    """Behind a loaded state the cache does not know its context until a token is evaluated."""
+    llm, other = (opened(tiny, kv_policy="snapkv") for _ in range(2))
+    evaluate(llm, TOKENS[:60])
+    other.load_state(llm.save_state())
+    memory = llama_cpp.llama_get_memory(other.ctx)
+    assert not llama_cpp.llama_memory_seq_rm(memory, 0, 4, 20) and other._kv is not None
+    other._kv.shift(4, 16)
+    assert other.kv_stats().n_past == 44
+    assert llama_cpp.llama_memory_seq_rm(memory, 0, 4, 20)
+    for call in (other._kv.accumulate, lambda: other._kv.compact_custom(4, 20, lambda *own: None)):  # type: ignore[union-attr]
+        with pytest.raises(ValueError, match="were removed and the ones behind them did not move"):
+            call()
+    llama_cpp.llama_memory_seq_add(memory, 0, 20, -1, -16)
+    assert other.kv_stats().n_past == 28
 
 
 def test_an_answer_longer_than_the_context(tiny: Path, opened: Open) -> None:
