@@ -13,6 +13,9 @@ __all__ = ["asked_text", "find_asked"]
 _N_TEXT = 2048
 """Bytes of a message that are looked for: its end."""
 
+_N_LEAST = 4
+"""Bytes of a message that is looked for: shorter ones may stand in the template's own words."""
+
 _N_BEHIND = 256
 """Bytes that a template may put behind the last message, such as the beginning of the answer."""
 
@@ -35,6 +38,8 @@ def find_asked(text: str, tokens: Sequence[int], piece: Callable[[int], bytes]) 
         piece: bytes of a token.
     """
     want = text.encode()[-_N_TEXT:]
+    if len(want) < _N_LEAST:
+        return None
     pieces: list[bytes] = []
     n = 0
     for token in reversed(tokens):

@@ -62,6 +62,7 @@ class Checkpoint:
         native: uint8, see :mod:`windowkv_edge.native_state`.
         logits: those that are known, see :class:`windowkv_edge.prompts.Prompts`.
         is_whole: it holds cells that a compaction evicted.
+        n_cells: cells per (layer, kv head) on average.
     """
 
     tokens: Tokens
@@ -71,6 +72,7 @@ class Checkpoint:
     native: npt.NDArray[np.uint8]
     logits: Mapping[int, npt.NDArray[np.float32]]
     is_whole: bool = False
+    n_cells: float = 0.0
 
     @property
     def n_bytes(self) -> int:

@@ -108,6 +108,7 @@ class PolicyEvaluation(Shifting):
                 n_gone = self._kv_prompts.n_shifted - n_shifted
                 self._kv_prompts.evaluated(step, max(0, self.n_tokens + n_gone - n_before), n_before)
             if step == "prompt" and self._kv_cache is not None:
+                self._kv_ahead = 0, 0
                 self._end_prompt(self._kv_cache)
 
     def _eval_stock(self, tokens: Sequence[int], step: Step) -> None:
@@ -148,18 +149,20 @@ class PolicyEvaluation(Shifting):
         try:
             while True:
                 # only while it runs: somebody may hold it for long, and evaluate another prompt meanwhile
+                n_sent = len(sent or ())
                 try:
                     with self._use("generate()"):
                         if own is None:
                             tokens = self._fit_prompt(tokens, reset)
                             own = super().generate(tokens, *args, **kwargs)
                             self._prompt_begins(tokens if reset else [], len(tokens))
-                        elif token is not None and at >= self._n_ctx and self._shifts:
+                        elif token is not None and at + n_sent >= self._n_ctx and self._shifts:
                             own.close()
-                            at = self._make_answer_room(at)
-                            own, sent = super().generate([token], *args[:6], **{**named, "reset": False}), None
+                            at = self._make_answer_room(at, 1 + n_sent)
+                            follow = [token, *(sent or ())]
+                            own, sent = super().generate(follow, *args[:6], **{**named, "reset": False}), None
                         token, step = self._send(own, sent, step, is_answer=at >= 0)
-                        at = self.n_tokens if at < 0 else at + 1
+                        at = self.n_tokens if at < 0 else at + 1 + n_sent
                 except StopIteration:
                     return
                 sent = yield token
@@ -314,6 +317,7 @@ class PolicyEvaluation(Shifting):
 
     def _evaluate(self, cache: PolicyCache, tokens: Sequence[int], step: Step) -> None:
         kv, room = cache.kv, self._room(cache, len(tokens), step)
+        n_front, n_behind = self._kv_ahead if step in ("prompt", "piece") else (0, 0)
         if room is not None and step in ("prompt", "piece"):
             self._say_bounded(cache, len(tokens), room)
         elif room is None and len(tokens) > 1:
@@ -336,7 +340,8 @@ class PolicyEvaluation(Shifting):
                     interrupts.check()
                     self._raise_failed()
                     if step in ("prompt", "piece"):
-                        report(self._kv_progress, self._kv_guard, i + len(batch), len(tokens))
+                        n_done, n_all = n_front + i + len(batch), n_front + len(tokens) + n_behind
+                        report(self._kv_progress, self._kv_guard, n_done, n_all)
         except RuntimeError as error:
             status = re.fullmatch(r"llama_decode returned (-?\d+)", str(error))
             if status is None:

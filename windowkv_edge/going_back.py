@@ -40,6 +40,7 @@ class GoingBack(llama_cpp.Llama):
     _kv_limit: Limit | None
     _kv_prompts: Prompts
     _kv_checkpoints: Checkpoints
+    _kv_cache: PolicyCache | None
     _kv_taken: set[str]  # of the current prompt and its answer
     _kv_back: tuple[int, bool] | None  # tokens of the prompt that a checkpoint saved, and whether it was a whole one
     _kv_known: int
@@ -90,6 +91,10 @@ class GoingBack(llama_cpp.Llama):
         """Behind a prompt and its compaction."""
         if self._moves_on(cache) and not self._can_ask_again():
             self._keep_checkpoint(cache)
+        self._bound_checkpoints(cache)
+
+    def _bound_checkpoints(self, cache: PolicyCache) -> None:
+        """The session takes less now."""
         self._kv_checkpoints.make_room(0, _n_live(cache))
 
     def _can_ask_again(self) -> bool:
@@ -136,7 +141,8 @@ class GoingBack(llama_cpp.Llama):
                 return
             native = get_state(self._ctx.ctx, "a checkpoint")
             budget, noted = self._kv_when.budget, self._kv_noted()
-            store.add(Checkpoint(tokens, removable, budget, noted, native, logits, is_whole))
+            n_cells = float(cache.kv.cells().mean())
+            store.add(Checkpoint(tokens, removable, budget, noted, native, logits, is_whole, n_cells))
 
     #
     # going back
@@ -160,7 +166,12 @@ class GoingBack(llama_cpp.Llama):
         return lambda own, prompt: own.saves(prompt, can_know) if self._is_usable(own) else 0
 
     def _is_usable(self, own: Checkpoint) -> bool:
-        """Whether it was compacted for this budget and with these pins."""
+        """Whether it was compacted for this budget and with these pins, and the limit holds it."""
+        cache = self._kv_cache
+        if self._kv_limit is not None and cache is not None:
+            n_most = self._kv_limit.n_cells(cache.kv.stats()) + self.n_batch
+            if own.n_cells > n_most:
+                return False
         budget = self._kv_when.budget
         same_budget = (type(own.budget), own.budget) == (type(budget), budget)  # 1 is a cell, 1.0 all of them
         return bool(same_budget and own.noted["pins"] == self._kv_noted()["pins"])

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from .budget import plain
 from .policies import KVPolicy
 
-__all__ = ["PREFILLS", "Limit", "Prefill", "check_limit", "n_asks", "n_bytes", "slack"]
+__all__ = ["PREFILLS", "Limit", "Prefill", "check_interval", "check_limit", "n_asks", "n_bytes", "slack"]
 
 Prefill = Literal["exact", "bounded", "auto"]
 PREFILLS: tuple[Prefill, ...] = get_args(Prefill)
@@ -65,6 +65,12 @@ def n_asks(policy: KVPolicy) -> int:
     """The same with a policy: no more than it observes; one where it sums up what has attended, which nothing asks
     for."""
     return 1 if policy.accumulates else min(int(policy.n_observed), N_ASKS)
+
+
+def check_interval(interval: int | None, policy: KVPolicy) -> None:
+    """Raise ValueError if answers are to be compacted with a policy that never does."""
+    if interval is not None and policy.name == "full":
+        raise ValueError("kv_policy='full' keeps every cell, which kv_interval does not allow; leave one of them out")
 
 
 def slack(n_cells: int) -> int:

@@ -10,6 +10,7 @@ from .errors import UnsupportedCallError
 from .limit import Limit, check_limit
 from .pins import Range, n_pinned
 from .progress import KVProgress, check_progress
+from .shift import Shift
 from .states import SavedStates
 
 __all__ = ["Limited"]
@@ -48,6 +49,11 @@ class Limited(SavedStates):
                 )
             self._kv_limit = new
             self._kv_given["kv_limit"] = new.given
+
+    @property
+    def kv_shift(self) -> Shift:
+        """What happens at the end of ``n_ctx``, see the class."""
+        return self._kv_shift
 
     def kv_room(self, n_tokens: int) -> int | None:
         """Cells per (layer, kv head) within which a prompt would be read that goes on behind what is there; None with

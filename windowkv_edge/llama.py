@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,9 @@ from .budget import check_budget, plain
 from .checkpoints import Checkpoints, check_checkpoints
 from .errors import NativeError
 from .guard import Closed, Guard, Interrupts, interrupt_soon
-from .pins import system_text
+from .pins import n_pinned, system_text
 from .policies import Full, KVPolicy, get_policy
-from .limit import PREFILLS, Limit, Prefill, check_limit
+from .limit import PREFILLS, Limit, Prefill, check_interval, check_limit
 from .limited import Limited
 from .policies.base import at_least, number_of, one_of, true_or_false
 from .progress import KVProgress
@@ -179,6 +179,8 @@ class Llama(Limited):
         true_or_false("kv_exact", kv_exact)
         check_numbers(kwargs)
         policy = None if kv_policy is None else get_policy(kv_policy)
+        if policy is not None:
+            check_interval(kv_interval, policy)
         if kv_budget is not None:
             kv_budget = check_budget(kv_budget)
         default = DEFAULT_BUDGET if kv_limit is None else 1.0
@@ -271,6 +273,7 @@ class Llama(Limited):
         with self._use("setting kv_policy"):
             cache = self._need_cache("setting kv_policy")
             new = get_policy(policy)
+            check_interval(self._kv_interval, new)
             self._check_text(new)
             bound = cache.bind(new)
             if self._kv_limit is not None:
@@ -301,6 +304,12 @@ class Llama(Limited):
     def kv_budget(self, budget: float | int) -> None:
         with self._use("setting kv_budget"):
             budget = check_budget(budget)
+            n = n_pinned(self._kv_pins.asked)
+            if isinstance(budget, int) and 0 < n >= budget:
+                raise ValueError(
+                    f"kv_budget={budget} leaves nothing for cells other than the {n} pinned ones; give more, or call "
+                    "kv_unpin()"
+                )
             before, self._kv_when.budget = self._kv_when.budget, budget
             self._kv_given["kv_budget"] = budget
             cache = self._kv_cache
@@ -337,6 +346,7 @@ class Llama(Limited):
             self._kv_settled = True
             if kv_budget is None:
                 self._kv_when.changed = False
+            self._bound_checkpoints(cache)
             try:
                 self._keep_logits(cache)
                 return self.kv_stats()
@@ -382,14 +392,32 @@ class Llama(Limited):
         Raises:
             ValueError, RuntimeError: see :meth:`generate`, and llama-cpp-python's.
         """
-        pins = self._kv_cache is not None and self._kv_given["kv_pin_system"]
-        self._kv_pins.text = system_text(messages) if pins else ""
-        self._kv_asked_text = "" if self._kv_cache is None else asked_text(messages)
-        try:
+        if self._kv_cache is None:
             return super().create_chat_completion(messages, *args, **kwargs)
-        except BaseException:
-            self._kv_pins.text = self._kv_asked_text = ""  # there may be no tokenizer that could find them
-            raise
+        texts = system_text(messages) if self._kv_given["kv_pin_system"] else "", asked_text(messages)
+        with self._chatting(*texts):
+            res = super().create_chat_completion(messages, *args, **kwargs)
+        return res if isinstance(res, dict) else self._streaming(res, *texts)
+
+    @contextmanager
+    def _chatting(self, system: str, asked: str) -> Iterator[None]:
+        """A prompt that begins meanwhile is that of a chat with these texts."""
+        self._kv_pins.text, self._kv_asked_text = system, asked
+        try:
+            yield
+        finally:
+            self._kv_pins.text = self._kv_asked_text = ""
+
+    def _streaming(self, own: Any, *texts: str) -> Iterator[Any]:
+        """The chunks of a chat, whose prompt begins with the first one."""
+        own = iter(own)
+        while True:
+            with self._chatting(*texts):
+                try:
+                    chunk = next(own)
+                except StopIteration:
+                    return
+            yield chunk
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """See ``llama_cpp.Llama.embed``; needs a session without a policy.

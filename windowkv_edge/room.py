@@ -37,6 +37,7 @@ class Compacting(GoingBack):
     _kv_interval: int | None
     _kv_pins: Pins
     _kv_asked: Range | None
+    _kv_question: Sequence[int] = ()  # of a prompt that is evaluated in pieces
 
     def _task(self, cache: PolicyCache, asks: Sequence[int] = ()) -> Task:
         if not cache.policy.needs_task:
@@ -140,11 +141,13 @@ class Compacting(GoingBack):
         if cache.bound.accumulates:
             return []
         n, n_past = min(n_asks(cache.bound), self.n_batch), self.n_tokens + len(tokens)
+        n_room = min(self.n_ctx(), len(self.input_ids)) - self.n_tokens  # they take positions behind what is there
+        if self._kv_question:
+            return list(self._kv_question[len(self._kv_question) - min(n, n_room) :])
         start, stop = self._kv_asked or (0, n_past)
         if stop > n_past:
             start, stop = 0, n_past
-        # they take positions behind what is there
-        start = max(start, stop - n, stop - (self.n_ctx() - self.n_tokens))
+        start = max(start, stop - n, stop - n_room)
         if start >= self.n_tokens:
             return list(tokens[start - self.n_tokens : stop - self.n_tokens])
         return [*self.input_ids[: self.n_tokens].tolist(), *tokens][start:stop]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from . import _native
 from .errors import FormatError, UnsupportedCallError, UnsupportedModelError
 from .guard import Interrupts
+from .limit import N_ASKS
 from .prompts import n_shared, why_missed
 from .room import Compacting
 from .session import PolicyCache
@@ -140,14 +141,22 @@ class Shifting(Compacting):
     _kv_wants = 0  # tokens of an answer that a completion asks for
     _kv_miss = ""  # why the prompt that is about to begin cannot be mapped
     _kv_n_read = 0  # tokens of it that were evaluated ahead
+    _kv_ahead = (0, 0)  # of what is evaluated in pieces, tokens in front of this piece and behind it
     _kv_lifts = False  # a completion asks whether its prompt fits: what does not is shifted
     _kv_as_is = False  # this completion is about positions
     _kv_sampler: Any = None  # that of an answer which goes on
     _kv_moving: tuple[int, dict[str, Any]] | None = None  # positions after a move, and what the session is then
 
     @property
+    def _n_positions(self) -> int:
+        """Those that a session with a policy can have: llama.cpp rounds ``n_ctx`` up, and stock's class has room for as
+        many tokens as were asked for."""
+        n, ids = int(self.__dict__["_n_ctx"]), self.__dict__.get("input_ids")
+        return n if self._kv_cache is None or ids is None else min(n, len(ids))
+
+    @property
     def _n_ctx(self) -> int:
-        return _NO_BOUND if self._kv_lifts else int(self.__dict__["_n_ctx"])
+        return _NO_BOUND if self._kv_lifts else self._n_positions
 
     @_n_ctx.setter
     def _n_ctx(self, n_ctx: int) -> None:
@@ -160,6 +169,9 @@ class Shifting(Compacting):
         raise NotImplementedError
 
     def _clear(self) -> None:
+        raise NotImplementedError
+
+    def _find_messages(self, tokens: Sequence[int]) -> None:
         raise NotImplementedError
 
     def _evaluate(self, cache: PolicyCache, tokens: Sequence[int], step: Any) -> None:
@@ -211,16 +223,26 @@ class Shifting(Compacting):
         if not self._shifts or self._kv_step is not None or self.n_tokens + len(tokens) <= self._n_ctx:
             yield tokens
             return
-        while len(tokens) > 0:
-            n = self._make_positions(cache, len(tokens))
-            yield tokens[:n]
-            tokens = tokens[n:]
+        n_done = 0
+        try:
+            while len(tokens) > 0:
+                n = self._make_positions(cache, len(tokens))
+                self._kv_ahead = n_done, len(tokens) - n
+                yield tokens[:n]
+                tokens, n_done = tokens[n:], n_done + n
+        finally:
+            self._kv_ahead = 0, 0
 
-    def _make_answer_room(self, at: int) -> int:
-        """Before the token of an answer at a position behind the last one; returns where it goes."""
+    def _make_answer_room(self, at: int, n: int) -> int:
+        """Before n tokens of an answer from a position on that is behind the last one; returns where they go.
+
+        Raises:
+            UnsupportedCallError, NativeError: see :meth:`_give_up`.
+        """
         assert self._kv_cache is not None
         self.n_tokens = min(self.n_tokens, at)  # without drafts
-        self._make_positions(self._kv_cache, 1)
+        if (n_over := self.n_tokens + n - self._n_ctx) > 0:
+            self._give_up(self._kv_cache, n_over)
         return self.n_tokens
 
     def _give_up(self, cache: PolicyCache, n_least: int) -> None:
@@ -287,7 +309,7 @@ class Shifting(Compacting):
             reset: it is a whole one; else it goes on behind what is there.
         """
         wants, self._kv_wants, self._kv_lifts, self._kv_miss, self._kv_n_read = self._kv_wants, 0, False, "", 0
-        cache, self._kv_asked = self._kv_cache, None
+        cache, self._kv_asked, self._kv_ahead = self._kv_cache, None, (0, 0)
         if cache is None or not self._shifts:
             if reset:
                 self._kv_lost = GivenUp()
@@ -310,12 +332,17 @@ class Shifting(Compacting):
         if reset:
             self._go_back(cache, tokens)
             rest = self._keep_shared(cache, tokens)
+            self._find_messages(tokens)  # before anything is given up, what is pinned has to be known
         else:
             rest = list(tokens)
             self._sync_positions()
+        start, stop = self._kv_asked or (max(0, len(tokens) - N_ASKS), len(tokens))
+        question = list(tokens[start:stop])
         while (n := self._make_positions(cache, len(rest), n_wanted)) < len(rest):
-            self._read(cache, rest[:n])
+            self._kv_ahead = self._kv_n_read, len(rest) - n
+            self._read(cache, rest[:n], question)
             rest = rest[n:]
+        self._kv_ahead = self._kv_n_read, 0
         return [*self.input_ids[: self.n_tokens].tolist(), *rest] if reset else rest
 
     def _keep_shared(self, cache: PolicyCache, tokens: list[int]) -> list[int]:
@@ -334,13 +361,13 @@ class Shifting(Compacting):
             self._clear()
         return tokens
 
-    def _read(self, cache: PolicyCache, tokens: Sequence[int]) -> None:
-        """Evaluate a piece of a prompt ahead."""
-        before, self._kv_step = self._kv_step, "prompt"
+    def _read(self, cache: PolicyCache, tokens: Sequence[int], question: list[int]) -> None:
+        """Evaluate a piece of a prompt ahead, for the question at the prompt's end."""
+        before, self._kv_step, self._kv_question = self._kv_step, "prompt", question
         try:
             self._evaluate(cache, tokens, "prompt")
         finally:
-            self._kv_step = before
+            self._kv_step, self._kv_question = before, []
         self._kv_n_read += len(tokens)
 
     #

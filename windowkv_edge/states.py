@@ -24,6 +24,7 @@ from .budget import check_budget
 from .errors import FormatError, NativeError, UnsupportedCallError
 from .evaluation import PolicyEvaluation
 from .native_state import get_state, refusal, set_state
+from .pins import n_pinned
 from .policies import KVPolicy
 from .prompts import n_common, n_reused
 from .shift import GivenUp
@@ -331,8 +332,8 @@ class SavedStates(PolicyEvaluation):
             return "it was saved with another model, or with other LoRA, metadata or RoPE parameters"
         if session["policy"] != (own := policy_text(cache.policy)):
             return f"it was saved with kv_policy={session['policy']}, and this session has {own}; set kv_policy first"
-        if max(n_tokens, session["n_past"]) > self.n_ctx():
-            return f"it holds {max(n_tokens, session['n_past'])} tokens, this session n_ctx={self.n_ctx()}"
+        if max(n_tokens, session["n_past"]) > self._n_positions:
+            return f"it holds {max(n_tokens, session['n_past'])} tokens, this session n_ctx={self._n_positions}"
         if self._logits_all and len(scores) != n_tokens:
             return "it was saved without logits_all=True, which this session has"
         return None
@@ -349,6 +350,14 @@ class SavedStates(PolicyEvaluation):
             raise UnsupportedCallError(f"{call}: {why}")
         if n_tokens and not (0 <= int(saved.tokens.min()) <= int(saved.tokens.max()) < self._n_vocab):
             raise FormatError(f"{call}: it holds tokens outside of the vocabulary of {self._n_vocab}")
+        if self._kv_limit is not None:
+            cache = self._need_cache(call)
+            n = n_pinned([(start, stop) for start, stop in session["noted"]["pins"]])
+            if n >= (room := self._kv_limit.n_free(cache.kv.stats(), cache.bound)):
+                raise UnsupportedCallError(
+                    f"{call}: {n} positions are pinned in it, and kv_limit={self._kv_limit.given!r} leaves {room} for "
+                    "them and other cells; set a larger one first"
+                )
         want = self.metadata["general.architecture"].encode(), session["n_past"]
         if (head := _head(saved.native)) != want:
             raise FormatError(
@@ -370,7 +379,7 @@ class SavedStates(PolicyEvaluation):
                 raise FormatError(
                     f"{call}: {n_read:,} of its {saved.native.size:,} bytes are cells; the session is empty"
                 )
-            if self._logits_all:
+            if self._logits_all and n_tokens > 0:
                 self.scores[:n_tokens] = saved.scores
                 self.scores[n_tokens:] = 0
             self.input_ids = input_ids

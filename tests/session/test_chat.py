@@ -119,8 +119,10 @@ class FakeLlama:
         self.n_tokens = 0
         self.n_resets = 0
         self.kv_progress: Any = None
+        self.kv_shift = "refuse"
         self.prompts: list[Any] = []
         self.kv_progress: Any = None
+        self.kv_shift = "refuse"
 
     def create_chat_completion(self, messages: list[dict[str, str]], **_: Any) -> Iterator[dict[str, Any]]:
         self.prompts.append([dict(message) for message in messages])

@@ -36,7 +36,7 @@ from .common import (
     read_text,
     reports_errors,
 )
-from .reading import cells_text, how_read, why_too_long
+from .reading import cells_text, how_read, shifts, why_too_long
 
 __all__ = ["Chat", "chat"]
 
@@ -91,9 +91,11 @@ def chat(
             talk.note("the model has no chat template; the conversation is sent as 'User:' and 'Assistant:' lines")
         if session is not None and session.exists():
             talk.load("")
-        talk.run(_reader(console))
-        if session is not None:
-            talk.save("")
+        try:
+            talk.run(_reader(console))
+        finally:  # whatever ends it
+            if session is not None:
+                talk.save("")
     finally:
         llm.close()
 
@@ -249,7 +251,7 @@ class Chat:
         speed = f"{1e3 * seconds / n_timed:.1f} ms per token, " if n_timed > 0 else ""
         self.note(f"{speed}KV {mib(stats.bytes_live)} MiB, {mib(stats.bytes_full)} MiB if every cell stayed")
         if finish == "length":
-            is_full = self.llm.n_tokens >= self.llm.n_ctx() - 1
+            is_full = not shifts(self.llm) and self.llm.n_tokens >= self.llm.n_ctx() - 1
             self.note("the context is full; /reset begins anew" if is_full else f"cut after {self.max_tokens} tokens")
 
     def _explain(self, error: Exception) -> str:
@@ -352,7 +354,10 @@ class Chat:
             return
         kv_policy = parse_policy(name)
         kv_budget = parse_budget(budget.strip()) if budget.strip() else self.llm.kv_budget
-        self.llm.kv_policy, self.llm.kv_budget = kv_policy, kv_budget
+        try:
+            self.llm.kv_policy, self.llm.kv_budget = kv_policy, kv_budget
+        except ValueError as error:
+            raise CLIError(f"{error}") from None
         self.note(f"policy {name}, budget {kv_budget}; the conversation is evaluated anew with your next message")
 
     def limit(self, argument: str) -> None:
