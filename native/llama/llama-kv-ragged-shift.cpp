@@ -14,6 +14,9 @@
 // rows that a graph rotates: some MiB of F32, whatever the length of the cache
 static constexpr int64_t N_CHUNK_MAX = 2048;
 
+// rows that lie elsewhere on their way
+static constexpr int64_t N_BETWEEN = 256;
+
 //
 // llama_kv_ragged_shift
 //
@@ -30,21 +33,25 @@ llama_kv_ragged_shift::llama_kv_ragged_shift(
     check(seq, hole);
 
     int64_t n_moved = 0;
+    std::vector<int64_t> gaps; // [layers] cells that each head loses at least
     for (size_t i = 0; i < layers.size(); ++i) {
-        int64_t n_gap = INT64_MAX;
+        gaps.push_back(INT64_MAX);
         for (int64_t ih = 0; ih < layers[i].n_head_kv; ++ih) {
             const int64_t i0 = seq.cells[i].find(ih, hole.p0);
             const int64_t i1 = seq.cells[i].find(ih, hole.p1);
 
             n_moved = std::max(n_moved, seq.n_cells(i, ih) - i1);
-            n_gap   = std::min(n_gap, i1 - i0);
+            gaps[i] = std::min(gaps[i], i1 - i0);
 
             seq.cells[i].kept[ih].reserve(1); // see llama_kv_ragged_seq::close()
         }
-        between.push_back(make_between(seq, i, n_gap));
     }
     n_chunk = std::clamp<int64_t>(n_moved, 1, N_CHUNK_MAX);
     down.assign(n_chunk, -hole.n());
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        between.push_back(make_between(seq, i, gaps[i]));
+    }
 
     const auto & observed = seq.observed;
     int64_t n_head = 0;
@@ -178,17 +185,24 @@ void llama_kv_ragged_shift::check(const llama_kv_ragged_seq & seq, const llama_k
     }
 }
 
-llama_kv_ragged_tensor llama_kv_ragged_shift::make_between(const llama_kv_ragged_seq & seq, size_t i, int64_t n_gap) {
-    const auto & pool  = seq.cells[i].pool;
+ggml_tensor * llama_kv_ragged_shift::make_between(const llama_kv_ragged_seq & seq, size_t i, int64_t n_gap) {
     const auto & layer = seq.get_layers()[i];
-    if (layer.on_cpu() || n_gap >= N_CHUNK_MAX) {
-        return {};
+    const auto * v     = seq.cells[i].pool.v;
+
+    const int64_t n = std::min(n_chunk, N_BETWEEN);
+    if (layer.on_cpu() || n_gap >= n) {
+        return nullptr;
     }
-    auto res = llama_kv_ragged_tensor::make(layer.buft, pool.v->type, { pool.v->ne[0], N_CHUNK_MAX, 1 }, "moved rows", seq.get_meter());
-    if (!res.tensor) {
+    for (const auto & own : buffers) {
+        if (own.tensor->type == v->type && own.tensor->ne[0] == v->ne[0] && ggml_backend_buffer_get_type(own.tensor->buffer) == layer.buft) {
+            return own.tensor;
+        }
+    }
+    buffers.push_back(llama_kv_ragged_tensor::make(layer.buft, v->type, { v->ne[0], n, 1 }, "moved rows", seq.get_meter()));
+    if (!buffers.back().tensor) {
         llama_kv_ragged_refuse("no memory for the rows that move");
     }
-    return res;
+    return buffers.back().tensor;
 }
 
 // Rows that move down, by less than their number perhaps. between: where a part of them can lie meanwhile, on devices
@@ -233,9 +247,9 @@ void llama_kv_ragged_shift::apply_cells(llama_kv_ragged_seq & seq, size_t i) {
         }
         if (!ropes[i].rotates) {
             const bool is_alike = pool.k->type == pool.v->type && pool.k->ne[0] == pool.v->ne[0];
-            move_rows(pool.k, is_alike ? between[i].tensor : nullptr, i_src, i_dst, n);
+            move_rows(pool.k, is_alike ? between[i] : nullptr, i_src, i_dst, n);
         }
-        move_rows(pool.v, between[i].tensor, i_src, i_dst, n);
+        move_rows(pool.v, between[i], i_src, i_dst, n);
     }
 }
 
@@ -287,7 +301,9 @@ bool llama_kv_cache_ragged::can_open(llama_pos p0, llama_pos p1, const llama_kv_
         return false;
     }
     try {
-        llama_kv_ragged_shift::check(seq, { p0, p1 });
+        if (!planned) {
+            llama_kv_ragged_shift::check(seq, { p0, p1 });
+        }
     } catch (const std::exception & err) {
         LLAMA_LOG_DEBUG("%s: [%d, %d) stays: %s\n", __func__, p0, p1, err.what());
         return false;

@@ -56,13 +56,14 @@ private:
     llama_kv_ragged_workspace of_cells;
     llama_kv_ragged_workspace of_queries;
 
-    // [layers] rows of V that lie there while they move, empty where they need not
-    std::vector<llama_kv_ragged_tensor> between;
+    // [layers] where rows of V lie while they move, nullptr where they need not; layers alike share one
+    std::vector<ggml_tensor *>          between;
+    std::vector<llama_kv_ragged_tensor> buffers;
 
     static rope make_rope(const llama_kv_ragged_rope & own);
 
     // n_gap: cells that each head loses at least
-    static llama_kv_ragged_tensor make_between(const llama_kv_ragged_seq & seq, size_t i, int64_t n_gap);
+    ggml_tensor * make_between(const llama_kv_ragged_seq & seq, size_t i, int64_t n_gap);
 
     void set_hadamard(const llama_kv_cache & kv);
 
