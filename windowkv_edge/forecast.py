@@ -79,6 +79,8 @@ def forecast(info: GGUFInfo, limit: int | str, n_tokens: int, policy: KVPolicy, 
     figures = {f"cells_{name}": value for name, value in cells.items()}
     # as long as nothing was compacted, pools come in pieces that stock's attention reads
     rows = {name: -(-value // 256) * 256 if fits and name != "most" else value for name, value in cells.items()}
+    if not fits and after == n - slack(n):
+        rows["after"] = n  # a compaction behind the prompt leaves room for the answer
     figures |= {f"bytes_{name}": value * cell + queries for name, value in rows.items()}
     return Forecast(n_tokens, n, **figures, bytes_full=n_tokens * cell + queries)
 
