@@ -115,7 +115,8 @@ def test_a_filled_cache(model: Model, policy: WindowKV | None, cells: str) -> No
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("full", "expected-attention")])
 def test_a_compaction_takes_less_than_5_bytes_a_cell(name: str, tmp_path: Path) -> None:
-    """Beside the cache as it was; the pools of a layer's cells that stay are part of it. All that select in C++."""
+    """Beside the cache as it was; the pools of a layer's cells that stay are part of it. All that select in C++. A policy
+    that sums attention up has 4 bytes a cell for that alone, which it keeps."""
     write_shape(Shape("heads", 16, 1024, 64, 32, 8, 32, 320), path := tmp_path / "heads.gguf")
     model = Model(path)
     cells = POLICIES[name].cells or "f16"
@@ -126,7 +127,8 @@ def test_a_compaction_takes_less_than_5_bytes_a_cell(name: str, tmp_path: Path) 
     before, n_cells = session.kv.stats().bytes_live, int(session.kv.cells().sum())
     assert n_cells == 8192 * 16 * 8
     session.compact(0.12)
-    assert 0 < session.kv.stats().bytes_peak - before < 5 * n_cells
+    n_most = 6 if own.accumulates else 5
+    assert 0 < session.kv.stats().bytes_peak - before < n_most * n_cells
     session.close()
     model.close()
 
