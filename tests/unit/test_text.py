@@ -106,10 +106,11 @@ def test_info_shows_a_hostile_header(tmp_path: Path, arch: str, keys: dict[str, 
 def test_a_reply_cannot_steer_the_terminal() -> None:
     pieces = [" red \x1b[31m", "[bold]\n", "\x1b]0;title\x07", " end"]
     chunks = [{"choices": [{"text": text, "finish_reason": None}]} for text in pieces]
-    stats = SimpleNamespace(bytes_live=1, bytes_full=1)
+    stats = SimpleNamespace(bytes_live=1, bytes_full=1, n_shifted=0)
     llm: Any = SimpleNamespace(
-        metadata={}, reset=lambda: None, n_tokens=9, kv_stats=lambda: stats, create_completion=lambda *a, **k: iter(chunks)
-    )
+        metadata={}, reset=lambda: None, n_tokens=9, kv_stats=lambda: stats, kv_progress=None, kv_shift="shift",
+        create_completion=lambda *a, **k: iter(chunks),
+    )  # fmt: skip
     out = io.StringIO()
     talk = Chat(llm, Console(file=out, width=200))
     talk.say("hello")
