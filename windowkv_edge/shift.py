@@ -7,8 +7,7 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -162,20 +161,11 @@ class Shifting(Compacting):
     def _n_ctx(self, n_ctx: int) -> None:
         self.__dict__["_n_ctx"] = n_ctx
 
-    def _aligned(self) -> AbstractContextManager[None]:
-        raise NotImplementedError  # of PolicyEvaluation, as the next ones
+    if TYPE_CHECKING:  # what PolicyEvaluation has
 
-    def _sync_positions(self) -> None:
-        raise NotImplementedError
-
-    def _clear(self) -> None:
-        raise NotImplementedError
-
-    def _find_messages(self, tokens: Sequence[int]) -> None:
-        raise NotImplementedError
-
-    def _evaluate(self, cache: PolicyCache, tokens: Sequence[int], step: Any) -> None:
-        raise NotImplementedError
+        def _sync_positions(self) -> None: ...
+        def _find_messages(self, tokens: Sequence[int]) -> None: ...
+        def _evaluate(self, cache: PolicyCache, tokens: Sequence[int], step: Any) -> None: ...
 
     def _check_shift(self, cache: PolicyCache) -> None:
         """Raise UnsupportedModelError where ``kv_shift="shift"`` is asked for and the model has no such positions."""
