@@ -419,7 +419,8 @@ class PolicyEvaluation(Shifting):
         if self._kv_cache is not None:
             with self._kv_guard.use("llama_decode()"):
                 self._kv_taken.add("whole")  # no state is saved in there
-                self._prompt_ended(self._kv_cache)
+                if self._kv_cache.kv.stats().n_queries > 0:  # else nothing observes, and nothing can be evaluated in there
+                    self._prompt_ended(self._kv_cache)
 
     def _failed_below(self, error: BaseException) -> None:
         """What :meth:`_prompt_below` raised, which C cannot pass on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import llama_cpp
 import numpy as np
@@ -38,6 +38,11 @@ class Compacting(GoingBack):
     _kv_pins: Pins
     _kv_asked: Range | None
     _kv_question: Sequence[int] = ()  # of a prompt that is evaluated in pieces
+
+    if TYPE_CHECKING:  # what Shifting has
+
+        @property
+        def _n_positions(self) -> int: ...
 
     def _task(self, cache: PolicyCache, asks: Sequence[int] = ()) -> Task:
         if not cache.policy.needs_task:
@@ -162,6 +167,14 @@ class Compacting(GoingBack):
             self._batch.set_batch(batch=asks, n_past=self.n_tokens, logits_all=False)
             self._ctx.decode(self._batch)
 
+    def _observe_again(self, cache: PolicyCache) -> None:
+        """Where the tokens that were observed are removed, all of them, those before them observe once more."""
+        stats = cache.kv.stats()
+        if int(stats.n_queries) == 0 and int(stats.n_past) == self.n_tokens > 0:
+            n = min(int(stats.n_observed), self.n_tokens, self._n_positions - self.n_tokens)
+            self._requires_eval = True  # the last logits will be theirs
+            self._observe(cache, self.input_ids[self.n_tokens - n : self.n_tokens].tolist())
+
     #
     # attention that is summed up
     #
@@ -222,6 +235,7 @@ class Compacting(GoingBack):
             asks: tokens of the prompt's end that are not evaluated yet.
             comes: what is evaluated next: another batch of the prompt, an answer's first tokens, or more of it.
         """
+        self._observe_again(cache)
         within = self._kv_limit.n_free(cache.kv.stats(), cache.bound) if asks and self._kv_limit is not None else None
         ranges = self._kv_pins.for_compaction(n_cells, within)
         if comes == "answer":

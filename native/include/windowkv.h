@@ -56,6 +56,7 @@ struct wkv_stats {
     int32_t n_boundary;         // positions below this one were subject to the last compaction
     int32_t n_compactions;      // that evicted something, in all layers or in some
     int32_t n_observed;         // queries that a compaction can ask for; as many of the last prompt's end are held beside them
+    int32_t n_queries;          // observed queries that are held: none where the tokens that had them were removed
     int32_t n_summed;           // tokens before this position are in the sums of the cells, see wkv_accumulate()
     int32_t type_k;             // ggml types of the cells
     int32_t type_v;

@@ -215,6 +215,10 @@ bool llama_kv_cache_ragged::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos 
         return can_open(p0, p1, swa);
     }
     if (!hole.empty() && p0 <= hole.p1) {
+        if (p0 > hole.p0 && llm_arch_is_hybrid(arch)) {
+            LLAMA_LOG_DEBUG("%s: position %d lies in a hole, and the recurrent state would stay behind its begin (%d)\n", __func__, p0, hole.p0);
+            return false;
+        }
         p0 = std::min(p0, hole.p0);
     }
 

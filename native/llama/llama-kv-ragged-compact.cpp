@@ -271,6 +271,8 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
 
     llama_kv_ragged_cells res = gather_positions(seq, i, plan);
 
+    llama_kv_ragged_claim claim_sums(seq.get_meter(), res.n_bytes_sums()); // the old ones are there too until the rows have moved
+
     bool same_rows = layer.on_cpu();
     for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
         same_rows = same_rows && pool.cap(ih) == cap[ih];
@@ -322,6 +324,10 @@ void llama_kv_cache_ragged::accumulate(llama_context & lctx) {
 
     for (size_t i = 0; i < layers.size(); ++i) {
         if (seq.cells[i].n_summed < seq.n_pos) {
+            const auto n_cells = seq.n_cells(i);
+
+            // what is scored, and the sums that it becomes, beside those so far
+            llama_kv_ragged_claim claim(stats.meter, 2*sizeof(float)*std::accumulate(n_cells.begin(), n_cells.end(), int64_t(0)));
             seq.set_sums(i, llama_kv_ragged_score(lctx, seq, i, scoring)); // if it fails, the layers before are done
         }
     }

@@ -88,13 +88,13 @@ void llama_kv_ragged_compute::alloc() {
         }
     }
     if (!workspace.alloc(backend, gf)) {
-        llama_kv_ragged_refuse("no memory for the compaction graph");
+        llama_kv_ragged_refuse("no memory for a graph over the cells");
     }
 }
 
 void llama_kv_ragged_compute::compute() {
     const ggml_status status = ggml_backend_graph_compute(backend, gf);
     if (status != GGML_STATUS_SUCCESS) {
-        llama_kv_ragged_refuse(format("the compaction graph failed (%s)", ggml_status_to_string(status)));
+        llama_kv_ragged_refuse(format("a graph over the cells failed (%s)", ggml_status_to_string(status)));
     }
 }

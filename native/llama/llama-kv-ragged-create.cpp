@@ -95,8 +95,14 @@ const char * llama_kv_ragged_get_error() {
     return last_error;
 }
 
+// the reason of a failure inside has its prefix already
+static void set_error(const std::string & msg) {
+    const bool has_prefix = msg.rfind("kv_policy: ", 0) == 0;
+    llama_kv_ragged_set_error((has_prefix ? msg : "kv_policy: " + msg).c_str());
+}
+
 bool llama_kv_ragged_refuse_batch(const std::string & msg) {
-    llama_kv_ragged_set_error(("kv_policy: " + msg).c_str());
+    set_error(msg);
     LLAMA_LOG_ERROR("%s: %s\n", __func__, msg.c_str());
     return false;
 }
@@ -106,12 +112,12 @@ const char * llama_kv_ragged_reason(const std::exception & err) {
 }
 
 [[noreturn]] void llama_kv_ragged_refuse(const std::string & msg) {
-    llama_kv_ragged_set_error(("kv_policy: " + msg).c_str());
+    set_error(msg);
     throw std::runtime_error(last_error);
 }
 
 [[noreturn]] void llama_kv_ragged_refuse_unsupported(const std::string & msg) {
-    llama_kv_ragged_set_error(("kv_policy: " + msg).c_str());
+    set_error(msg);
     throw llama_kv_ragged_unsupported(last_error);
 }
 

@@ -82,8 +82,11 @@ static std::vector<int64_t> count_rows(const llama_kv_ragged_seq & seq, const st
         const int64_t held  = std::count_if(rows.begin(), rows.end(), [&](int32_t row) { return seq.observed.pos[row] >= start; });
         res.push_back(std::max<int64_t>(held, !rows.empty()));
     }
-    if (seq.n_pos == 0 || *std::min_element(res.begin(), res.end()) == 0) {
+    if (seq.n_pos == 0) {
         llama_kv_ragged_refuse("nothing to score, evaluate a prompt first");
+    }
+    if (*std::min_element(res.begin(), res.end()) == 0) {
+        llama_kv_ragged_refuse(format("no query of the %u positions is observed any more, evaluate a prompt first", seq.n_pos));
     }
     return res;
 }

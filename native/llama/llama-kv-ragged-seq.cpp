@@ -10,6 +10,14 @@
 // llama_kv_ragged_cells
 //
 
+int64_t llama_kv_ragged_cells::n_bytes_sums() const {
+    int64_t res = 0;
+    for (const auto & own : sums) {
+        res += own.size()*sizeof(float);
+    }
+    return res;
+}
+
 bool llama_kv_ragged_cells::is_uniform() const {
     for (size_t ih = 1; ih < kept.size(); ++ih) {
         if (kept[ih].size() != kept[0].size() || pool.cap(ih) != pool.cap(0)) {
@@ -281,9 +289,7 @@ uint32_t llama_kv_ragged_seq::n_summed() const {
 void llama_kv_ragged_seq::claim_sums() {
     int64_t n_bytes = 0;
     for (const auto & cur : cells) {
-        for (const auto & sums : cur.sums) {
-            n_bytes += sums.size()*sizeof(float);
-        }
+        n_bytes += cur.n_bytes_sums();
     }
     claim->set(n_bytes);
 }

@@ -24,6 +24,8 @@ struct llama_kv_ragged_cells {
 
     bool is_uniform() const; // all heads hold equally many cells, and have room for equally many
 
+    int64_t n_bytes_sums() const;
+
     // the first cell of a head whose position is not below p, of as many as there may be
     size_t find(int64_t ih, int32_t p) const {
         const auto & own = kept[ih];

@@ -331,7 +331,13 @@ static void test_largest_scores(llama_model * model) {
             for (const int64_t n_bytes_group : { int64_t(0), int64_t(1) << 30 }) {
                 scoring.n_bytes_max   = n_bytes_max;
                 scoring.n_bytes_group = n_bytes_group;
-                const auto got = llama_kv_ragged_score(*ctx, seq, 0, scoring);
+                std::vector<float> got;
+                try {
+                    got = llama_kv_ragged_score(*ctx, seq, 0, scoring);
+                } catch (const llama_kv_ragged_unsupported &) {
+                    CHECK(no_ragged && n_bytes_max < INT32_MAX); // the device lacks what puts parts together
+                    continue;
+                }
                 CHECK(got.size() == want.size());
                 for (size_t i = 0; i < want.size(); ++i) {
                     CHECK(std::fabs(got[i] - want[i]) <= (on_device ? 1e-2f : 1e-4f)*(1.0f + want[i]));

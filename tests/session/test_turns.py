@@ -155,6 +155,34 @@ def test_pieces_are_one_prompt(tiny: Path, opened: Open, end: str) -> None:
     assert llm.kv_stats().n_compactions == 1
 
 
+@pytest.mark.parametrize("end", ["token", "kv_compact", "limit", "below"])
+@pytest.mark.parametrize("policy", ["snapkv", "auto", Script(action=lambda: None)], ids=["snapkv", "auto", "python"])
+def test_tokens_that_observed_are_taken_back(tiny: Path, opened: Open, policy: Any, end: str) -> None:
+    """All of them: those in front of them observe, once more."""
+    llm = opened(tiny, kv_policy=policy, kv_budget=60, n_batch=100)
+    llm.eval(TOKENS)
+    llm.n_tokens = 150  # of every 100 tokens the last ones observe, and those of the last two batches are held
+    if end == "below":  # nothing can be evaluated in there
+        assert llm._ctx.kv_cache_seq_rm(-1, 150, -1)
+        decode(llm, [5])
+        assert (llm.kv_stats().cells == 151).all()
+        return
+    if end == "token":
+        llm.eval([5])
+        assert llm.kv_stats().cells.mean() == 61
+    elif end == "limit":
+        llm.kv_limit = 120
+        llm.eval([5])
+        assert llm.kv_stats().cells.mean() <= 120
+    else:
+        llm.kv_compact()
+        assert llm.kv_stats().cells.mean() == 60
+        llm.eval([5])
+    assert llm.n_tokens == llm.kv_stats().n_past == 151
+    assert all(149 in own for own in positions(llm))  # the newest ones stay
+    answer(llm, [*TOKENS[:150], 5, *OTHERS[:5]], 3)
+
+
 def test_a_last_batch_of_one_token(tiny: Path, opened: Open) -> None:
     llm = opened(tiny, kv_policy="snapkv", kv_budget=60, n_batch=133)
     llm.eval(TOKENS)  # 3 x 133 + 1

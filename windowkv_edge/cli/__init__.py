@@ -12,9 +12,9 @@ from windowkv_edge._libs import LLAMA_CPP_PYTHON
 from .bench import bench
 from .chat import chat
 from .demo import demo
-from . import eval_generate  # noqa: F401 (a command of its app)
 from .eval import app as eval_app
 from .eval_chat import chat as eval_chat
+from .eval_generate import generate
 from .eval_long import long
 from .info import info
 from .profile import profile
@@ -33,6 +33,7 @@ app.command()(bench)
 app.command()(info)
 app.command()(profile)
 eval_app.command("chat")(eval_chat)
+eval_app.command()(generate)
 eval_app.command()(long)
 app.add_typer(eval_app, name="eval")
 

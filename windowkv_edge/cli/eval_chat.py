@@ -17,8 +17,8 @@ from windowkv_edge.eval.run import FULL, OWN
 
 from .bars import suite_bars
 from .common import CLIError, load, reports_errors
-from .eval import (
-    Budgets, Chat, First, GPULayers, Haystack, ModelArg, Out, Policies, Seed, Threads, _about, Run, start,
+from .eval_run import (
+    Budgets, Chat, First, GPULayers, Haystack, ModelArg, Out, Policies, Run, Seed, Threads, about_haystack, start,
 )  # fmt: skip
 
 __all__ = ["chat"]
@@ -105,7 +105,7 @@ def chat(
         raise CLIError(f"--budgets has {budgets!r}, expected numbers of cells per head with --limited, such as 512,256")
     about = {
         "suite": "chat", "turns": turns, "count": count, "document": document, "first": first, "limited": limited,
-        "haystack": _about(haystack), "chat": chat,
+        "haystack": about_haystack(haystack), "chat": chat,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Any]:

@@ -11,7 +11,7 @@ from windowkv_edge.eval import GenerateCase, Style, generate_cases
 from windowkv_edge.eval.generate import N_BATCH, PROMPTS
 
 from .common import CLIError, open_model, parse_lengths, reports_errors
-from .eval import Chat, GPULayers, ModelArg, Out, Policies, Seed, Threads, app, chosen, start
+from .eval_run import Chat, GPULayers, ModelArg, Out, Policies, Seed, Threads, chosen, start
 
 __all__ = ["generate"]
 
@@ -25,7 +25,6 @@ def _one(text: str, option: str) -> int:
     return sizes[0]
 
 
-@app.command()
 @reports_errors
 def generate(
     model: ModelArg,

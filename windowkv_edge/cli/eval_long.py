@@ -19,20 +19,20 @@ from windowkv_edge.policies import Full
 
 from .bars import suite_bars
 from .common import CLIError, n_cores, open_model, parse_lengths, parse_policies, reports_errors
-from .eval import (
+from .eval_run import (
     Chat,
     First,
     GPULayers,
     Haystack,
     ModelArg,
     Out,
+    Run,
     Seed,
     Threads,
-    _about,
+    about_haystack,
     chosen,
-    _depths,
-    _positions,
-    Run,
+    n_positions,
+    parse_depths,
 )
 
 __all__ = ["long"]
@@ -47,7 +47,7 @@ class _LongRun(Run):
     long: LongPlan
 
     def _loop(self, model: Model, cases: Sequence[Any], records: Records, n_ctx: int | None) -> None:
-        n_ctx = max(_positions(case) for case in cases)
+        n_ctx = max(n_positions(case) for case in cases)
         self._check_positions(n_ctx)
         with suite_bars(len(cases)) as bars:
             if records.n_old:
@@ -100,11 +100,11 @@ def long(
     tokens = parse_lengths(lengths) if lengths else [n * max(sizes) for n in _TIMES if n * max(sizes) <= room]
     if not tokens:
         raise CLIError(f"{info.path.name} was trained with {info.n_ctx_train:,} positions; give smaller --limits")
-    places, names = _depths(depths), chosen(kinds, needles.KINDS, "--kinds")
+    places, names = parse_depths(depths), chosen(kinds, needles.KINDS, "--kinds")
     run = _LongRun(info, plan, out or Path("eval-long.jsonl"), seed, gpu_layers, long=long_plan)
     about = {
         "suite": "long", "lengths": tokens, "depths": places, "kinds": names, "count": count, "first": first,
-        "haystack": _about(haystack), "chat": chat, "exact": exact_names,
+        "haystack": about_haystack(haystack), "chat": chat, "exact": exact_names,
     }  # fmt: skip
 
     def prepare(weights: Model) -> list[Case]:

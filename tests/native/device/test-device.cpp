@@ -63,9 +63,32 @@ static const std::optional<simt_device> emulated =
 static std::map<char *, size_t> pages; // of the buffers that exist
 static std::recursive_mutex     pages_mutex;
 
-static void protect(int prot) {
+// Linux on x86 has keys of pages that a thread turns in a register; elsewhere the pages are told, one buffer after the other
+#ifdef PKEY_DISABLE_ACCESS
+static const int pages_key = pkey_alloc(0, PKEY_DISABLE_ACCESS); // -1 if the CPU has none
+#else
+static const int pages_key = -1;
+#endif
+
+static void hide(void * data, size_t size) {
+#ifdef PKEY_DISABLE_ACCESS
+    if (pages_key >= 0) {
+        GGML_ASSERT(pkey_mprotect(data, size, PROT_READ | PROT_WRITE, pages_key) == 0);
+        return;
+    }
+#endif
+    GGML_ASSERT(mprotect(data, size, PROT_NONE) == 0);
+}
+
+static void protect(bool hidden) {
+#ifdef PKEY_DISABLE_ACCESS
+    if (pages_key >= 0) {
+        GGML_ASSERT(pkey_set(pages_key, hidden ? PKEY_DISABLE_ACCESS : 0) == 0);
+        return;
+    }
+#endif
     for (const auto & [data, size] : pages) {
-        GGML_ASSERT(mprotect(data, size, prot) == 0);
+        GGML_ASSERT(mprotect(data, size, hidden ? PROT_NONE : PROT_READ | PROT_WRITE) == 0);
     }
 }
 
@@ -74,13 +97,13 @@ class work {
 public:
     work() : lock(pages_mutex) {
         if (depth++ == 0) {
-            protect(PROT_READ | PROT_WRITE);
+            protect(/*hidden =*/ false);
         }
     }
 
     ~work() {
         if (--depth == 0) {
-            protect(PROT_NONE);
+            protect(/*hidden =*/ true);
         }
     }
 
@@ -198,7 +221,7 @@ static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t 
         return nullptr;
     }
     memset(data, 0xFF, size);
-    mprotect(data, page_align(size), PROT_NONE);
+    hide(data, page_align(size));
 
     pages[(char *) data] = page_align(size);
     stats.bytes_live += size;

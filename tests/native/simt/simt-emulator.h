@@ -9,7 +9,8 @@
 //     the write
 // It counts what a launch costs, see launch_cost.
 //
-// Order: fibers of a block take turns in an order that a seed shuffles at every barrier, blocks run one after another.
+// Order: a warp runs until all of its lanes wait for the block or end. A seed shuffles warps and lanes at every barrier; blocks run one
+// after another.
 
 #pragma once
 
@@ -55,22 +56,21 @@ struct failure : std::runtime_error {
 // last accesses to two bytes of shared memory, or four of device memory. Epochs are numbers of barriers that lie between; threads
 // are numbered, 0 is none
 struct trace {
-    int64_t writer      = 0;
-    int64_t reader      = 0; // MANY: several
-    int64_t updater     = 0; // of atomic accesses, which do not race with one another; MANY: several
-    int32_t write_epoch  = -1;
-    int32_t read_epoch   = -1;
-    int32_t update_epoch = -1;
+    uint32_t writer       = 0;
+    uint32_t reader       = 0; // MANY: several
+    uint32_t updater      = 0; // of atomic accesses, which do not race with one another; MANY: several
+    int32_t  write_epoch  = -1;
+    int32_t  read_epoch   = -1;
+    int32_t  update_epoch = -1;
+    uint32_t fetched_by   = 0; // the last block that read it
 
-    int64_t fetched_by = 0; // the last block that read it
-
-    static constexpr int64_t MANY = -1;
+    static constexpr uint32_t MANY = UINT32_MAX;
 
     // the thread whose access this one races with, or 0
-    int64_t access(int64_t self, int32_t epoch, bool writes, bool atomic) {
-        const int64_t other_updater = update_epoch == epoch && updater != self && !atomic ? updater : 0;
-        const int64_t other_writer  = write_epoch  == epoch && writer  != self ? writer : other_updater;
-        const int64_t other_reader  = read_epoch   == epoch && reader  != self ? reader : 0;
+    uint32_t access(uint32_t self, int32_t epoch, bool writes, bool atomic) {
+        const uint32_t other_updater = update_epoch == epoch && updater != self && !atomic ? updater : 0;
+        const uint32_t other_writer  = write_epoch  == epoch && writer  != self ? writer : other_updater;
+        const uint32_t other_reader  = read_epoch   == epoch && reader  != self ? reader : 0;
         if (other_writer || (writes && other_reader)) {
             return other_writer ? other_writer : other_reader;
         }
@@ -128,13 +128,32 @@ struct launch_cost {
     std::map<std::string, int64_t> bytes_written; // every time
 };
 
+// as many as there are words, made where one is touched: few of them are
+class traces_of {
+public:
+    explicit traces_of(size_t n_words = 0) : parts((n_words + N - 1)/N) {}
+
+    trace & operator[](size_t i) {
+        auto & part = parts[i/N];
+        if (!part) {
+            part = std::make_unique<std::array<trace, N>>();
+        }
+        return (*part)[i%N];
+    }
+
+private:
+    static constexpr size_t N = 256;
+
+    std::vector<std::unique_ptr<std::array<trace, N>>> parts;
+};
+
 // memory of the device
 struct region {
     char     * data;
     size_t     size;
     std::string name;
 
-    std::vector<trace> traces;
+    traces_of traces;
 
     int64_t bytes_read    = 0; // by the launch that runs
     int64_t bytes_written = 0;
@@ -145,7 +164,16 @@ public:
     // threads of blocks are numbered from 0; seed of the order in which they run
     explicit machine(uint32_t seed = 0) : rng(seed) {}
 
-    void add(const void * data, size_t size, const std::string & name) { regions[(uintptr_t) data] = { (char *) data, size, name, std::vector<trace>(size/4 + 1) }; }
+    ~machine() {
+        for (auto & own : threads) {
+            free_stacks().push_back(std::move(own->stack));
+        }
+    }
+
+    machine(const machine &) = delete;
+    machine & operator=(const machine &) = delete;
+
+    void add(const void * data, size_t size, const std::string & name) { regions[(uintptr_t) data] = { (char *) data, size, name, traces_of(size/4 + 1) }; }
     void remove(const void * data) { regions.erase((uintptr_t) data); }
     void clear() { regions.clear(); }
 
@@ -167,6 +195,9 @@ public:
     void launch(int n_blocks, int n_threads, const std::function<void()> & kernel) {
         if (n_threads % WARP != 0) {
             fail("%d threads are no whole warps of %d", n_threads, WARP);
+        }
+        if (n_threads > MAX_THREADS || n_blocks > MAX_BLOCKS) {
+            fail("%d blocks of %d threads, the emulator numbers %d of %d", n_blocks, n_threads, MAX_BLOCKS, MAX_THREADS);
         }
         n_launches++;
         costs.push_back({});
@@ -195,7 +226,7 @@ public:
         if (is_new) {
             shared.resize(shared.size() + (size + 15)/16*16);
             written.resize(shared.size(), 0);
-            traces.resize(shared.size()/2);
+            traces.resize(std::max(traces.size(), shared.size()/2));
             if (shared.size() > shared_limit) {
                 fail("%zu bytes of shared memory, a block has %zu", shared.size(), shared_limit);
             }
@@ -286,7 +317,9 @@ public:
             fail("thread %d of block %d %s byte %zd of an array of %zu in shared memory", current->id, block, writes ? "writes" : "reads",
                 (ptrdiff_t) (offset - begin), end - begin);
         }
-        for (size_t i = offset; i < offset + size; ++i) {
+        static constexpr uint64_t ALL_WRITTEN = 0x0101010101010101;
+        const bool is_plain = size <= sizeof(ALL_WRITTEN) && memcmp(&written[offset], &ALL_WRITTEN, size) == 0;
+        for (size_t i = offset; i < offset + size && !is_plain; ++i) {
             if ((!writes || atomic) && !written[i]) {
                 fail("thread %d of block %d reads byte %zu of shared memory, which nobody wrote", current->id, block, offset - begin);
             }
@@ -296,8 +329,9 @@ public:
             }
             written[i] = 1;
         }
+        const uint32_t number = thread_number();
         for (size_t i = offset/2; i <= (offset + size - 1)/2; ++i) {
-            const int64_t other = traces[i].access(((int64_t) block << 16 | current->id) + 1, block_epoch, writes, atomic);
+            const uint32_t other = traces[i].access(number, block_epoch, writes, atomic);
             if (other) {
                 fail("race: thread %d of block %d %s byte %zu of shared memory, which %s touched since the last barrier", current->id,
                     block, writes ? "writes" : "reads", offset - begin, thread_name(other).c_str());
@@ -327,9 +361,9 @@ public:
         if ((uintptr_t) p % size != 0) {
             fail("thread %d of block %d: %zu bytes of %s at byte %zd are not aligned", current->id, block, size, r->name.c_str(), p - r->data);
         }
-        const int64_t self = (((int64_t) n_launches << 40) | ((int64_t) block << 16) | current->id) + 1;
+        const uint32_t number = thread_number();
         for (size_t i = (p - r->data)/4; i <= (p - r->data + size - 1)/4; ++i) {
-            const int64_t other = r->traces[i].access(self, device_epoch, writes, atomic);
+            const uint32_t other = r->traces[i].access(number, device_epoch, writes, atomic);
             if (other) {
                 fail("race: thread %d of block %d %s byte %zu of %s, which %s touched", current->id, block, writes ? "writes" : "reads",
                     4*i, r->name.c_str(), thread_name(other).c_str());
@@ -347,6 +381,12 @@ private:
     static constexpr uint8_t ON_ITS_WAY = 2;
     static constexpr int     COLLECT    = -1; // the mask of collect()
 
+    // a thread has a number: some bits of its launch, its block, its place
+    static constexpr int MAX_THREADS = 1 << 10;
+    static constexpr int MAX_BLOCKS  = 1 << 16;
+
+    uint32_t thread_number() const { return (uint32_t(n_launches) << 26 | uint32_t(block) << 10 | uint32_t(current->id)) + 1; }
+
     std::map<uintptr_t, region> regions;
     std::mt19937                rng;
 
@@ -357,7 +397,7 @@ private:
     const std::function<void()>        * kernel = nullptr;
     std::string                          error;
 
-    int32_t block_epoch  = 0;
+    int32_t block_epoch  = 0; // of all blocks: what another block did to its shared memory lies behind a barrier
     int32_t device_epoch = 0;
     int32_t n_launches   = 0;
 
@@ -374,10 +414,11 @@ private:
         current->n_rounds += current->used;
         current->used = false;
 
-        const int64_t self = ((int64_t) n_launches << 24 | block) + 1;
+        const uint32_t self = (uint32_t(n_launches) << 16 | block) + 1;
         for (size_t i = first; i <= last; ++i) {
-            if (r.traces[i].fetched_by != self) {
-                r.traces[i].fetched_by = self;
+            auto & own = r.traces[i];
+            if (own.fetched_by != self) {
+                own.fetched_by = self;
                 r.bytes_read += 4;
             }
         }
@@ -390,6 +431,22 @@ private:
             cost.n_loads    = std::max(cost.n_loads,    threads[i]->n_loads);
             cost.n_barriers = std::max(cost.n_barriers, threads[i]->n_barriers);
         }
+    }
+
+    // of machines that are gone, for the next ones
+    static std::vector<std::unique_ptr<char[]>> & free_stacks() {
+        static thread_local std::vector<std::unique_ptr<char[]>> res;
+        return res;
+    }
+
+    static std::unique_ptr<char[]> take_stack() {
+        auto & stacks = free_stacks();
+        if (stacks.empty()) {
+            return std::unique_ptr<char[]>(new char[STACK]);
+        }
+        auto res = std::move(stacks.back());
+        stacks.pop_back();
+        return res;
     }
 
     void yield(wait waits, int line) {
@@ -415,35 +472,49 @@ private:
 
     void run_block(int n_threads, const std::function<void()> & fn);
 
-    bool release_warps(int n_threads) {
-        bool any = false;
-        for (int w = 0; w < n_threads/WARP; ++w) {
-            const auto first = threads.begin() + w*WARP;
-            const auto last  = first + WARP;
+    bool release_warp(int w) {
+        const auto first = threads.begin() + w*WARP;
+        const auto last  = first + WARP;
 
-            const auto is_waiting = [&](const auto & t) { return t->waits == wait::warp && t->line == (*first)->line && t->mask == (*first)->mask; };
-            if (!std::all_of(first, last, is_waiting)) {
-                continue;
-            }
-            any = true;
-            if (first[0]->mask == COLLECT) {
-                collected.resize(std::max<size_t>(collected.size(), w + 1));
-                for (int i = 0; i < WARP; ++i) {
-                    collected[w][i] = first[i]->told;
-                    first[i]->waits = wait::none;
-                }
-                continue;
-            }
-            uint32_t value[WARP];
+        const auto is_waiting = [&](const auto & t) { return t->waits == wait::warp && t->line == (*first)->line && t->mask == (*first)->mask; };
+        if (!std::all_of(first, last, is_waiting)) {
+            return false;
+        }
+        if (first[0]->mask == COLLECT) {
+            collected.resize(std::max<size_t>(collected.size(), w + 1));
             for (int i = 0; i < WARP; ++i) {
-                value[i] = first[first[i]->source]->value;
-            }
-            for (int i = 0; i < WARP; ++i) {
-                first[i]->value = value[i];
+                collected[w][i] = first[i]->told;
                 first[i]->waits = wait::none;
             }
+            return true;
         }
-        return any;
+        uint32_t value[WARP];
+        for (int i = 0; i < WARP; ++i) {
+            value[i] = first[first[i]->source]->value;
+        }
+        for (int i = 0; i < WARP; ++i) {
+            first[i]->value = value[i];
+            first[i]->waits = wait::none;
+        }
+        return true;
+    }
+
+    // every lane until it waits; whether one ran
+    bool run_lanes(int w, const std::vector<int> & lanes, int & n_done) {
+        bool res = false;
+        for (const int lane : lanes) {
+            thread & own = *threads[w*WARP + lane];
+            if (own.waits == wait::none) {
+                current = &own;
+                fiber_context::switch_to(scheduler, own.context);
+                res = true;
+                n_done += own.waits == wait::done;
+                if (!error.empty()) {
+                    break;
+                }
+            }
+        }
+        return res;
     }
 
     bool release_block(int n_threads) {
@@ -457,9 +528,9 @@ private:
         return true;
     }
 
-    static std::string thread_name(int64_t number) {
+    static std::string thread_name(uint32_t number) {
         return number == trace::MANY ? "several threads" :
-            "thread " + std::to_string((number - 1) & 0xFFFF) + " of block " + std::to_string((number - 1) >> 16 & 0xFFFFFF);
+            "thread " + std::to_string((number - 1)%MAX_THREADS) + " of block " + std::to_string((number - 1)/MAX_THREADS%MAX_BLOCKS);
     }
 
     friend machine *& current_machine();
@@ -490,19 +561,16 @@ inline void machine::run_block(int n_threads, const std::function<void()> & fn) 
     while ((int) threads.size() < n_threads) {
         threads.push_back(std::make_unique<thread>());
         threads.back()->id = threads.size() - 1;
-        threads.back()->stack.reset(new char[STACK]);
+        threads.back()->stack = take_stack();
     }
-    kernel      = &fn;
-    block_epoch = 0;
+    kernel = &fn;
+    block_epoch++;
     arrays.clear();
     shared.clear();
     written.clear();
-    traces.clear();
     error.clear();
 
-    std::vector<int> order(n_threads);
-    std::iota(order.begin(), order.end(), 0);
-    for (const int i : order) {
+    for (int i = 0; i < n_threads; ++i) {
         threads[i]->waits      = wait::none;
         threads[i]->n_rounds   = 0;
         threads[i]->n_loads    = 0;
@@ -513,26 +581,27 @@ inline void machine::run_block(int n_threads, const std::function<void()> & fn) 
         threads[i]->context.start(threads[i]->stack.get(), STACK, enter);
     }
 
-    std::shuffle(order.begin(), order.end(), rng);
+    std::vector<int> warps(n_threads/WARP);
+    std::vector<int> lanes(WARP);
+    std::iota(warps.begin(), warps.end(), 0);
+    std::iota(lanes.begin(), lanes.end(), 0);
+
+    const auto shuffle = [&] {
+        std::shuffle(warps.begin(), warps.end(), rng);
+        std::shuffle(lanes.begin(), lanes.end(), rng);
+    };
+
+    shuffle();
     for (int n_done = 0; n_done < n_threads && error.empty();) {
         bool any = false;
-        for (const int i : order) {
-            if (threads[i]->waits != wait::none) {
-                continue;
-            }
-            current = threads[i].get();
-            fiber_context::switch_to(scheduler, current->context);
-            any = true;
-            n_done += current->waits == wait::done;
-            if (!error.empty()) {
-                break;
-            }
+        for (size_t i = 0; i < warps.size() && error.empty(); ++i) {
+            do {
+                any = run_lanes(warps[i], lanes, n_done) || any;
+            } while (error.empty() && release_warp(warps[i]));
         }
-        if (error.empty() && release_warps(n_threads)) {
+        if (error.empty() && release_block(n_threads)) {
             any = true;
-        } else if (error.empty() && release_block(n_threads)) {
-            any = true;
-            std::shuffle(order.begin(), order.end(), rng);
+            shuffle();
         }
         if (!any && error.empty() && n_done < n_threads) {
             const auto stuck = std::find_if(threads.begin(), threads.begin() + n_threads, [](const auto & t) { return t->waits != wait::done; });
