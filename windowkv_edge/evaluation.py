@@ -419,7 +419,8 @@ class PolicyEvaluation(Shifting):
         if self._kv_cache is not None:
             with self._kv_guard.use("llama_decode()"):
                 self._kv_taken.add("whole")  # no state is saved in there
-                if self._kv_cache.kv.stats().n_queries > 0:  # else nothing observes, and nothing can be evaluated in there
+                # else nothing observes, and nothing can be evaluated in there
+                if self._kv_cache.kv.stats().n_queries > 0:
                     self._prompt_ended(self._kv_cache)
 
     def _failed_below(self, error: BaseException) -> None:

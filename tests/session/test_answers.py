@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from llama_cpp.llama_speculative import LlamaDraftModel
 from reference.corm import prominence
 from reference.h2o import accumulated
-from scripted import OTHERS, TOKENS, Script, answer, once
+from scripted import OTHERS, TOKENS, Script, answer, decode, once
 from test_limit import policy_of
 
 from windowkv_edge import CORM, H2O, POLICIES, TOVA, Llama, SnapKV, StreamingLLM
@@ -223,6 +224,32 @@ def test_h2o_carries_its_sums(tiny: Path, opened: Open) -> None:
                 keys = kv.rows(*at, "k")
                 sums[at] = carried + accumulated(rows, found[0][0][new], keys, kv.positions(*at), keys.shape[1] ** -0.5)
     assert same >= 0.99 * 2 * n_cells * len(heads)
+
+
+def test_a_state_has_the_queries_that_no_sum_has(tiny: Path, opened: Open) -> None:
+    """Also those in front of what a policy without sums compacted last; sessions add them up before there are so many."""
+    llm, other = (opened(tiny, kv_policy=H2O(n_observed=16), kv_budget=1.0) for _ in range(2))
+    cache, loaded = llm._kv_cache, other._kv_cache
+    assert cache is not None and loaded is not None
+    llm.eval(TOKENS[:50])
+    llm.kv_compact(40)
+    decode(llm, TOKENS[50:100])
+    for token in OTHERS[:16]:
+        decode(llm, [token])
+    assert cache.kv.stats().n_summed == 50
+    assert cache.compact(80, policy=cache.bind(SnapKV(window_size=4))) > 0 and cache.kv.stats().n_boundary == 116
+
+    def state(own: Llama) -> bytes:
+        res = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(own.ctx, 0))()
+        assert llama_cpp.llama_state_seq_get_data(own.ctx, res, len(res), 0) == len(res)
+        return bytes(res)
+
+    saved = (ctypes.c_uint8 * len(state(llm))).from_buffer_copy(state(llm))
+    assert llama_cpp.llama_state_seq_set_data(other.ctx, saved, len(saved), 0) == len(saved)
+    assert cache.kv.stats().n_queries == loaded.kv.stats().n_queries == 32
+    for own in (cache, loaded):
+        own.kv.accumulate()
+    assert state(llm) == state(other)
 
 
 def test_sums_move_with_their_cells(tiny: Path, opened: Open) -> None:

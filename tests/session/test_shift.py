@@ -104,7 +104,8 @@ def test_logits_are_stocks(tmp_path: Path, opened: Open, model: str, kind: int) 
     for own in (llm, stock):
         own.eval(OTHERS[:64])
     want = logits(stock)
-    np.testing.assert_allclose(logits(llm), want, atol=1e-5 * np.abs(want).max())
+    # f16 rows, summed in another order, differ by a tenth of a rounding step
+    np.testing.assert_allclose(logits(llm), want, atol=(1e-5, 1e-4)[kind] * np.abs(want).max())
 
 
 @pytest.mark.parametrize("cells", ["f32", "f16", "q8_0", "q4_0"])
