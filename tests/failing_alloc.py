@@ -44,6 +44,8 @@ class Allocator:
             self._lib.alloc_disarm,
             self._lib.alloc_catch_crashes,
         )
+        self.depth = self._lib.alloc_depth
+        """Frames of every stack that are kept from now on; 0 = all."""
         self._crashes = self._lib.alloc_crashes()
         self._names: dict[int, str] = {}
 

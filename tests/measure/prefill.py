@@ -1,6 +1,6 @@
 """How long a prompt takes within a limit, and in stock llama.cpp: the one is linear in its length, the other is not.
 
-    python tests/measure/prefill.py SHAPE [--length 64k] [--limit 4096] [--policy auto] [--depths 9] [--batches 12]
+    python tests/measure/prefill.py SHAPE [--length 64k] [--limit 4096] [--policy auto] [--depths 9] [--batches 12] [--stock f16]
 
 SHAPE is a model file, or a shape with random weights (`llama-1b`; windowkv_edge/bench/shapes.py). Stock reads one batch at
 each of several depths of a cache that was filled with random cells; its time for the whole prompt is the sum of what lies
@@ -28,9 +28,11 @@ from windowkv_edge.cli.common import parse_lengths
 N_BATCH, N_DECODED = 512, 24
 
 
-def stock_times(model: Model, length: int, depths: int, limit: int, threads: int) -> tuple[list[int], list[float], float, int]:
+def stock_times(
+    model: Model, cells: str, length: int, depths: int, limit: int, threads: int
+) -> tuple[list[int], list[float], float, int]:
     """Depths, seconds of a batch behind each, seconds of a token behind ``limit`` cells, bytes of the cache."""
-    session = Session(model, length + N_BATCH, "f16", None, True, threads, N_BATCH)
+    session = Session(model, length + N_BATCH, cells, None, True, threads, N_BATCH)
     tokens = np.random.default_rng(0).integers(0, model.n_vocab, N_BATCH).tolist()
     memory = llama_cpp.llama_get_memory(session.ctx)
     at = sorted({int(depth) // N_BATCH * N_BATCH for depth in np.linspace(0, length - N_BATCH, depths)})
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--depths", type=int, default=9, help="where stock reads a batch")
     parser.add_argument("--batches", type=int, default=12, help="that ours reads with compactions")
+    parser.add_argument("--stock", default="f16", choices=("f16", "q8_0", "q4_0"), help="cells of stock")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     (length,), (limit,) = parse_lengths(args.length, "--length"), parse_lengths(args.limit, "--limit")
@@ -97,13 +100,13 @@ def main() -> None:
     path = fetch_shape(args.shape) if args.shape in SHAPES else Path(args.shape)
 
     model = Model(path)
-    at, seconds, stock_decode, stock_bytes = stock_times(model, length, args.depths, limit, args.threads)
+    at, seconds, stock_decode, stock_bytes = stock_times(model, args.stock, length, args.depths, limit, args.threads)
     model.close()
     stock = float(np.interp(np.arange(0, length, N_BATCH), at, seconds).sum())
     ours, our_decode, our_bytes, n_read = our_times(path, length, limit, args.policy, args.batches, args.threads)
 
     print(f"\n{args.shape}, {length:,} tokens, limit {limit:,}, {args.policy}, {args.threads} threads; ours read {n_read:,}")
-    print("| | stock, f16 | ours | |")
+    print(f"| | stock, {args.stock} | ours | |")
     print("| --- | --- | --- | --- |")
     print(f"| prompt, s | {stock:.0f} | {ours:.0f} | {stock / ours:.2f} x faster |")
     print(f"| token behind {limit:,} cells, ms | {1e3 * stock_decode:.1f} | {1e3 * our_decode:.1f} | "

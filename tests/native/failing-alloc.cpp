@@ -69,6 +69,7 @@ int64_t n_counted;     // allocations since alloc_arm()
 int64_t n_fail;        // the one that fails, 0 = none
 bool    armed;         // they are counted
 bool    tracking;      // and what they allocate is
+int     n_frames = DEPTH; // that are asked for
 
 std::atomic_flag  lock = ATOMIC_FLAG_INIT;
 thread_local bool inside __attribute__((tls_model("initial-exec")));
@@ -142,12 +143,18 @@ void * counted(size_t n_bytes, F alloc) {
     }
     guard g;
 
-    void *    frames[DEPTH];
-    const int depth = backtrace(frames, DEPTH);
-
-    int first = 0;
-    while (first < depth && within(runtime, n_runtime, frames[first])) {
-        ++first;
+    void * frames[DEPTH];
+    int    depth = 0;
+    int    first = 0;
+    for (int n = n_frames;; n = DEPTH) {
+        depth = backtrace(frames, n);
+        first = 0;
+        while (first < depth && within(runtime, n_runtime, frames[first])) {
+            ++first;
+        }
+        if (first < depth || n == DEPTH) {
+            break;
+        }
     }
     if (first == depth || !within(theirs, n_theirs, frames[first])) {
         return alloc();
@@ -241,6 +248,12 @@ void alloc_arm(int64_t n) {
     n_fail    = n;
     armed     = true;
     tracking  = true;
+}
+
+// Frames of a stack that are kept from now on, those of the runtime included: what takes long is to find them. As many more are looked
+// at as it takes to tell whose an allocation is.
+void alloc_depth(int32_t n) {
+    n_frames = n < 1 || n > DEPTH ? DEPTH : n;
 }
 
 // nothing fails any more; what is allocated and freed is still tracked. Returns the allocations since alloc_arm()

@@ -80,10 +80,27 @@ def clean(allocator: Allocator, steps: Steps, phases: Sequence[str], n_tokens: i
     return Clean(allocator.stacks(range(count)), marks, Counter(allocator.stacks(allocator.live())))
 
 
+N_FRAMES, N_SAME = 10, 3
+"""Frames that a child keeps of its allocations, and those from the innermost one on that tell them apart. Whole stacks take most of its
+time, and are of interest only where something is left behind."""
+
+
+def _left(allocator: Allocator, want: Clean, n: int | None) -> Counter[tuple[int, Frames]]:
+    """What is allocated and was not in the run in which nothing failed, told apart by n frames."""
+    there, before = Counter[tuple[int, Frames]](), Counter[tuple[int, Frames]]()
+    for n_bytes, frames in allocator.stacks(allocator.live()):
+        there[n_bytes, frames[:n]] += 1
+    for (n_bytes, frames), number in want.left.items():
+        before[n_bytes, frames[:n]] += number
+    return there - before
+
+
 def failing(
-    allocator: Allocator, steps: Steps, phases: Sequence[str], n_tokens: int, phase: str, want: Clean, n: int
-) -> End:
+    allocator: Allocator, steps: Steps, phases: Sequence[str], n_tokens: int, phase: str, want: Clean, whole: bool, n: int
+) -> End | None:
+    """How it ended; None if whole stacks have to tell what is left behind."""
     stack = want.allocations[n - 1][1]
+    allocator.depth(0 if whole else N_FRAMES)
     before = None if phase == "load" else steps.held()
     end = End("survived", stack=stack)
     allocator.arm(n)
@@ -106,9 +123,11 @@ def failing(
                 end.wrong.append(
                     f"{name} behind the {one}" + (f": {got}, expected {expected}" if name != "logits" else "")
                 )
+    if not whole:
+        return None if _left(allocator, want, N_SAME) else end
     # what an upstream function loses that fails inside is upstream's: both were allocated below one call of ours, or of nobody of ours
     caller = allocator.caller(stack)
-    for n_bytes, frames in (Counter(allocator.stacks(allocator.live())) - want.left).elements():
+    for n_bytes, frames in _left(allocator, want, None).elements():
         if OWN.search(allocator.where(frames, 1)) or allocator.caller(frames) != caller:
             end.wrong.append(f"left behind: {n_bytes} bytes of {allocator.where(frames)}")
     return end
@@ -233,7 +252,10 @@ def explore(
         ((_, want),) = children.map(lambda _, own=common: clean(*own), [phase])  # type: ignore[misc]
         assert isinstance(want, Clean), f"{phase}: {want}"
         numbers = chosen(allocator, [frames for _, frames in want.allocations], sample, functions)
-        for n, end in children.map(functools.partial(failing, *common, want), numbers):
+        ends = dict(children.map(functools.partial(failing, *common, want, False), numbers))
+        again = [n for n, end in ends.items() if end is None]
+        ends |= dict(children.map(functools.partial(failing, *common, want, True), again))
+        for n, end in ends.items():
             if not isinstance(end, End):
                 status, crash = end
                 kind = "hung" if status == -signal.SIGALRM else "crashed"
