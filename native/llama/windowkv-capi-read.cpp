@@ -110,7 +110,7 @@ static void ragged_stats(const llama_memory_i & mem, const llama_kv_cache_ragged
     stats.n_compactions  = own.n_compactions;
     stats.n_summed       = seq.n_summed();
     stats.n_observed     = seq.observed.n_observed;
-    stats.n_queries      = seq.observed.find(0).size();
+    stats.n_queries      = std::count_if(seq.observed.pos.begin(), seq.observed.pos.end(), [](int32_t p) { return p >= 0; });
     stats.type_k         = layers[0].type_k;
     stats.type_v         = layers[0].type_v;
     stats.bytes_live     = own.meter.live;
