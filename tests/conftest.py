@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 # the tests run beside compilers and each other; spinning threads would only fight for the cores. Read when the library
 # is loaded
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import windowkv_edge  # noqa: E402
+import windowkv_edge  # noqa: E402  (before llama_cpp)
+import llama_cpp  # noqa: E402
 from windowkv_edge import Llama, _files  # noqa: E402
 from windowkv_edge.models import fetch_gemma3_270m, fetch_smollm2  # noqa: E402
 
@@ -143,3 +145,25 @@ def session(opened: Callable[..., Llama], smollm2: Path) -> Callable[..., Llama]
 def document() -> str:
     """The shipped text, about 3,800 tokens."""
     return (Path(windowkv_edge.__file__).parent / "data" / "document.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def of_stock(smollm2: Path, document: str) -> Callable[[int, int], tuple[list[list[int]], np.ndarray]]:
+    """Parts of a text and the logits of SmolLM2 without a policy behind each, float32 [parts, n_vocab], by the types of K and V, with
+    flash attention: 500 tokens, 64 single ones and another."""
+
+    @functools.cache
+    def read(type_k: int, type_v: int) -> tuple[list[list[int]], np.ndarray]:
+        threads = {"n_threads": 2, "n_threads_batch": 2}
+        llm = Llama(str(smollm2), n_ctx=1024, **threads, verbose=False, flash_attn=True, type_k=type_k, type_v=type_v)
+        tokens = llm.tokenize(document.encode())[:564]
+        parts = [tokens[:500], *([token] for token in tokens[500:]), [tokens[7]]]
+        rows = []
+        for part in parts:
+            llm.eval(part)
+            pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+            rows.append(np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy())
+        llm.close()
+        return parts, np.array(rows)
+
+    return read

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-__all__ = ["TYPES", "bits", "check_budget", "n_cells", "plain"]
+__all__ = ["TYPES", "bits", "check_budget", "is_same", "n_cells", "plain"]
 
 FEW_CELLS = 16
 """A whole number below this is more likely to be meant as a share: observation windows alone are larger."""
@@ -54,6 +54,11 @@ def check_budget(budget: float | int) -> float | int:
             stacklevel=3,
         )
     return budget
+
+
+def is_same(budget: float | int, other: float | int) -> bool:
+    """Whether two budgets mean the same: 1 is a cell, 1.0 all of them."""
+    return (type(budget), budget) == (type(other), other)
 
 
 def n_cells(budget: float | int, n_past: int, *cells: str) -> int:

@@ -10,6 +10,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from .budget import is_same
 from .checkpoints import Checkpoint, Checkpoints
 from .errors import NativeError, UnsupportedCallError
 from .limit import Limit, n_asks
@@ -172,9 +173,7 @@ class GoingBack(llama_cpp.Llama):
             n_most = self._kv_limit.n_cells(cache.kv.stats()) + self.n_batch
             if own.n_cells > n_most:
                 return False
-        budget = self._kv_when.budget
-        same_budget = (type(own.budget), own.budget) == (type(budget), budget)  # 1 is a cell, 1.0 all of them
-        return bool(same_budget and own.noted["pins"] == self._kv_noted()["pins"])
+        return bool(is_same(own.budget, self._kv_when.budget) and own.noted["pins"] == self._kv_noted()["pins"])
 
     def _has_logits(self) -> bool:
         """Whether the context has logits of a last token, in whose place kept ones can be put."""

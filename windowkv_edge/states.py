@@ -20,7 +20,7 @@ from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 
 from . import state_files
 from ._files import open_regular
-from .budget import check_budget
+from .budget import check_budget, is_same
 from .errors import FormatError, NativeError, UnsupportedCallError
 from .evaluation import PolicyEvaluation
 from .native_state import get_state, refusal, set_state
@@ -282,9 +282,15 @@ class SavedStates(PolicyEvaluation):
             return True
 
     def _saves(self, state: Any, prompt: Tokens) -> int:
-        if not isinstance(state, SavedState) or self._misfit(state.session, state.n_tokens, state.scores) is not None:
+        if not isinstance(state, SavedState):
             return 0
-        if state.session["budget"] != self._kv_when.budget:
+        try:
+            state_files.check_session(getattr(state, "session", None), state.n_tokens, self._kv_noted())
+        except FormatError:
+            return 0  # of another version
+        if self._misfit(state.session, state.n_tokens, state.scores) is not None:
+            return 0
+        if not is_same(state.session["budget"], self._kv_when.budget):
             return 0  # its prompt was compacted for another one
         if state.session["noted"]["pins"] != self._kv_noted()["pins"]:
             return 0  # and without these pins, or with others

@@ -1,21 +1,26 @@
 """Who should observe a prompt that is read within a limit, and down to how many cells should its parts be compacted?
 
-    python tests/measure/bounded.py MODEL [--length 1000] [--limit 256] [--batch 256] [--chat] [--ways end/limit,...]
+    python tests/measure/bounded.py MODEL [--length 1000] [--limit 256] [--batch 256] [--chat] [--ways WAY ...]
 
 Needles (windowkv_edge/eval/README.md) of several kinds at several depths; only those count that the full cache answers. A
-way is OBSERVERS/TARGET. Before every batch that finds no room, some tokens are evaluated behind what was read, their
-attention chooses, and they are taken back:
+way is a list of settings such as observers=question,recent=64. Before every batch that finds no room, some tokens are evaluated
+behind what was read, their attention chooses, and they are taken back:
 
-    end       the prompt's last tokens, with what a template puts behind the question
-    question  the last tokens of the question alone
-    all       the question and all that follows it
-    ahead     the question, evaluated once in front of everything: its queries are kept, and turned by RoPE to where the next
-              token would be; f16 cells only
-    none      nobody: the last tokens that were read choose
-
-    limit     every compaction goes down to the limit
-    share     to the share of the limit that was read of the prompt
-    half      between the two
+    observers  end       the prompt's last tokens, with what a template puts behind the question
+               question  the last tokens of the question alone
+               all       the question and all that follows it
+               ahead     the question, evaluated once in front of everything: its queries are kept, and turned by RoPE to
+                         where the next token would be; f16 cells only
+               none      nobody: the last tokens that were read choose
+    target     limit     every compaction goes down to the limit
+               share     to the share of the limit that was read of the prompt
+               half      between the two
+    scores     now       what chooses is the attention of these tokens
+               most      the most that they gave a cell in this compaction and in earlier ones
+    recent     positions at the end of what was read that stay in any case, besides what the policy keeps there
+    middle     the policy of these compactions, such as auto(omega=8); the last one, behind the prompt, is always --policy's
+    read       bounded   as said
+               before    the full cache is compacted to the limit once, observed in the same way, in front of the question
 
 `exact` reads with the full cache and compacts once, to the limit. Without --chat a question ends with the beginning of its
 answer; with it the template's tokens stand behind it. Cells are the most that were held, seconds those of the prompt.
@@ -24,27 +29,38 @@ answer; with it the template's tokens stand behind it. Cells are the most that w
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from windowkv_edge import _native, get_policy  # before llama_cpp
+from windowkv_edge import _native  # before llama_cpp
 
 import llama_cpp  # isort: skip
 import numpy as np
 import numpy.typing as npt
 
 from windowkv_edge.bench.session import Model, Session
+from windowkv_edge.cli.common import parse_policy
 from windowkv_edge.eval import prose
 from windowkv_edge.eval.needle import KINDS, N_ANSWER, make_needle
 from windowkv_edge.eval.case import place
 from windowkv_edge.eval.style import Style
 from windowkv_edge.heads import ModelHeads
-from windowkv_edge.limit import Limit
-from windowkv_edge.policies import ExpectedAttention
+from windowkv_edge.limit import slack
+from windowkv_edge.policies import ExpectedAttention, Full, KVPolicy
+from windowkv_edge.policies.parts import Parts
 
-OBSERVERS, TARGETS = ("end", "question", "all", "ahead", "none"), ("limit", "share", "half")
+CHOICES = {
+    "observers": ("end", "question", "all", "ahead", "none"),
+    "target": ("limit", "share", "half"),
+    "scores": ("now", "most"),
+    "read": ("bounded", "before"),
+}
+
+Heads = list[list[npt.NDArray[np.float32]]]
+"""Scores per layer and kv head, float32 [cells]."""
 
 
 @dataclass
@@ -52,9 +68,32 @@ class Tally:
     """What one way of reading gave."""
 
     n_right: int = 0
+    n_also: int = 0  # of what exact has right
     n_compactions: int = 0
     n_cells: float = 0.0
     seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a prompt is read, see above; middle = "" is the policy of the last compaction."""
+
+    observers: str = "end"
+    target: str = "limit"
+    scores: str = "now"
+    recent: int = 0
+    middle: str = ""
+    read: str = "bounded"
+
+    @classmethod
+    def parse(cls, text: str) -> Way:
+        values: dict[str, object] = {}
+        for part in filter(None, re.split(r",(?![^(]*\))", text)):  # not those within parentheses
+            name, _, value = part.partition("=")
+            if name not in {own.name for own in fields(cls)} or (name in CHOICES and value not in CHOICES[name]):
+                raise SystemExit(f"--ways has {part!r}, see --help for what a way may have")
+            values[name] = int(value) if name == "recent" else value
+        return cls(**values)  # type: ignore[arg-type]
 
 
 class Reader:
@@ -62,7 +101,7 @@ class Reader:
 
     Args:
         model: the weights.
-        policy: its name.
+        policies: of the last compaction first.
         n_ctx: positions.
         limit: cells per head.
         batch: tokens evaluated at once.
@@ -71,23 +110,37 @@ class Reader:
     """
 
     def __init__(
-        self, model: Model, policy: str, n_ctx: int, limit: int, batch: int, cells: str | None, threads: int
+        self,
+        model: Model,
+        policies: Sequence[str],
+        n_ctx: int,
+        limit: int,
+        batch: int,
+        cells: str | None,
+        threads: int,
     ) -> None:
         self.model, self.limit, self.batch = model, limit, batch
-        own = get_policy(policy)
-        self.session = Session(model, n_ctx, "f16", own, True, threads, batch, own_cells=cells or own.cells)
-        assert self.session.cache is not None
-        self.kv, self.bound = self.session.kv, self.session.cache.bound
-        self.parts = self.bound.parts("localization")
-        self.n_observed = self.bound.n_observed
+        own = {name: parse_policy(name) for name in policies}
+        first = own[policies[0]]
+        self.session = Session(
+            model, n_ctx, "f16", Full(), True, threads, batch, own_cells=cells or first.cells or "f16"
+        )
+        self.kv = self.session.kv
+        self.n_observed = max(policy.n_observed for policy in own.values())
+        self.kv.set_observed(self.n_observed)
+        bound: dict[str, KVPolicy] = {name: self.session.bind(policy) for name, policy in own.items()}
+        self.policies = {name: policy.parts("localization") for name, policy in bound.items()}
+        self.parts = self.policies[policies[0]]
         self.memory = llama_cpp.llama_get_memory(self.session.ctx)
         self._rope = ExpectedAttention().bind(ModelHeads(str(model.path), model.about(), 1, 1, (0,)))
+        self._most: list[list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]] = []
 
     def held(self) -> float:
         return float(self.kv.cells().mean())
 
     def clear(self) -> None:
         llama_cpp.llama_memory_clear(self.memory, True)
+        self._most = []
 
     def decode(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         for i in range(0, len(tokens), self.batch):
@@ -101,9 +154,20 @@ class Reader:
             logits = self.decode([token])
         return self.model.detokenize(res)
 
-    def compact(self, n_cells: int, n_observers: int = 0) -> None:
-        parts = self.parts.observed_by(n_observers) if n_observers else self.parts
-        self.kv.compact(_native.policy_struct(parts), n_cells)
+    def compact(self, n_cells: int, n_observers: int = 0, way: Way = Way()) -> None:  # noqa: B008 (it is frozen)
+        """By the policy in the middle where tokens observe, and at the end by the last one."""
+        parts = self.policies[way.middle] if way.middle else self.parts
+        if n_observers:
+            parts = parts.observed_by(n_observers)
+        n_past = int(self.kv.stats().n_past)
+        self.kv.set_pinned([(max(0, n_past - way.recent), n_past)] if way.recent else [])
+        if way.scores == "most":
+            n = n_observers or self.parts.scoring.n_observed
+            self.kv.compact_custom(
+                min(n, self.n_observed), n_cells, lambda *of: self._choose(parts, self._summed(*of), *of)
+            )
+        else:
+            self.kv.compact(_native.policy_struct(parts), n_cells)
 
     def full(self, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
         """Read with the full cache, and keep it."""
@@ -116,40 +180,62 @@ class Reader:
 
     def exact(self, logits: npt.NDArray[np.float32]) -> str:
         self.kv.snapshot_restore()
-        self.compact(self.limit - Limit.slack(self.limit))
-        res = self.answer(logits)
-        self.kv.snapshot_drop()
-        return res
+        self.compact(self.limit - slack(self.limit))
+        return self.answer(logits)
 
-    def read(self, prompt: list[int], question: tuple[int, int], observers: str, target: str, tally: Tally) -> str:
+    def read(self, prompt: list[int], question: tuple[int, int], way: Way, tally: Tally) -> str:
         """Read within the limit."""
         start = time.perf_counter()
-        self.clear()
         first, stop = question
         n = self.n_observed
         asks = {
             "end": prompt[-n:], "question": prompt[max(first, stop - n) : stop], "all": prompt[first:], "ahead": [], "none": []
-        }[observers]  # fmt: skip
-        ahead = self._ahead(prompt[first:stop]) if observers == "ahead" else None
-        last = len(prompt) - self.batch
-        for i in range(0, len(prompt), self.batch):
-            room = self.limit - (len(asks) if i < last else 0)
-            share = {"limit": 1.0, "share": min(1.0, i / last), "half": 0.5 + 0.5 * min(1.0, i / last)}[target]
-            if i > 0 and self.held() > (n_cells := max(2 * n, int(room * share))):
-                tally.n_compactions += 1
-                if ahead is not None:
-                    self._compact_for(ahead, n_cells)
-                else:
-                    if asks:
-                        with self.kv.observing():
-                            self.decode(asks)
-                    self.compact(n_cells, len(asks))
-            logits = self.decode(prompt[i : i + self.batch])
-            tally.n_cells = max(tally.n_cells, self.held())
+        }[way.observers]  # fmt: skip
+        if way.read == "before":
+            logits = self._read_before(prompt, first, asks, way, tally)
+        else:
+            self.clear()
+            ahead = self._ahead(prompt[first:stop]) if way.observers == "ahead" else None
+            last = len(prompt) - self.batch
+            for i in range(0, len(prompt), self.batch):
+                room = self.limit - (len(asks) if i < last else 0)
+                share = {"limit": 1.0, "share": min(1.0, i / last), "half": 0.5 + 0.5 * min(1.0, i / last)}[way.target]
+                if i > 0 and self.held() > (n_cells := max(2 * n, int(room * share))):
+                    self._compact_between(n_cells, asks, ahead, way, tally)
+                logits = self.decode(prompt[i : i + self.batch])
+                tally.n_cells = max(tally.n_cells, self.held())
         if self.held() > self.limit:
-            self.compact(self.limit - Limit.slack(self.limit))
+            self.compact(self.limit - slack(self.limit))
         tally.seconds.append(time.perf_counter() - start)
         return self.answer(logits)
+
+    def _read_before(
+        self, prompt: list[int], first: int, asks: list[int], way: Way, tally: Tally
+    ) -> npt.NDArray[np.float32]:
+        """The full cache of what stands in front of the question, compacted to the limit; then the question."""
+        self.clear()
+        self.kv.reserve(len(prompt))
+        self.decode(prompt[:first])
+        tally.n_cells = max(tally.n_cells, self.held())
+        self._compact_between(self.limit, asks or prompt[-self.n_observed :], None, way, tally)
+        return self.decode(prompt[first:])
+
+    def _compact_between(
+        self,
+        n_cells: int,
+        asks: list[int],
+        ahead: list[list[npt.NDArray[np.float64]]] | None,
+        way: Way,
+        tally: Tally,
+    ) -> None:
+        tally.n_compactions += 1
+        if ahead is not None:
+            self._compact_for(ahead, n_cells)
+            return
+        if asks:
+            with self.kv.observing():
+                self.decode(asks)
+        self.compact(n_cells, len(asks), way)
 
     #
     # queries from in front of the prompt
@@ -174,7 +260,7 @@ class Reader:
         n_past = int(self.kv.stats().n_past)
 
         def choose(budget: int, positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> None:
-            own: list[list[npt.NDArray[np.float32]]] = []
+            own: Heads = []
             for il, layer in enumerate(positions):
                 n_gqa = len(ahead[il]) // len(layer)
                 own.append([])
@@ -187,15 +273,49 @@ class Reader:
                         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
                         of_heads.append((weights / weights.sum(axis=1, keepdims=True)).mean(axis=0))
                     own[-1].append(np.mean(of_heads, axis=0).astype(np.float32))
-            tokens = own if self.parts.scoring.token_window_size else None
-            cells = np.array([[len(head) for head in layer] for layer in positions])
-            budgets = _native.budgets(self.parts, cells, budget, positions, own, tokens)
-            chosen = _native.select(self.parts, budgets, positions, own, tokens)
-            for il, layer in enumerate(chosen):
-                for ih, stays in enumerate(layer):
-                    keep[il][ih][stays] = 1
+            self._choose(self.parts, own, budget, positions, scores, keep)
 
         self.kv.compact_custom(1, n_cells, choose)
+
+    #
+    # selections with scores of our own
+    #
+
+    def _summed(self, budget: int, positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> Heads:
+        """The most that a cell ever got, and remember it."""
+        res: Heads = []
+        for il, layer in enumerate(positions):
+            res.append([])
+            for ih, at in enumerate(layer):
+                own = scores[il][ih].copy()
+                if self._most:
+                    old_at, old = self._most[il][ih]
+                    _, here, there = np.intersect1d(at, old_at, assume_unique=True, return_indices=True)
+                    own[here] = np.maximum(own[here], old[there])
+                res[-1].append(own)
+        self._most = [
+            [(at.copy(), own) for at, own in zip(layer, owns, strict=True)]
+            for layer, owns in zip(positions, res, strict=True)
+        ]
+        return res
+
+    def _choose(
+        self,
+        parts: Parts,
+        own: Heads,
+        budget: int,
+        positions: _native.Cache,
+        scores: _native.Cache,
+        keep: _native.Cache,
+    ) -> None:
+        """As the native selection does with these scores."""
+        tokens = own if parts.scoring.token_window_size else None
+        cells = np.array([[len(head) for head in layer] for layer in positions])
+        budgets = _native.budgets(parts, cells, budget, positions, own, tokens)
+        chosen = _native.select(parts, budgets, positions, own, tokens)
+        for il, layer in enumerate(chosen):
+            for ih, stays in enumerate(layer):
+                keep[il][ih][stays] = 1
 
     def close(self) -> None:
         self.session.close()
@@ -209,29 +329,38 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--cells", help="type of the cells; default: what the policy prefers")
-    parser.add_argument("--chat", action="store_true", help="ask through the model's template, without a beginning of the answer")
+    parser.add_argument(
+        "--chat", action="store_true", help="ask through the model's template, without a beginning of the answer"
+    )
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--depths", default="0.1,0.5,0.9")
-    parser.add_argument("--ways", default="end/limit,question/limit,none/limit,end/share,end/half")
+    parser.add_argument(
+        "--ways",
+        nargs="*",
+        default=["", "observers=question", "observers=none", "target=share", "target=half", "read=before"],
+    )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--gpu-layers", type=int, default=0)
     args = parser.parse_args()
-    ways = [tuple(way.split("/")) for way in args.ways.split(",")]
-    if wrong := [way for way in ways if len(way) != 2 or way[0] not in OBSERVERS or way[1] not in TARGETS]:
-        raise SystemExit(f"--ways has {'/'.join(wrong[0])}, expected one of {OBSERVERS} / one of {TARGETS}")
+    ways = [Way.parse(text) for text in args.ways]
 
-    model = Model(args.model)
+    model = Model(args.model, args.gpu_layers)
     style = Style(model, args.chat)
     hay = model.tokenize(prose(8 * args.length))[: args.length]
-    reader = Reader(model, args.policy, args.length + 512, args.limit, args.batch, args.cells, args.threads)
-    tallies = {"/".join(way): Tally() for way in ways}
+    policies = list(dict.fromkeys([args.policy, *(way.middle for way in ways if way.middle)]))
+    reader = Reader(model, policies, args.length + 512, args.limit, args.batch, args.cells, args.threads)
+    tallies = {text or "as sessions do": Tally() for text in args.ways}
     n_cases = n_counted = n_exact = 0
     for depth in map(float, args.depths.split(",")):
         for index in range(1, 1 + args.count):
             for kind in args.kinds.split(","):
                 needle = make_needle(kind, index)
                 others = needle.sentences[1:]
-                inserts = [(depth, needle.sentences[0]), *(((i + 0.5) / len(others), own) for i, own in enumerate(others))]
+                inserts = [
+                    (depth, needle.sentences[0]),
+                    *(((i + 0.5) / len(others), own) for i, own in enumerate(others)),
+                ]
                 body = style.head + place(hay, [(at, style.tokenize(f"\n{line}\n")) for at, line in inserts])
                 prompt = body + style.ask(needle.question, "" if args.chat else needle.lead)
                 asked = f"\n\n{needle.question}" if args.chat else f"\n\nQuestion: {needle.question}"
@@ -243,21 +372,24 @@ def main() -> None:
                     continue
                 n_counted += 1
                 text = reader.exact(logits)
-                rights = {"exact": all(answer in text for answer in needle.answers)}
-                n_exact += rights["exact"]
-                for way, tally in tallies.items():
-                    text = reader.read(prompt, question, *way.split("/"), tally)
-                    rights[way] = all(answer in text for answer in needle.answers)
-                    tally.n_right += rights[way]
-                print(kind, depth, index, rights, flush=True)
+                said = {} if (is_exact := all(answer in text for answer in needle.answers)) else {"exact": text}
+                n_exact += is_exact
+                for (name, tally), way in zip(tallies.items(), ways, strict=True):
+                    text = reader.read(prompt, question, way, tally)
+                    if all(answer in text for answer in needle.answers):
+                        tally.n_right += 1
+                        tally.n_also += is_exact
+                    else:
+                        said[name] = text
+                print(f"{kind}, {depth}, {index}: {needle.answers}; wrong: {said}", flush=True)
     reader.close()
     model.close()
     print(f"\n{args.policy}, {args.length} tokens, limit {args.limit}, batches of {args.batch}"
           f"{', chat' if args.chat else ''}: the full cache answers {n_counted} of {n_cases}, exact {n_exact}")  # fmt: skip
-    print("| way | right | s a prompt | compactions | most cells |\n| --- | --- | --- | --- | --- |")
-    for way, own in tallies.items():
+    print("| way | right | of exact's | s a prompt | compactions | most cells |\n| --- | --- | --- | --- | --- | --- |")
+    for name, own in tallies.items():
         mean = sum(own.seconds) / max(1, len(own.seconds))
-        print(f"| {way} | {own.n_right} | {mean:.1f} | {own.n_compactions} | {own.n_cells:.0f} |")
+        print(f"| {name} | {own.n_right} | {own.n_also} | {mean:.1f} | {own.n_compactions} | {own.n_cells:.0f} |")
 
 
 if __name__ == "__main__":

@@ -80,9 +80,9 @@ def clean(allocator: Allocator, steps: Steps, phases: Sequence[str], n_tokens: i
     return Clean(allocator.stacks(range(count)), marks, Counter(allocator.stacks(allocator.live())))
 
 
-N_FRAMES, N_SAME = 10, 3
-"""Frames that a child keeps of its allocations, and those from the innermost one on that tell them apart. Whole stacks take most of its
-time, and are of interest only where something is left behind."""
+N_FRAMES, N_SAME = 6, 3
+"""Frames that a child looks at, the allocator's own included, and those of llama.cpp from the innermost one on that tell allocations
+apart. Whole stacks take most of its time, and are of interest only where something is left behind."""
 
 
 def _left(allocator: Allocator, want: Clean, n: int | None) -> Counter[tuple[int, Frames]]:

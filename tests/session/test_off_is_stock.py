@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -29,14 +30,32 @@ np.save(out, np.array(rows))
 """
 
 
-def stock_logits(native_tests: Path, model: Path, chunks: list[list[int]], flash: bool, tmp_path: Path) -> np.ndarray:
-    np.save(tmp_path / "tokens.npy", np.array([np.array(c) for c in chunks], dtype=object), allow_pickle=True)
-    env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(native_tests / "stock")}
-    subprocess.run(
-        [sys.executable, "-c", STOCK, model, tmp_path / "tokens.npy", tmp_path / "out.npy", str(int(flash)), "f16"],
-        env=env, check=True, cwd=tmp_path,
-    )  # fmt: skip
-    return np.load(tmp_path / "out.npy")
+N_PROMPT, N_SINGLE = 600, 256
+
+
+@pytest.fixture(scope="module")
+def stock_logits(
+    native_tests: Path, document: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path, bool], tuple[list[list[int]], np.ndarray]]:
+    """A text's first tokens at once and the next ones singly, and the stock library's logits behind each, float32 [parts, n_vocab],
+    by the model and whether with flash attention."""
+
+    @functools.cache
+    def read(model: Path, flash: bool) -> tuple[list[list[int]], np.ndarray]:
+        folder = tmp_path_factory.mktemp("stock")
+        llm = Llama(str(model), vocab_only=True, verbose=False)
+        tokens = llm.tokenize(document.encode())[: N_PROMPT + N_SINGLE]
+        llm.close()
+        chunks = [tokens[:N_PROMPT], *([token] for token in tokens[N_PROMPT:])]
+        np.save(folder / "tokens.npy", np.array([np.array(c) for c in chunks], dtype=object), allow_pickle=True)
+        env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(native_tests / "stock")}
+        subprocess.run(
+            [sys.executable, "-c", STOCK, model, folder / "tokens.npy", folder / "out.npy", str(int(flash)), "f16"],
+            env=env, check=True, cwd=folder,
+        )  # fmt: skip
+        return chunks, np.load(folder / "out.npy")
+
+    return read
 
 
 def our_logits(llm: Llama, chunks: list[list[int]]) -> np.ndarray:
@@ -49,20 +68,17 @@ def our_logits(llm: Llama, chunks: list[list[int]]) -> np.ndarray:
     return np.array(rows)
 
 
-def token_chunks(llm: Llama, document: str, n_prompt: int, n_single: int) -> list[list[int]]:
-    tokens = llm.tokenize(document.encode())[: n_prompt + n_single]
-    return [tokens[:n_prompt], *([t] for t in tokens[n_prompt:])]
-
-
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("model_name", ["smollm2", "gemma3"])
 def test_off_is_stock_bit_for_bit(
-    model_name: str, flash: bool, native_tests: Path, document: str, tmp_path: Path, request: pytest.FixtureRequest
+    model_name: str,
+    flash: bool,
+    stock_logits: Callable[[Path, bool], tuple[list[list[int]], np.ndarray]],
+    request: pytest.FixtureRequest,
 ) -> None:
     model = request.getfixturevalue(model_name)
+    chunks, want = stock_logits(model, flash)
     llm = Llama(str(model), n_ctx=2048, n_threads=2, n_threads_batch=2, verbose=False, flash_attn=flash)
-    chunks = token_chunks(llm, document, 600, 256)
-    want = stock_logits(native_tests, model, chunks, flash, tmp_path)
     got = our_logits(llm, chunks)
     assert len(got) == 257
     assert np.array_equal(got.view(np.uint32), want.view(np.uint32))
@@ -78,12 +94,15 @@ def test_off_is_stock_bit_for_bit(
 
 @pytest.mark.parametrize("policy", ["full", "windowkv", "snapkv"])
 def test_a_budget_that_evicts_nothing_is_stock(
-    policy: str, smollm2: Path, native_tests: Path, document: str, session: Callable[..., Llama], tmp_path: Path
+    policy: str,
+    smollm2: Path,
+    session: Callable[..., Llama],
+    stock_logits: Callable[[Path, bool], tuple[list[list[int]], np.ndarray]],
 ) -> None:
+    chunks, rows = stock_logits(smollm2, True)
+    want = rows[:65]
     llm = session(n_ctx=2048, kv_policy=policy, kv_budget=1000)
-    chunks = token_chunks(llm, document, 600, 64)
-    want = stock_logits(native_tests, smollm2, chunks, True, tmp_path)
-    got = our_logits(llm, chunks)
+    got = our_logits(llm, chunks[:65])
     assert llm.kv_stats().n_compactions == 0
     assert np.abs(got - want).max() < 1e-2  # measured: 0
     assert np.array_equal(got.argmax(axis=1), want.argmax(axis=1))

@@ -184,41 +184,45 @@ def test_snapshot_of_ragged_heads(tiny_session: Callable[..., Llama]) -> None:
     assert np.array_equal(want[0], want[1]) and np.array_equal(want[0], want[2])
 
 
-def log_probs(llm: Llama) -> np.ndarray:
-    x = logits(llm).astype(np.float64)
+def log_probs(row: np.ndarray) -> np.ndarray:
+    x = row.astype(np.float64)
     return np.asarray(x - x.max() - np.log(np.exp(x - x.max()).sum()))
 
 
 @pytest.mark.parametrize("name", ["windowkv", "adakv"])
 @pytest.mark.parametrize(("type_k", "type_v"), [("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("q8_0", "q4_0")])
-def test_cell_types(name: str, type_k: str, type_v: str, session: Callable[..., Llama], document: str) -> None:
+def test_cell_types(
+    name: str,
+    type_k: str,
+    type_v: str,
+    session: Callable[..., Llama],
+    of_stock: Callable[..., tuple[list[list[int]], np.ndarray]],
+) -> None:
     """Budget >= prompt: stock's logits with the same cells (bf16), or as near to f16 cells as stock (quantised, whose
     kernel is ours). Under a budget: the bytes of these cells, an answer far from noise."""
-    types = {"type_k": TYPES[type_k], "type_v": TYPES[type_v]}
-    f16, stock = session(flash_attn=True), session(flash_attn=True, **types)
-    tokens = stock.tokenize(document.encode())[:564]
-    llm = session(kv_policy=name, kv_budget=600, **types)
+    (*parts, last), f16 = of_stock(TYPES["f16"], TYPES["f16"])
+    stock = of_stock(TYPES[type_k], TYPES[type_v])[1]
+    llm = session(kv_policy=name, kv_budget=600, type_k=TYPES[type_k], type_v=TYPES[type_v])
     kl: dict[str, list[float]] = {"stock": [], "ours": []}
-    for part in (tokens[:500], *([t] for t in tokens[500:])):
-        for one in (f16, stock, llm):
-            one.eval(part)
+    for i, part in enumerate(parts):
+        llm.eval(part)
+        own = logits(llm)
         if type_k == "bf16":
-            assert np.abs(logits(stock) - logits(llm)).max() < 1e-2
-        want = log_probs(f16)
-        for key, one in (("stock", stock), ("ours", llm)):
-            kl[key].append(float((np.exp(want) * (want - log_probs(one))).sum()))
+            assert np.abs(stock[i] - own).max() < 1e-2
+        want = log_probs(f16[i])
+        for key, row in (("stock", stock[i]), ("ours", own)):
+            kl[key].append(float((np.exp(want) * (want - log_probs(row))).sum()))
     assert np.mean(kl["ours"]) < 1.3 * np.mean(kl["stock"]) + 1e-3
     assert llm.kv_stats().n_compactions == 0
 
-    row = {"bf16": 128, "q8_0": 68, "q4_0": 36}
+    n_bytes = {"bf16": 128, "q8_0": 68, "q4_0": 36}
     free = 16 if name == "adakv" else 32
     stats = llm.kv_compact(100)
-    packed = 30 * 3 * (100 + free) * (row[type_k] + row[type_v])
+    packed = 30 * 3 * (100 + free) * (n_bytes[type_k] + n_bytes[type_v])
     queries = 2 * 30 * 9 * 64 * 2 * llm.kv_policy.n_observed  # type: ignore[union-attr]
     assert stats.bytes_live <= packed + queries + 30 * 4096
-    llm.eval([tokens[7]])
-    stock.eval([tokens[7]])
-    p, q = log_probs(stock), log_probs(llm)
+    llm.eval(last)
+    p, q = log_probs(stock[-1]), log_probs(logits(llm))
     assert (np.exp(p) * (p - q)).sum() < 1.0  # noise would be near 10
 
 

@@ -25,7 +25,7 @@ from windowkv_edge import POLICIES, HeadScores, Llama, NativeError, UnsupportedC
 from windowkv_edge._files import FileError
 from windowkv_edge.errors import FormatError
 from windowkv_edge.prompts import n_reused
-from windowkv_edge.states import policy_text
+from windowkv_edge.states import SavedState, policy_text
 
 Open = Callable[..., Llama]
 
@@ -314,6 +314,29 @@ def complete(llm: Llama, tokens: list[int]) -> list[int]:
     finally:
         del llm.generate
     return got
+
+
+@pytest.mark.parametrize("what", ["budget", "noted", "n_past", "all of it"])
+def test_a_cache_passes_over_states_of_another_version(talker: Counted, fresh: list[list[int]], what: str) -> None:
+    """Or of a budget that is another one though the number is the same: 50 cells and, if that could be, 50 times all of them."""
+    llm, prompt, ram = talker, DOCUMENT + QUESTIONS[0], llama_cpp.LlamaRAMCache()
+    llm.kv_budget = 50
+    llm.reset()
+    llm.set_cache(ram)
+    try:
+        assert complete(llm, prompt) == fresh[0]
+        (state,) = ram.cache_state.values()
+        assert isinstance(state, SavedState)
+        if what == "all of it":
+            del state.session  # as an older pickle
+        else:
+            state.session = {**state.session, what: {"budget": 50.0, "noted": {}, "n_past": "75"}[what]}
+        llm.reset()
+        llm.n_evaluated = 0
+        assert complete(llm, prompt) == fresh[0]
+        assert llm.n_evaluated >= len(prompt)
+    finally:
+        llm.set_cache(None)
 
 
 @pytest.fixture(params=["ram", "disk", "other"])

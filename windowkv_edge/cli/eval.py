@@ -269,7 +269,7 @@ def all_suites(
             write_text(text, prose(60_000, seed))
         needle(model, lengths, depths, first=0, out=files["needle-prose"], **common)
         needle(model, lengths, depths, first=1, haystack=journey, out=files["needle-journey"], **common)
-        ruler(model, "1000" if small else "1000,2000", count=1 if small else 2, out=files["ruler"], **common)
+        ruler(model, "600" if small else "1000,2000", count=1 if small else 2, out=files["ruler"], **common)
         turns(model, short, count=1 if small else 3, haystack=journey, out=files["turns"], **common)
         size, windows = ("600", 1) if small else ("2000", 2)
         fidelity(model, [journey, text], size, windows, out=files["fidelity"], **common)
