@@ -115,6 +115,8 @@ def cuda_options(folder: Path, arch: str | None) -> list[str]:
         options += [
             f"-DCUDA_{name}_LIBRARY={cublas / 'lib' / f'lib{name}.so.{major}'}" for name in ("cublas", "cublasLt")
         ]
+        # programs are linked with libggml-cuda, which needs it
+        options.append(f"-DCMAKE_EXE_LINKER_FLAGS=-Wl,-rpath-link,{cublas / 'lib'}")
     return options
 
 
