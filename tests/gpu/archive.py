@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 NAME = "windowkv-gpu"
-MAX_BYTES = 40 << 20
+MAX_BYTES = 52 << 20
 PRESET = 6  # of xz
 PROGRAMS = ("test-backend-ops-ragged", "test-ragged")
 
