@@ -149,15 +149,27 @@ bool llama_kv_ragged_seq::has_room(int64_t n_tokens) const {
     return true;
 }
 
+int64_t llama_kv_ragged_seq::n_mean() const {
+    int64_t n       = 0;
+    int64_t n_heads = 0;
+    for (size_t i = 0; i < cells.size(); ++i) {
+        const auto len = n_cells(i);
+        n       += std::accumulate(len.begin(), len.end(), int64_t(0));
+        n_heads += len.size();
+    }
+    return n/std::max<int64_t>(1, n_heads);
+}
+
 int64_t llama_kv_ragged_seq::n_slack(size_t i, int64_t n_mean) const {
     // a prompt that arrives in pieces doubles its pool in six steps, a compressed cache stays within 2 %, beside the rows that a
-    // device asks for (llama_kv_ragged_layer::capacity()); heads of different lengths grow by the same number of cells, because
-    // they fill together
+    // device asks for (llama_kv_ragged_layer::capacity()). Heads of different lengths are given the same number of rows in all
+    // layers: they fill together, so that most tokens bring no new pool, and a device's captured graph lasts
     return boundary == 0 ? n_mean/8 : std::max<int64_t>(cells[i].is_uniform() ? 0 : 16, n_mean/64);
 }
 
 void llama_kv_ragged_seq::reserve(int64_t n_tokens, bool exact) {
     const int64_t n_more = int64_t(n_pos_max) - n_pos - n_tokens; // that could come behind these
+    const int64_t n_held = n_mean() + n_tokens;
 
     for (size_t i = 0; i < cells.size(); ++i) {
         if (has_room(i, n_tokens)) {
@@ -166,8 +178,7 @@ void llama_kv_ragged_seq::reserve(int64_t n_tokens, bool exact) {
         const auto & layer = (*layers)[i];
         const auto   len   = n_cells(i);
 
-        const int64_t n_mean = std::accumulate(len.begin(), len.end(), int64_t(0))/layer.n_head_kv + n_tokens;
-        const int64_t slack  = exact ? 0 : std::min(n_slack(i, n_mean), std::max<int64_t>(0, n_more));
+        const int64_t slack = exact ? 0 : std::min(n_slack(i, n_held), std::max<int64_t>(0, n_more));
 
         cells[i].pool = layer.copy_pool(cells[i].pool, layer.capacity(len, n_tokens + slack, boundary > 0), len, *meter);
     }
@@ -336,13 +347,13 @@ llama_kv_ragged_seq llama_kv_ragged_seq::make_empty() const {
 
 void llama_kv_ragged_seq::make_pools() {
     const int64_t n_more = int64_t(n_pos_max) - n_pos;
+    const int64_t n_held = n_mean();
 
     for (size_t i = 0; i < cells.size(); ++i) {
         const auto & layer = (*layers)[i];
         const auto   len   = n_cells(i);
 
-        const int64_t n_mean = std::accumulate(len.begin(), len.end(), int64_t(0))/layer.n_head_kv;
-        const int64_t slack  = std::min(std::max<int64_t>(1, n_slack(i, n_mean)), n_more);
+        const int64_t slack = std::min(std::max<int64_t>(1, n_slack(i, n_held)), n_more);
 
         cells[i].pool = layer.make_pool(layer.capacity(len, slack, boundary > 0), *meter);
     }

@@ -182,6 +182,7 @@ private:
 
     bool has_room(size_t i, int64_t n_tokens) const; // of a layer
 
+    int64_t n_mean() const; // cells of a head, over all layers
     int64_t n_slack(size_t i, int64_t n_mean) const;
 
     std::vector<llama_kv_ragged_tensor> make_queries(uint32_t n_observed) const;

@@ -184,6 +184,19 @@ def test_snapshot_of_ragged_heads(tiny_session: Callable[..., Llama]) -> None:
     assert np.array_equal(want[0], want[1]) and np.array_equal(want[0], want[2])
 
 
+def test_heads_of_all_layers_fill_together(tiny_session: Callable[..., Llama]) -> None:
+    """However many cells their layers hold: a token that brings a new pool ends what a device has captured of the graph."""
+    llm = tiny_session(kv_policy=WindowAdaKV(across="model", alpha_safeguard=0.1), kv_budget=2400, n_ctx=5120)
+    evaluate(llm, np.random.default_rng(3).integers(0, tiny_model.N_VOCAB, 4800).tolist())
+    means = llm.kv_stats().cells.mean(axis=1)
+    assert means.max() > 1.2 * means.min()
+    sizes = [llm.kv_stats().bytes_live]
+    for token in TOKENS[:200]:
+        llm.eval([token])
+        sizes.append(llm.kv_stats().bytes_live)
+    assert 4 <= np.count_nonzero(np.diff(sizes)) <= 200 // (2400 // 64) + 1
+
+
 def log_probs(row: np.ndarray) -> np.ndarray:
     x = row.astype(np.float64)
     return np.asarray(x - x.max() - np.log(np.exp(x - x.max()).sum()))
