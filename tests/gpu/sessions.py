@@ -24,6 +24,8 @@ from windowkv_edge.bench.session import Model
 from windowkv_edge.gguf_info import read_info
 
 N_THREADS = psutil.cpu_count(logical=False) or 1
+if hasattr(os, "sched_getaffinity"):  # taskset, or a container with some of the cores
+    N_THREADS = min(N_THREADS, len(os.sched_getaffinity(0)))
 
 
 def load_backends() -> None:
