@@ -72,8 +72,8 @@ class Sizes:
         speed: measured cases, likewise.
         n_models: tiny models of the step identities.
         sessions: plans for windowkv_edge.bench; the weights are random, so no head scores but made-up ones.
-        model: plans for a real model: its speed, needles on the device and on the CPU, and a compaction whose cells are
-            compared.
+        model: plans for a real model: its speed, needles on the device and on the CPU, a compaction whose cells are
+            compared, and a text whose next tokens are.
         profiled: measured cases of the step profile; a text selects one of them, as grids do not tell sizes apart.
     """
 
@@ -126,6 +126,7 @@ FULL = Sizes(
         },
         "needles_cpu": {"lengths": [2048], "depths": [0.5], "policies": ["auto", "windowkv"], "budgets": [0.12]},
         "kept": {"length": 2000, "policy": "auto", "budget": 0.06},
+        "logits": {"length": 1000, "tokens": 32},
     },
 )
 
@@ -159,6 +160,7 @@ SMALL = Sizes(
         "needles": {"lengths": [80], "depths": [0.5], "kinds": ["number"], "policies": ["auto"], "budgets": [0.5]},
         "needles_cpu": {"lengths": [80], "depths": [0.5], "kinds": ["number"], "policies": ["auto"], "budgets": [0.5]},
         "kept": {"length": 120, "policy": "auto", "budget": 0.25},
+        "logits": {"length": 60, "tokens": 4},
     },
 )
 
@@ -355,7 +357,8 @@ def sessions(target: Target) -> Json:
 
 
 def model(target: Target) -> Json:
-    """A real model: speed, needles on the device and on the CPU, and how many of the CPU's cells the device chooses."""
+    """A real model: next tokens and needles on the device and on the CPU, how many of the CPU's cells the device chooses, and at last
+    its speed, which the bench's gate may refuse to measure."""
     if target.model is None:
         raise Skipped("no --model FILE: it needs a GGUF file of a small chat model, such as SmolLM2-135M-Instruct")
     plans, found = target.sizes.model, {"model": target.model.name}
@@ -370,10 +373,14 @@ def model(target: Target) -> Json:
         # neither layers nor large products go to the GPU then
         no_device: dict[str, str | None] = {"CUDA_VISIBLE_DEVICES": "", "GGML_BACKEND_PATH": None}
         own_speed = {"model": str(target.model), "gpu_layers": layers, "plans": {"speed": plans["speed"]}, "common": {}}
+        first, second = (str(Path(work) / f"logits-{where}.npz") for where in ("cpu", "device"))
+        logits = {"model": str(target.model), **plans["logits"]}
         for script, wanted, env in (
             ("answers.py", on_device, None),
-            ("sessions.py", own_speed, None),
+            ("logits.py", {**logits, "gpu_layers": 0, "file": first}, no_device),
+            ("logits.py", {**logits, "gpu_layers": layers, "file": second, "compare": first}, None),
             ("answers.py", on_cpu, no_device),
+            ("sessions.py", own_speed, None),
         ):
             try:
                 found |= target.python(script, wanted, env)

@@ -152,6 +152,7 @@ def test_on_a_device_with_a_model(packed: Path, bare_python: Path, smollm2: Path
         assert own[where] == {"n": 1, "found": {"full": 1, "auto 50%": 1}}
     # what the device chooses in another order of sums may differ in a few cells
     assert own["cells_shared"]["mean"] >= 0.9 and own["cells_shared"]["budget"] == 0.25
+    assert all(0 <= value < 0.02 for value in own["divergence"].values()) and own["divergence"]["ours_to_stock_on_cpu"] < 0.005
     assert [row["session"] for row in own["speed"]["rows"]] == ["stock f16", "auto 50 % f16"]
     assert any("model.gguf, auto 50 % f16: time of a token" in target["name"] for target in found["targets"])
     assert "full: 1 of 1 needles" in report.table([found])
@@ -251,7 +252,8 @@ def test_a_model_step_that_fails_keeps_what_it_measured(tmp_path: Path, monkeypa
     outputs = iter(
         [
             {"needles": {"n": 24}},
-            {"speed": {"rows": []}},
+            {},
+            {"divergence": {"ours_to_cpu": 0.001}},
             steps.Failed("out of time", {"cells_shared": {"mean": 0.9}, "needles_cpu": {"n": 1}}),
         ]
     )
@@ -267,14 +269,17 @@ def test_a_model_step_that_fails_keeps_what_it_measured(tmp_path: Path, monkeypa
     monkeypatch.setattr(steps.Target, "python", python)
     with pytest.raises(steps.Failed, match="out of time") as error:
         steps.model(target(tmp_path, model=tmp_path / "m.gguf"))
-    expected = {"needles": {"n": 24}, "speed": {"rows": []}, "cells_shared": {"mean": 0.9}, "needles_cpu": {"n": 1}}
+    expected = {
+        "needles": {"n": 24}, "divergence": {"ours_to_cpu": 0.001}, "cells_shared": {"mean": 0.9}, "needles_cpu": {"n": 1},
+    }  # fmt: skip
     assert error.value.found == {"model": "m.gguf", **expected}
     assert [(script, wanted["gpu_layers"]) for script, wanted, _ in asked] == [
         ("answers.py", -1),
-        ("sessions.py", -1),
+        ("logits.py", 0),
+        ("logits.py", -1),
         ("answers.py", 0),
     ]
-    assert asked[2][2] == {"CUDA_VISIBLE_DEVICES": "", "GGML_BACKEND_PATH": None}
+    assert asked[1][2] == asked[3][2] == {"CUDA_VISIBLE_DEVICES": "", "GGML_BACKEND_PATH": None}
 
 
 def test_cases_that_fail_are_counted(tmp_path: Path) -> None:

@@ -193,7 +193,8 @@ static void test_scores_in_parts(llama_model * model) {
             const auto got = llama_kv_ragged_score(*ctx, seq, 0, scoring);
             CHECK(got.size() == want.size());
             for (size_t i = 0; i < want.size(); ++i) {
-                CHECK(std::fabs(got[i] - want[i]) <= 1e-6f);
+                // a GPU multiplies other numbers of columns by other kernels, some of which add in F16
+                CHECK(std::fabs(got[i] - want[i]) <= 1e-6f + (on_device ? 2e-2f*want[i] : 0.0f));
             }
         }
     }
@@ -225,7 +226,7 @@ static void test_scores_of_several_heads(llama_model * model) {
                 const auto got = llama_kv_ragged_score(*ctx, seq, 0, scoring);
                 CHECK(got.size() == want.size());
                 for (size_t j = 0; j < want.size(); ++j) {
-                    CHECK(on_device ? std::fabs(got[j] - want[j]) <= 1e-6f : got[j] == want[j]);
+                    CHECK(on_device ? std::fabs(got[j] - want[j]) <= 1e-6f + 2e-2f*want[j] : got[j] == want[j]);
                 }
             }
         }

@@ -6,7 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .common import Cache, Kept
+from .common import Cache, Kept, sizes
+
+
+class NothingLeftError(ValueError):
+    """What is pinned leaves nothing for the other cells."""
 
 
 def common(positions: Cache) -> set[int]:
@@ -29,6 +33,9 @@ def pinned(
         scores: one or more planes of scores, [cells] or [n_gqa, cells] per head.
         n_cells: mean cells per head.
         ranges: positions [start, stop); those that some head has lost are as any other.
+
+    Raises:
+        NothingLeftError: the pinned cells take all of n_cells, and there are others.
     """
     held = {at for at in common(positions) if any(start <= at < stop for start, stop in ranges)}
     is_pinned = [[np.isin(own, list(held)) for own in layer] for layer in positions]
@@ -39,7 +46,9 @@ def pinned(
             for layer, marks in zip(cache, is_pinned, strict=True)
         ]
 
-    chosen = policy(rest(positions), [rest(plane) for plane in scores], n_cells - len(held))
+    if held and n_cells <= len(held) and sum(map(sum, sizes(positions))) > n_cells * sum(map(len, positions)):
+        raise NothingLeftError
+    chosen = policy(rest(positions), [rest(plane) for plane in scores], max(0, n_cells - len(held)))
     for layer, marks in zip(chosen, is_pinned, strict=True):
         for own, stays in zip(layer, marks, strict=True):
             stays[~stays] = own

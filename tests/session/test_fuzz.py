@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny_model  # noqa: E402
 from policy_table import kept  # noqa: E402
 from reference.common import sizes  # noqa: E402
-from reference.pinned import pinned  # noqa: E402
+from reference.pinned import NothingLeftError, pinned  # noqa: E402
 from scripted import answer  # noqa: E402
 
 from windowkv_edge import (  # noqa: E402
@@ -173,9 +173,13 @@ class Run:
             ranges = [*llm._kv_pins.ranges()]
             if answers:
                 ranges += newest(bound, self.model.n, n_cells - n_pinned(ranges))
-            keep = pinned(
-                lambda own, planes, n: kept(bound, own, planes[0], n, task), self.model.heads, [scores], n_cells, ranges
-            )
+            try:
+                keep = pinned(
+                    lambda own, planes, n: kept(bound, own, planes[0], n, task), self.model.heads, [scores], n_cells, ranges
+                )
+            except NothingLeftError:
+                native_compact(n_cells, task, policy, answers=answers)
+                raise AssertionError(f"{n_cells} cells per head that hold {ranges} were not refused") from None
             n_released = native_compact(n_cells, task, policy, answers=answers)
             # heads that compete are not asked where everything fits
             fits = all(sum(own) <= n_cells * N_HEAD_KV for own in sizes(self.model.heads))
