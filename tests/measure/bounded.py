@@ -17,6 +17,8 @@ behind what was read, their attention chooses, and they are taken back:
                half      between the two
     scores     now       what chooses is the attention of these tokens
                most      the most that they gave a cell in this compaction and in earlier ones
+    step       tokens of the prompt that are evaluated at once, 0 = a batch; there are never more cells than the limit and a batch, so
+               that fewer are evicted at a time
     asks       tokens that are evaluated to observe; the policy's windows are the last ones of them
     recent     positions at the end of what was read that stay in any case, besides what the policy keeps there
     middle     the policy of these compactions, such as auto(omega=8); the last one, behind the prompt, is always --policy's
@@ -84,6 +86,7 @@ class Way:
     observers: str = "end"
     target: str = "limit"
     scores: str = "now"
+    step: int = 0
     asks: int = 0
     recent: int = 0
     middle: str = ""
@@ -96,7 +99,7 @@ class Way:
             name, _, value = part.partition("=")
             if name not in {own.name for own in fields(cls)} or (name in CHOICES and value not in CHOICES[name]):
                 raise SystemExit(f"--ways has {part!r}, see --help for what a way may have")
-            values[name] = int(value) if name in ("asks", "recent") else value
+            values[name] = int(value) if name in ("step", "asks", "recent") else value
         return cls(**values)  # type: ignore[arg-type]
 
 
@@ -211,13 +214,14 @@ class Reader:
         else:
             self.clear()
             ahead = self._ahead(prompt[first:stop]) if way.observers == "ahead" else None
-            last = len(prompt) - self.batch
-            for i in range(0, len(prompt), self.batch):
-                room = self.limit - (len(asks) if i < last else 0)
+            step = way.step or self.batch
+            last = len(prompt) - step
+            for i in range(0, len(prompt), step):
+                room = self.limit + self.batch - step - (len(asks) if i < last else 0)
                 share = {"limit": 1.0, "share": min(1.0, i / last), "half": 0.5 + 0.5 * min(1.0, i / last)}[way.target]
                 if i > 0 and self.held() > (n_cells := max(2 * self.n_observed, int(room * share))):
                     self._compact_between(n_cells, asks, ahead, way, tally)
-                logits = self.decode(prompt[i : i + self.batch])
+                logits = self.decode(prompt[i : i + step])
                 tally.n_cells = max(tally.n_cells, self.held())
         if self.held() > self.limit:
             self.compact(self.limit - slack(self.limit))
