@@ -303,7 +303,8 @@ def test_a_compaction_without_memory_leaves_whole_layers(device: Run, model: Pat
         if n_now > 0:
             assert f"the layers before layer {n_now} are compacted, {n_now} of {N_LAYER}" in row["error"]
             assert (row["n_compactions"], row["n_boundary"]) == (1, 300)
-            assert row["reported"][0] == row["freed"] > 0 and row["reported"][2] != reported[2]
+            # of two times in microseconds one may be what it was
+            assert row["reported"][0] == row["freed"] > 0 and row["reported"] != reported
         else:
             assert (row["n_compactions"], row["n_boundary"], row["freed"], row["reported"]) == (0, 0, 0, reported)
         again = row["again"]
