@@ -255,10 +255,9 @@ static std::vector<int64_t> capacity_after(const llama_kv_ragged_seq & seq, size
 
     const std::vector<int64_t> len_next(n_after, n_after + layer.n_head_kv);
 
-    // heads of different lengths are given the same room in all layers, see llama_kv_ragged_seq::n_slack()
     const int64_t n_mean  = std::accumulate(plan.after.begin(), plan.after.end(), int64_t(0))/int64_t(plan.after.size());
     const bool    uniform = std::all_of(len_next.begin(), len_next.end(), [&](int64_t n) { return n == len_next[0]; });
-    const int64_t slack   = std::max<int64_t>({ uniform ? 1 : 16, n_mean/64, seq.n_room });
+    const int64_t slack   = std::max<int64_t>({ 1, llama_kv_ragged_seq::n_slack_compacted(uniform, n_mean), seq.n_room });
 
     return layer.capacity(len_next, slack, true);
 }

@@ -160,11 +160,13 @@ int64_t llama_kv_ragged_seq::n_mean() const {
     return n/std::max<int64_t>(1, n_heads);
 }
 
+int64_t llama_kv_ragged_seq::n_slack_compacted(bool uniform, int64_t n_mean) {
+    return std::max<int64_t>(uniform ? 0 : 16, n_mean/64);
+}
+
 int64_t llama_kv_ragged_seq::n_slack(size_t i, int64_t n_mean) const {
-    // a prompt that arrives in pieces doubles its pool in six steps, a compressed cache stays within 2 %, beside the rows that a
-    // device asks for (llama_kv_ragged_layer::capacity()). Heads of different lengths are given the same number of rows in all
-    // layers: they fill together, so that most tokens bring no new pool, and a device's captured graph lasts
-    return boundary == 0 ? n_mean/8 : std::max<int64_t>(cells[i].is_uniform() ? 0 : 16, n_mean/64);
+    // a prompt that arrives in pieces doubles its pool in six steps
+    return boundary == 0 ? n_mean/8 : n_slack_compacted(cells[i].is_uniform(), n_mean);
 }
 
 void llama_kv_ragged_seq::reserve(int64_t n_tokens, bool exact) {

@@ -116,6 +116,11 @@ struct llama_kv_ragged_seq {
     // room for n_tokens more cells in every head
     bool has_room(int64_t n_tokens) const;
 
+    // Rows that are free behind a compressed cache's heads, for heads with n_mean cells over all layers: it stays within 2 %, beside what a
+    // device asks for (llama_kv_ragged_layer::capacity()). Heads of different lengths are given as many in all layers: they fill
+    // together, so that most tokens bring no new pool, and a device's captured graph lasts.
+    static int64_t n_slack_compacted(bool uniform, int64_t n_mean);
+
     // make it, with slack for more unless it has to be exact; moves cells to larger pools and changes nothing else
     void reserve(int64_t n_tokens, bool exact);
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from sessions import N_THREADS, load_backends
 
 from windowkv_edge import KVPolicy, get_policy
+from windowkv_edge.bench.run import _divergence as divergence
 from windowkv_edge.bench.session import Model, Session
 from windowkv_edge.eval import hay_tokens
 
@@ -41,13 +42,6 @@ def logits(model: Model, policy: KVPolicy | None, tokens: list[int], n_prompt: i
         return np.array(rows)
     finally:
         session.close()
-
-
-def divergence(want: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> float:
-    """Mean KL(want || got) of next-token distributions."""
-    p, q = (rows.astype(np.float64) - rows.max(axis=1, keepdims=True) for rows in (want, got))
-    p, q = (rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)) for rows in (p, q))
-    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
 def main(text: str) -> None:

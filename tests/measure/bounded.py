@@ -181,7 +181,7 @@ class Reader:
         if way.scores == "most":
             n = n_observers or self.parts.scoring.n_observed
             self.kv.compact_custom(
-                min(n, self.n_observed), n_cells, lambda *of: self._choose(parts, self._summed(*of), *of)
+                min(n, self.n_observed), n_cells, lambda *of: self._choose(parts, self._most_of(*of), *of)
             )
         else:
             self.kv.compact(_native.policy_struct(parts), n_cells)
@@ -300,7 +300,7 @@ class Reader:
     # selections with scores of our own
     #
 
-    def _summed(self, budget: int, positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> Heads:
+    def _most_of(self, budget: int, positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> Heads:
         """The most that a cell ever got, and remember it."""
         res: Heads = []
         for il, layer in enumerate(positions):
@@ -414,8 +414,12 @@ def main() -> None:
                 print(f"{kind}, {depth}, {index}: {needle.answers}; wrong: {said}; nll {[round(own.nll[-1], 3) for own in tallies.values()]}", flush=True)
     reader.close()
     model.close()
-    print(f"\n{args.policy}, {args.length} tokens, limit {args.limit}, batches of {args.batch}"
-          f"{', chat' if args.chat else ''}: the full cache answers {n_counted} of {n_cases}, exact {n_exact} (nll {np.mean(nll or [0]):.3f})")  # fmt: skip
+    chat = ", chat" if args.chat else ""
+    print(f"\n{args.policy}, {args.length} tokens, limit {args.limit}, batches of {args.batch}{chat}: ", end="")
+    if args.trust:
+        print(f"{n_cases} needles, none read with the full cache")
+    else:
+        print(f"the full cache answers {n_counted} of {n_cases}, exact {n_exact} (nll {np.mean(nll or [0]):.3f})")
     print("| way | right | of exact's | nll | s a prompt | compactions | most cells |\n| --- | --- | --- | --- | --- | --- | --- |")
     for name, own in tallies.items():
         mean = sum(own.seconds) / max(1, len(own.seconds))

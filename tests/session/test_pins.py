@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from policy_table import kept
 from reference.common import Cache, Kept
-from reference.pinned import pinned
+from reference.pinned import NothingLeftError, pinned
 from scripted import OTHERS, TOKENS, Script, answer, evaluate, positions
 
 from windowkv_edge import (
@@ -254,3 +254,18 @@ def test_where_a_system_prompt_stands() -> None:
     assert system_text([{"role": "developer", "content": " a "}]) == "a"
     assert system_text([{"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]) == "a"
     assert n_pinned([]) == 0 and n_pinned([(5, 9), (0, 3), (2, 6), (7, 8)]) == 9
+
+
+def test_the_reference_refuses_what_leaves_nothing() -> None:
+    """As the session does; where all cells fit nothing has to be left."""
+    cells = [[np.arange(6), np.arange(6)]]
+    scores = [[np.zeros(6), np.zeros(6)]]
+
+    def all_of_it(own: Cache, planes: Any, n_cells: int) -> Kept:
+        assert n_cells >= 0
+        return [[np.ones(head.size, dtype=bool) for head in layer] for layer in own]
+
+    for n_cells in (2, 3):
+        with pytest.raises(NothingLeftError):
+            pinned(all_of_it, cells, [scores], n_cells, [(1, 4)])
+    assert all(own.all() for own in pinned(all_of_it, cells, [scores], 6, [(0, 6)])[0])
