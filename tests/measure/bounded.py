@@ -17,9 +17,13 @@ behind what was read, their attention chooses, and they are taken back:
                half      between the two
     scores     now       what chooses is the attention of these tokens
                most      the most that they gave a cell in this compaction and in earlier ones
+               mean      the mean of what they gave it in all compactions
+               half      half of that, and half of what chose in the compaction before
     step       tokens of the prompt that are evaluated at once, 0 = a batch; there are never more cells than the limit and a batch, so
                that fewer are evicted at a time
     asks       tokens that are evaluated to observe; the policy's windows are the last ones of them
+    carry      cells    a policy's carry reaches that many cells further, as sessions do
+               place    it reaches that many positions further: what was evicted counts
     recent     positions at the end of what was read that stay in any case, besides what the policy keeps there
     middle     the policy of these compactions, such as auto(omega=8); the last one, behind the prompt, is always --policy's
     read       bounded   as said
@@ -36,7 +40,7 @@ import argparse
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from windowkv_edge import _native  # before llama_cpp
@@ -59,7 +63,8 @@ from windowkv_edge.policies.parts import Parts
 CHOICES = {
     "observers": ("end", "question", "all", "ahead", "none"),
     "target": ("limit", "share", "half"),
-    "scores": ("now", "most"),
+    "scores": ("now", "most", "mean", "half"),
+    "carry": ("cells", "place"),
     "read": ("bounded", "before"),
 }
 
@@ -86,6 +91,7 @@ class Way:
     observers: str = "end"
     target: str = "limit"
     scores: str = "now"
+    carry: str = "cells"
     step: int = 0
     asks: int = 0
     recent: int = 0
@@ -140,14 +146,16 @@ class Reader:
         self.parts = self.policies[policies[0]]
         self.memory = llama_cpp.llama_get_memory(self.session.ctx)
         self._rope = ExpectedAttention().bind(ModelHeads(str(model.path), model.about(), 1, 1, (0,)))
-        self._most: list[list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]] = []
+        self._before: list[list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]] = []
+        self._times: list[list[npt.NDArray[np.float32]]] = []
+        self._n_read = 0
 
     def held(self) -> float:
         return float(self.kv.cells().mean())
 
     def clear(self) -> None:
         llama_cpp.llama_memory_clear(self.memory, True)
-        self._most = []
+        self._before, self._times = [], []
 
     def decode(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         for i in range(0, len(tokens), self.batch):
@@ -178,10 +186,10 @@ class Reader:
             parts = parts.observed_by(n_observers)
         n_past = int(self.kv.stats().n_past)
         self.kv.set_pinned([(max(0, n_past - way.recent), n_past)] if way.recent else [])
-        if way.scores == "most":
+        if way.scores != "now" or way.carry != "cells":
             n = n_observers or self.parts.scoring.n_observed
             self.kv.compact_custom(
-                min(n, self.n_observed), n_cells, lambda *of: self._choose(parts, self._most_of(*of), *of)
+                min(n, self.n_observed), n_cells, lambda *of: self._choose(parts, self._remembered(way, *of), *of, way)
             )
         else:
             self.kv.compact(_native.policy_struct(parts), n_cells)
@@ -224,6 +232,7 @@ class Reader:
                 logits = self.decode(prompt[i : i + step])
                 tally.n_cells = max(tally.n_cells, self.held())
         if self.held() > self.limit:
+            self._n_read = len(prompt)
             self.compact(self.limit - slack(self.limit))
         tally.seconds.append(time.perf_counter() - start)
         return logits
@@ -248,6 +257,7 @@ class Reader:
         tally: Tally,
     ) -> None:
         tally.n_compactions += 1
+        self._n_read = int(self.kv.stats().n_past)
         if ahead is not None:
             self._compact_for(ahead, n_cells)
             return
@@ -292,7 +302,7 @@ class Reader:
                         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
                         of_heads.append((weights / weights.sum(axis=1, keepdims=True)).mean(axis=0))
                     own[-1].append(np.mean(of_heads, axis=0).astype(np.float32))
-            self._choose(self.parts, own, budget, positions, scores, keep)
+            self._choose(self.parts, own, budget, positions, scores, keep, Way())
 
         self.kv.compact_custom(1, n_cells, choose)
 
@@ -300,22 +310,45 @@ class Reader:
     # selections with scores of our own
     #
 
-    def _most_of(self, budget: int, positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> Heads:
-        """The most that a cell ever got, and remember it."""
-        res: Heads = []
+    def _remembered(
+        self, way: Way, budget: int, positions: _native.Cache, scores: _native.Cache, keep: _native.Cache
+    ) -> Heads:
+        """Scores of this compaction and of earlier ones, which are remembered."""
+        if way.scores == "now":
+            return [[head.copy() for head in layer] for layer in scores]
+        res, times = [], []
         for il, layer in enumerate(positions):
             res.append([])
+            times.append([])
             for ih, at in enumerate(layer):
-                own = scores[il][ih].copy()
-                if self._most:
-                    old_at, old = self._most[il][ih]
+                own, n = scores[il][ih].copy(), np.ones(len(at), dtype=np.float32)
+                if self._before:
+                    old_at, old = self._before[il][ih]
                     _, here, there = np.intersect1d(at, old_at, assume_unique=True, return_indices=True)
-                    own[here] = np.maximum(own[here], old[there])
+                    n[here] += self._times[il][ih][there]
+                    if way.scores == "most":
+                        own[here] = np.maximum(own[here], old[there])
+                    else:
+                        new = 1 / n[here] if way.scores == "mean" else 0.5
+                        own[here] = new * own[here] + (1 - new) * old[there]
                 res[-1].append(own)
-        self._most = [
-            [(at.copy(), own) for at, own in zip(layer, owns, strict=True)]
-            for layer, owns in zip(positions, res, strict=True)
+                times[-1].append(n)
+        # positions of those who observe will be those of the next tokens
+        read = [[at < self._n_read for at in layer] for layer in positions]
+        self._before = [
+            [(at[own], score[own]) for at, score, own in zip(*layer, strict=True)]
+            for layer in zip(positions, res, read, strict=True)
         ]
+        self._times = [[n[own] for n, own in zip(*layer, strict=True)] for layer in zip(times, read, strict=True)]
+        return res
+
+    @staticmethod
+    def _carried(at: npt.NDArray[np.int32], score: npt.NDArray[np.float32], carry: int) -> npt.NDArray[np.float32]:
+        """What a policy's carry makes of the scores, for positions in place of cells."""
+        res = score.copy()
+        for back in range(1, min(carry, len(at) - 1) + 1):
+            near = at[back:] - at[:-back] <= carry
+            res[back:] = np.where(near, np.maximum(res[back:], score[:-back]), res[back:])
         return res
 
     def _choose(
@@ -326,9 +359,18 @@ class Reader:
         positions: _native.Cache,
         scores: _native.Cache,
         keep: _native.Cache,
+        way: Way,
     ) -> None:
         """As the native selection does with these scores."""
         tokens = own if parts.scoring.token_window_size else None
+        if way.carry == "place":
+            assert parts.scoring.pooling == "carry"
+            carry = parts.scoring.kernel_size - 1
+            parts = parts._replace(scoring=replace(parts.scoring, kernel_size=1))
+            own = [
+                [self._carried(at, head, carry) for at, head in zip(*layer, strict=True)]
+                for layer in zip(positions, own, strict=True)
+            ]
         cells = np.array([[len(head) for head in layer] for layer in positions])
         budgets = _native.budgets(parts, cells, budget, positions, own, tokens)
         chosen = _native.select(parts, budgets, positions, own, tokens)
