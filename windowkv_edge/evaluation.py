@@ -328,10 +328,12 @@ class PolicyEvaluation(Shifting):
         try:
             with self._aligned(), Interrupts() as interrupts:
                 n_batch = self._accumulated_at_once(cache)  # as stock does, if nothing is summed up
-                for i in range(0, max(1, len(tokens)), n_batch):
-                    batch = tokens[i : i + n_batch]
-                    if len(batch) > 0 and room is not None:
-                        self._make_room(cache, tokens[i:], len(batch), step, room)
+                i = 0
+                while i < len(tokens) or i == 0:
+                    n = n_batch
+                    if room is not None and len(tokens) > 0:
+                        n = self._make_room(cache, tokens[i:], step, room)
+                    batch = tokens[i : i + n]
                     self._accumulate(cache, len(batch))
                     # What generate() evaluates is known better here, and so is a last batch of one token. Of what is
                     # evaluated by hand, one token may follow a prompt of others, and theirs may follow several tokens
@@ -342,6 +344,7 @@ class PolicyEvaluation(Shifting):
                     if step in ("prompt", "piece"):
                         n_done, n_all = n_front + i + len(batch), n_front + len(tokens) + n_behind
                         report(self._kv_progress, self._kv_guard, n_done, n_all)
+                    i += n
         except RuntimeError as error:
             status = re.fullmatch(r"llama_decode returned (-?\d+)", str(error))
             if status is None:

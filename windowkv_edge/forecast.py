@@ -87,13 +87,13 @@ def forecast(info: GGUFInfo, limit: int | str, n_tokens: int, policy: KVPolicy, 
 
 def _read(n_tokens: int, limit: int, n_batch: int, n_observers: int) -> tuple[int, int]:
     """Cells at the peak of a prompt that does not fit, observers included, and behind it."""
-    held = peak = 0
-    for i in range(0, n_tokens, n_batch):
-        n = min(n_batch, n_tokens - i)
-        room = Limit.before(limit, n_batch, n_observers if i + n < n_tokens else 0)
-        if held > room:
+    held = peak = n_read = 0
+    while n_read < n_tokens:
+        n, n_cells = Limit.next_step(limit, n_batch, held, n_tokens - n_read, n_observers)
+        if n_cells is not None:
             peak = max(peak, held + n_observers)
-            held = Limit.behind(room, n_batch)
+            held = n_cells
         held += n
+        n_read += n
         peak = max(peak, held)
     return peak, held if held <= limit else limit - slack(limit)

@@ -82,10 +82,10 @@ def slack(n_cells: int) -> int:
 class Limit:
     """What the cells of a session may take.
 
-    Before every batch of a prompt the heads hold at most :meth:`n_cells` cells on average, and while an answer grows
-    never more; so the peak is the limit and one batch. Pools come in pieces of 32 cells, and before the first
-    compaction of 256, as stock's attention reads them: a limit in bytes is exceeded by up to 255 cells until then, if
-    the limit and a batch are no multiple of 256 cells.
+    Behind a prompt, and while an answer grows, the heads hold at most :meth:`n_cells` cells on average; while a prompt
+    is read, as many and a batch (:meth:`next_step`). Pools come in pieces of 32 cells, and before the first compaction
+    of 256, as stock's attention reads them: a limit in bytes is exceeded by up to 255 cells until then, if the limit
+    and a batch are no multiple of 256 cells.
 
     Args:
         given: what :func:`check_limit` returned.
@@ -136,16 +136,41 @@ class Limit:
         return n - max(n_asks(policy), self.slack(n))
 
     @staticmethod
-    def before(n_cells: int, n_batch: int, n_observers: int) -> int:
-        """Of n_cells, those that may be held before a batch of a prompt: behind it the next observers need room, and
-        then a compaction, for scores of all cells and a layer twice."""
-        return n_cells - max(n_observers, (n_cells + n_batch) // SPARE)
+    def next_step(
+        n_cells: int, n_batch: int, n_held: float, n_left: int, n_observers: int, n_most: int | None = None
+    ) -> tuple[int, int | None]:
+        """How a prompt is read on within n_cells and a batch.
 
-    @staticmethod
-    def behind(n_cells: int, n_batch: int) -> int:
-        """Cells that a compaction leaves before a batch that n_cells may be held for: small batches are not worth one
-        each."""
-        return n_cells - max(0, slack(n_cells) - n_batch)
+        Where cells have to go, fewer tokens are evaluated at once, and what a batch would have taken holds cells: the
+        fewer are evicted at a time, the more of a prompt is found again. No fewer than a quarter of a batch, as every
+        step costs a compaction, and no fewer than are worth one.
+
+        Args:
+            n_cells: cells per head.
+            n_batch: tokens of a batch.
+            n_held: cells per head now.
+            n_left: tokens of the prompt that are left, at least 1.
+            n_observers: tokens that observe between two steps.
+            n_most: tokens that may be evaluated at once, if that is less than a batch.
+
+        Returns:
+            The number of tokens that come next, and the cells that a compaction leaves before them, None if they find
+            room as it is.
+        """
+
+        def may_hold(n: int) -> int:
+            # behind them the next observers need room, and then a compaction, for scores of all cells and a layer twice
+            behind = max(n_observers if n < n_left else 0, (n_cells + n_batch) // SPARE)
+            return n_cells + n_batch - n - behind
+
+        n = min(n_left, n_batch if n_most is None else n_most)
+        if n_held <= may_hold(n):
+            return n, None
+        n = min(n, max(1, n_batch // 4, slack(n_cells)))
+        room = may_hold(n)
+        if n_held <= room:
+            return n, None
+        return n, room - max(0, slack(room) - n)
 
     def slack(self, n_cells: int) -> int:
         """Cells of room that a compaction makes while an answer grows, so that one is not due for every token."""

@@ -104,25 +104,26 @@ class Compacting(GoingBack):
             stacklevel=2,
         )
 
-    def _make_room(self, cache: PolicyCache, tokens: Sequence[int], n: int, step: Step, room: int) -> None:
-        """Before n tokens, the first of those that are left: compact if there is no room for them. A batch of a prompt
-        comes on top of it."""
+    def _make_room(self, cache: PolicyCache, tokens: Sequence[int], step: Step, room: int) -> int:
+        """Before the next of the tokens that are left: compact if there is no room for them; how many are evaluated at
+        once. A batch of a prompt comes on top of the room, see :meth:`Limit.next_step`."""
         kv = cache.kv
-        n_held = float(kv.cells().mean())
+        n_held, n_most = float(kv.cells().mean()), self._accumulated_at_once(cache)
         if step not in ("prompt", "piece"):
-            bound = self._answer_bound(cache)
+            n, bound = min(len(tokens), n_most), self._answer_bound(cache)
             if bound is not None and n_held + n > bound.n_cells:
                 self._keep_before(cache, step)
                 self._shrink(cache, bound.target(n), in_answer=True)
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
-            room = Limit.before(room, self.n_batch, len(asks) if n < len(tokens) else 0)
-            if n_held > room:
+            n, n_cells = Limit.next_step(room, self.n_batch, n_held, len(tokens), len(asks), n_most)
+            if n_cells is not None:
                 self._keep_before(cache, step)
                 self._observe(cache, asks)
-                self._shrink(cache, Limit.behind(room, self.n_batch), asks)
+                self._shrink(cache, n_cells, asks)
         if n > 1:
             kv.reserve(n)
+        return n
 
     def _shrink(self, cache: PolicyCache, n_cells: int, asks: Sequence[int] = (), in_answer: bool = False) -> None:
         """Compact to n_cells cells per head, for what is asked; a policy that counts otherwise gets fewer, until these

@@ -19,8 +19,8 @@ behind what was read, their attention chooses, and they are taken back:
                most      the most that they gave a cell in this compaction and in earlier ones
                mean      the mean of what they gave it in all compactions
                half      half of that, and half of what chose in the compaction before
-    step       tokens of the prompt that are evaluated at once, 0 = a batch; there are never more cells than the limit and a batch, so
-               that fewer are evicted at a time
+    step       tokens of the prompt that are evaluated at once, 0 = as sessions do (windowkv_edge/limit.py); there are never more
+               cells than the limit and a batch, so that fewer are evicted at a time
     asks       tokens that are evaluated to observe; the policy's windows are the last ones of them
     carry      cells    a policy's carry reaches that many cells further, as sessions do
                place    it reaches that many positions further: what was evicted counts
@@ -41,6 +41,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 from windowkv_edge import _native  # before llama_cpp
@@ -56,7 +57,7 @@ from windowkv_edge.eval.needle import KINDS, N_ANSWER, make_needle
 from windowkv_edge.eval.case import place
 from windowkv_edge.eval.style import Style
 from windowkv_edge.heads import ModelHeads
-from windowkv_edge.limit import slack
+from windowkv_edge.limit import Limit, slack
 from windowkv_edge.policies import ExpectedAttention, Full, KVPolicy
 from windowkv_edge.policies.parts import Parts
 
@@ -145,7 +146,6 @@ class Reader:
         self.policies = {name: policy.parts("localization") for name, policy in bound.items()}
         self.parts = self.policies[policies[0]]
         self.memory = llama_cpp.llama_get_memory(self.session.ctx)
-        self._rope = ExpectedAttention().bind(ModelHeads(str(model.path), model.about(), 1, 1, (0,)))
         self._before: list[list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]] = []
         self._times: list[list[npt.NDArray[np.float32]]] = []
         self._n_read = 0
@@ -222,20 +222,29 @@ class Reader:
         else:
             self.clear()
             ahead = self._ahead(prompt[first:stop]) if way.observers == "ahead" else None
-            step = way.step or self.batch
-            last = len(prompt) - step
-            for i in range(0, len(prompt), step):
-                room = self.limit + self.batch - step - (len(asks) if i < last else 0)
-                share = {"limit": 1.0, "share": min(1.0, i / last), "half": 0.5 + 0.5 * min(1.0, i / last)}[way.target]
-                if i > 0 and self.held() > (n_cells := max(2 * self.n_observed, int(room * share))):
-                    self._compact_between(n_cells, asks, ahead, way, tally)
-                logits = self.decode(prompt[i : i + step])
+            i = 0
+            while i < len(prompt):
+                n, n_cells = self._next(len(prompt) - i, len(asks), way)
+                if n_cells is not None:
+                    share = {"limit": 1.0, "share": i / len(prompt), "half": 0.5 + 0.5 * i / len(prompt)}[way.target]
+                    self._compact_between(max(2 * self.n_observed, int(n_cells * share)), asks, ahead, way, tally)
+                logits = self.decode(prompt[i : i + n])
                 tally.n_cells = max(tally.n_cells, self.held())
+                i += n
         if self.held() > self.limit:
             self._n_read = len(prompt)
             self.compact(self.limit - slack(self.limit))
         tally.seconds.append(time.perf_counter() - start)
         return logits
+
+    def _next(self, n_left: int, n_observers: int, way: Way) -> tuple[int, int | None]:
+        """Tokens that come next, and the cells that a compaction leaves before them, None if they find room."""
+        held = self.held()
+        if not way.step:
+            return Limit.next_step(self.limit, self.batch, held, n_left, n_observers)
+        n = min(way.step, n_left)
+        room = self.limit + self.batch - n - (n_observers if n < n_left else 0)
+        return n, room if held > room else None
 
     def _read_before(
         self, prompt: list[int], first: int, asks: list[int], way: Way, tally: Tally
@@ -281,8 +290,13 @@ class Reader:
         self.clear()
         return res
 
+    @cached_property
+    def _rope(self) -> ExpectedAttention:
+        res = ExpectedAttention().bind(ModelHeads(str(self.model.path), self.model.about(), 1, 1, (0,)))
+        assert isinstance(res, ExpectedAttention)
+        return res
+
     def _turn(self, rows: npt.NDArray[np.float64], at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        assert isinstance(self._rope, ExpectedAttention)
         return self._rope._turn(rows, at)
 
     def _compact_for(self, ahead: list[list[npt.NDArray[np.float64]]], n_cells: int) -> None:

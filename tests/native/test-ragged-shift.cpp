@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdio>
 #include <string>
 #include <vector>
 
@@ -89,6 +90,9 @@ static void check_rows(llama_context * ctx, int il, int ih, const std::vector<in
         ++j;
     }
     CHECK(got_k.size() == j*n_embd_k && got_v.size() == j*n_embd_v);
+    if (largest >= tolerance) {
+        std::fprintf(stderr, "keys are off by %g, %g is allowed\n", largest, tolerance);
+    }
     CHECK(largest < tolerance);
 }
 
@@ -120,8 +124,9 @@ static void test_cells_move(llama_model * model) {
                     for (int ih = 0; ih < own.n_head_kv; ++ih) {
                         const size_t i = il*own.n_head_kv + ih;
                         CHECK(positions(ctx.get(), il, ih) == closed(before[i], hole.p0, hole.n));
-                        // f16: 11 bits of values below 8, rounded twice
-                        check_rows(ctx.get(), il, ih, before[i], k[i], v[i], hole.p0, hole.n, type == GGML_TYPE_F32 ? 1e-4f : 8e-3f);
+                        // f16: 11 bits of values below 8, rounded twice; CUDA's cosines are fast ones, of up to 315 radians
+                        const float tolerance = type == GGML_TYPE_F16 ? 8e-3f : on_device ? 4e-3f : 1e-4f;
+                        check_rows(ctx.get(), il, ih, before[i], k[i], v[i], hole.p0, hole.n, tolerance);
                     }
                 }
                 // what was compacted stays what cannot be taken back, and no more
