@@ -35,8 +35,8 @@ N_GATE_PROMPT, N_GATE_ANSWER = 128, 16
 # twice what the rounding of the cells themselves does. SmolLM2 Q4_1 and Gemma Q4_K_M, whose weights amplify rounding:
 # 0.001 to 0.006 with f16 cells; q4_0 up to 0.24, where stock q4_0 is 0.31 from stock f16
 GATE_KL = 0.02
-# the same with layers on a GPU, whose products of quantised weights round more: of SmolLM2 on an H200 stock is 0.013 from
-# the CPU, ours 0.016, and the two are 0.020 (1,024 tokens) to 0.030 (the gate's 128) apart
+# the same with layers on a GPU, whose products of quantised weights round more: of SmolLM2 on an H200 stock is 0.013
+# from the CPU, ours 0.016, and the two are 0.020 (1,024 tokens) to 0.030 (the gate's 128) apart
 GATE_KL_GPU = 0.06
 
 
