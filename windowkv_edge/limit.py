@@ -170,7 +170,8 @@ class Limit:
         room = may_hold(n)
         if n_held <= room:
             return n, None
-        return n, room - max(0, slack(room) - n)
+        # one compaction for several small steps
+        return n, room - n * max(0, slack(room) // n - 1)
 
     def slack(self, n_cells: int) -> int:
         """Cells of room that a compaction makes while an answer grows, so that one is not due for every token."""

@@ -66,15 +66,15 @@ class Llama(Limited):
             cells held, compared with what ``kv_budget`` grants for the positions seen; or, with a fractional budget,
             these positions, compared with those at the last compaction. Default 1.5; 1 compacts after every prompt.
         kv_limit: bound of the cells at every moment: cells per (layer, kv head) on average (4096), or bytes ("512MiB").
-            Before a batch of a prompt there are no more, and while an answer grows neither, so that the peak is the
-            limit and one batch. None = none. With a limit, ``kv_budget`` is 1.0 by default: what fits stays. What
+            Behind a prompt there are no more, and while an answer grows neither; while a prompt is read, the peak is
+            the limit and one batch. None = none. With a limit, ``kv_budget`` is 1.0 by default: what fits stays. What
             others decode on ``ctx`` is not bounded, nor is what :meth:`kv_load` brings until the next token.
         kv_prefill: how a long prompt is evaluated. "exact": with the full cache, which the limit bounds afterwards.
             "auto": within the limit, or without one within the memory that is free; the full cache as long as it fits.
             "bounded": also within what ``kv_budget`` grants for the whole prompt, so that the peak is that and one
-            batch. Where a batch finds no room, what was read so far is compacted, as what is asked attends to it: the
-            end of a chat's last user message, else the prompt's last tokens. They are evaluated behind it, and taken
-            back; of a prompt that is evaluated by hand they are not known.
+            batch. Where the next tokens find no room, what was read so far is compacted, as what is asked attends to
+            it: the end of a chat's last user message, else the prompt's last tokens. They are evaluated behind it, and
+            taken back; of a prompt that is evaluated by hand they are not known.
         kv_interval: tokens between two compactions of an answer that grows. With a limit, so many cells become free
             whenever it is reached; None = an eighth of them. Without one, an answer holds what ``kv_budget`` grants for
             the positions seen and this many tokens at most; None = it grows without end.

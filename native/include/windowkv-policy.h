@@ -15,7 +15,7 @@
 // max-pooling of the scores of the tokens before the observation window
 enum wkv_pooling {
     WKV_POOLING_MAX   = 0, // centred: a token takes the best score of kernel_size tokens around it (SnapKV, arXiv 2404.14469)
-    WKV_POOLING_CARRY = 1, // causal: of itself and the kernel_size - 1 tokens before it; what follows an attended token is kept
+    WKV_POOLING_CARRY = 1, // causal: of the kernel_size positions that end with its own; what follows an attended token is kept
     WKV_POOLING_COUNT
 };
 
@@ -42,7 +42,7 @@ struct wkv_scoring {
     int32_t window_size;       // observation window: the last window_size tokens observe the others; 0: positions alone decide
     int32_t token_window_size; // with token_share: a second plane of scores by the last token_window_size tokens, for single tokens
     int32_t pooling;           // enum wkv_pooling
-    int32_t kernel_size;       // tokens that pooling spans, 1 = none; odd if centred
+    int32_t kernel_size;       // tokens that pooling spans, or positions if they carry over, 1 = none; odd if centred
     int32_t query_heads;       // enum wkv_query_heads; each: windows with kernel_size = 1, share = first and token_share = 0
     int32_t reduce;            // enum wkv_reduce; max, sum: kind = best
 };

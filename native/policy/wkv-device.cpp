@@ -18,15 +18,21 @@ bool fits_devices(const cache_view & view, int32_t il0, int32_t il1) {
     if (policy.allocation.accounting == WKV_ACCOUNTING_PAPER && needs_scores_for_budgets(policy)) {
         return false;
     }
-    if (p.kind == WKV_KIND_TOKENS) {
+    // what goes by positions
+    const bool carries = policy.scoring.pooling == WKV_POOLING_CARRY && policy.scoring.kernel_size > 1;
+    if (p.kind == WKV_KIND_TOKENS && !carries) {
         return true;
+    }
+    const bool is_gapless = std::all_of(view.positions.begin() + view.index(il0, 0), view.positions.begin() + view.index(il1, 0),
+            [](const cell_positions & pos) { return pos.n_listed == 0 && pos.next == 0; });
+    if (p.kind == WKV_KIND_TOKENS) {
+        return is_gapless;
     }
     if (policy.scoring.query_heads != WKV_QUERY_HEADS_MEAN || p.scope != WKV_SCOPE_HEAD || n_layers_ranked(view) != 1 ||
             p.whole_windows || p.omega > OMEGA_MAX_DEVICE) {
         return false;
     }
-    return std::all_of(view.positions.begin() + view.index(il0, 0), view.positions.begin() + view.index(il1, 0),
-            [](const cell_positions & pos) { return pos.n_listed == 0 && pos.next == 0; });
+    return is_gapless;
 }
 
 int64_t select_on_devices_bytes(const cache_view & view, int32_t il0, int32_t il1) {

@@ -47,7 +47,8 @@ constexpr int32_t n_bits(places kind) { return kind == places::windows ? 64 : 32
 constexpr int32_t OMEGA_MAX_DEVICE       = 128;
 constexpr int32_t KERNEL_SIZE_MAX_DEVICE = 1024;
 
-// whether select_on_devices() chooses as the policy says: windows that every head has by itself, and while no position is missing
+// whether select_on_devices() chooses as the policy says: windows that every head has by itself, and windows and scores that carry over
+// while no position is missing
 bool fits_devices(const cache_view & view, int32_t il0, int32_t il1);
 
 // What select_cells() does with the layers il0 to il1 - 1, whose keys are held; "" or why it cannot be done.

@@ -87,8 +87,8 @@ inline int64_t floor_div(double a, double b) {
 //
 
 // each of the n scores becomes what policy.scoring pools it to
-std::vector<float>  pool(const wkv_scoring & scoring, const float  * score, int32_t n);
-std::vector<double> pool(const wkv_scoring & scoring, const double * score, int32_t n);
+std::vector<float>  pool(const wkv_scoring & scoring, const float  * score, const cell_positions & pos, int32_t n);
+std::vector<double> pool(const wkv_scoring & scoring, const double * score, const cell_positions & pos, int32_t n);
 
 //
 // allocation

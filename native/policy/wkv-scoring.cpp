@@ -94,25 +94,54 @@ static std::vector<T> max_pool(const T * score, int64_t n, int64_t before, int64
     return res;
 }
 
+// the largest of the cells at the same position or up to `before` positions before
 template <typename T>
-static std::vector<T> pool_of(const wkv_scoring & p, const T * score, int32_t n) {
+static std::vector<T> carry(const T * score, const cell_positions & pos, int64_t n, int64_t before) {
+    const int64_t n_listed = std::min<int64_t>(n, pos.n_listed);
+    if (n_listed == 0 || before == 0) {
+        return max_pool<T>(score, n, before, 0);
+    }
+
+    // where no position is missing as far as that, places are positions
+    const int64_t n_by_position = std::min(n, n_listed + before);
+
+    std::vector<T> res = max_pool<T>(score + n_listed, n - n_listed, before, 0);
+    res.insert(res.begin(), n_listed, T(0));
+
+    std::vector<int32_t> best; // those in reach that no later one exceeds, from first on
+    size_t first = 0;
+    for (int32_t i = 0; i < n_by_position; ++i) {
+        while (best.size() > first && score[best.back()] <= score[i]) {
+            best.pop_back();
+        }
+        best.push_back(i);
+        while (int64_t(pos[i]) - pos[best[first]] > before) {
+            ++first;
+        }
+        res[i] = score[best[first]];
+    }
+    return res;
+}
+
+template <typename T>
+static std::vector<T> pool_of(const wkv_scoring & p, const T * score, const cell_positions & pos, int32_t n) {
     switch (wkv_pooling(p.pooling)) {
         case WKV_POOLING_MAX:
             return max_pool<T>(score, n, p.kernel_size/2, p.kernel_size/2);
         case WKV_POOLING_CARRY:
-            return max_pool<T>(score, n, p.kernel_size - 1, 0);
+            return carry<T>(score, pos, n, p.kernel_size - 1);
         case WKV_POOLING_COUNT:
             break; // refused by policy_error(), as in every switch over a choice
     }
     return {};
 }
 
-std::vector<float> pool(const wkv_scoring & scoring, const float * score, int32_t n) {
-    return pool_of(scoring, score, n);
+std::vector<float> pool(const wkv_scoring & scoring, const float * score, const cell_positions & pos, int32_t n) {
+    return pool_of(scoring, score, pos, n);
 }
 
-std::vector<double> pool(const wkv_scoring & scoring, const double * score, int32_t n) {
-    return pool_of(scoring, score, n);
+std::vector<double> pool(const wkv_scoring & scoring, const double * score, const cell_positions & pos, int32_t n) {
+    return pool_of(scoring, score, pos, n);
 }
 
 } // namespace wkv

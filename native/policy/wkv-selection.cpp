@@ -146,7 +146,7 @@ static void mark_recent(const cache_view & view, int32_t il, int32_t ih, int32_t
 
 std::vector<float> pooled_review(const cache_view & view, int32_t il, int32_t ih) {
     const int32_t n_review = std::max(0, view.n_cells(il, ih) - view.policy.scoring.window_size);
-    return pool(view.policy.scoring, view.score(il, ih), n_review);
+    return pool(view.policy.scoring, view.score(il, ih), view.positions.empty() ? cell_positions() : view.pos(il, ih), n_review);
 }
 
 // SnapKV (arXiv 2404.14469, section 3): the newest tokens, then those before the observation window by pooled score, then what is

@@ -256,12 +256,12 @@ window_set windows_of(const cache_view & view, int32_t il0, int32_t il1, int32_t
     if (cells.single) {
         res.single = cells.single;
         if (scoring.kernel_size > 1) {
-            res.pooled = pool(scoring, cells.single, res.n_review);
+            res.pooled = pool(scoring, cells.single, cells.pos, res.n_review);
             res.single = res.pooled.data();
         }
         make_windows(res.single, cells, p, res);
     } else {
-        res.mean = scoring.kernel_size > 1 ? pool(scoring, cells.mean.data(), res.n_review) : std::move(cells.mean);
+        res.mean = scoring.kernel_size > 1 ? pool(scoring, cells.mean.data(), cells.pos, res.n_review) : std::move(cells.mean);
         make_windows(res.mean.data(), cells, p, res);
     }
     res.pos    = cells.pos;

@@ -243,7 +243,7 @@ public:
         for (size_t i = view.index(il0, 0); i < view.index(il1, 0); ++i) {
             const int32_t n = in.cells[i];
             heads.push_back({ planes.data() + offset, nullptr, {}, std::vector<uint8_t>(n, 0) }); // without an order
-            heads.back().pooled = wkv::pool(policy.scoring, heads.back().scores, std::max(0, n - policy.scoring.window_size));
+            heads.back().pooled = wkv::pool(policy.scoring, heads.back().scores, wkv::cell_positions(), std::max(0, n - policy.scoring.window_size)); // it knows no positions
             offset += n;
         }
         for (auto & head : heads) {

@@ -53,9 +53,10 @@ def n_recent(n: int, budget: int, window_size: int, recent_share: float) -> int:
     return min(n, window_size, max(1, math.floor(budget * recent_share)))
 
 
-def carried(score: npt.NDArray[np.float64], carry: int) -> npt.NDArray[np.float64]:
-    """Ours: what follows an attended token is often what the answer needs, so scores reach carry cells further."""
-    return np.array([score[max(0, i - carry) : i + 1].max() for i in range(len(score))])
+def carried(pos: npt.NDArray[np.int32], score: npt.NDArray[np.float64], carry: int) -> npt.NDArray[np.float64]:
+    """Ours: what follows an attended token is often what the answer needs, so scores reach carry positions further."""
+    first = np.searchsorted(pos, pos.astype(np.int64) - carry)
+    return np.array([score[first[i] : i + 1].max() for i in range(len(score))])
 
 
 def rank(
@@ -80,7 +81,7 @@ def rank(
     n = len(cells[0])
     n_review = max(0, n - window_size)
     stays = n_recent(n, budget, window_size, recent_share)
-    rows = [carried(row[:n_review], carry) for row in cells[1]]
+    rows = [carried(cells[0][:n_review], row[:n_review], carry) for row in cells[1]]
 
     windows = grid(cells[0][:n_review], omega)
     value = [total(window_score(row[w], omega, strategy) for row in rows) / len(rows) for w in windows]

@@ -17,8 +17,10 @@ from reference.h2o import accumulated
 from scripted import OTHERS, TOKENS, Script, answer, decode, once
 from test_limit import policy_of
 
-from windowkv_edge import CORM, H2O, POLICIES, TOVA, Llama, SnapKV, StreamingLLM
+from windowkv_edge import CORM, H2O, POLICIES, TOVA, AdaKV, Auto, HeadScores, Llama, SnapKV, StreamingLLM
 from windowkv_edge.budget import TYPES
+from windowkv_edge.compaction import N_ANSWER, in_answer
+from windowkv_edge.heads import ModelHeads
 
 Open = Callable[..., Llama]
 
@@ -148,6 +150,42 @@ def test_the_newest_tokens_stay(tiny: Path, opened: Open, name: str) -> None:
     assert len(newest) > 50
     for il, ih in np.ndindex(3, 2):
         assert newest <= set(llm.kv_positions(il, ih).tolist())
+
+
+def test_head_scores_divide_answers(tiny: Path, opened: Open) -> None:
+    """auto's heads do not compete by the attention of a few tokens: they hold the same cells in every compaction, more of
+    them where the model's scores are higher."""
+    rng = np.random.default_rng(0)
+    scores = HeadScores({kind: rng.random((3, 4)) ** 3 for kind in ("r", "r2")})
+    llm = opened(tiny, kv_policy=Auto(importance=scores, importance_floor=0), kv_limit=LIMIT, kv_interval=INTERVAL)
+    grow(llm, TOKENS[:60], 150)
+    assert llm._kv_cache is not None and isinstance(llm._kv_cache.bound, Auto)
+    shares = llm._kv_cache.bound.shares
+    assert shares is not None
+    seen, n = set(), llm.kv_stats().n_compactions
+    for token in OTHERS[:300]:
+        llm.eval([token])
+        if llm.kv_stats().n_compactions > n:
+            n = llm.kv_stats().n_compactions
+            seen.add(tuple(llm.kv_stats().cells.ravel().tolist()))
+    assert len(seen) == 1
+    (cells,) = seen
+    assert min(cells) < max(cells) and [cells[i] for i in np.argsort(shares.ravel())] == sorted(cells)
+
+
+def test_what_competes_in_answers() -> None:
+    """Heads without scores, and policies whose heads have none, compete as ever."""
+    scores = HeadScores({"r2": np.arange(12.0).reshape(3, 4)})
+    model = ModelHeads("", {}, 3, 2, (0, 1, 2))
+    for policy, want in (
+        (Auto(importance=scores).bind(model), 1.0),
+        (Auto(), 0.5),
+        (AdaKV(alpha_safeguard=0.2), 0.2),
+        (SnapKV(), 0.0),
+    ):
+        parts = in_answer(policy, policy.parts())
+        assert parts.allocation.alpha_safeguard == want
+        assert parts.scoring.window_size <= N_ANSWER
 
 
 def test_pins_stay_in_answers(tiny: Path, opened: Open) -> None:

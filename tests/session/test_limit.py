@@ -14,6 +14,7 @@ from kinds import WRITERS, logits
 from scripted import OTHERS, TOKENS, Script, answer, once
 
 from windowkv_edge import POLICIES, HeadScores, KVPolicy, Llama, _native, get_policy
+from windowkv_edge.limit import Limit
 from windowkv_edge.policies.headkv import ByImportance
 
 Open = Callable[..., Llama]
@@ -169,6 +170,45 @@ def test_a_prompt_stays_within_the_limit(
     assert max(seen) <= LIMIT + BATCH
     assert n_held(llm) <= LIMIT
     assert llm.n_tokens == 739
+
+
+@pytest.mark.parametrize(
+    ("held", "left", "want"),
+    [
+        (0, 7400, (512, None)),
+        (960, 7400, (512, None)),
+        (961, 7400, (128, None)),  # a quarter of a batch, which is an eighth of the limit as well
+        (1344, 7400, (128, None)),
+        (1345, 7400, (128, 1344)),  # 1024 + 512, less 128, less 64 for a compaction
+        (1408, 100, (100, 1372)),
+        (1300, 5, (5, None)),
+    ],
+)
+def test_steps_of_a_long_prompt(held: int, left: int, want: tuple[int, int | None]) -> None:
+    """By hand, for 1,024 cells, batches of 512 and 32 observers."""
+    assert Limit.next_step(1024, 512, held, left, 32) == want
+
+
+def test_steps_where_a_batch_is_small_or_observers_are_many() -> None:
+    assert Limit.next_step(4096, 512, 4096, 9000, 32) == (512, 3904)  # no more than a batch at once
+    assert Limit.next_step(1024, 512, 2000, 9000, 100) == (128, 1308)  # the observers need more than a compaction
+    assert Limit.next_step(1024, 512, 2000, 128, 100) == (128, 1344)  # none behind the last tokens
+    assert Limit.next_step(1024, 512, 2000, 9000, 0, 64) == (64, 1344)  # two steps in an eighth of 1,408
+    assert Limit.next_step(1024, 16, 2000, 9000, 0) == (16, 885)  # 981, and room for six more steps
+    assert Limit.next_step(1, 1, 2, 3, 0) == (1, 1)
+
+
+def test_a_batch_holds_cells_while_a_prompt_is_read(
+    tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes a part of its room; the rest stays until the prompt's end."""
+    llm = opened(tiny, kv_policy="snapkv", kv_limit=LIMIT, n_batch=4 * BATCH)
+    seen = watch_cells(llm, monkeypatch)
+    answer(llm, LONG[:700], 1)
+    full = seen[next(i for i, n in enumerate(seen) if n > LIMIT) :]
+    assert len(full) > 2 * (700 - LIMIT - 4 * BATCH) / BATCH  # a step each, and its observers
+    assert min(full) > LIMIT + BATCH and max(full) <= LIMIT + 4 * BATCH
+    assert n_held(llm) <= LIMIT
 
 
 @pytest.mark.parametrize("model", WRITERS)

@@ -195,3 +195,13 @@ def test_scores_carry_over_to_what_follows() -> None:
     pos = np.arange(100, dtype=np.int32)
     keep = _native.select(WindowKV(omega=8, window_size=4, carry=5, recent_share=0.25).parts(), [[20]], [[pos]], [[score]])[0][0]
     assert np.flatnonzero(keep).tolist() == [*range(40, 56), 96, 97, 98, 99]
+
+
+def test_scores_carry_over_gaps_by_position() -> None:
+    """What stands behind a gap did not follow the strong token."""
+    pos = np.array([0, 1, 2, 10, 11, 12, 14, 30, 31, 32, 33, 34, 35], dtype=np.int32)
+    score = np.zeros(len(pos), dtype=np.float32)
+    score[[1, 4]] = 0.5, 1.0
+    policy = WindowKV(omega=1, window_size=2, carry=3, recent_share=0.5)
+    keep = _native.select(policy.parts(), [[8]], [[pos]], [[score]])[0][0]
+    assert pos[keep].tolist() == [0, 1, 2, 11, 12, 14, 34, 35]  # 0: of all that has nothing the first

@@ -28,8 +28,9 @@ class Scoring:
         window_size: the observation window: the last tokens, which score the others; 0 = positions alone decide.
         token_window_size: a second observation window, whose scores choose single tokens beside windows; 0 = none.
         pooling: max-pooling of the scores before the observation window. "max" = centred (SnapKV), "carry" = a token
-            takes the best score of itself and of the tokens before it.
-        kernel_size: tokens that pooling spans, 1 = none; odd for "max". 0 where positions alone decide.
+            takes the best score of itself and of the positions before it.
+        kernel_size: tokens that pooling spans, for "carry" positions, 1 = none; odd for "max". 0 where positions alone
+            decide.
         query_heads: what is scored where several query heads share a kv head: their "mean", or "each" by itself;
             windows are then scored in each and averaged (WindowKV's code).
         reduce: what the attention weights of a cell become, over the observing tokens and the query heads: their

@@ -27,7 +27,8 @@ class WindowKV(KVPolicy):
         window_size_aggregation: window_size for aggregation tasks; None = window_size.
         recent_share: share of a layer's budget that the observation window may take, its last tokens first; 1.0 = as
             published, it always stays.
-        carry: a token takes the best score of itself and of this many tokens before it; 0 = as published.
+        carry: a token takes the best score of itself and of this many positions before it, whose cells may be gone; 0 =
+            as published.
         token_share: after the windows, single tokens get this share of the budget (recent tokens left out); 0 = as
             published. Windows keep an answer whole, single tokens keep what the text goes on with. Needs
             ``scope="head"`` and ``gamma=1``.
