@@ -22,8 +22,6 @@ behind what was read, their attention chooses, and they are taken back:
     step       tokens of the prompt that are evaluated at once, 0 = as sessions do (windowkv_edge/limit.py); there are never more
                cells than the limit and a batch, so that fewer are evicted at a time
     asks       tokens that are evaluated to observe; the policy's windows are the last ones of them
-    carry      cells    a policy's carry reaches that many cells further, as sessions do
-               place    it reaches that many positions further: what was evicted counts
     recent     positions at the end of what was read that stay in any case, besides what the policy keeps there
     middle     the policy of these compactions, such as auto(omega=8); the last one, behind the prompt, is always --policy's
     read       bounded   as said
@@ -40,7 +38,7 @@ import argparse
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -65,7 +63,6 @@ CHOICES = {
     "observers": ("end", "question", "all", "ahead", "none"),
     "target": ("limit", "share", "half"),
     "scores": ("now", "most", "mean", "half"),
-    "carry": ("cells", "place"),
     "read": ("bounded", "before"),
 }
 
@@ -92,7 +89,6 @@ class Way:
     observers: str = "end"
     target: str = "limit"
     scores: str = "now"
-    carry: str = "cells"
     step: int = 0
     asks: int = 0
     recent: int = 0
@@ -186,10 +182,10 @@ class Reader:
             parts = parts.observed_by(n_observers)
         n_past = int(self.kv.stats().n_past)
         self.kv.set_pinned([(max(0, n_past - way.recent), n_past)] if way.recent else [])
-        if way.scores != "now" or way.carry != "cells":
+        if way.scores != "now":
             n = n_observers or self.parts.scoring.n_observed
             self.kv.compact_custom(
-                min(n, self.n_observed), n_cells, lambda *of: self._choose(parts, self._remembered(way, *of), *of, way)
+                min(n, self.n_observed), n_cells, lambda *of: self._choose(parts, self._remembered(way, *of), *of)
             )
         else:
             self.kv.compact(_native.policy_struct(parts), n_cells)
@@ -316,7 +312,7 @@ class Reader:
                         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
                         of_heads.append((weights / weights.sum(axis=1, keepdims=True)).mean(axis=0))
                     own[-1].append(np.mean(of_heads, axis=0).astype(np.float32))
-            self._choose(self.parts, own, budget, positions, scores, keep, Way())
+            self._choose(self.parts, own, budget, positions, scores, keep)
 
         self.kv.compact_custom(1, n_cells, choose)
 
@@ -328,8 +324,6 @@ class Reader:
         self, way: Way, budget: int, positions: _native.Cache, scores: _native.Cache, keep: _native.Cache
     ) -> Heads:
         """Scores of this compaction and of earlier ones, which are remembered."""
-        if way.scores == "now":
-            return [[head.copy() for head in layer] for layer in scores]
         res, times = [], []
         for il, layer in enumerate(positions):
             res.append([])
@@ -356,15 +350,6 @@ class Reader:
         self._times = [[n[own] for n, own in zip(*layer, strict=True)] for layer in zip(times, read, strict=True)]
         return res
 
-    @staticmethod
-    def _carried(at: npt.NDArray[np.int32], score: npt.NDArray[np.float32], carry: int) -> npt.NDArray[np.float32]:
-        """What a policy's carry makes of the scores, for positions in place of cells."""
-        res = score.copy()
-        for back in range(1, min(carry, len(at) - 1) + 1):
-            near = at[back:] - at[:-back] <= carry
-            res[back:] = np.where(near, np.maximum(res[back:], score[:-back]), res[back:])
-        return res
-
     def _choose(
         self,
         parts: Parts,
@@ -373,18 +358,9 @@ class Reader:
         positions: _native.Cache,
         scores: _native.Cache,
         keep: _native.Cache,
-        way: Way,
     ) -> None:
         """As the native selection does with these scores."""
         tokens = own if parts.scoring.token_window_size else None
-        if way.carry == "place":
-            assert parts.scoring.pooling == "carry"
-            carry = parts.scoring.kernel_size - 1
-            parts = parts._replace(scoring=replace(parts.scoring, kernel_size=1))
-            own = [
-                [self._carried(at, head, carry) for at, head in zip(*layer, strict=True)]
-                for layer in zip(positions, own, strict=True)
-            ]
         cells = np.array([[len(head) for head in layer] for layer in positions])
         budgets = _native.budgets(parts, cells, budget, positions, own, tokens)
         chosen = _native.select(parts, budgets, positions, own, tokens)
