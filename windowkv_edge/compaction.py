@@ -29,15 +29,17 @@ N_ANSWER = 8
 def in_answer(policy: KVPolicy, parts: Parts) -> Parts:
     """The policy while an answer grows: with few observing tokens, unless it is made for that.
 
-    Where heads compete and head scores divide cells too (``auto``), these alone divide: the attention of a few tokens
-    says less about a head. KL of 3,000 tokens of SmolLM2 within 512 cells 0.035 -> 0.024 (``eval generate``).
+    Where heads compete and head scores divide cells too (``auto``), these alone divide, whatever the budget: the
+    attention of a few tokens says less about a head. windowkv_edge/eval/README.md says what that gains.
     """
     if policy.answer_share == 0:
         return parts
     scoring, allocation, selection = parts
     n, n_tokens = min(scoring.window_size, N_ANSWER), min(scoring.token_window_size, N_ANSWER)
     if allocation.heads == "score" and allocation.importance is not None:
-        allocation = replace(allocation, alpha_safeguard=1.0)
+        allocation = replace(
+            allocation, heads="importance", across="layer", alpha_safeguard=0.0, importance_floor=0
+        )
     return Parts(
         replace(scoring, window_size=n, token_window_size=n_tokens),
         allocation,

@@ -74,26 +74,38 @@ def forecast(info: GGUFInfo, limit: int | str, n_tokens: int, policy: KVPolicy, 
     own.check(stats, policy)
     n = own.n_cells(stats)
     fits = n_tokens <= n
-    peak, after = (n_tokens, n_tokens) if fits else _read(n_tokens, n, n_batch, n_asks(policy))
+    if fits:
+        peak, peak_rows, after = n_tokens, _rows(n_tokens), n_tokens
+    else:
+        peak, peak_rows, after = _read(n_tokens, n, n_batch, policy)
     cells = {"peak": peak, "after": after, "most": n}
     figures = {f"cells_{name}": value for name, value in cells.items()}
-    # as long as nothing was compacted, pools come in pieces that stock's attention reads
-    rows = {name: -(-value // 256) * 256 if fits and name != "most" else value for name, value in cells.items()}
+    rows = {"peak": peak_rows, "after": _rows(after) if fits else after, "most": n}
     if not fits and after == n - slack(n):
         rows["after"] = n  # a compaction behind the prompt leaves room for the answer
     figures |= {f"bytes_{name}": value * cell + queries for name, value in rows.items()}
     return Forecast(n_tokens, n, **figures, bytes_full=n_tokens * cell + queries)
 
 
-def _read(n_tokens: int, limit: int, n_batch: int, n_observers: int) -> tuple[int, int]:
-    """Cells at the peak of a prompt that does not fit, observers included, and behind it."""
-    held = peak = n_read = 0
+def _rows(n_cells: int) -> int:
+    """Of pools, as long as nothing was compacted: pieces that stock's attention reads."""
+    return -(-n_cells // 256) * 256
+
+
+def _read(n_tokens: int, limit: int, n_batch: int, policy: KVPolicy) -> tuple[int, int, int]:
+    """Cells and rows at the peak of a prompt that does not fit, observers included, and cells behind it."""
+    n_observers = 0 if policy.accumulates else min(n_asks(policy), n_batch)
+    n_most = min(n_batch, policy.n_observed) if policy.accumulates else n_batch
+    held = peak = rows = n_read = 0
+    is_whole = True
     while n_read < n_tokens:
-        n, n_cells = Limit.next_step(limit, n_batch, held, n_tokens - n_read, n_observers)
+        n, n_cells = Limit.next_step(limit, n_batch, held, n_tokens - n_read, n_observers, n_most)
         if n_cells is not None:
             peak = max(peak, held + n_observers)
-            held = n_cells
+            rows = max(rows, _rows(peak) if is_whole else peak)
+            held, is_whole = n_cells, False
         held += n
         n_read += n
         peak = max(peak, held)
-    return peak, held if held <= limit else limit - slack(limit)
+        rows = max(rows, _rows(held) if is_whole else held)
+    return peak, rows, held if held <= limit else limit - slack(limit)

@@ -137,7 +137,13 @@ class Limit:
 
     @staticmethod
     def next_step(
-        n_cells: int, n_batch: int, n_held: float, n_left: int, n_observers: int, n_most: int | None = None
+        n_cells: int,
+        n_batch: int,
+        n_held: float,
+        n_left: int,
+        n_observers: int,
+        n_most: int | None = None,
+        goes_on: bool = False,
     ) -> tuple[int, int | None]:
         """How a prompt is read on within n_cells and a batch.
 
@@ -149,9 +155,10 @@ class Limit:
             n_cells: cells per head.
             n_batch: tokens of a batch.
             n_held: cells per head now.
-            n_left: tokens of the prompt that are left, at least 1.
+            n_left: tokens that are left, at least 1.
             n_observers: tokens that observe between two steps.
             n_most: tokens that may be evaluated at once, if that is less than a batch.
+            goes_on: behind the tokens that are left there may be more of the prompt.
 
         Returns:
             The number of tokens that come next, and the cells that a compaction leaves before them, None if they find
@@ -160,7 +167,7 @@ class Limit:
 
         def may_hold(n: int) -> int:
             # behind them the next observers need room, and then a compaction, for scores of all cells and a layer twice
-            behind = max(n_observers if n < n_left else 0, (n_cells + n_batch) // SPARE)
+            behind = max(n_observers if goes_on or n < n_left else 0, (n_cells + n_batch) // SPARE)
             return n_cells + n_batch - n - behind
 
         n = min(n_left, n_batch if n_most is None else n_most)
@@ -170,8 +177,9 @@ class Limit:
         room = may_hold(n)
         if n_held <= room:
             return n, None
-        # one compaction for several small steps
-        return n, room - n * max(0, slack(room) // n - 1)
+        # one compaction for several small steps, if there are several
+        n_ahead = slack(room) if goes_on else min(slack(room), n_left)
+        return n, room - n * max(0, n_ahead // n - 1)
 
     def slack(self, n_cells: int) -> int:
         """Cells of room that a compaction makes while an answer grows, so that one is not due for every token."""

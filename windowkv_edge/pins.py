@@ -94,11 +94,12 @@ class Pins:
         Args:
             n_cells: cells per head that stay.
             n_within: while a prompt is read within a bound, the cells per head that are sure to stay when it was read:
-                a compaction of its beginning to fewer is no reason to lose the system prompt.
+                what a compaction on the way leaves is no reason to lose the system prompt, or to pin one that would be
+                lost at the end.
         """
         if self._system is None:
             return list(self.asked)
-        n, n_of = n_pinned([*self.asked, self._system]), max(n_cells, n_within or 0)
+        n, n_of = n_pinned([*self.asked, self._system]), n_cells if n_within is None else n_within
         self._is_too_long = 2 * n > n_of
         if self._is_too_long and not self._has_warned:
             self._has_warned = True

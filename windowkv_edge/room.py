@@ -40,6 +40,7 @@ class Compacting(GoingBack):
     _kv_question: Sequence[int] = ()  # of a prompt that is evaluated in pieces
 
     if TYPE_CHECKING:  # what Shifting has
+        _kv_ahead: tuple[int, int]
 
         @property
         def _n_positions(self) -> int: ...
@@ -116,21 +117,26 @@ class Compacting(GoingBack):
                 self._shrink(cache, bound.target(n), in_answer=True)
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
-            n, n_cells = Limit.next_step(room, self.n_batch, n_held, len(tokens), len(asks), n_most)
+            goes_on = step == "piece" or self._kv_ahead[1] > 0
+            n_observers = max(len(asks), self._n_asks(cache) if goes_on else 0)
+            n, n_cells = Limit.next_step(room, self.n_batch, n_held, len(tokens), n_observers, n_most, goes_on)
             if n_cells is not None:
                 self._keep_before(cache, step)
                 self._observe(cache, asks)
-                self._shrink(cache, n_cells, asks)
+                n_behind = n_observers if goes_on or n < len(tokens) else 0
+                self._shrink(cache, n_cells, asks, n_next=n + n_behind)
         if n > 1:
             kv.reserve(n)
         return n
 
-    def _shrink(self, cache: PolicyCache, n_cells: int, asks: Sequence[int] = (), in_answer: bool = False) -> None:
-        """Compact to n_cells cells per head, for what is asked; a policy that counts otherwise gets fewer, until these
-        are."""
+    def _shrink(
+        self, cache: PolicyCache, n_cells: int, asks: Sequence[int] = (), in_answer: bool = False, n_next: int = 0
+    ) -> None:
+        """Compact to n_cells cells per head, for what is asked, and leave room for n_next of a prompt; a policy that
+        counts otherwise gets fewer, until these are."""
         n, n_held = n_cells, float(cache.kv.cells().mean())
         for _ in range(4 if n_cells > 0 else 0):
-            self._compact(cache, n, asks, "answer" if in_answer else "batch")
+            self._compact(cache, n, asks, "answer" if in_answer else "batch", n_next)
             n_held = float(cache.kv.cells().mean())
             if n_held <= n_cells:
                 return
@@ -141,12 +147,16 @@ class Compacting(GoingBack):
             "larger kv_limit (or kv_budget) or another policy"
         )
 
+    def _n_asks(self, cache: PolicyCache) -> int:
+        """Tokens of what a prompt asks, at most."""
+        return 0 if cache.bound.accumulates else min(n_asks(cache.bound), self.n_batch)
+
     def _asks(self, cache: PolicyCache, tokens: Sequence[int]) -> list[int]:
         """What a prompt asks, of which ``tokens`` are left: of a chat the end of its last user message, else the
         prompt's last tokens; nothing of a policy that sums up what has attended."""
-        if cache.bound.accumulates:
+        n, n_past = self._n_asks(cache), self.n_tokens + len(tokens)
+        if n == 0:
             return []
-        n, n_past = min(n_asks(cache.bound), self.n_batch), self.n_tokens + len(tokens)
         n_room = min(self.n_ctx(), len(self.input_ids)) - self.n_tokens  # they take positions behind what is there
         if self._kv_question:
             return list(self._kv_question[len(self._kv_question) - min(n, n_room) :])
@@ -182,7 +192,8 @@ class Compacting(GoingBack):
 
     def _accumulated_at_once(self, cache: PolicyCache) -> int:
         """Tokens of a batch: no more than the policy's sums can wait for."""
-        return min(self.n_batch, int(cache.kv.stats().n_observed)) if cache.bound.accumulates else self.n_batch
+        n_most = int(cache.kv.stats().n_observed) if cache.bound.accumulates else self.n_batch
+        return max(1, min(self.n_batch, n_most))
 
     def _accumulate(self, cache: PolicyCache, n: int) -> None:
         """Before a batch of n tokens that would have others forgotten which are in no sum yet."""
@@ -226,7 +237,12 @@ class Compacting(GoingBack):
         self._kv_settled = True
 
     def _compact(
-        self, cache: PolicyCache, n_cells: int, asks: Sequence[int] = (), comes: Comes = "answer's start"
+        self,
+        cache: PolicyCache,
+        n_cells: int,
+        asks: Sequence[int] = (),
+        comes: Comes = "answer's start",
+        n_next: int = 0,
     ) -> None:
         """Compact to n_cells cells per head.
 
@@ -235,6 +251,7 @@ class Compacting(GoingBack):
             n_cells: cells that stay.
             asks: tokens of the prompt's end that are not evaluated yet.
             comes: what is evaluated next: another batch of the prompt, an answer's first tokens, or more of it.
+            n_next: tokens of that batch, and of those who observe behind it: cells do not move for them.
         """
         self._observe_again(cache)
         within = self._kv_limit.n_free(cache.kv.stats(), cache.bound) if asks and self._kv_limit is not None else None
@@ -242,7 +259,7 @@ class Compacting(GoingBack):
         if comes == "answer":
             ranges = [*ranges, *newest(cache.bound, self.n_tokens, n_cells - n_pinned(ranges))]
         bound = None if comes == "batch" else self._answer_bound(cache)
-        cache.kv.set_room(0 if bound is None else bound.interval)
+        cache.kv.set_room(n_next if bound is None else bound.interval)
         cache.kv.set_pinned(ranges)
         # a question that is shorter than the observation window observes alone; policies that want more than a question
         # can have, such as h2o, see what was read before it as well

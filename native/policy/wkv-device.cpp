@@ -23,7 +23,7 @@ bool fits_devices(const cache_view & view, int32_t il0, int32_t il1) {
     if (p.kind == WKV_KIND_TOKENS && !carries) {
         return true;
     }
-    const bool is_gapless = std::all_of(view.positions.begin() + view.index(il0, 0), view.positions.begin() + view.index(il1, 0),
+    const bool is_gapless = view.positions.empty() || std::all_of(view.positions.begin() + view.index(il0, 0), view.positions.begin() + view.index(il1, 0),
             [](const cell_positions & pos) { return pos.n_listed == 0 && pos.next == 0; });
     if (p.kind == WKV_KIND_TOKENS) {
         return is_gapless;

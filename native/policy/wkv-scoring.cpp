@@ -3,6 +3,7 @@
 #include "wkv-parts.h"
 
 #include <algorithm>
+#include <deque>
 
 namespace wkv {
 
@@ -50,12 +51,11 @@ std::vector<int32_t> window_sizes(const wkv_policy & policy) {
 
 // the largest of those from `before` places before to `after` places behind
 template <typename T>
-static std::vector<T> max_pool(const T * score, int64_t n, int64_t before, int64_t after) {
+static void max_pool(const T * score, int64_t n, int64_t before, int64_t after, T * res) {
     if (before + after == 0) {
-        return { score, score + n };
+        std::copy(score, score + n, res);
+        return;
     }
-
-    std::vector<T> res(n);
 
     // spans that begin with the first place
     int64_t next = 0;
@@ -91,49 +91,46 @@ static std::vector<T> max_pool(const T * score, int64_t n, int64_t before, int64
             res[i] = std::max(cur[i - before], cur[i + after + 1 - length]);
         }
     }
-    return res;
 }
 
 // the largest of the cells at the same position or up to `before` positions before
 template <typename T>
-static std::vector<T> carry(const T * score, const cell_positions & pos, int64_t n, int64_t before) {
+static void carry(const T * score, const cell_positions & pos, int64_t n, int64_t before, T * res) {
+    // where no position is missing, places are positions
     const int64_t n_listed = std::min<int64_t>(n, pos.n_listed);
+    max_pool(score + n_listed, n - n_listed, before, 0, res + n_listed);
     if (n_listed == 0 || before == 0) {
-        return max_pool<T>(score, n, before, 0);
+        std::copy(score, score + n_listed, res);
+        return;
     }
 
-    // where no position is missing as far as that, places are positions
-    const int64_t n_by_position = std::min(n, n_listed + before);
-
-    std::vector<T> res = max_pool<T>(score + n_listed, n - n_listed, before, 0);
-    res.insert(res.begin(), n_listed, T(0));
-
-    std::vector<int32_t> best; // those in reach that no later one exceeds, from first on
-    size_t first = 0;
-    for (int32_t i = 0; i < n_by_position; ++i) {
-        while (best.size() > first && score[best.back()] <= score[i]) {
+    std::deque<int32_t> best; // those in reach that no later one exceeds
+    for (int32_t i = 0; i < std::min(n, n_listed + before); ++i) {
+        while (!best.empty() && score[best.back()] <= score[i]) {
             best.pop_back();
         }
         best.push_back(i);
-        while (int64_t(pos[i]) - pos[best[first]] > before) {
-            ++first;
+        while (int64_t(pos[i]) - pos[best.front()] > before) {
+            best.pop_front();
         }
-        res[i] = score[best[first]];
+        res[i] = score[best.front()];
     }
-    return res;
 }
 
 template <typename T>
 static std::vector<T> pool_of(const wkv_scoring & p, const T * score, const cell_positions & pos, int32_t n) {
+    std::vector<T> res(n);
     switch (wkv_pooling(p.pooling)) {
         case WKV_POOLING_MAX:
-            return max_pool<T>(score, n, p.kernel_size/2, p.kernel_size/2);
+            max_pool(score, n, p.kernel_size/2, p.kernel_size/2, res.data());
+            break;
         case WKV_POOLING_CARRY:
-            return carry<T>(score, pos, n, p.kernel_size - 1);
+            carry(score, pos, n, p.kernel_size - 1, res.data());
+            break;
         case WKV_POOLING_COUNT:
             break; // refused by policy_error(), as in every switch over a choice
     }
-    return {};
+    return res;
 }
 
 std::vector<float> pool(const wkv_scoring & scoring, const float * score, const cell_positions & pos, int32_t n) {

@@ -3,7 +3,7 @@
     python tests/measure/bounded.py MODEL [--length 1000] [--limit 256] [--batch 256] [--chat] [--ways WAY ...]
 
 Needles (windowkv_edge/eval/README.md) of several kinds at several depths; only those count that the full cache answers. A
-way is a list of settings such as observers=question,recent=64. Before every batch that finds no room, some tokens are evaluated
+way is a list of settings such as observers=question,recent=64. Before every step that finds no room, some tokens are evaluated
 behind what was read, their attention chooses, and they are taken back:
 
     observers  end       the prompt's last tokens, with what a template puts behind the question
@@ -12,15 +12,15 @@ behind what was read, their attention chooses, and they are taken back:
                ahead     the question, evaluated once in front of everything: its queries are kept, and turned by RoPE to
                          where the next token would be; f16 cells only
                none      nobody: the last tokens that were read choose
-    target     limit     every compaction goes down to the limit
+    target     limit     every compaction goes down to the limit, and what a step leaves of a batch
                share     to the share of the limit that was read of the prompt
                half      between the two
     scores     now       what chooses is the attention of these tokens
                most      the most that they gave a cell in this compaction and in earlier ones
                mean      the mean of what they gave it in all compactions
                half      half of that, and half of what chose in the compaction before
-    step       tokens of the prompt that are evaluated at once, 0 = as sessions do (windowkv_edge/limit.py); there are never more
-               cells than the limit and a batch, so that fewer are evicted at a time
+    step       tokens of the prompt that are evaluated at once, 0 = as sessions do (windowkv_edge/limit.py), or a batch with
+               another target; there are never more cells than the limit and a batch, so that fewer are evicted at a time
     asks       tokens that are evaluated to observe; the policy's windows are the last ones of them
     recent     positions at the end of what was read that stay in any case, besides what the policy keeps there
     middle     the policy of these compactions, such as auto(omega=8); the last one, behind the prompt, is always --policy's
@@ -220,10 +220,9 @@ class Reader:
             ahead = self._ahead(prompt[first:stop]) if way.observers == "ahead" else None
             i = 0
             while i < len(prompt):
-                n, n_cells = self._next(len(prompt) - i, len(asks), way)
+                n, n_cells = self._next(i, len(prompt), len(asks), way)
                 if n_cells is not None:
-                    share = {"limit": 1.0, "share": i / len(prompt), "half": 0.5 + 0.5 * i / len(prompt)}[way.target]
-                    self._compact_between(max(2 * self.n_observed, int(n_cells * share)), asks, ahead, way, tally)
+                    self._compact_between(n_cells, asks, ahead, way, tally)
                 logits = self.decode(prompt[i : i + n])
                 tally.n_cells = max(tally.n_cells, self.held())
                 i += n
@@ -233,14 +232,16 @@ class Reader:
         tally.seconds.append(time.perf_counter() - start)
         return logits
 
-    def _next(self, n_left: int, n_observers: int, way: Way) -> tuple[int, int | None]:
+    def _next(self, n_read: int, n_prompt: int, n_observers: int, way: Way) -> tuple[int, int | None]:
         """Tokens that come next, and the cells that a compaction leaves before them, None if they find room."""
-        held = self.held()
-        if not way.step:
+        held, n_left = self.held(), n_prompt - n_read
+        if not way.step and way.target == "limit":
             return Limit.next_step(self.limit, self.batch, held, n_left, n_observers)
-        n = min(way.step, n_left)
+        n = min(way.step or self.batch, n_left)
         room = self.limit + self.batch - n - (n_observers if n < n_left else 0)
-        return n, room if held > room else None
+        share = {"limit": 1.0, "share": n_read / n_prompt, "half": 0.5 + 0.5 * n_read / n_prompt}[way.target]
+        room = max(2 * self.n_observed, int(room * share))
+        return n, room if n_read > 0 and held > room else None
 
     def _read_before(
         self, prompt: list[int], first: int, asks: list[int], way: Way, tally: Tally

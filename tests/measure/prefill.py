@@ -55,23 +55,24 @@ def stock_times(
 def our_times(path: Path, length: int, limit: int, policy: str, batches: int, threads: int) -> tuple[float, float, int, int]:
     """Seconds of the whole prompt, of a token behind it, bytes at the peak, and the tokens that were read for that."""
     n_read = min(length, limit + batches * N_BATCH)
-    ends: list[float] = []
+    ends: list[tuple[int, float]] = []
     llm = Llama(
         str(path), kv_policy=policy, kv_limit=limit, n_ctx=length + N_BATCH, n_batch=N_BATCH, n_threads=threads,
-        n_threads_batch=threads, kv_progress=lambda done, total: ends.append(time.perf_counter()), verbose=False,
+        n_threads_batch=threads, kv_progress=lambda done, total: ends.append((done, time.perf_counter())), verbose=False,
     )  # fmt: skip
     tokens = np.random.default_rng(0).integers(0, llm.n_vocab(), n_read).tolist()
     start = time.perf_counter()
     stream = llm.generate(tokens, temp=0.0)
     next(stream)
     last = time.perf_counter()
-    steps = np.diff([start, *ends])
-    within = steps[-(-limit // N_BATCH) + 1 :]  # those with a compaction in front
-    for i, seconds in enumerate(steps):
-        print(f"ours, a batch behind {i * N_BATCH:7,}: {seconds:7.2f} s", flush=True)
+    ends.insert(0, (0, start))
+    for (before, then), (done, now) in zip(ends, ends[1:], strict=False):
+        print(f"ours, {done - before} tokens behind {before:7,}: {now - then:7.2f} s", flush=True)
     total = last - start
     if n_read < length:
-        total += float(np.mean(within)) * (length - n_read) / N_BATCH
+        # as what was read with compactions
+        first = next(i for i, (done, _) in enumerate(ends) if done >= limit + N_BATCH)
+        total += (ends[-1][1] - ends[first][1]) / (ends[-1][0] - ends[first][0]) * (length - n_read)
     times = []
     for _ in range(N_DECODED):
         start = time.perf_counter()

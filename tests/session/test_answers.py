@@ -17,7 +17,7 @@ from reference.h2o import accumulated
 from scripted import OTHERS, TOKENS, Script, answer, decode, once
 from test_limit import policy_of
 
-from windowkv_edge import CORM, H2O, POLICIES, TOVA, AdaKV, Auto, HeadScores, Llama, SnapKV, StreamingLLM
+from windowkv_edge import CORM, H2O, POLICIES, TOVA, AdaKV, Auto, HeadScores, Llama, SnapKV, StreamingLLM, _native
 from windowkv_edge.budget import TYPES
 from windowkv_edge.compaction import N_ANSWER, in_answer
 from windowkv_edge.heads import ModelHeads
@@ -154,10 +154,10 @@ def test_the_newest_tokens_stay(tiny: Path, opened: Open, name: str) -> None:
 
 def test_head_scores_divide_answers(tiny: Path, opened: Open) -> None:
     """auto's heads do not compete by the attention of a few tokens: they hold the same cells in every compaction, more of
-    them where the model's scores are higher."""
+    them where the model's scores are higher, and with few cells too."""
     rng = np.random.default_rng(0)
     scores = HeadScores({kind: rng.random((3, 4)) ** 3 for kind in ("r", "r2")})
-    llm = opened(tiny, kv_policy=Auto(importance=scores, importance_floor=0), kv_limit=LIMIT, kv_interval=INTERVAL)
+    llm = opened(tiny, kv_policy=Auto(importance=scores), kv_limit=LIMIT, kv_interval=INTERVAL)
     grow(llm, TOKENS[:60], 150)
     assert llm._kv_cache is not None and isinstance(llm._kv_cache.bound, Auto)
     shares = llm._kv_cache.bound.shares
@@ -177,15 +177,20 @@ def test_what_competes_in_answers() -> None:
     """Heads without scores, and policies whose heads have none, compete as ever."""
     scores = HeadScores({"r2": np.arange(12.0).reshape(3, 4)})
     model = ModelHeads("", {}, 3, 2, (0, 1, 2))
-    for policy, want in (
-        (Auto(importance=scores).bind(model), 1.0),
-        (Auto(), 0.5),
-        (AdaKV(alpha_safeguard=0.2), 0.2),
-        (SnapKV(), 0.0),
-    ):
+    bound = Auto(importance=scores).bind(model)
+    for policy, want in ((bound, "importance"), (Auto(), "score"), (AdaKV(), "score"), (SnapKV(), "equal")):
         parts = in_answer(policy, policy.parts())
-        assert parts.allocation.alpha_safeguard == want
-        assert parts.scoring.window_size <= N_ANSWER
+        assert parts.allocation.heads == want and parts.scoring.window_size <= N_ANSWER
+    # what competition gives where every head is sure of all of its budget
+    sure = Auto(importance=scores, alpha_safeguard=1.0, importance_floor=0, window_size=8, token_window_size=8).bind(model)
+    rng = np.random.default_rng(1)
+    positions = [[np.arange(200, dtype=np.int32)] * 2 for _ in range(3)]
+    planes = [[[rng.random(200, dtype=np.float32) for _ in range(2)] for _ in range(3)] for _ in range(2)]
+    kept = []
+    for parts in (sure.parts(), in_answer(bound, bound.parts())):
+        own = _native.budgets(parts, np.full((3, 2), 200), 60, positions, *planes)
+        kept.append(np.concatenate(sum(_native.select(parts, own, positions, *planes), [])))
+    assert np.array_equal(*kept) and kept[0].sum() == 6 * 60
 
 
 def test_pins_stay_in_answers(tiny: Path, opened: Open) -> None:

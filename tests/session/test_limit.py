@@ -195,6 +195,8 @@ def test_steps_where_a_batch_is_small_or_observers_are_many() -> None:
     assert Limit.next_step(1024, 512, 2000, 128, 100) == (128, 1344)  # none behind the last tokens
     assert Limit.next_step(1024, 512, 2000, 9000, 0, 64) == (64, 1344)  # two steps in an eighth of 1,408
     assert Limit.next_step(1024, 16, 2000, 9000, 0) == (16, 885)  # 981, and room for six more steps
+    assert Limit.next_step(1024, 512, 2000, 5, 0) == (5, 1467)  # nothing comes behind them
+    assert Limit.next_step(1024, 512, 2000, 5, 100, goes_on=True) == (5, 1261)  # 1431, and 34 more pieces of 5
     assert Limit.next_step(1, 1, 2, 3, 0) == (1, 1)
 
 
@@ -209,6 +211,25 @@ def test_a_batch_holds_cells_while_a_prompt_is_read(
     assert len(full) > 2 * (700 - LIMIT - 4 * BATCH) / BATCH  # a step each, and its observers
     assert min(full) > LIMIT + BATCH and max(full) <= LIMIT + 4 * BATCH
     assert n_held(llm) <= LIMIT
+
+
+def test_pieces_leave_room_for_who_observes(tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the prompt that goes on behind what was evaluated by hand."""
+    for n in range(150, 200, 7):
+        llm = opened(tiny, kv_policy="snapkv", kv_limit=LIMIT, n_batch=BATCH)
+        seen = watch_cells(llm, monkeypatch)
+        llm.eval(LONG[:n])
+        answer(llm, LONG[: n + 10], 1)
+        assert max(seen) <= LIMIT + BATCH, n
+
+
+def test_a_batch_of_nothing(tiny: Path, opened: Open) -> None:
+    """What nobody should set does not hang; llama-cpp-python says what it does not like."""
+    llm = opened(tiny, kv_policy="snapkv", kv_limit=LIMIT, n_batch=BATCH)
+    llm.n_batch = 0
+    with pytest.raises(ValueError, match="range"):
+        llm.eval(TOKENS[:20])
+    assert llm.n_tokens == 0
 
 
 @pytest.mark.parametrize("model", WRITERS)

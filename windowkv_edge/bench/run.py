@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 import gguf
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import psutil
@@ -191,7 +192,8 @@ class Bench:
         for cells in dict.fromkeys(self.plan.types):
             tokens, want = self._answer(None, cells, "stock", [])
             f16 = want if cells == "f16" else self._answer(None, "f16", "stock", tokens)[1]
-            bound = (GATE_KL_GPU if self.model.n_gpu_layers else GATE_KL) + 2 * _divergence(f16, want)
+            on_gpu = self.model.n_gpu_layers and llama_cpp.llama_supports_gpu_offload()
+            bound = (GATE_KL_GPU if on_gpu else GATE_KL) + 2 * _divergence(f16, want)
             self.report(f"gate: stock {cells}", 1)
             for name, policy in self.policies.items():
                 _, exact = self._answer(policy, cells, "stock", tokens)

@@ -37,4 +37,4 @@ def how_read(llm: Llama, n_tokens: int) -> str:
     room = llm.kv_room(n_tokens)
     if room is None:
         return f"it will be read with the full cache, {llm.n_tokens + n_tokens:,} of {llm.n_ctx():,} positions"
-    return f"it will be read within {room:,} cells per head, batch by batch, as your message asks"
+    return f"it will be read within {room:,} cells per head and a batch, as your message asks"
