@@ -32,7 +32,7 @@ from windowkv_edge import (
     WindowKV,
     _native,
 )
-from windowkv_edge.pins import n_pinned, n_system, system_text
+from windowkv_edge.pins import Pins, n_pinned, n_system, system_text
 
 Open = Callable[..., Llama]
 
@@ -269,3 +269,13 @@ def test_the_reference_refuses_what_leaves_nothing() -> None:
         with pytest.raises(NothingLeftError):
             pinned(all_of_it, cells, [scores], n_cells, [(1, 4)])
     assert all(own.all() for own in pinned(all_of_it, cells, [scores], 6, [(0, 6)])[0])
+
+
+def test_what_is_sure_to_stay_decides_about_system_prompts() -> None:
+    """While a prompt is read, compactions leave more, or fewer, than the one at its end."""
+    pins = Pins()
+    pins.system = (0, 500)
+    assert pins.for_compaction(300, 1000) == [(0, 500)]
+    with pytest.warns(UserWarning, match="500 of 900 cells per head"):
+        assert pins.for_compaction(1344, 900) == []
+    assert pins.for_compaction(1000) == [(0, 500)]
