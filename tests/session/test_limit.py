@@ -176,11 +176,11 @@ def test_a_prompt_stays_within_the_limit(
     ("held", "left", "want"),
     [
         (0, 7400, (512, None)),
-        (960, 7400, (512, None)),
-        (961, 7400, (128, None)),  # a quarter of a batch, which is an eighth of the limit as well
-        (1344, 7400, (128, None)),
-        (1345, 7400, (128, 1344)),  # 1024 + 512, less 128, less 64 for a compaction
-        (1408, 100, (100, 1372)),
+        (896, 7400, (512, None)),
+        (897, 7400, (128, None)),  # a quarter of a batch, which is an eighth of the limit as well
+        (1280, 7400, (128, None)),
+        (1281, 7400, (128, 1280)),  # 1024 + 512, less 128, less 128 for a compaction
+        (1408, 100, (100, 1308)),
         (1300, 5, (5, None)),
     ],
 )
@@ -190,13 +190,13 @@ def test_steps_of_a_long_prompt(held: int, left: int, want: tuple[int, int | Non
 
 
 def test_steps_where_a_batch_is_small_or_observers_are_many() -> None:
-    assert Limit.next_step(4096, 512, 4096, 9000, 32) == (512, 3904)  # no more than a batch at once
-    assert Limit.next_step(1024, 512, 2000, 9000, 100) == (128, 1308)  # the observers need more than a compaction
-    assert Limit.next_step(1024, 512, 2000, 128, 100) == (128, 1344)  # none behind the last tokens
-    assert Limit.next_step(1024, 512, 2000, 9000, 0, 64) == (64, 1344)  # two steps in an eighth of 1,408
-    assert Limit.next_step(1024, 16, 2000, 9000, 0) == (16, 885)  # 981, and room for six more steps
-    assert Limit.next_step(1024, 512, 2000, 5, 0) == (5, 1467)  # nothing comes behind them
-    assert Limit.next_step(1024, 512, 2000, 5, 100, goes_on=True) == (5, 1261)  # 1431, and 34 more pieces of 5
+    assert Limit.next_step(4096, 512, 4096, 9000, 32) == (512, 3712)  # no more than a batch at once
+    assert Limit.next_step(1024, 512, 2000, 9000, 200) == (128, 1208)  # the observers need more than a compaction
+    assert Limit.next_step(1024, 512, 2000, 128, 200) == (128, 1280)  # none behind the last tokens
+    assert Limit.next_step(1024, 512, 2000, 9000, 0, 64) == (64, 1280)  # two steps in an eighth of 1,344
+    assert Limit.next_step(1024, 16, 2000, 9000, 0) == (16, 842)  # 938, and room for six more steps
+    assert Limit.next_step(1024, 512, 2000, 5, 0) == (5, 1403)  # nothing comes behind them
+    assert Limit.next_step(1024, 512, 2000, 5, 100, goes_on=True) == (5, 1233)  # 1403, and 34 more pieces of 5
     assert Limit.next_step(1, 1, 2, 3, 0) == (1, 1)
 
 
