@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .budget import bits
 from .gguf_info import GGUFInfo
-from .limit import Limit, check_limit, n_asks, slack
+from .limit import Limit, check_limit, n_observers, slack
 from .policies import KVPolicy
 
 __all__ = ["Forecast", "forecast"]
@@ -94,14 +94,14 @@ def _rows(n_cells: int) -> int:
 
 def _read(n_tokens: int, limit: int, n_batch: int, policy: KVPolicy) -> tuple[int, int, int]:
     """Cells and rows at the peak of a prompt that does not fit, observers included, and cells behind it."""
-    n_observers = 0 if policy.accumulates else min(n_asks(policy), n_batch)
+    n_asked = n_observers(policy, n_batch)
     n_most = min(n_batch, policy.n_observed) if policy.accumulates else n_batch
     held = peak = rows = n_read = 0
     is_whole = True
     while n_read < n_tokens:
-        n, n_cells = Limit.next_step(limit, n_batch, held, n_tokens - n_read, n_observers, n_most)
+        n, n_cells = Limit.next_step(limit, n_batch, held, n_tokens - n_read, n_asked, n_most)
         if n_cells is not None:
-            peak = max(peak, held + n_observers)
+            peak = max(peak, held + n_asked)
             rows = max(rows, _rows(peak) if is_whole else peak)
             held, is_whole = n_cells, False
         held += n

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from .budget import plain
 from .policies import KVPolicy
 
-__all__ = ["PREFILLS", "Limit", "Prefill", "check_interval", "check_limit", "n_asks", "n_bytes", "slack"]
+__all__ = ["PREFILLS", "Limit", "Prefill", "check_interval", "check_limit", "n_asks", "n_bytes", "n_observers", "slack"]
 
 Prefill = Literal["exact", "bounded", "auto"]
 PREFILLS: tuple[Prefill, ...] = get_args(Prefill)
@@ -67,6 +67,11 @@ def n_asks(policy: KVPolicy) -> int:
     """The same with a policy: no more than it observes; one where it sums up what has attended, which nothing asks
     for."""
     return 1 if policy.accumulates else min(int(policy.n_observed), N_ASKS)
+
+
+def n_observers(policy: KVPolicy, n_batch: int) -> int:
+    """Tokens of what a prompt asks that observe at once, at most; none for a policy that sums up what has attended."""
+    return 0 if policy.accumulates else min(n_asks(policy), n_batch)
 
 
 def check_interval(interval: int | None, policy: KVPolicy) -> None:

@@ -14,7 +14,7 @@ from ._memory import share_on_devices, usable_memory
 from .answers import Bound, newest
 from .errors import UnsupportedCallError
 from .going_back import GoingBack
-from .limit import N_ASKS, Limit, Prefill, n_asks
+from .limit import N_ASKS, Limit, Prefill, n_asks, n_observers
 from .pins import Pins, Range, n_pinned
 from .policies import Task
 from .prompts import Step
@@ -118,12 +118,12 @@ class Compacting(GoingBack):
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
             goes_on = step == "piece" or self._kv_ahead[1] > 0
-            n_observers = max(len(asks), self._n_asks(cache) if goes_on else 0)
-            n, n_cells = Limit.next_step(room, self.n_batch, n_held, len(tokens), n_observers, n_most, goes_on)
+            n_asked = n_observers(cache.bound, self.n_batch) if goes_on else len(asks)
+            n, n_cells = Limit.next_step(room, self.n_batch, n_held, len(tokens), n_asked, n_most, goes_on)
             if n_cells is not None:
                 self._keep_before(cache, step)
                 self._observe(cache, asks)
-                n_behind = n_observers if goes_on or n < len(tokens) else 0
+                n_behind = n_asked if goes_on or n < len(tokens) else 0
                 self._shrink(cache, n_cells, asks, n_next=n + n_behind)
         if n > 1:
             kv.reserve(n)
@@ -147,14 +147,10 @@ class Compacting(GoingBack):
             "larger kv_limit (or kv_budget) or another policy"
         )
 
-    def _n_asks(self, cache: PolicyCache) -> int:
-        """Tokens of what a prompt asks, at most."""
-        return 0 if cache.bound.accumulates else min(n_asks(cache.bound), self.n_batch)
-
     def _asks(self, cache: PolicyCache, tokens: Sequence[int]) -> list[int]:
         """What a prompt asks, of which ``tokens`` are left: of a chat the end of its last user message, else the
         prompt's last tokens; nothing of a policy that sums up what has attended."""
-        n, n_past = self._n_asks(cache), self.n_tokens + len(tokens)
+        n, n_past = n_observers(cache.bound, self.n_batch), self.n_tokens + len(tokens)
         if n == 0:
             return []
         n_room = min(self.n_ctx(), len(self.input_ids)) - self.n_tokens  # they take positions behind what is there
@@ -264,8 +260,8 @@ class Compacting(GoingBack):
         # a question that is shorter than the observation window observes alone; policies that want more than a question
         # can have, such as h2o, see what was read before it as well
         is_short = 0 < len(asks) < cache.bound.n_observed <= N_ASKS
-        n_observers = len(asks) if is_short else None
-        cache.compact(n_cells, self._task(cache, asks), n_observers=n_observers, answers=comes == "answer")
+        n_short = len(asks) if is_short else None
+        cache.compact(n_cells, self._task(cache, asks), n_observers=n_short, answers=comes == "answer")
 
     def _keep_logits(self, cache: PolicyCache) -> None:
         """Those of the last position, if they are known; without memory for them the prompt is evaluated again."""
