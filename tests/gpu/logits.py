@@ -19,7 +19,7 @@ import numpy.typing as npt
 from sessions import N_THREADS, load_backends
 
 from windowkv_edge import KVPolicy, get_policy
-from windowkv_edge.bench.run import _divergence as divergence
+from windowkv_edge.bench.distributions import divergence
 from windowkv_edge.bench.session import Model, Session
 from windowkv_edge.eval import hay_tokens
 
@@ -64,7 +64,7 @@ def main(text: str) -> None:
                 "ours_to_stock": divergence(stock, ours),
                 "ours_to_stock_on_cpu": divergence(cpu["stock"], cpu["ours"]),
             }
-        print(json.dumps({"divergence": {name: round(value, 6) for name, value in found.items()}}), flush=True)
+        print(json.dumps({"divergence": {name: round(float(value.mean()), 6) for name, value in found.items()}}), flush=True)
 
 
 if __name__ == "__main__":

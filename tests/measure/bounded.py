@@ -23,9 +23,15 @@ behind what was read, their attention chooses, and they are taken back:
                another target; there are never more cells than the limit and a batch, so that fewer are evicted at a time
     asks       tokens that are evaluated to observe; the policy's windows are the last ones of them
     recent     positions at the end of what was read that stay in any case, besides what the policy keeps there
+    first      positions at the beginning that stay in any case, as StreamingLLM's sinks do (arXiv 2309.17453)
+    pins       none
+               needle    the needle stays in every head
+    start      positions at the beginning that are read with the full cache, whatever the limit
     middle     the policy of these compactions, such as auto(omega=8); the last one, behind the prompt, is always --policy's
     read       bounded   as said
                before    the full cache is compacted to the limit once, observed in the same way, in front of the question
+               chosen    the cells that a bounded reading chose last, but of a full cache, and the question behind them: what it
+                         loses is lost by the choice of cells, what only a bounded reading loses by what was read with few cells
 
 `exact` reads with the full cache and compacts once, to the limit. Without --chat a question ends with the beginning of its
 answer; with it the template's tokens stand behind it. Cells are the most that were held, seconds those of the prompt; "nll" is the
@@ -63,7 +69,8 @@ CHOICES = {
     "observers": ("end", "question", "all", "ahead", "none"),
     "target": ("limit", "share", "half"),
     "scores": ("now", "most", "mean", "half"),
-    "read": ("bounded", "before"),
+    "read": ("bounded", "before", "chosen"),
+    "pins": ("none", "needle"),
 }
 
 Heads = list[list[npt.NDArray[np.float32]]]
@@ -92,6 +99,9 @@ class Way:
     step: int = 0
     asks: int = 0
     recent: int = 0
+    first: int = 0
+    start: int = 0
+    pins: str = "none"
     middle: str = ""
     read: str = "bounded"
 
@@ -102,7 +112,7 @@ class Way:
             name, _, value = part.partition("=")
             if name not in {own.name for own in fields(cls)} or (name in CHOICES and value not in CHOICES[name]):
                 raise SystemExit(f"--ways has {part!r}, see --help for what a way may have")
-            values[name] = int(value) if name in ("step", "asks", "recent") else value
+            values[name] = int(value) if name in ("step", "asks", "recent", "first", "start") else value
         return cls(**values)  # type: ignore[arg-type]
 
 
@@ -145,6 +155,8 @@ class Reader:
         self._before: list[list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]] = []
         self._times: list[list[npt.NDArray[np.float32]]] = []
         self._n_read = 0
+        self.needle = 0, 0
+        """Where it stands in the prompt."""
 
     def held(self) -> float:
         return float(self.kv.cells().mean())
@@ -181,7 +193,11 @@ class Reader:
         if n_observers:
             parts = parts.observed_by(n_observers)
         n_past = int(self.kv.stats().n_past)
-        self.kv.set_pinned([(max(0, n_past - way.recent), n_past)] if way.recent else [])
+        first = min(way.first, n_past - way.recent)
+        pinned = [(0, first), (max(0, n_past - way.recent), n_past)]
+        if way.pins == "needle":
+            pinned.append((self.needle[0], min(n_past, self.needle[1])))
+        self.kv.set_pinned([span for span in pinned if span[0] < span[1]])
         if way.scores != "now":
             n = n_observers or self.parts.scoring.n_observed
             self.kv.compact_custom(
@@ -218,21 +234,53 @@ class Reader:
         else:
             self.clear()
             ahead = self._ahead(prompt[first:stop]) if way.observers == "ahead" else None
-            i = 0
-            while i < len(prompt):
-                n, n_cells = self._next(i, len(prompt), len(asks), way)
-                if n_cells is not None:
-                    self._compact_between(n_cells, asks, ahead, way, tally)
-                logits = self.decode(prompt[i : i + n])
-                tally.n_cells = max(tally.n_cells, self.held())
-                i += n
+            if way.start:
+                self.kv.reserve(len(prompt))
+                self.decode(prompt[: min(way.start, len(prompt) - 1)])
+            logits = self._read_bounded(prompt, asks, ahead, way, tally)
+            if way.read == "chosen":
+                logits = self._read_chosen(prompt, first)
         if self.held() > self.limit:
             self._n_read = len(prompt)
             self.compact(self.limit - slack(self.limit))
         tally.seconds.append(time.perf_counter() - start)
         return logits
 
-    def _next(self, n_read: int, n_prompt: int, n_observers: int, way: Way) -> tuple[int, int | None]:
+    def _read_bounded(
+        self,
+        prompt: list[int],
+        asks: list[int],
+        ahead: list[list[npt.NDArray[np.float64]]] | None,
+        way: Way,
+        tally: Tally,
+    ) -> npt.NDArray[np.float32]:
+        i = min(way.start, len(prompt) - 1)
+        while i < len(prompt):
+            n, n_cells = self.next_step(i, len(prompt), len(asks), way)
+            if n_cells is not None:
+                self.compact_between(n_cells, asks, ahead, way, tally)
+            logits = self.decode(prompt[i : i + n])
+            tally.n_cells = max(tally.n_cells, self.held())
+            i += n
+        return logits
+
+    def _read_chosen(self, prompt: list[int], first: int) -> npt.NDArray[np.float32]:
+        """The cells in front of the question that are held now, of a full cache; then the question."""
+        stats = self.kv.stats()
+        held = [[self.kv.positions(il, ih) for ih in range(stats.n_head_kv)] for il in range(stats.n_layer)]
+        self.clear()
+        self.kv.reserve(len(prompt))
+        self.decode(prompt[:first])
+
+        def choose(budget: int, positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> None:
+            for il, layer in enumerate(positions):
+                for ih, at in enumerate(layer):
+                    keep[il][ih][np.isin(at, held[il][ih])] = 1
+
+        self.kv.compact_custom(1, self.limit + self.batch, choose)
+        return self.decode(prompt[first:])
+
+    def next_step(self, n_read: int, n_prompt: int, n_observers: int, way: Way) -> tuple[int, int | None]:
         """Tokens that come next, and the cells that a compaction leaves before them, None if they find room."""
         held, n_left = self.held(), n_prompt - n_read
         if not way.step and way.target == "limit":
@@ -251,10 +299,10 @@ class Reader:
         self.kv.reserve(len(prompt))
         self.decode(prompt[:first])
         tally.n_cells = max(tally.n_cells, self.held())
-        self._compact_between(self.limit, asks or prompt[-self.n_observed :], None, way, tally)
+        self.compact_between(self.limit, asks or prompt[-self.n_observed :], None, way, tally)
         return self.decode(prompt[first:])
 
-    def _compact_between(
+    def compact_between(
         self,
         n_cells: int,
         asks: list[int],
@@ -419,6 +467,9 @@ def main() -> None:
                 body = style.head + place(hay, [(at, style.tokenize(f"\n{line}\n")) for at, line in inserts])
                 prompt = body + style.ask(needle.question, "" if args.chat else needle.lead)
                 asked = f"\n\n{needle.question}" if args.chat else f"\n\nQuestion: {needle.question}"
+                line = style.tokenize(f"\n{needle.sentences[0]}\n")
+                at = next(i for i in range(len(body)) if body[i : i + len(line)] == line)
+                reader.needle = at, at + len(line)
                 question = len(body), len(body) + len(style.tokenize(asked))
 
                 n_cases += 1

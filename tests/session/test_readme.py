@@ -48,6 +48,7 @@ OPTIONS_ONLY = (
     "windowkv-edge bench llama-",
     "windowkv_edge/_tests/test-backend-ops-ragged perf",
     "python tests/measure/bounded.py",
+    "python tests/measure/reading.py",
     "python tests/measure/chat_turns.py",
     "python tests/measure/prefill.py",
     "python tests/measure/eval_costs.py",

@@ -20,6 +20,7 @@ from ..gguf_info import GGUFInfo
 from ..heads import HeadScores
 from ..policies import Full, KVPolicy
 from ..policies.headkv import ByImportance
+from .distributions import divergence
 from .session import Model, Session
 
 __all__ = ["Bench", "GateError", "Plan", "Report", "Row", "fits"]
@@ -193,7 +194,7 @@ class Bench:
             tokens, want = self._answer(None, cells, "stock", [])
             f16 = want if cells == "f16" else self._answer(None, "f16", "stock", tokens)[1]
             on_gpu = self.model.n_gpu_layers and llama_cpp.llama_supports_gpu_offload()
-            bound = (GATE_KL_GPU if on_gpu else GATE_KL) + 2 * _divergence(f16, want)
+            bound = (GATE_KL_GPU if on_gpu else GATE_KL) + 2 * divergence(f16, want).mean()
             self.report(f"gate: stock {cells}", 1)
             for name, policy in self.policies.items():
                 _, exact = self._answer(policy, cells, "stock", tokens)
@@ -203,7 +204,7 @@ class Bench:
                         f"{np.abs(exact - want).max():.3g}); no speed is reported"
                     )
                 _, ours = self._answer(policy, cells, "ragged", tokens)
-                if not (kl := _divergence(want, ours)) <= bound:
+                if not (kl := divergence(want, ours).mean()) <= bound:
                     raise GateError(
                         f"{name} with {cells} cells, nothing evicted and our attention kernel: KL divergence {kl:.3g} "
                         f"from stock, expected at most {bound:.3g}; no speed is reported"
@@ -380,16 +381,3 @@ def fits(info: GGUFInfo, cells: str) -> bool:
 def budget_name(budget: float | int) -> str:
     """``12 %`` or ``512``."""
     return f"{budget:,}" if isinstance(budget, int) else f"{100 * budget:g} %"
-
-
-def _divergence(want: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> float:
-    """Mean KL divergence of next-token distributions, from logits [n, n_vocab]."""
-    p, q = (_log_softmax(x.astype(np.float64)) for x in (want, got))
-    seen = np.isfinite(p)  # tokens that a model masks have no share in it
-    return float((np.exp(p) * np.subtract(p, q, out=np.zeros_like(p), where=seen)).sum(axis=1).mean())
-
-
-def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    shifted = x - x.max(axis=1, keepdims=True)
-    res: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return res

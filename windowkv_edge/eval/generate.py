@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..answers import Bound, make_room
+from ..bench.distributions import log_softmax
 from ..bench.session import Model, Session
 from ..policies import Full, KVPolicy
 from ..stats import cell_types
@@ -107,13 +108,6 @@ def repeats(tokens: Sequence[int]) -> dict[str, float]:
     for n in N_GRAMS:
         grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
         res[str(n)] = 1 - len(set(grams)) / len(grams) if grams else 0.0
-    return res
-
-
-def _log_probs(rows: Logits) -> npt.NDArray[np.float64]:
-    res = rows.astype(np.float64)
-    res -= res.max(axis=1, keepdims=True)
-    res -= np.log(np.exp(res).sum(axis=1, keepdims=True))
     return res
 
 
@@ -275,10 +269,10 @@ class Generator:
                     full.step(chunk[-1])
                     logits = full.session.logits()
                     rows.append(logits)
-                want = _log_probs(np.array(rows))
+                want = log_softmax(np.array(rows))
                 # the token behind the chunk is not known yet: its share counts from the second token on
                 for name in names:
-                    got = want if name == FULL else _log_probs(writers[name].read(chunk))
+                    got = want if name == FULL else log_softmax(writers[name].read(chunk))
                     _compare(reads[name], want, got, chunk)
                 text += chunk
                 self.report(f"generate/{case.task}: {len(text):,} tokens")
