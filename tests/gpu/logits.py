@@ -19,7 +19,7 @@ import numpy.typing as npt
 from sessions import N_THREADS, load_backends
 
 from windowkv_edge import KVPolicy, get_policy
-from windowkv_edge.bench.distributions import divergence
+from windowkv_edge.bench.distributions import divergence, log_softmax
 from windowkv_edge.bench.session import Model, Session
 from windowkv_edge.eval import hay_tokens
 
@@ -57,13 +57,15 @@ def main(text: str) -> None:
         model.close()
     np.savez(wanted["file"], stock=stock, ours=ours)
     if "compare" in wanted:
+        p, q = log_softmax(stock), log_softmax(ours)
         with np.load(wanted["compare"]) as cpu:
-            found = {
-                "stock_to_cpu": divergence(cpu["stock"], stock),
-                "ours_to_cpu": divergence(cpu["stock"], ours),
-                "ours_to_stock": divergence(stock, ours),
-                "ours_to_stock_on_cpu": divergence(cpu["stock"], cpu["ours"]),
-            }
+            p_cpu, q_cpu = log_softmax(cpu["stock"]), log_softmax(cpu["ours"])
+        found = {
+            "stock_to_cpu": divergence(p_cpu, p),
+            "ours_to_cpu": divergence(p_cpu, q),
+            "ours_to_stock": divergence(p, q),
+            "ours_to_stock_on_cpu": divergence(p_cpu, q_cpu),
+        }
         print(json.dumps({"divergence": {name: round(float(value.mean()), 6) for name, value in found.items()}}), flush=True)
 
 

@@ -54,6 +54,7 @@ import llama_cpp  # isort: skip
 import numpy as np
 import numpy.typing as npt
 
+from windowkv_edge.bench.distributions import log_softmax
 from windowkv_edge.bench.session import Model, Session
 from windowkv_edge.cli.common import parse_policy
 from windowkv_edge.eval import prose
@@ -112,7 +113,7 @@ class Way:
             name, _, value = part.partition("=")
             if name not in {own.name for own in fields(cls)} or (name in CHOICES and value not in CHOICES[name]):
                 raise SystemExit(f"--ways has {part!r}, see --help for what a way may have")
-            values[name] = int(value) if name in ("step", "asks", "recent", "first", "start") else value
+            values[name] = int(value) if isinstance(getattr(cls, name), int) else value
         return cls(**values)  # type: ignore[arg-type]
 
 
@@ -181,8 +182,7 @@ class Reader:
         """Mean negative log-likelihood of these tokens behind what was read, which stays as it is."""
         n_past, res = int(self.kv.stats().n_past), []
         for token in answer:
-            own = logits.astype(np.float64)
-            res.append(float(own.max() + np.log(np.exp(own - own.max()).sum()) - own[token]))
+            res.append(float(-log_softmax(logits[None])[0, token]))
             logits = self.decode([token])
         llama_cpp.llama_memory_seq_rm(self.memory, -1, n_past, -1)
         return float(np.mean(res))
@@ -234,9 +234,6 @@ class Reader:
         else:
             self.clear()
             ahead = self._ahead(prompt[first:stop]) if way.observers == "ahead" else None
-            if way.start:
-                self.kv.reserve(len(prompt))
-                self.decode(prompt[: min(way.start, len(prompt) - 1)])
             logits = self._read_bounded(prompt, asks, ahead, way, tally)
             if way.read == "chosen":
                 logits = self._read_chosen(prompt, first)
@@ -255,6 +252,9 @@ class Reader:
         tally: Tally,
     ) -> npt.NDArray[np.float32]:
         i = min(way.start, len(prompt) - 1)
+        if i > 0:
+            self.kv.reserve(len(prompt))
+            self.decode(prompt[:i])
         while i < len(prompt):
             n, n_cells = self.next_step(i, len(prompt), len(asks), way)
             if n_cells is not None:

@@ -2,7 +2,8 @@
 
     python tests/measure/reading.py MODEL [--length 3700] [--limit 512] [--batch 256] [--last 1600] [--ways WAY ...]
 
-The text and the ways are those of bounded.py, with one needle, whose question observes. KL is the mean divergence of the next token's
+The text and the ways are those of bounded.py, but for what a way may say of the needle or of its question (observers=end or none, as many as
+the policy asks for). One needle is in it, whose question observes. KL is the mean divergence of the next token's
 distribution from the full cache's over the text's last tokens, nll what the right token loses. The text is made of phrases that come
 again, so that much of it can be copied from what was read, by a model that still has it.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,9 @@ from windowkv_edge.eval.case import place
 from windowkv_edge.eval.needle import make_needle
 from windowkv_edge.eval.style import Style
 
+HERE = ("observers", "target", "scores", "step", "recent", "first", "middle")
+"""What a way may say here."""
+
 
 def read(
     reader: Reader, body: list[int], ask: list[int], n_last: int, way: Way | None
@@ -34,13 +39,14 @@ def read(
     if way is None:
         reader.kv.reserve(len(body))
     prompt, i, first = body + ask, 0, len(body) - n_last
+    tally = Tally()
     asks = [] if way is None or way.observers == "none" else prompt[-reader.n_observed :]
     while i < len(body):
         n = reader.batch
         if way is not None:
             n, n_cells = reader.next_step(i, len(prompt), len(asks), way)
             if n_cells is not None:
-                reader.compact_between(n_cells, asks, None, way, Tally())
+                reader.compact_between(n_cells, asks, None, way, tally)
         n = min(n, (len(body) if i >= first else first) - i)
         if i >= first:
             yield i, reader.session.decode_all(body[i : i + n])
@@ -63,6 +69,9 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=["", "observers=none", "middle=streamingllm"])
     args = parser.parse_args()
     ways = [Way.parse(text) for text in args.ways]
+    for text, way in zip(args.ways, ways, strict=True):
+        if way.observers not in ("end", "none") or replace(way, **{name: getattr(Way, name) for name in HERE}) != Way():
+            raise SystemExit(f"--ways has {text!r}, expected observers=end, observers=none and {', '.join(HERE[1:])} alone")
 
     model = Model(args.model, args.gpu_layers)
     style, needle = Style(model, False), make_needle("word", 1)
@@ -86,7 +95,7 @@ def main() -> None:
     for text, way in zip(args.ways, ways, strict=True):
         start, kl, own = time.perf_counter(), [], []
         for i, logits in read(reader, body, ask, n_last, way):
-            kl += divergence(full[i + n_last - len(body) :][: len(logits)], logits).tolist()
+            kl += divergence(log_softmax(full[i + n_last - len(body) :][: len(logits)]), log_softmax(logits)).tolist()
             own += nll(i, logits)
         seconds = time.perf_counter() - start
         print(f"| {text or 'as sessions do'} | {np.mean(kl):.3f} | {np.mean(own) - np.mean(of_full):.3f} | {seconds:.0f} |", flush=True)

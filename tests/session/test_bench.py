@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from windowkv_edge import POLICIES, AdaKV, Full, HeadKV, Llama, NativeError, WindowKV, WindowKVError, _native
 from windowkv_edge.bench import SHAPES, Bench, GateError, Plan, Row, Shape, plot, run
-from windowkv_edge.bench.distributions import divergence
+from windowkv_edge.bench.distributions import divergence, log_softmax
 from windowkv_edge.bench.session import TYPES, Model, Session
 from windowkv_edge.bench.shapes import fetch_shape, write_shape
 from windowkv_edge.cli import app
@@ -383,9 +383,9 @@ def test_a_kernel_that_gives_nan(model: Model, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_masked_tokens_have_no_share() -> None:
-    logits = np.array([[1.0, 2.0, -np.inf]], dtype=np.float32)
-    assert divergence(logits, logits) == 0
-    assert divergence(logits, logits[:, [1, 0, 2]]) == pytest.approx(math.tanh(0.5))
+    p = log_softmax(np.array([[1.0, 2.0, -np.inf]], dtype=np.float32))
+    assert divergence(p, p) == 0
+    assert divergence(p, p[:, [1, 0, 2]]) == pytest.approx(math.tanh(0.5))
 
 
 def test_a_picture_needs_matplotlib(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

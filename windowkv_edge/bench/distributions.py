@@ -18,11 +18,9 @@ def log_softmax(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64
     return shifted
 
 
-def divergence(
-    want: npt.NDArray[np.floating[Any]], got: npt.NDArray[np.floating[Any]]
-) -> npt.NDArray[np.float64]:
-    """KL divergence of distributions from those that are wanted, in nats: float64 [n], of logits [n, n_vocab]."""
-    p, q = log_softmax(want), log_softmax(got)
-    seen = np.isfinite(p)  # tokens that a model masks have no share in it
-    res: npt.NDArray[np.float64] = (np.exp(p) * np.subtract(p, q, out=np.zeros_like(p), where=seen)).sum(axis=1)
+def divergence(want: npt.NDArray[np.float64], got: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """KL divergence of distributions from those that are wanted, in nats: float64 [n], of :func:`log_softmax`."""
+    seen = np.isfinite(want)  # tokens that a model masks have no share in it
+    apart = np.subtract(want, got, out=np.zeros_like(want), where=seen)
+    res: npt.NDArray[np.float64] = (np.exp(want) * apart).sum(axis=1)
     return res

@@ -20,7 +20,7 @@ from ..gguf_info import GGUFInfo
 from ..heads import HeadScores
 from ..policies import Full, KVPolicy
 from ..policies.headkv import ByImportance
-from .distributions import divergence
+from .distributions import divergence, log_softmax
 from .session import Model, Session
 
 __all__ = ["Bench", "GateError", "Plan", "Report", "Row", "fits"]
@@ -194,7 +194,7 @@ class Bench:
             tokens, want = self._answer(None, cells, "stock", [])
             f16 = want if cells == "f16" else self._answer(None, "f16", "stock", tokens)[1]
             on_gpu = self.model.n_gpu_layers and llama_cpp.llama_supports_gpu_offload()
-            bound = (GATE_KL_GPU if on_gpu else GATE_KL) + 2 * divergence(f16, want).mean()
+            bound = (GATE_KL_GPU if on_gpu else GATE_KL) + 2 * divergence(log_softmax(f16), log_softmax(want)).mean()
             self.report(f"gate: stock {cells}", 1)
             for name, policy in self.policies.items():
                 _, exact = self._answer(policy, cells, "stock", tokens)
@@ -204,7 +204,7 @@ class Bench:
                         f"{np.abs(exact - want).max():.3g}); no speed is reported"
                     )
                 _, ours = self._answer(policy, cells, "ragged", tokens)
-                if not (kl := divergence(want, ours).mean()) <= bound:
+                if not (kl := divergence(log_softmax(want), log_softmax(ours)).mean()) <= bound:
                     raise GateError(
                         f"{name} with {cells} cells, nothing evicted and our attention kernel: KL divergence {kl:.3g} "
                         f"from stock, expected at most {bound:.3g}; no speed is reported"

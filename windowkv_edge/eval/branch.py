@@ -8,6 +8,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from ..bench.distributions import log_softmax
 from ..bench.session import Model, Session
 from ..policies import Full, KVPolicy
 from ..stats import cell_types
@@ -185,16 +186,13 @@ class Branches:
                 self.read(min(i + N_BATCH, len(tokens)), len(tokens))
         return self.session.logits()
 
-    def log_probs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Log probabilities after each of the tokens, teacher-forced: float32 [len(tokens), n_vocab].
+    def log_probs(self, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
+        """Log probabilities after each of the tokens, teacher-forced: float64 [len(tokens), n_vocab].
 
         Raises:
             ValueError, WindowKVError: see :meth:`Session.decode`.
         """
-        rows = self.session.decode_all(tokens)
-        rows -= rows.max(axis=1, keepdims=True)
-        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
-        return rows
+        return log_softmax(self.session.decode_all(tokens))
 
     def close(self) -> None:
         self.session.close()

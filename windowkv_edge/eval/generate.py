@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..answers import Bound, make_room
-from ..bench.distributions import log_softmax
+from ..bench.distributions import divergence, log_softmax
 from ..bench.session import Model, Session
 from ..policies import Full, KVPolicy
 from ..stats import cell_types
@@ -318,7 +318,7 @@ class Generator:
 def _compare(
     read: _Read, want: npt.NDArray[np.float64], got: npt.NDArray[np.float64], chunk: Sequence[int]
 ) -> None:
-    read.kl += (np.exp(want) * np.maximum(want - got, -100)).sum(axis=1).tolist()
+    read.kl += divergence(want, got).tolist()
     read.top1 += (want.argmax(axis=1) == got.argmax(axis=1)).tolist()
     at = np.arange(len(chunk) - 1), np.array(chunk[1:], dtype=int)
     read.nll += (want[at] - got[at]).tolist()

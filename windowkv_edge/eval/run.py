@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from ..bench.distributions import divergence
 from ..bench.session import Model
 from ..budget import bits, n_cells
 from ..policies import KVPolicy
@@ -224,15 +226,15 @@ class Runner:
     def _fidelity(self, case: FidelityCase) -> dict[str, Any]:
         follow = np.array(case.follow)
         at = np.arange(len(follow) - 1), follow[1:]  # the first token was predicted by the full cache
-        full: list[Any] = []
+        full: list[npt.NDArray[np.float64]] = []
 
         def measure(own: Branches) -> dict[str, Any]:
             got = own.log_probs(case.follow)
             if not full:
-                full.extend((got, np.exp(got)))
-            want, share = full
+                full.append(got)
+            (want,) = full
             return {
-                "kl": float((share * np.maximum(want - got, -100)).sum(axis=1).mean()),
+                "kl": float(divergence(want, got).mean()),
                 "top1": float((want.argmax(axis=1) == got.argmax(axis=1)).mean()),
                 "nll_increase": float((want[at] - got[at]).mean()),
             }
