@@ -48,6 +48,7 @@ class View(NamedTuple):
     token_scores: Cache | None
     n_cells: int
     task: Task
+    n_past: int
 
 
 Total = Literal["all", "model", "layer", "equal"]
@@ -167,7 +168,7 @@ def by_windows(p: WindowKV, v: View) -> Kept:
 
 
 def by_windows_and_score(p: WindowAdaKV, v: View) -> Kept:
-    options = {"alpha_safeguard": p.alpha_safeguard, "across": p.across, "budget": p.budget, "lam": p.lam}
+    options = {"alpha_safeguard": p.alpha_safeguard, "across": p.across, "budget": p.budget, "lam": p.lam, "n_past": v.n_past}
     return ours.window_adakv(v.positions, v.scores, v.n_cells, **options, **of_tokens(p, v), **of_windows(p, v.task))
 
 
@@ -179,7 +180,7 @@ def by_windows_and_importance(p: WindowHeadKV, v: View) -> Kept:
 def by_all(p: Auto, v: View) -> Kept:
     options = {"beta": p.beta, "importance": p.shares, "importance_floor": p.importance_floor}
     compete = {"alpha_safeguard": p.alpha_safeguard, "across": p.across, "budget": p.budget, "lam": p.lam}
-    windows = {**of_tokens(p, v), **of_windows(p, v.task)}
+    windows = {**of_tokens(p, v), **of_windows(p, v.task), "n_past": v.n_past}
     return ours.auto(v.positions, v.scores, v.n_cells, **options, **compete, **windows)
 
 
@@ -197,7 +198,7 @@ def by_competition(p: AdaKV, v: View) -> Kept:
     options = {"window_size": p.window_size, "kernel_size": p.kernel_size, "alpha_safeguard": p.alpha_safeguard}
     if p.accounting == "paper":
         return adakv.published(v.scores, v.n_cells, **options)
-    return adakv.adakv(v.scores, v.n_cells, across=p.across, **options)
+    return adakv.adakv(v.scores, v.n_cells, across=p.across, n_past=v.n_past, **options)
 
 
 def by_importance(p: HeadKV, v: View) -> Kept:
@@ -310,6 +311,7 @@ def kept(
     n_cells: int,
     task: Task = "localization",
     token_scores: Cache | None = None,
+    n_past: int | None = None,
 ) -> Kept:
     """The cells that stay, by definition.
 
@@ -320,10 +322,13 @@ def kept(
         n_cells: average cells per (layer, kv head) that stay.
         task: the prompt's.
         token_scores: the same by the last ``token_window_size`` tokens, for policies with ``token_share``.
+        n_past: cells of a head that has lost none; None = as the last position that is held tells.
     """
     own = row_of(policy).kept
     assert own is not None, f"{policy.name} has no definition but its own"
-    return own(policy, View(positions, scores, token_scores, n_cells, task))
+    if n_past is None:
+        n_past = 1 + max((int(pos[-1]) for layer in positions for pos in layer if len(pos)), default=-1)
+    return own(policy, View(positions, scores, token_scores, n_cells, task, n_past))
 
 
 def budgets_of(policy: KVPolicy, positions: Cache, n_cells: int, task: Task, stays: Kept) -> list[list[int]]:

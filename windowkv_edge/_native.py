@@ -477,7 +477,8 @@ def budgets(
     res = np.zeros_like(have)
     pos = ffi.NULL if positions is None else ffi.from_buffer("int32_t[]", _flat(positions, np.int32))
     score = ffi.NULL if scores is None else ffi.from_buffer("float[]", _planes(parts, scores, token_scores))
-    shapes = _shapes(have, int(have.max(initial=0)), _n_gqa(parts, scores))
+    n_past = int(have.max(initial=0)) if positions is None else 1 + int(np.max(_flat(positions, np.int32), initial=-1))
+    shapes = _shapes(have, n_past, _n_gqa(parts, scores))
     check(lib.wkv_budgets(policy_struct(parts), shapes, n_cells, pos, score, ffi.from_buffer("int32_t[]", res)))
     return res
 

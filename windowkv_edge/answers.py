@@ -57,5 +57,5 @@ def make_room(cache: PolicyCache, bound: Bound, n_tokens: int, task: Task = "loc
     n_cells = bound.target(n_tokens)
     kv.set_room(bound.interval)
     kv.set_pinned(newest(cache.bound, n_past, n_cells))
-    cache.compact(n_cells, task, answers=True)
+    cache.compact(n_cells, task, comes="answer")
     return True

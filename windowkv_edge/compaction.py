@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,10 @@ from .policies import CacheView, KVPolicy, Task
 from .policies.parts import Parts
 from .stats import cell_types
 
-__all__ = ["compact", "in_answer", "n_observed"]
+__all__ = ["Comes", "compact", "in_answer", "in_prompt", "n_observed"]
+
+Comes = Literal["batch", "answer's start", "answer"]
+"""What is evaluated behind a compaction: another batch of the prompt, an answer's first tokens, or more of it."""
 
 
 def n_observed(policy: KVPolicy) -> int:
@@ -24,6 +28,19 @@ def n_observed(policy: KVPolicy) -> int:
 N_ANSWER = 8
 """Queries that observe where an answer is compacted while it grows. 32 of them take nearly three times as long: with
 512 cells of SmolLM2 and one thread 3.5 % of the time of 64 tokens, 8 take 1.3 %."""
+
+
+def in_prompt(parts: Parts) -> Parts:
+    """The policy between two batches of a prompt.
+
+    Where heads compete and head scores divide cells too (``auto``), heads compete for half of what they compete for
+    otherwise: what the question attends to is not all that the next batch needs, which copies from this one.
+    windowkv_edge/eval/README.md says what that gains.
+    """
+    own = parts.allocation
+    if own.heads != "score" or own.importance is None:
+        return parts
+    return parts._replace(allocation=replace(own, alpha_safeguard=0.5 + 0.5 * own.alpha_safeguard))
 
 
 def in_answer(policy: KVPolicy, parts: Parts) -> Parts:
@@ -53,7 +70,7 @@ def compact(
     n_cells: int,
     task: Task = "localization",
     n_observers: int | None = None,
-    answers: bool = False,
+    comes: Comes = "answer's start",
 ) -> int:
     """Evict all but the cells that the policy chooses.
 
@@ -63,7 +80,7 @@ def compact(
         n_cells: cells per (layer, kv head) that stay on average.
         task: the prompt's task.
         n_observers: tokens that score at most, the last ones; None = as many as the policy asks for.
-        answers: an answer is compacted while it grows, see :func:`in_answer`; a policy in Python observes as always.
+        comes: what is evaluated next, see :func:`in_prompt` and :func:`in_answer`; a policy in Python is as always.
 
     Returns:
         Cells released over all layers and heads.
@@ -77,7 +94,9 @@ def compact(
     """
     if not policy.in_python:
         parts = policy.parts(task)
-        if answers:
+        if comes == "batch":
+            parts = in_prompt(parts)
+        elif comes == "answer":
             parts = in_answer(policy, parts)
         return kv.compact(
             _native.policy_struct(parts if n_observers is None else parts.observed_by(n_observers)), n_cells

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import llama_cpp
 import numpy as np
 
 from ._memory import share_on_devices, usable_memory
 from .answers import Bound, newest
+from .compaction import Comes
 from .errors import UnsupportedCallError
 from .going_back import GoingBack
 from .limit import N_ASKS, Limit, Prefill, n_asks, n_observers
@@ -25,9 +26,6 @@ __all__ = ["Compacting"]
 
 WORTH_ASKING = 16 << 20
 """Bytes of cells below which nobody asks how much memory is free."""
-
-
-Comes = Literal["batch", "answer's start", "answer"]
 
 
 class Compacting(GoingBack):
@@ -246,7 +244,7 @@ class Compacting(GoingBack):
             cache: the cache.
             n_cells: cells that stay.
             asks: tokens of the prompt's end that are not evaluated yet.
-            comes: what is evaluated next: another batch of the prompt, an answer's first tokens, or more of it.
+            comes: what is evaluated next.
             n_next: tokens of that batch, and of those who observe behind it: cells do not move for them.
         """
         self._observe_again(cache)
@@ -261,7 +259,7 @@ class Compacting(GoingBack):
         # can have, such as h2o, see what was read before it as well
         is_short = 0 < len(asks) < cache.bound.n_observed <= N_ASKS
         n_short = len(asks) if is_short else None
-        cache.compact(n_cells, self._task(cache, asks), n_observers=n_short, answers=comes == "answer")
+        cache.compact(n_cells, self._task(cache, asks), n_observers=n_short, comes=comes)
 
     def _keep_logits(self, cache: PolicyCache) -> None:
         """Those of the last position, if they are known; without memory for them the prompt is evaluated again."""

@@ -12,7 +12,7 @@ import llama_cpp
 
 from . import _native
 from .budget import n_cells
-from .compaction import compact, n_observed
+from .compaction import Comes, compact, n_observed
 from .errors import NativeError, UnsupportedModelError, WindowKVError
 from .guard import Guard, Interrupts
 from .heads import ModelHeads
@@ -217,7 +217,7 @@ class PolicyCache:
         task: Task = "localization",
         policy: KVPolicy | None = None,
         n_observers: int | None = None,
-        answers: bool = False,
+        comes: Comes = "answer's start",
     ) -> int:
         """Evict all but the cells that a policy chooses.
 
@@ -225,8 +225,7 @@ class PolicyCache:
             n_cells: cells per (layer, kv head) that stay on average.
             task: the prompt's task.
             policy: one that :meth:`bind` returned; None = the session's.
-            n_observers: see :func:`windowkv_edge.compaction.compact`.
-            answers: an answer is compacted while it grows.
+            n_observers, comes: see :func:`windowkv_edge.compaction.compact`.
 
         Returns:
             Cells released over all layers and heads.
@@ -236,4 +235,4 @@ class PolicyCache:
         """
         chosen = policy or self.bound
         with Interrupts(), self._guard.selecting(chosen.name):
-            return compact(self.kv, chosen, n_cells, task, n_observers, answers)
+            return compact(self.kv, chosen, n_cells, task, n_observers, comes)

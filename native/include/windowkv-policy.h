@@ -87,7 +87,8 @@ struct wkv_allocation {
     double  beta;             // layers = pyramid: PyramidKV's beta, >= 1
                               // heads = importance: HeadKV's beta, >= 1: 1/beta of all cells is divided by importance
                               // heads = score, across = model: the same before heads compete, 0 = nothing is
-    double  alpha_safeguard;  // heads = score: of what it would hold otherwise, the share that every head is sure of, 0..1
+    double  alpha_safeguard;  // heads = score: of what it would hold if no heads competed and it had lost no cells, the share that every
+                              // head is sure of as long as it has so many, 0..1
     int32_t importance_floor; // cells of each head that are not divided by importance, >= 0 (HeadKV: 0)
     const double * importance; // [n_layer, n_head_kv], not negative, any scale; where beta divides by it
     int64_t n_importance;     // elements of importance
@@ -139,7 +140,7 @@ struct wkv_shapes {
     int32_t n_layer;
     int32_t n_head_kv;
     int32_t n_gqa;              // query heads per kv head; query_heads = each has as many rows of scores
-    int32_t n_past;             // positions the sequence has seen, evicted ones included
+    int32_t n_past;             // positions the sequence has seen, evicted ones included: as many as a head that lost none holds
     const int32_t * cells;      // cells that each (layer, kv head) holds now, row major [n_layer, n_head_kv]
 };
 

@@ -62,6 +62,13 @@ std::shared_ptr<const llama_kv_ragged_rest> llama_kv_ragged_without(
     return res;
 }
 
+// without pinned cells nobody knows that there are any
+static wkv_shapes shapes_of(const llama_kv_ragged_seq & seq, const llama_kv_ragged_rest * rest, const std::vector<int32_t> & cells) {
+    auto res = llama_kv_ragged_shapes(seq, cells);
+    res.n_past -= rest ? int32_t(rest->cells.n_pinned()) : 0;
+    return res;
+}
+
 bool llama_kv_ragged_policy_request(
         const llama_kv_ragged_seq & seq, const wkv_policy & policy, const std::vector<wkv::position_range> & pinned, int64_t n_cells,
         llama_kv_ragged_request & request) {
@@ -76,7 +83,7 @@ bool llama_kv_ragged_policy_request(
 
     const auto rest   = llama_kv_ragged_without(seq, pinned, n_cells);
     const auto cells  = rest ? rest->cells.cells() : seq.n_cells();
-    const auto shapes = llama_kv_ragged_shapes(seq, cells);
+    const auto shapes = shapes_of(seq, rest.get(), cells);
 
     const std::string misfit = wkv::shapes_error(policy, shapes);
     if (!misfit.empty()) {
@@ -104,7 +111,7 @@ bool llama_kv_ragged_policy_request(
     request.scoring.reduce        = llama_kv_ragged_reduce(policy.scoring.reduce);
     request.select = [&seq, &policy, rest, n_cells](llama_kv_ragged_choice & choice) {
         const auto     & cells  = rest ? rest->cells.cells() : choice.cells;
-        const wkv_shapes shapes = llama_kv_ragged_shapes(seq, cells);
+        const wkv_shapes shapes = shapes_of(seq, rest.get(), cells);
 
         wkv::cache_view view(policy, shapes, rest ? rest->cells.positions() : llama_kv_ragged_positions(seq));
         view.n_threads      = choice.n_threads();

@@ -97,7 +97,7 @@ private:
             for (size_t j = 0; j < n; ++j) {
                 stays[j] = std::min(n_cells(j), p.n_recent);
             }
-            compete_by(places::tokens, competition_of(view, own.own, il0, il1), own.n_cells.data() + i0);
+            compete_by(places::tokens, competition_of(view, own, il0, il1), own.n_cells.data() + i0);
         }
         for (size_t j = 0; j < n; ++j) {
             const int32_t budget   = own.n_cells[i0 + j];
@@ -132,20 +132,14 @@ private:
     }
 
     void budget_windows() {
-        const auto c = competition_of(view, own.own, il0, il1);
+        const auto c = competition_of(view, own, il0, il1);
         if (p.token_share == 0.0) {
             compete_by(places::windows, c, own.n_cells.data() + i0);
             return;
         }
-        std::vector<int32_t> first;
-        for (size_t j = 0; j < n; ++j) {
-            first.push_back(n_before_tokens(view, own.own, i0 + j));
-        }
-        competition before = c;
-        before.own = first.data();
-
+        const parts_before_tokens before(view, own, i0, i0 + n);
         own.n_windows.resize(i0 + n);
-        compete_by(places::windows, before, own.n_windows.data() + i0);
+        compete_by(places::windows, before.competition_of(c), own.n_windows.data() + i0);
         compete_with_stays(c, own.n_windows.data() + i0, own.n_cells.data() + i0);
     }
 
@@ -156,7 +150,7 @@ private:
             for (size_t j = 0; j < n; ++j) {
                 stays[j] = std::min(own.n_windows[i0 + j], n_cells(j));
             }
-            compete_by(places::rest, competition_of(view, own.own, il0, il1), own.n_cells.data() + i0);
+            compete_by(places::rest, competition_of(view, own, il0, il1), own.n_cells.data() + i0);
         }
         for (size_t j = 0; j < n; ++j) {
             taken[j] = { std::max(0, own.n_cells[i0 + j] - n_marked[j]), n_cells(j) };

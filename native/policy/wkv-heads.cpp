@@ -168,13 +168,13 @@ static std::vector<int64_t> paper_importance(const wkv_policy & policy, const st
     return res;
 }
 
-// HeadKV (arXiv 2410.19258, section 3.2): 1/beta of the cells is divided by importance, the rest equally, [n_layer*n_head_kv]
-static std::vector<int64_t> importance_budgets(const cache_view & view, int64_t n_cells) {
+// HeadKV (arXiv 2410.19258, section 3.2): 1/beta of the cells is divided by importance, the rest equally, among heads that hold the
+// cells hi, [n_layer*n_head_kv]
+static std::vector<int64_t> importance_budgets(const cache_view & view, const std::vector<int64_t> & hi, int64_t n_cells) {
     const wkv_policy     & policy = view.policy;
     const wkv_allocation & p      = policy.allocation;
     const size_t           n      = view.offsets.size() - 1;
 
-    const std::vector<int64_t> hi(view.shapes.cells, view.shapes.cells + n);
     if (p.accounting == WKV_ACCOUNTING_PAPER) {
         return paper_importance(policy, hi, n_cells);
     }
@@ -191,6 +191,25 @@ static std::vector<int64_t> importance_budgets(const cache_view & view, int64_t 
     const double  share     = p.beta > 0.0 ? 1.0/p.beta : 0.0;
 
     return water_fill(double(n_cells) - double(n_divided)*share, weight, lo, hi, n_cells*int64_t(n));
+}
+
+// of the cells over the whole model
+static void divide_model(const cache_view & view, int64_t n_cells, head_budgets & res) {
+    const size_t n = view.offsets.size() - 1;
+
+    std::vector<int64_t> hi(view.shapes.cells, view.shapes.cells + n);
+    const auto own = importance_budgets(view, hi, n_cells);
+    res.own.assign(own.begin(), own.end());
+    res.due = res.own;
+    if (competes_in_model(view.policy.allocation)) {
+        for (auto & cur : hi) {
+            cur = std::max<int64_t>(cur, view.shapes.n_past);
+        }
+        const auto whole = importance_budgets(view, hi, n_cells);
+        for (size_t i = 0; i < n; ++i) {
+            res.due[i] = std::max<int64_t>(res.own[i], whole[i]);
+        }
+    }
 }
 
 // heads inside the budgets of their layers: equal ones, [n_layer*n_head_kv]
@@ -216,7 +235,7 @@ static std::vector<int64_t> even_budgets(const cache_view & view, int64_t n_cell
     return res;
 }
 
-competition competition_of(const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1) {
+competition competition_of(const cache_view & view, const head_budgets & budgets, int32_t il0, int32_t il1) {
     const size_t i0 = view.index(il0, 0);
     const size_t n  = view.index(il1, 0) - i0;
 
@@ -224,7 +243,8 @@ competition competition_of(const cache_view & view, const std::vector<int32_t> &
     res.n               = n;
     res.n_group         = competes_in_model(view.policy.allocation) ? n : view.shapes.n_head_kv;
     res.n_cells         = view.shapes.cells + i0;
-    res.own             = own.data() + i0;
+    res.own             = budgets.own.data() + i0;
+    res.due             = budgets.due.data() + i0;
     res.alpha_safeguard = view.policy.allocation.alpha_safeguard;
     res.n_least         = 1;
     res.n_threads       = view.n_threads_for(il0, il1);
@@ -273,6 +293,7 @@ static void paper_compete(const cache_view & view, int32_t il, int64_t n_cells, 
     c.n_group   = n_head_kv;
     c.n_cells   = n_review.data();
     c.own       = own.data();
+    c.due       = own.data();
     c.n_threads = view.n_threads_for(il, il + 1);
     compete_tokens(view, c, il, 0, won.data());
     for (int32_t ih = 0; ih < n_head_kv; ++ih) {
@@ -290,7 +311,7 @@ void compete_layers(const cache_view & view, int32_t il0, int32_t il1, head_budg
     } else if (view.policy.selection.kind == WKV_KIND_WINDOWS) {
         budget_windows(view, il0, il1, res);
     } else {
-        compete_tokens(view, competition_of(view, res.own, il0, il1), il0, view.policy.selection.n_recent,
+        compete_tokens(view, competition_of(view, res, il0, il1), il0, view.policy.selection.n_recent,
                 res.n_cells.data() + view.index(il0, 0));
     }
 }
@@ -298,16 +319,19 @@ void compete_layers(const cache_view & view, int32_t il0, int32_t il1, head_budg
 void own_budgets(const cache_view & view, int64_t n_cells, head_budgets & res) {
     n_cells = std::min<int64_t>(n_cells, INT32_MAX); // no head holds more
 
+    const wkv_allocation & p = view.policy.allocation;
+
     res = {};
     res.mean = n_cells;
     if (view.policy.selection.kind == WKV_KIND_FULL) {
         res.own.assign(view.shapes.cells, view.shapes.cells + view.offsets.size() - 1);
+        res.due = res.own;
+    } else if (p.heads == WKV_HEADS_IMPORTANCE || competes_in_model(p)) {
+        divide_model(view, n_cells, res);
     } else {
-        const wkv_allocation & p = view.policy.allocation;
-
-        const bool over_model = p.heads == WKV_HEADS_IMPORTANCE || competes_in_model(p);
-        const auto own        = over_model ? importance_budgets(view, n_cells) : even_budgets(view, n_cells);
+        const auto own = even_budgets(view, n_cells);
         res.own.assign(own.begin(), own.end());
+        res.due = res.own;
     }
     res.n_cells = res.own;
 }
@@ -353,14 +377,15 @@ std::string given_budgets(const cache_view & view, const int32_t * n_cells, head
     }
 
     res.own = res.n_cells;
+    res.due = res.n_cells;
     if (competes_in_model(view.policy.allocation)) {
         // what the heads hold together tells what each would hold by itself
-        const auto own = importance_budgets(view, std::accumulate(n_cells, n_cells + n, int64_t(0))/int64_t(n));
-        res.own.assign(own.begin(), own.end());
+        divide_model(view, std::accumulate(n_cells, n_cells + n, int64_t(0))/int64_t(n), res);
     } else if (view.policy.allocation.heads == WKV_HEADS_SCORE) {
         for (auto first = res.own.begin(); first != res.own.end(); first += n_head_kv) {
             std::fill(first, first + n_head_kv, int32_t(std::accumulate(first, first + n_head_kv, int64_t(0))/n_head_kv));
         }
+        res.due = res.own;
     }
     for (size_t i = 0; i < n; ++i) {
         res.n_cells[i] = std::min(res.n_cells[i], view.shapes.cells[i]);

@@ -124,12 +124,14 @@ struct key_digit {
 using run_fn = std::function<void(size_t i, const key_run * runs, size_t n)>;
 
 // AdaKV (arXiv 2407.11550, algorithm 1): every head is sure of the share alpha_safeguard of its own budget, and of n_least cells of
-// it; the rest goes to the best cells, whoever holds them; ties to the earlier place, then to the earlier head.
+// it; the rest goes to the best cells, whoever holds them; ties to the earlier place, then to the earlier head. Where a head has lost
+// cells, the share is that of what is due to it, as far as its own budget reaches: else it would lose a part of them at every compaction.
 struct competition {
     size_t          n;       // heads
     size_t          n_group; // so many, one after the other, compete with each other
     const int32_t * n_cells; // [n], cells of each
     const int32_t * own;     // [n], budgets
+    const int32_t * due;     // [n], own or more
 
     double  alpha_safeguard;
     int32_t n_least;
@@ -157,7 +159,7 @@ void compete(const competition & c, int32_t * res);
 void compete_with_stays(const competition & c, const int32_t * n_stays, int32_t * res);
 
 // heads of the layers il0 to il1 - 1 that compete, without runs
-competition competition_of(const cache_view & view, const std::vector<int32_t> & own, int32_t il0, int32_t il1);
+competition competition_of(const cache_view & view, const head_budgets & budgets, int32_t il0, int32_t il1);
 
 // what heads hold if none compete
 void own_budgets(const cache_view & view, int64_t n_cells, head_budgets & res);

@@ -103,25 +103,32 @@ int32_t n_before_tokens(const cache_view & view, const std::vector<int32_t> & ow
     return n_recent + std::max(std::min(n_rest, p.window_floor), int32_t(n_rest*(1.0 - p.token_share)));
 }
 
+parts_before_tokens::parts_before_tokens(const cache_view & view, const head_budgets & budgets, size_t i0, size_t i1) {
+    for (size_t i = i0; i < i1; ++i) {
+        own.push_back(n_before_tokens(view, budgets.own, i));
+        due.push_back(n_before_tokens(view, budgets.due, i));
+    }
+}
+
+competition parts_before_tokens::competition_of(competition c) const {
+    c.own = own.data();
+    c.due = due.data();
+    return c;
+}
+
 void budget_windows(const cache_view & view, int32_t il0, int32_t il1, head_budgets & res) {
     const size_t i0 = view.index(il0, 0);
     const size_t i1 = view.index(il1, 0);
 
-    const auto c = competition_of(view, res.own, il0, il1);
+    const auto c = competition_of(view, res, il0, il1);
     if (view.policy.selection.token_share == 0.0) {
         compete_windows(view, c, res.own, il0, il1, res.n_cells.data() + i0);
         return;
     }
 
-    std::vector<int32_t> first;
-    for (size_t i = i0; i < i1; ++i) {
-        first.push_back(n_before_tokens(view, res.own, i));
-    }
-    competition before = c;
-    before.own = first.data();
-
+    const parts_before_tokens before(view, res, i0, i1);
     res.n_windows.resize(i1);
-    compete_windows(view, before, res.own, il0, il1, res.n_windows.data() + i0);
+    compete_windows(view, before.competition_of(c), res.own, il0, il1, res.n_windows.data() + i0);
     compete_with_stays(c, res.n_windows.data() + i0, res.n_cells.data() + i0);
 }
 
@@ -163,7 +170,7 @@ void budget_tokens(const cache_view & view, int32_t il0, int32_t il1, const mark
     const int32_t n_head_kv = view.shapes.n_head_kv;
     const size_t  i0        = view.index(il0, 0);
 
-    competition c = competition_of(view, res.own, il0, il1);
+    competition c = competition_of(view, res, il0, il1);
     if (std::find(res.n_cells.begin() + i0, res.n_cells.begin() + i0 + c.n, BUDGET_OPEN) == res.n_cells.begin() + i0 + c.n) {
         return;
     }

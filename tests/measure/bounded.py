@@ -27,7 +27,8 @@ behind what was read, their attention chooses, and they are taken back:
     pins       none
                needle    the needle stays in every head
     start      positions at the beginning that are read with the full cache, whatever the limit
-    middle     the policy of these compactions, such as auto(omega=8); the last one, behind the prompt, is always --policy's
+    middle     the policy of these compactions, such as auto(omega=8), as it is; without it --policy as sessions take it between
+               batches (windowkv_edge/compaction.py). The last one, behind the prompt, is always --policy's
     read       bounded   as said
                before    the full cache is compacted to the limit once, observed in the same way, in front of the question
                chosen    the cells that a bounded reading chose last, but of a full cache, and the question behind them: what it
@@ -57,6 +58,7 @@ import numpy.typing as npt
 from windowkv_edge.bench.distributions import log_softmax
 from windowkv_edge.bench.session import Model, Session
 from windowkv_edge.cli.common import parse_policy
+from windowkv_edge.compaction import in_prompt
 from windowkv_edge.eval import prose
 from windowkv_edge.eval.needle import KINDS, N_ANSWER, make_needle
 from windowkv_edge.eval.case import place
@@ -187,9 +189,13 @@ class Reader:
         llama_cpp.llama_memory_seq_rm(self.memory, -1, n_past, -1)
         return float(np.mean(res))
 
-    def compact(self, n_cells: int, n_observers: int = 0, way: Way = Way()) -> None:  # noqa: B008 (it is frozen)
-        """By the policy in the middle where tokens observe, and at the end by the last one."""
-        parts = self.policies[way.middle] if way.middle else self.parts
+    def _between(self, way: Way) -> Parts:
+        """The policy of a compaction that more of the prompt comes behind."""
+        if way.middle:
+            return self.policies[way.middle]
+        return self.parts if way.read == "before" else in_prompt(self.parts)
+
+    def compact(self, parts: Parts, n_cells: int, n_observers: int = 0, way: Way = Way()) -> None:  # noqa: B008 (it is frozen)
         if n_observers:
             parts = parts.observed_by(n_observers)
         n_past = int(self.kv.stats().n_past)
@@ -217,7 +223,7 @@ class Reader:
 
     def exact(self) -> None:
         self.kv.snapshot_restore()
-        self.compact(self.limit - slack(self.limit))
+        self.compact(self.parts, self.limit - slack(self.limit))
 
     def read(
         self, prompt: list[int], question: tuple[int, int], way: Way, tally: Tally
@@ -239,7 +245,7 @@ class Reader:
                 logits = self._read_chosen(prompt, first)
         if self.held() > self.limit:
             self._n_read = len(prompt)
-            self.compact(self.limit - slack(self.limit))
+            self.compact(self.parts, self.limit - slack(self.limit))
         tally.seconds.append(time.perf_counter() - start)
         return logits
 
@@ -313,12 +319,12 @@ class Reader:
         tally.n_compactions += 1
         self._n_read = int(self.kv.stats().n_past)
         if ahead is not None:
-            self._compact_for(ahead, n_cells)
+            self._compact_for(self._between(way), ahead, n_cells)
             return
         if asks:
             with self.kv.observing():
                 self.decode(asks)
-        self.compact(n_cells, len(asks), way)
+        self.compact(self._between(way), n_cells, len(asks), way)
 
     #
     # queries from in front of the prompt
@@ -344,7 +350,7 @@ class Reader:
     def _turn(self, rows: npt.NDArray[np.float64], at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return self._rope._turn(rows, at)
 
-    def _compact_for(self, ahead: list[list[npt.NDArray[np.float64]]], n_cells: int) -> None:
+    def _compact_for(self, parts: Parts, ahead: list[list[npt.NDArray[np.float64]]], n_cells: int) -> None:
         n_past = int(self.kv.stats().n_past)
 
         def choose(budget: int, positions: _native.Cache, scores: _native.Cache, keep: _native.Cache) -> None:
@@ -361,7 +367,7 @@ class Reader:
                         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
                         of_heads.append((weights / weights.sum(axis=1, keepdims=True)).mean(axis=0))
                     own[-1].append(np.mean(of_heads, axis=0).astype(np.float32))
-            self._choose(self.parts, own, budget, positions, scores, keep)
+            self._choose(parts, own, budget, positions, scores, keep)
 
         self.kv.compact_custom(1, n_cells, choose)
 

@@ -11,17 +11,23 @@ from .common import Cache, Kept, Ranking, keep, sizes, split
 from .snapkv import rankings
 
 
-def compete(own: list[int], alpha_safeguard: float, ranked: list[Ranking], least: int = 1) -> list[int]:
+def compete(
+    own: list[int], alpha_safeguard: float, ranked: list[Ranking], least: int = 1, due: list[int] | None = None
+) -> list[int]:
     """Cells of heads that share the sum of their budgets (algorithm 1).
 
     Each is sure of the cells that stay, and of the share alpha_safeguard of the rest of its own budget, but (ours) of
     least cells in any case; what is left goes to the best cells, whoever holds them. Of equal keys the one further ahead
     in its head's ranking wins, then the earlier head.
+
+    due: ours, what heads would hold of these cells if none of theirs had been evicted yet. The share that a head is sure
+    of is one of that, as far as its own budget reaches.
     """
+    due = due or own
     sure = []
-    for budget, (_, key) in zip(own, ranked, strict=True):
+    for budget, whole, (_, key) in zip(own, map(max, due, own), ranked, strict=True):
         stays = min(budget, key.count(math.inf))
-        share = stays + math.floor((budget - stays) * alpha_safeguard)
+        share = min(budget, stays + math.floor((whole - stays) * alpha_safeguard))
         sure.append(min(len(key), max(share, min(budget, least))))
     rest = sum(own) - sum(sure)
     open_ = sorted((-key[i], i, head) for head, (_, key) in enumerate(ranked) for i in range(sure[head], len(key)))
@@ -30,9 +36,13 @@ def compete(own: list[int], alpha_safeguard: float, ranked: list[Ranking], least
     return sure
 
 
-def even(cells: list[list[int]], n_cells: int) -> list[int]:
+def unevicted(have: list[int], n_past: int) -> list[int]:
+    """Cells that heads would hold if none had been evicted, n_past of each."""
+    return [max(n, n_past) for n in have]
+
+
+def even(have: list[int], n_cells: int) -> list[int]:
     """Own budgets of all heads of the model: n_cells, what small heads cannot take goes to the others."""
-    have = [n for layer in cells for n in layer]
     return budgets.apportion([n_cells] * len(have), [0] * len(have), have, n_cells * len(have))
 
 
@@ -44,13 +54,18 @@ def adakv(
     kernel_size: int,
     alpha_safeguard: float,
     across: str = "layer",
+    n_past: int,
 ) -> Kept:
-    """SnapKV's cells; the heads of a "layer" compete, as in the paper, or all of the "model"."""
+    """SnapKV's cells; the heads of a "layer" compete, as in the paper, or all of the "model".
+
+    n_past: cells of a head that has lost none.
+    """
     ranked = rankings(scores, window_size=window_size, kernel_size=kernel_size)
     n_head = len(scores[0])
     if across == "model":
-        own = even(sizes(scores), n_cells)
-        won = compete(own, alpha_safeguard, [r for layer in ranked for r in layer])
+        have = [n for layer in sizes(scores) for n in layer]
+        own, due = even(have, n_cells), even(unevicted(have, n_past), n_cells)
+        won = compete(own, alpha_safeguard, [r for layer in ranked for r in layer], due=due)
         return keep(ranked, split(won, n_head))
     layers = budgets.layers([n_cells] * len(scores), budgets.shared(sizes(scores)), n_cells)
     return keep(ranked, [compete([b] * n_head, alpha_safeguard, r) for b, r in zip(layers, ranked, strict=True)])

@@ -6,12 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 from . import budgets
-from .common import Budgets, Cache, Kept, keep, sizes, split, total
+from .common import Cache, Kept, keep, sizes, split, total
 from .snapkv import rankings
 
 
 def by_importance(
-    cells: Budgets,
+    have: list[int],
     n_cells: int,
     *,
     beta: float,
@@ -24,14 +24,13 @@ def by_importance(
     What exceeds a head's cells goes to the others by importance, so that the mean stays b = n_cells.
 
     Args:
-        cells: what every head holds.
+        have: what every head holds.
         n_cells: average cells per head.
         beta: 1/beta of the cells is divided by importance.
         importance: [n_layer, n_head_kv].
         least: cells that every head gets, as far as its cells and n_cells reach.
         importance_floor: cells of each head that are not divided (ours; 0 in the paper).
     """
-    have = [n for layer in cells for n in layer]
     base = n_cells - max(0, n_cells - importance_floor) * (1 / beta)
     lo = [min(least, n_cells, n) for n in have]
     return budgets.water_fill(base, importance.ravel().tolist(), lo, have, n_cells * len(have))
@@ -47,7 +46,8 @@ def headkv(
     importance: npt.NDArray[np.float64],
 ) -> Kept:
     """SnapKV's cells inside every head."""
-    own = by_importance(sizes(scores), n_cells, beta=beta, importance=importance, least=window_size)
+    have = [n for layer in sizes(scores) for n in layer]
+    own = by_importance(have, n_cells, beta=beta, importance=importance, least=window_size)
     ranked = rankings(scores, window_size=window_size, kernel_size=kernel_size)
     return keep(ranked, split(own, len(scores[0])))
 

@@ -6,13 +6,15 @@ Windows are :mod:`reference.windowkv`'s, competition is :mod:`reference.adakv`'s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import windowkv
-from .adakv import compete, even
+from .adakv import compete, even, unevicted
 from .budgets import shared
 from .common import Budgets, Cache, Kept, Ranking, best, heads, keep, sizes, split
 from .headkv import by_importance
@@ -46,35 +48,44 @@ def windows_and_tokens(
     window_size: int,
     alpha_safeguard: float | None = None,
     across: str = "layer",
+    due: Budgets | None = None,
     **windows: Any,
 ) -> list[list[Ranking]]:
     """Windows for a part of every budget, single tokens by the attention of more queries behind them.
 
     Windows keep an answer whole, tokens what the text as a whole attends to. With alpha_safeguard the heads of a layer, or
-    of the model, compete for the windows as well.
+    of the model, compete for the windows as well (due: see :func:`won`).
     """
     n_head = len(positions[0])
     share = {"window_size": window_size, "recent_share": recent_share}
     ranked = windowkv.rankings(positions, scores, own, **share, **windows)
-    part = [
-        [
-            window_part(b, len(pos), window_floor=window_floor, token_share=token_share, **share)
-            for b, pos in zip(*layer, strict=True)
+
+    def part_of(whole: Budgets) -> Budgets:
+        return [
+            [
+                window_part(b, len(pos), window_floor=window_floor, token_share=token_share, **share)
+                for b, pos in zip(*layer, strict=True)
+            ]
+            for layer in zip(whole, positions, strict=True)
         ]
-        for layer in zip(own, positions, strict=True)
-    ]
+
+    part = part_of(own)
     if alpha_safeguard is not None:
-        part = won(part, ranked, alpha_safeguard, across)
+        part = won(part, ranked, alpha_safeguard, across, part_of(due or own))
     flat = zip([r for layer in ranked for r in layer], [b for layer in part for b in layer], heads(token_scores))
     return split([then_tokens(r, b, score) for r, b, (score,) in flat], n_head)
 
 
-def won(own: Budgets, ranked: list[list[Ranking]], alpha_safeguard: float, across: str) -> Budgets:
-    """Budgets after the heads of each layer, or of the model, have competed."""
+def won(own: Budgets, ranked: list[list[Ranking]], alpha_safeguard: float, across: str, due: Budgets | None) -> Budgets:
+    """Budgets after the heads of each layer, or of the model, have competed.
+
+    due: what heads would hold if none of their cells had been evicted, at least own; None = own.
+    """
+    whole = due or own
     if across == "layer":
-        return [compete(b, alpha_safeguard, r) for b, r in zip(own, ranked, strict=True)]
-    every = compete([b for layer in own for b in layer], alpha_safeguard, [r for layer in ranked for r in layer])
-    return split(every, len(own[0]))
+        return [compete(b, alpha_safeguard, r, due=d) for b, r, d in zip(own, ranked, whole, strict=True)]
+    flat, of_all = ([b for layer in cells for b in layer] for cells in (own, whole))
+    return split(compete(flat, alpha_safeguard, [r for layer in ranked for r in layer], due=of_all), len(own[0]))
 
 
 def rankings(
@@ -127,8 +138,9 @@ def window_headkv(
     **windows: Any,
 ) -> Kept:
     """Windows inside every head, with HeadKV's budgets."""
+    have = [n for layer in sizes(positions) for n in layer]
     flat = by_importance(
-        sizes(positions), n_cells, beta=beta, importance=importance, least=windows["window_size"]
+        have, n_cells, beta=beta, importance=importance, least=windows["window_size"]
     )
     own = split(flat, len(positions[0]))
     return keep(rankings(positions, scores, own, token_scores, token_share, window_floor, {}, **windows), own)
@@ -146,21 +158,28 @@ def window_adakv(
     window_floor: int = 0,
     budget: str = "flat",
     lam: float = 14.0,
-    own: list[int] | None = None,
+    divide: Callable[[list[int]], list[int]] | None = None,
+    n_past: int,
     **windows: Any,
 ) -> Kept:
     """Windows for which the heads of a "layer", or of the "model", compete.
 
-    own: what each head of the model would hold without competition; all the same if None.
+    divide: what each head of the model would hold without competition, of heads that hold so many cells; all the same if
+        None.
+    n_past: cells of a head that has lost none.
     """
-    n_head = len(positions[0])
+    n_head, due = len(positions[0]), None
     if across == "model":
-        per_head = split(own or even(sizes(positions), n_cells), n_head)
+        divide = divide or (lambda have: even(have, n_cells))
+        have = [n for layer in sizes(positions) for n in layer]
+        own = divide(have)
+        per_head = split(own, n_head)
+        due = split(list(map(max, own, divide(unevicted(have, n_past)))), n_head)
     else:
         size = {name: windows[name] for name in ("omega", "window_size", "gamma")}
         layers = windowkv.layer_budgets(shared(sizes(positions)), n_cells, budget=budget, lam=lam, **size)
         per_head = [[b] * n_head for b in layers]
-    competition = {"alpha_safeguard": alpha_safeguard, "across": across}
+    competition = {"alpha_safeguard": alpha_safeguard, "across": across, "due": due}
     ranked = rankings(
         positions, scores, per_head, token_scores, token_share, window_floor, competition, **windows
     )
@@ -181,14 +200,14 @@ def auto(
 
     options: of :func:`window_adakv`. Without importance, or with competition inside layers, all heads count the same.
     """
-    own = None
+    divide = None
     if importance is not None and options["across"] == "model":
-        own = by_importance(
-            sizes(positions),
-            n_cells,
+        divide = partial(
+            by_importance,
+            n_cells=n_cells,
             beta=beta,
             importance=importance,
             least=options["window_size"],
             importance_floor=importance_floor,
         )
-    return window_adakv(positions, scores, n_cells, own=own, **options)
+    return window_adakv(positions, scores, n_cells, divide=divide, **options)

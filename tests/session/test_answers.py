@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,22 @@ from reference.h2o import accumulated
 from scripted import OTHERS, TOKENS, Script, answer, decode, once
 from test_limit import policy_of
 
-from windowkv_edge import CORM, H2O, POLICIES, TOVA, AdaKV, Auto, HeadScores, Llama, SnapKV, StreamingLLM, _native
+from windowkv_edge import (
+    CORM,
+    H2O,
+    POLICIES,
+    TOVA,
+    AdaKV,
+    Auto,
+    HeadScores,
+    Llama,
+    SnapKV,
+    StreamingLLM,
+    WindowHeadKV,
+    _native,
+)
 from windowkv_edge.budget import TYPES
-from windowkv_edge.compaction import N_ANSWER, in_answer
+from windowkv_edge.compaction import N_ANSWER, in_answer, in_prompt
 from windowkv_edge.heads import ModelHeads
 
 Open = Callable[..., Llama]
@@ -191,6 +205,20 @@ def test_what_competes_in_answers() -> None:
         own = _native.budgets(parts, np.full((3, 2), 200), 60, positions, *planes)
         kept.append(np.concatenate(sum(_native.select(parts, own, positions, *planes), [])))
     assert np.array_equal(*kept) and kept[0].sum() == 6 * 60
+
+
+def test_what_competes_between_batches() -> None:
+    """Half as much, where head scores divide; other policies are as ever."""
+    scores = HeadScores({"r2": np.arange(12.0).reshape(3, 4)})
+    model = ModelHeads("", {}, 3, 2, (0, 1, 2))
+    for share, want in ((0.5, 0.75), (0.0, 0.5), (1.0, 1.0)):
+        bound = Auto(importance=scores, alpha_safeguard=share).bind(model)
+        parts, between = bound.parts(), in_prompt(bound.parts())
+        assert between.allocation == replace(parts.allocation, alpha_safeguard=want)
+        assert between[0] == parts[0] and between[2] == parts[2]
+    for policy in (Auto(), AdaKV(), SnapKV(), WindowHeadKV(importance=scores).bind(model)):
+        parts = policy.parts()
+        assert in_prompt(parts) is parts
 
 
 def test_pins_stay_in_answers(tiny: Path, opened: Open) -> None:

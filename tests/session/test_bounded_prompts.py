@@ -13,7 +13,7 @@ import tiny_model
 from scripted import OTHERS, TOKENS, alarm, answer, positions
 from test_limit import BATCH, LIMIT, LONG, n_held, watch_cells
 
-from windowkv_edge import Llama, UnsupportedCallError, WindowKV, _memory, room
+from windowkv_edge import Llama, UnsupportedCallError, WindowKV, _memory, room, session
 from windowkv_edge.asking import asked_text, find_asked
 
 Open = Callable[..., Llama]
@@ -62,6 +62,17 @@ def test_the_peak_is_the_limit_and_a_batch(tmp_path: Path, opened: Open, policy:
     beside = int(stats.bytes_live) - int(stats.bytes_pool)
     assert llm.kv_stats().n_compactions > 3 and n_held(llm) <= 768
     assert stats.bytes_peak - beside <= 1.05 * (768 + 256) * stats.bytes_cell
+
+
+def test_what_comes_behind_a_compaction(tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies may choose otherwise between the batches of a prompt, behind it, and in an answer."""
+    llm = opened(tiny, kv_policy="auto", kv_limit=LIMIT, n_batch=BATCH)
+    seen = []
+    compact = session.compact
+    monkeypatch.setattr(session, "compact", lambda *args: seen.append(args[-1]) or compact(*args))
+    answer(llm, LONG[:700], 200)
+    n = seen.count("batch")
+    assert seen == ["batch"] * n + ["answer's start"] + ["answer"] * (len(seen) - n - 1) and 3 < n < len(seen) - 2
 
 
 def test_what_is_free_bounds(tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,9 +225,9 @@ def test_a_short_question_observes_alone(session: Open, document: str, monkeypat
     asked: list[int | None] = []
     compact = cache.compact
 
-    def call(n_cells: int, task: Any, policy: Any = None, n_observers: int | None = None, answers: bool = False) -> int:
+    def call(n_cells: int, task: Any, policy: Any = None, n_observers: int | None = None, comes: Any = "batch") -> int:
         asked.append(n_observers)
-        return compact(n_cells, task, policy, n_observers, answers)
+        return compact(n_cells, task, policy, n_observers, comes)
 
     monkeypatch.setattr(cache, "compact", call)
     messages: list[Any] = [

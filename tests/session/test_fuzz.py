@@ -45,7 +45,7 @@ from windowkv_edge import (  # noqa: E402
     WindowKV,
 )
 from windowkv_edge.answers import newest  # noqa: E402
-from windowkv_edge.compaction import N_ANSWER  # noqa: E402
+from windowkv_edge.compaction import N_ANSWER, Comes  # noqa: E402
 from windowkv_edge.pins import n_pinned  # noqa: E402
 from windowkv_edge.policies import Task  # noqa: E402
 
@@ -163,24 +163,25 @@ class Run:
             task: Task = "localization",
             policy: KVPolicy | None = None,
             n_observers: int | None = None,
-            answers: bool = False,
+            comes: Comes = "answer's start",
         ) -> int:
             assert n_observers is None  # of questions in chats
             self.catch_up()
             bound = policy or cache.bound
-            n_observed = min(bound.n_observed, N_ANSWER) if answers else bound.n_observed
+            n_observed = min(bound.n_observed, N_ANSWER) if comes == "answer" else bound.n_observed
             scores = [self.kv.scores(il, n_observed) for il in range(N_LAYER)]
             ranges = [*llm._kv_pins.ranges()]
-            if answers:
+            if comes == "answer":
                 ranges += newest(bound, self.model.n, n_cells - n_pinned(ranges))
             try:
                 keep = pinned(
-                    lambda own, planes, n: kept(bound, own, planes[0], n, task), self.model.heads, [scores], n_cells, ranges
+                    lambda own, planes, n, n_past: kept(bound, own, planes[0], n, task, n_past=n_past),
+                    self.model.heads, [scores], n_cells, ranges, self.model.n,
                 )
             except NothingLeftError:
-                native_compact(n_cells, task, policy, answers=answers)
+                native_compact(n_cells, task, policy, comes=comes)
                 raise AssertionError(f"{n_cells} cells per head that hold {ranges} were not refused") from None
-            n_released = native_compact(n_cells, task, policy, answers=answers)
+            n_released = native_compact(n_cells, task, policy, comes=comes)
             # heads that compete are not asked where everything fits
             fits = all(sum(own) <= n_cells * N_HEAD_KV for own in sizes(self.model.heads))
             is_asked = not fits or bound.parts("localization").allocation.heads != "score"

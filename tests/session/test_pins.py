@@ -70,10 +70,10 @@ def definition(llm: Llama, n_cells: int) -> list[list[int]]:
         else [kv.scores(il, size, among=bound.n_observed) for il in range(3)] if size else nothing for size in sizes
     ]
 
-    def policy(positions: Cache, scores: Any, n: int) -> Kept:
-        return kept(bound, positions, scores[0], n, token_scores=scores[1] if len(scores) > 1 else None)
+    def policy(positions: Cache, scores: Any, n: int, n_past: int) -> Kept:
+        return kept(bound, positions, scores[0], n, token_scores=scores[1] if len(scores) > 1 else None, n_past=n_past)
 
-    keep = pinned(policy, held, planes, n_cells, RANGES)
+    keep = pinned(policy, held, planes, n_cells, RANGES, llm.n_tokens)
     return [own[stays].tolist() for layer, marks in zip(held, keep) for own, stays in zip(layer, marks)]
 
 
@@ -261,14 +261,15 @@ def test_the_reference_refuses_what_leaves_nothing() -> None:
     cells = [[np.arange(6), np.arange(6)]]
     scores = [[np.zeros(6), np.zeros(6)]]
 
-    def all_of_it(own: Cache, planes: Any, n_cells: int) -> Kept:
+    def all_of_it(own: Cache, planes: Any, n_cells: int, n_past: int) -> Kept:
         assert n_cells >= 0
+        assert n_past == len(own[0][0])
         return [[np.ones(head.size, dtype=bool) for head in layer] for layer in own]
 
     for n_cells in (2, 3):
         with pytest.raises(NothingLeftError):
-            pinned(all_of_it, cells, [scores], n_cells, [(1, 4)])
-    assert all(own.all() for own in pinned(all_of_it, cells, [scores], 6, [(0, 6)])[0])
+            pinned(all_of_it, cells, [scores], n_cells, [(1, 4)], 6)
+    assert all(own.all() for own in pinned(all_of_it, cells, [scores], 6, [(0, 6)], 6)[0])
 
 
 def test_what_is_sure_to_stay_decides_about_system_prompts() -> None:

@@ -47,6 +47,22 @@ def test_adakv_gives_the_best_cells_to_whoever_holds_them() -> None:
     assert np.flatnonzero(keep[1]).tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 11]
 
 
+@pytest.mark.parametrize("across", ["layer", "model"])
+def test_what_a_head_is_sure_of_does_not_shrink_with_what_it_lost(across: Any) -> None:
+    """50 cells each: the head that nothing asks for keeps 2 newest cells and half of 48, however often they are compacted."""
+    policy = AdaKV(window_size=2, kernel_size=1, alpha_safeguard=0.5, across=across)
+    positions = [[np.arange(50, dtype=np.int32)] * 2]
+    for n_past in range(60, 260, 10):
+        new = np.arange(n_past - 10, n_past, dtype=np.int32)
+        positions = [[np.concatenate([own, new]) for own in positions[0]]]
+        scores = [[np.full(own.size, score, dtype=np.float32) for own, score in zip(positions[0], (0.0, 0.5), strict=True)]]
+        budget = _native.budgets(policy.parts(), [[own.size for own in positions[0]]], 50, positions, scores)
+        least = max(26, 100 - n_past)  # the other head keeps all it has read until then
+        assert budget.tolist() == [[least, 100 - least]]
+        keep = _native.select(policy.parts(), budget, positions, scores)[0]
+        positions = [[own[stays] for own, stays in zip(positions[0], keep, strict=True)]]
+
+
 def test_windows_compete_across_heads() -> None:
     """The head that looks at two places holds both windows, the other one its sure cells."""
     pos = [[np.arange(34, dtype=np.int32)] * 2]

@@ -63,7 +63,8 @@ class Allocation:
         accounting: "native" = every cell counts and the mean is exact; "paper" = rounded and cut as by the authors.
         lam: WindowKV's lambda.
         beta: PyramidKV's beta, or HeadKV's: 1/beta of all cells is divided by importance; 0 = nothing is.
-        alpha_safeguard: AdaKV's: the share of its budget that every competing head is sure of.
+        alpha_safeguard: AdaKV's: the share of its budget that every competing head is sure of; compacted again, of what
+            it would hold had it lost nothing, as far as it still has so many.
         importance_floor: cells of each head that are not divided by importance.
         importance: float64 [n_layer, n_head_kv], at least 0, of any scale; where beta divides by it.
     """
