@@ -73,6 +73,7 @@ class PolicyEvaluation(Shifting):
         self._kv_pins = Pins()
         self._kv_asked_text = ""  # of the last chat
         self._kv_asked: Range | None = None  # where it stands in the prompt
+        self._kv_asks: list[int] = []  # its last tokens, which observe the answer
         self._kv_taken: set[str] = set()
         self._kv_back = None
         self._kv_lost = GivenUp()
@@ -263,16 +264,16 @@ class PolicyEvaluation(Shifting):
         return {
             "known": self._kv_known, "open": self._kv_prompts.is_open, "changed": self._kv_when.changed,
             "settled": self._kv_settled, "lost": self._kv_lost.noted(), "shifted": self._kv_prompts.n_shifted,
-            "pins": [list(own) for own in pins.asked], "system": list(pins.system or ()),
+            "pins": [list(own) for own in pins.asked], "system": list(pins.system or ()), "asks": list(self._kv_asks),
         }  # fmt: skip
 
     def _kv_note(self, noted: Mapping[str, Any]) -> None:
         pins = [_range(own) for own in noted["pins"]]
         system = _range(noted["system"]) if noted["system"] else None
-        lost = GivenUp.of(noted["lost"])
+        lost, asks = GivenUp.of(noted["lost"]), [int(token) for token in noted["asks"]]
         self._kv_known, self._kv_prompts.is_open = int(noted["known"]), bool(noted["open"])
         self._kv_when.changed, self._kv_settled = bool(noted["changed"]), bool(noted["settled"])
-        self._kv_pins.asked, self._kv_pins.system = pins, system
+        self._kv_pins.asked, self._kv_pins.system, self._kv_asks = pins, system, asks
         self._kv_prompts.forget()
         self._kv_taken.clear()
         self._kv_lost, self._kv_prompts.n_shifted = lost, max(0, int(noted["shifted"]))
@@ -289,7 +290,7 @@ class PolicyEvaluation(Shifting):
         self._kv_settled = self._kv_when.changed = False
         self._kv_prompts.is_open = False
         self._kv_prompts.changed(0)
-        self._kv_lost = GivenUp()
+        self._kv_lost, self._kv_asks = GivenUp(), []
 
     def _sync_positions(self) -> None:
         """Bring the native cache to ``n_tokens`` positions, as ``eval`` does before every decode."""

@@ -108,7 +108,8 @@ class Llama(Limited):
     ``kv_growth``: no more than ``kv_growth`` times the budget's cells are held when an answer begins. All cells compete
     then, those of earlier turns with those of a document, observed by the newest prompt's end. The cells of an answer
     come on top, unless ``kv_limit`` or ``kv_interval`` bounds them. Then it is compacted while it grows: its end
-    observes, and the newest tokens take the policy's ``answer_share`` of the cells that stay.
+    observes, in a chat with the end of the question, and the newest tokens take the policy's ``answer_share`` of the
+    cells that stay.
 
     With a policy flash attention is on, whatever ``flash_attn`` says. A session serves one thread at a time, in the
     process that created it.

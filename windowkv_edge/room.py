@@ -12,7 +12,7 @@ import numpy as np
 
 from ._memory import share_on_devices, usable_memory
 from .answers import Bound, newest
-from .compaction import Comes
+from .compaction import N_ANSWER, Comes
 from .errors import UnsupportedCallError
 from .going_back import GoingBack
 from .limit import N_ASKS, Limit, Prefill, n_asks, n_observers
@@ -36,6 +36,7 @@ class Compacting(GoingBack):
     _kv_pins: Pins
     _kv_asked: Range | None
     _kv_question: Sequence[int] = ()  # of a prompt that is evaluated in pieces
+    _kv_asks: list[int]
 
     if TYPE_CHECKING:  # what Shifting has
         _kv_ahead: tuple[int, int]
@@ -62,7 +63,7 @@ class Compacting(GoingBack):
     def _bound(self, cache: PolicyCache, n_tokens: int, step: Step) -> int | None:
         if step not in ("prompt", "piece"):
             bound = self._answer_bound(cache)
-            return None if bound is None else bound.n_cells
+            return None if bound is None else bound.n_cells - len(self._asks_of_answer(bound))
         limit = None if self._kv_limit is None else self._kv_limit.n_cells(cache.kv.stats())
         if self._kv_prefill == "exact":
             return None
@@ -110,8 +111,10 @@ class Compacting(GoingBack):
         n_held, n_most = float(kv.cells().mean()), self._accumulated_at_once(cache)
         if step not in ("prompt", "piece"):
             n, bound = min(len(tokens), n_most), self._answer_bound(cache)
-            if bound is not None and n_held + n > bound.n_cells:
+            asks = [] if bound is None else self._asks_of_answer(bound)
+            if bound is not None and n_held + n > bound.n_cells - len(asks):
                 self._keep_before(cache, step)
+                self._observe(cache, asks)
                 self._shrink(cache, bound.target(n), in_answer=True)
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
@@ -162,6 +165,12 @@ class Compacting(GoingBack):
             return list(tokens[start - self.n_tokens : stop - self.n_tokens])
         return [*self.input_ids[: self.n_tokens].tolist(), *tokens][start:stop]
 
+    def _asks_of_answer(self, bound: Bound) -> list[int]:
+        """Of what the prompt asked those tokens that observe where its answer is compacted: half of all who do, but
+        fewer if a compaction comes every few tokens."""
+        n = min(N_ANSWER // 2, bound.interval // 16, self._n_positions - self.n_tokens)
+        return self._kv_asks[-n:] if n > 0 else []
+
     def _observe(self, cache: PolicyCache, asks: list[int]) -> None:
         """Have tokens observe what was read so far, as if they came next."""
         if not asks:
@@ -209,6 +218,9 @@ class Compacting(GoingBack):
     def _prompt_ended(self, cache: PolicyCache) -> None:
         """Compact if the cache says that it is time; either way the prompt's last queries stay observed."""
         self._kv_prompts.is_open = False
+        start, stop = self._kv_asked or (0, 0)
+        keeps_all = cache.bound.accumulates or cache.bound.answer_share == 0
+        self._kv_asks = [] if keeps_all else self.input_ids[max(start, stop - N_ANSWER // 2) : stop].tolist()
         stats, n_cells = cache.kv.stats(), cache.n_cells(self._kv_when.budget)
         n_held = float(cache.kv.cells().mean())
         # compactions while the first prompt was read do not count

@@ -356,6 +356,8 @@ class SavedStates(PolicyEvaluation):
             raise UnsupportedCallError(f"{call}: {why}")
         if n_tokens and not (0 <= int(saved.tokens.min()) <= int(saved.tokens.max()) < self._n_vocab):
             raise FormatError(f"{call}: it holds tokens outside of the vocabulary of {self._n_vocab}")
+        if not all(type(token) is int and 0 <= token < self._n_vocab for token in session["noted"]["asks"]):
+            raise FormatError(f"{call}: what its prompt asked are no tokens of the vocabulary of {self._n_vocab}")
         if self._kv_limit is not None:
             cache = self._need_cache(call)
             n = n_pinned([(start, stop) for start, stop in session["noted"]["pins"]])

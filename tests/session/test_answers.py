@@ -16,7 +16,8 @@ from llama_cpp.llama_speculative import LlamaDraftModel
 from reference.corm import prominence
 from reference.h2o import accumulated
 from scripted import OTHERS, TOKENS, Script, answer, decode, once
-from test_limit import policy_of
+from test_bounded_prompts import watch_observers
+from test_limit import policy_of, watch_cells
 
 from windowkv_edge import (
     CORM,
@@ -221,6 +222,66 @@ def test_what_competes_between_batches() -> None:
         assert in_prompt(parts) is parts
 
 
+#
+# what the prompt asked
+#
+
+
+def asked(document: str, question: str) -> list[Any]:
+    return [{"role": "user", "content": f"{document}\n{question}"}]
+
+
+def test_the_question_observes_its_answer(session: Open, document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of it, within the limit, in every compaction; of a prompt that is no chat's nothing does."""
+    llm = session(kv_policy="auto", kv_limit=256, kv_interval=64, n_batch=64)
+    observed, seen = watch_observers(llm, monkeypatch), watch_cells(llm, monkeypatch)
+    question = "What did Master Aldous buy?"
+    llm.create_chat_completion(asked(document[:600], question), max_tokens=1, temperature=0.0)
+    n_prompt, n = llm.n_tokens, llm.kv_stats().n_compactions
+    observed.clear()
+    seen.clear()
+    for token in llm.tokenize(document[600:1500].encode(), add_bos=False)[:200]:
+        llm.eval([token])
+    n = llm.kv_stats().n_compactions - n
+    assert n >= 2 and observed == [llm.tokenize(question.encode(), add_bos=False)[-4:]] * n
+    assert llm.n_tokens == llm.kv_stats().n_past == n_prompt + 200
+    assert len(seen) == 200 + n and max(seen) <= 256
+    llm.create_completion(document[:600], max_tokens=1, temperature=0.0)
+    assert llm._kv_asks == []
+
+
+@pytest.mark.parametrize(("interval", "n"), [(10, 0), (16, 1), (60, 3), (64, 4), (90, 4)])
+def test_few_tokens_observe_where_few_are_between(
+    tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, interval: int, n: int
+) -> None:
+    """So that they cost no more than a sixteenth of the tokens."""
+    llm = opened(tiny, kv_policy="snapkv", kv_limit=LIMIT, kv_interval=interval)
+    grow(llm, TOKENS[:60], 1)
+    observed = watch_observers(llm, monkeypatch)
+    llm._kv_asks = OTHERS[:4]
+    for token in OTHERS[:200]:
+        llm.eval([token])
+    assert observed == [OTHERS[:4][4 - n :]] * len(observed) and len(observed) >= 2
+
+
+@pytest.mark.parametrize("policy", ["streamingllm", "tova", "corm", "h2o"])
+def test_policies_made_for_answers_ask_nothing(session: Open, document: str, policy: str) -> None:
+    llm = session(kv_policy=policy, kv_limit=256, kv_interval=64, n_batch=64)
+    llm.create_chat_completion(asked(document[:600], "Who?"), max_tokens=1)
+    assert llm._kv_asks == []
+
+
+def test_saved_questions_are_tokens(tiny: Path, opened: Open) -> None:
+    llm = opened(tiny, kv_policy="snapkv", kv_limit=LIMIT, kv_interval=INTERVAL)
+    grow(llm, TOKENS[:60], 10)
+    state = llm.save_state()
+    for wrong in ([llm.n_vocab()], [-1], [1.5], [True], ["a"]):
+        state.session["noted"]["asks"] = wrong  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match="load_state.*what its prompt asked are no tokens"):
+            llm.load_state(state)
+    assert llm.n_tokens == 69
+
+
 def test_pins_stay_in_answers(tiny: Path, opened: Open) -> None:
     llm = opened(tiny, kv_policy="snapkv", kv_limit=LIMIT, kv_interval=INTERVAL)
     llm.kv_pin(3, 20)
@@ -382,16 +443,25 @@ def test_drafts_are_taken_back(tiny: Path, opened: Open, policy: str) -> None:
         np.testing.assert_allclose(own.rows(0, head, "k"), rows, atol=1e-4)
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "h2o", "tova", "corm", "auto"])
-def test_saved_inside_an_answer(tiny: Path, opened: Open, tmp_path: Path, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "interval", "asks"),
+    [
+        *((policy, INTERVAL, []) for policy in ("snapkv", "h2o", "tova", "corm", "auto")),
+        ("auto", 64, OTHERS[:4]),
+    ],
+)
+def test_saved_inside_an_answer(
+    tiny: Path, opened: Open, tmp_path: Path, policy: str, interval: int, asks: list[int]
+) -> None:
     """Saved, loaded and continued is continued, bit for bit, over further compactions."""
     results = []
     for saves in (False, True):
-        llm = opened(tiny, kv_policy=policy, kv_limit=LIMIT, kv_interval=INTERVAL)
+        llm = opened(tiny, kv_policy=policy, kv_limit=LIMIT, kv_interval=interval)
         grow(llm, TOKENS[:60], 150)
+        llm._kv_asks = asks
         if saves:
             llm.kv_save(tmp_path / "answer.session")
-            llm = opened(tiny, kv_policy=policy, kv_limit=LIMIT, kv_interval=INTERVAL)
+            llm = opened(tiny, kv_policy=policy, kv_limit=LIMIT, kv_interval=interval)
             llm.kv_load(tmp_path / "answer.session")
         rows = []
         for token in OTHERS[:100]:

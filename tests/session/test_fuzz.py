@@ -59,7 +59,9 @@ POLICIES: tuple[KVPolicy, ...] = (
     PyramidKV(window_size=5, kernel_size=3, beta=4.0),
     StreamingLLM(n_sink=2),
     AdaKV(window_size=5, kernel_size=3, alpha_safeguard=0.1),
+    AdaKV(window_size=5, kernel_size=3, alpha_safeguard=0.5, across="model"),
     WindowAdaKV(window_size=6, omega=4, alpha_safeguard=0.1),
+    WindowAdaKV(window_size=6, omega=4, alpha_safeguard=0.5, across="model"),
     HeadKV(window_size=5, kernel_size=3, beta=1.1, importance=SCORES),
     WindowHeadKV(window_size=6, omega=4, beta=1.1, importance=SCORES),
 )
@@ -188,6 +190,7 @@ class Run:
             if is_asked and not all(own.all() for layer in keep for own in layer):
                 self.model.keep(keep)
                 self.done["compactions"] += 1
+                self.done["asked in answers"] += comes == "answer" and len(llm._kv_asks) > 0
             assert self.llm.kv_stats().cells.tolist() == sizes(self.model.heads)
             return n_released
 
@@ -338,8 +341,17 @@ class Run:
         """Another limit, for an empty cache."""
         self.do_clear()
         self.llm.kv_limit = None if self.rng.random() < 0.4 else self.number(100, 200)
-        self.llm._kv_interval = None if self.rng.random() < 0.5 else self.number(8, 40)
+        self.llm._kv_interval = None if self.rng.random() < 0.5 else self.number(8, 80)
         self.llm._kv_checkpoints.given = ("auto", 0, 1 << 20, 16 << 20)[self.number(0, 4)]
+
+    def do_asks(self) -> None:
+        """A prompt, and an answer that its question observes."""
+        answer(self.llm, self.tokens(self.number(80, 160)), 2)
+        self.llm._kv_asks = self.tokens(self.number(1, 5))
+        for _ in range(self.number(20, 80)):
+            self.same()
+            self.n_gone = 0
+            self.do_one()
 
     def do_pin(self) -> None:
         """A few positions that are there in full or still to come, or none any more."""
@@ -391,7 +403,7 @@ class Run:
         self.model = before
 
 
-WEIGHTS = {"one": 30, "piece": 8, "prompt": 8, "compact": 8, "trim": 7, "clear": 2, "policy": 2, "limit": 2, "budget": 3, "snapshot": 3, "load": 3, "save": 3, "pin": 3, "shift": 3, "edit": 3}
+WEIGHTS = {"one": 30, "piece": 8, "prompt": 8, "compact": 8, "trim": 7, "clear": 2, "policy": 2, "limit": 2, "budget": 3, "snapshot": 3, "load": 3, "save": 3, "pin": 3, "shift": 3, "edit": 3, "asks": 2}
 """How often, against 1."""
 
 
@@ -414,7 +426,7 @@ def run(path: Path, n_steps: int, seed: int) -> dict[str, int]:
 def test_random_operations(tiny: Path) -> None:
     for seed in (0, 1):  # without and with kv_shift
         done = run(tiny, 1500, seed)
-        assert set(done) == {*WEIGHTS, "file", "compactions", "moves", "went back"} and min(done.values()) > 5
+        assert set(done) == {*WEIGHTS, "file", "compactions", "moves", "went back", "asked in answers"} and min(done.values()) > 5
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ REDUCED = {
     "windowkv-edge bench smollm2": "--lengths 300 --rounds 1 --fill --references 2",
     "python tests/measure/compaction.py smollm2": "--lengths 300 --rounds 1",
     "python -m tests.gpu.check --table": "",
+    "python tests/measure/thinking.py smollm2": "--length 300 --limit 128 --thought 40 --policies snapkv --kinds number --depths 0.5",
     "python -m tests.fuzz.run": "--n 5 --no-loads",
 }
 OPTIONS_ONLY = (

@@ -27,7 +27,8 @@ class Auto(ByImportance, WindowAdaKV):
     cell hold 1.9 cells in q8_0; a fractional budget is a share of the bytes that f16 cells would take. The measurements
     are in windowkv_edge/eval/README.md. ``type_k`` and ``type_v`` override q8_0.
 
-    While an answer grows, head scores alone divide, if there are any (:func:`windowkv_edge.compaction.in_answer`).
+    While an answer grows, head scores alone divide, if there are any (:func:`windowkv_edge.compaction.in_answer`);
+    between the batches of a prompt heads compete for half as much (:func:`windowkv_edge.compaction.in_prompt`).
 
     On a device that cannot attend to heads of different lengths at once it is the same selection with equal heads
     (:class:`WindowKV` with these options), in the same cells.
