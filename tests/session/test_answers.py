@@ -264,6 +264,25 @@ def test_few_tokens_observe_where_few_are_between(
     assert observed == [OTHERS[:4][4 - n :]] * len(observed) and len(observed) >= 2
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt-oss", "lfm2", "granite"])
+def test_who_observes_an_answer_leaves_no_trace(models: dict[str, Path], opened: Open, kind: str) -> None:
+    """Logits and cells are those without, where a policy does not look at scores."""
+    found = []
+    for limit, asks in ((132, []), (136, OTHERS[:4])):  # so that both are compacted at the same tokens, to as many cells
+        interval = 64 + len(asks)
+        llm = opened(models[kind], kv_policy=Script(action=lambda: None), kv_limit=limit, kv_interval=interval)
+        grow(llm, TOKENS[:60], 1)
+        llm._kv_asks = asks
+        rows = []
+        for token in OTHERS[:200]:
+            llm.eval([token])
+            rows.append(logits(llm))
+        assert llm.kv_stats().n_compactions == 2 and llm.n_tokens == 260
+        found.append((np.array(rows), llm.kv_positions(0, 0).tolist()))
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-5)
+    assert found[0][1] == found[1][1]
+
+
 @pytest.mark.parametrize("policy", ["streamingllm", "tova", "corm", "h2o"])
 def test_policies_made_for_answers_ask_nothing(session: Open, document: str, policy: str) -> None:
     llm = session(kv_policy=policy, kv_limit=256, kv_interval=64, n_batch=64)
