@@ -438,7 +438,7 @@ def test_other_files_are_refused(pair: tuple[Llama, Llama], saved: Path, tmp_pat
         (data[:20], "cut after 20 bytes"),
         (data[:-1], "that is whole"),
         (data + b"x", "that is whole"),
-        (data[:8] + b"\x09" + data[9:], "version is 9, expected 1"),
+        (data[:8] + b"\x09" + data[9:], f"version is 9, expected {state_files.VERSION}"),
         (data[:-50] + b"x" + data[-49:], "was changed"),
         (seal(data.replace(b'"n_tokens": 305', b'"n_tokens": 304')), "does not fit"),
         (seal(data.replace(b'"n_past": 305', b'"n_past": 306')), "cells are of 305 positions .*expected 306"),
