@@ -63,7 +63,7 @@ class Compacting(GoingBack):
     def _bound(self, cache: PolicyCache, n_tokens: int, step: Step) -> int | None:
         if step not in ("prompt", "piece"):
             bound = self._answer_bound(cache)
-            return None if bound is None else bound.n_cells - len(self._asks_of_answer(bound))
+            return None if bound is None else bound.n_cells - len(self._asks_of_answer(cache, bound))
         limit = None if self._kv_limit is None else self._kv_limit.n_cells(cache.kv.stats())
         if self._kv_prefill == "exact":
             return None
@@ -111,7 +111,7 @@ class Compacting(GoingBack):
         n_held, n_most = float(kv.cells().mean()), self._accumulated_at_once(cache)
         if step not in ("prompt", "piece"):
             n, bound = min(len(tokens), n_most), self._answer_bound(cache)
-            asks = [] if bound is None else self._asks_of_answer(bound)
+            asks = [] if bound is None else self._asks_of_answer(cache, bound)
             if bound is not None and n_held + n > bound.n_cells - len(asks):
                 self._keep_before(cache, step)
                 self._observe(cache, asks)
@@ -165,10 +165,10 @@ class Compacting(GoingBack):
             return list(tokens[start - self.n_tokens : stop - self.n_tokens])
         return [*self.input_ids[: self.n_tokens].tolist(), *tokens][start:stop]
 
-    def _asks_of_answer(self, bound: Bound) -> list[int]:
+    def _asks_of_answer(self, cache: PolicyCache, bound: Bound) -> list[int]:
         """Of what the prompt asked those tokens that observe where its answer is compacted: half of all who do, but
         fewer if a compaction comes every few tokens."""
-        n = min(N_ANSWER // 2, bound.interval // 16, self._n_positions - self.n_tokens)
+        n = min(min(cache.bound.n_observed, N_ANSWER) // 2, bound.interval // 16, self._n_positions - self.n_tokens)
         return self._kv_asks[-n:] if n > 0 else []
 
     def _observe(self, cache: PolicyCache, asks: list[int]) -> None:

@@ -250,12 +250,14 @@ def test_the_question_observes_its_answer(session: Open, document: str, monkeypa
     assert llm._kv_asks == []
 
 
-@pytest.mark.parametrize(("interval", "n"), [(10, 0), (16, 1), (60, 3), (64, 4), (90, 4)])
+@pytest.mark.parametrize(
+    ("window_size", "interval", "n"), [(16, 10, 0), (16, 16, 1), (16, 60, 3), (16, 64, 4), (16, 90, 4), (5, 64, 2), (1, 64, 0)]
+)
 def test_few_tokens_observe_where_few_are_between(
-    tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, interval: int, n: int
+    tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, window_size: int, interval: int, n: int
 ) -> None:
-    """So that they cost no more than a sixteenth of the tokens."""
-    llm = opened(tiny, kv_policy="snapkv", kv_limit=LIMIT, kv_interval=interval)
+    """So that they cost no more than a sixteenth of the tokens; and half of the window is the answer's."""
+    llm = opened(tiny, kv_policy=SnapKV(window_size=window_size), kv_limit=LIMIT, kv_interval=interval)
     grow(llm, TOKENS[:60], 1)
     observed = watch_observers(llm, monkeypatch)
     llm._kv_asks = OTHERS[:4]
