@@ -110,7 +110,7 @@ class PolicyEvaluation(Shifting):
                 self._kv_prompts.evaluated(step, max(0, self.n_tokens + n_gone - n_before), n_before)
             if step == "prompt" and self._kv_cache is not None:
                 self._kv_ahead = 0, 0
-                self._end_prompt(self._kv_cache)
+                self._end_prompt(self._kv_cache, self._kv_asked)
 
     def _eval_stock(self, tokens: Sequence[int], step: Step) -> None:
         if self._kv_progress is None or step not in ("prompt", "piece"):

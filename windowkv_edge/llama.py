@@ -339,6 +339,8 @@ class Llama(Limited):
             budget = self.kv_budget if kv_budget is None else check_budget(kv_budget)
             self._agree(cache)
             was_open, self._kv_prompts.is_open = self._kv_prompts.is_open, False
+            if was_open:
+                self._kv_asks = []
             try:
                 self._compact(cache, cache.n_cells(budget))
             except BaseException:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ._memory import share_on_devices, usable_memory
 from .answers import Bound, newest
-from .compaction import N_ANSWER, Comes
+from .compaction import Comes, n_in_answer
 from .errors import UnsupportedCallError
 from .going_back import GoingBack
 from .limit import N_ASKS, Limit, Prefill, n_asks, n_observers
@@ -63,7 +63,7 @@ class Compacting(GoingBack):
     def _bound(self, cache: PolicyCache, n_tokens: int, step: Step) -> int | None:
         if step not in ("prompt", "piece"):
             bound = self._answer_bound(cache)
-            return None if bound is None else bound.n_cells - len(self._asks_of_answer(cache, bound))
+            return None if bound is None else bound.n_cells - len(self._asks_of_answer(bound))
         limit = None if self._kv_limit is None else self._kv_limit.n_cells(cache.kv.stats())
         if self._kv_prefill == "exact":
             return None
@@ -111,10 +111,11 @@ class Compacting(GoingBack):
         n_held, n_most = float(kv.cells().mean()), self._accumulated_at_once(cache)
         if step not in ("prompt", "piece"):
             n, bound = min(len(tokens), n_most), self._answer_bound(cache)
-            asks = [] if bound is None else self._asks_of_answer(cache, bound)
+            asks = [] if bound is None else self._asks_of_answer(bound)
             if bound is not None and n_held + n > bound.n_cells - len(asks):
                 self._keep_before(cache, step)
-                self._observe(cache, asks)
+                n_fit = max(0, int(bound.n_cells - n_held))  # fewer behind a prompt of the limit's length, and drafts
+                self._observe(cache, asks[len(asks) - min(len(asks), n_fit) :])
                 self._shrink(cache, bound.target(n), in_answer=True)
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
@@ -165,10 +166,10 @@ class Compacting(GoingBack):
             return list(tokens[start - self.n_tokens : stop - self.n_tokens])
         return [*self.input_ids[: self.n_tokens].tolist(), *tokens][start:stop]
 
-    def _asks_of_answer(self, cache: PolicyCache, bound: Bound) -> list[int]:
-        """Of what the prompt asked those tokens that observe where its answer is compacted: half of all who do, but
-        fewer if a compaction comes every few tokens."""
-        n = min(min(cache.bound.n_observed, N_ANSWER) // 2, bound.interval // 16, self._n_positions - self.n_tokens)
+    def _asks_of_answer(self, bound: Bound) -> list[int]:
+        """Of what the prompt asked those tokens that observe where its answer is compacted: fewer if that comes every
+        few tokens."""
+        n = min(bound.interval // 16, self.n_batch, self._n_positions - self.n_tokens)
         return self._kv_asks[-n:] if n > 0 else []
 
     def _observe(self, cache: PolicyCache, asks: list[int]) -> None:
@@ -185,7 +186,7 @@ class Compacting(GoingBack):
         """Where the tokens that were observed are removed, all of them, those before them observe once more."""
         stats = cache.kv.stats()
         if int(stats.n_queries) == 0 and int(stats.n_past) == self.n_tokens > 0:
-            n = min(int(stats.n_observed), self.n_tokens, self._n_positions - self.n_tokens)
+            n = min(int(stats.n_observed), self.n_batch, self.n_tokens, self._n_positions - self.n_tokens)
             self._requires_eval = True  # the last logits will be theirs
             self._observe(cache, self.input_ids[self.n_tokens - n : self.n_tokens].tolist())
 
@@ -210,17 +211,19 @@ class Compacting(GoingBack):
     # the end of a prompt
     #
 
-    def _end_prompt(self, cache: PolicyCache) -> None:
+    def _end_prompt(self, cache: PolicyCache, asked: Range | None = None) -> None:
+        """asked: where the question stands, of a chat's prompt that was evaluated just now."""
         self._prompt_ended(cache)
+        n = n_in_answer(cache.bound) // 2  # the others are the answer's
+        if asked is not None and cache.bound.answer_share > 0 and not cache.bound.accumulates:
+            self._kv_asks = self.input_ids[max(asked[0], asked[1] - n) : asked[1]].tolist() if n > 0 else []
         self._keep_logits(cache)
         self._keep_end(cache)
 
     def _prompt_ended(self, cache: PolicyCache) -> None:
         """Compact if the cache says that it is time; either way the prompt's last queries stay observed."""
         self._kv_prompts.is_open = False
-        start, stop = self._kv_asked or (0, 0)
-        keeps_all = cache.bound.accumulates or cache.bound.answer_share == 0
-        self._kv_asks = [] if keeps_all else self.input_ids[max(start, stop - N_ANSWER // 2) : stop].tolist()
+        self._kv_asks = []
         stats, n_cells = cache.kv.stats(), cache.n_cells(self._kv_when.budget)
         n_held = float(cache.kv.cells().mean())
         # compactions while the first prompt was read do not count

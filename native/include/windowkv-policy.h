@@ -140,7 +140,7 @@ struct wkv_shapes {
     int32_t n_layer;
     int32_t n_head_kv;
     int32_t n_gqa;              // query heads per kv head; query_heads = each has as many rows of scores
-    int32_t n_past;             // positions the sequence has seen, evicted ones included: as many as a head that lost none holds
+    int32_t n_past;             // cells that a head which has lost none holds: positions seen, without those that are pinned
     const int32_t * cells;      // cells that each (layer, kv head) holds now, row major [n_layer, n_head_kv]
 };
 

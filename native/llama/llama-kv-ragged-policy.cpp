@@ -21,9 +21,11 @@ void llama_kv_ragged_check_request(const llama_kv_ragged_seq & seq, int32_t wind
     }
 }
 
-wkv_shapes llama_kv_ragged_shapes(const llama_kv_ragged_seq & seq, const std::vector<int32_t> & cells) {
-    const auto & layer = seq.get_layers()[0];
-    return { (int32_t) seq.get_layers().size(), (int32_t) layer.n_head_kv, (int32_t) layer.n_gqa(), (int32_t) seq.n_pos, cells.data() };
+wkv_shapes llama_kv_ragged_shapes(
+        const llama_kv_ragged_seq & seq, const std::vector<int32_t> & cells, const llama_kv_ragged_rest * rest) {
+    const auto  & layer  = seq.get_layers()[0];
+    const int64_t n_past = int64_t(seq.n_pos) - (rest ? rest->cells.n_pinned() : 0);
+    return { (int32_t) seq.get_layers().size(), (int32_t) layer.n_head_kv, (int32_t) layer.n_gqa(), (int32_t) n_past, cells.data() };
 }
 
 std::vector<wkv::cell_positions> llama_kv_ragged_positions(const llama_kv_ragged_seq & seq) {
@@ -62,13 +64,6 @@ std::shared_ptr<const llama_kv_ragged_rest> llama_kv_ragged_without(
     return res;
 }
 
-// without pinned cells nobody knows that there are any
-static wkv_shapes shapes_of(const llama_kv_ragged_seq & seq, const llama_kv_ragged_rest * rest, const std::vector<int32_t> & cells) {
-    auto res = llama_kv_ragged_shapes(seq, cells);
-    res.n_past -= rest ? int32_t(rest->cells.n_pinned()) : 0;
-    return res;
-}
-
 bool llama_kv_ragged_policy_request(
         const llama_kv_ragged_seq & seq, const wkv_policy & policy, const std::vector<wkv::position_range> & pinned, int64_t n_cells,
         llama_kv_ragged_request & request) {
@@ -83,7 +78,7 @@ bool llama_kv_ragged_policy_request(
 
     const auto rest   = llama_kv_ragged_without(seq, pinned, n_cells);
     const auto cells  = rest ? rest->cells.cells() : seq.n_cells();
-    const auto shapes = shapes_of(seq, rest.get(), cells);
+    const auto shapes = llama_kv_ragged_shapes(seq, cells, rest.get());
 
     const std::string misfit = wkv::shapes_error(policy, shapes);
     if (!misfit.empty()) {
@@ -111,7 +106,7 @@ bool llama_kv_ragged_policy_request(
     request.scoring.reduce        = llama_kv_ragged_reduce(policy.scoring.reduce);
     request.select = [&seq, &policy, rest, n_cells](llama_kv_ragged_choice & choice) {
         const auto     & cells  = rest ? rest->cells.cells() : choice.cells;
-        const wkv_shapes shapes = shapes_of(seq, rest.get(), cells);
+        const wkv_shapes shapes = llama_kv_ragged_shapes(seq, cells, rest.get());
 
         wkv::cache_view view(policy, shapes, rest ? rest->cells.positions() : llama_kv_ragged_positions(seq));
         view.n_threads      = choice.n_threads();

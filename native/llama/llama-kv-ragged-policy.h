@@ -10,10 +10,12 @@
 #include <memory>
 #include <vector>
 
+struct llama_kv_ragged_rest;
 struct llama_kv_ragged_seq;
 
-// cells is what every (layer, kv head) holds, and has to outlive the result
-wkv_shapes llama_kv_ragged_shapes(const llama_kv_ragged_seq & seq, const std::vector<int32_t> & cells);
+// cells is what every (layer, kv head) holds, those of rest if there is one, and has to outlive the result
+wkv_shapes llama_kv_ragged_shapes(
+        const llama_kv_ragged_seq & seq, const std::vector<int32_t> & cells, const llama_kv_ragged_rest * rest = nullptr);
 
 // positions of every (layer, kv head); seq has to outlive them
 std::vector<wkv::cell_positions> llama_kv_ragged_positions(const llama_kv_ragged_seq & seq);

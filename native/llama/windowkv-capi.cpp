@@ -190,7 +190,7 @@ static void select_custom(
     const auto & cells     = rest ? rest->cells.cells() : choice.cells;
     const auto   positions = rest ? rest->cells.positions() : llama_kv_ragged_positions(seq);
     const size_t n         = std::accumulate(cells.begin(), cells.end(), size_t(0));
-    const auto   shapes    = llama_kv_ragged_shapes(seq, cells);
+    const auto   shapes    = llama_kv_ragged_shapes(seq, cells, rest);
 
     const llama_kv_ragged_claim claim(seq.get_meter(), n*(sizeof(int32_t) + sizeof(uint8_t)));
 

@@ -40,7 +40,8 @@ static int64_t take_sure(const competition & c, size_t i0, const int32_t * n_sta
     int64_t open = 0;
     for (size_t i = i0; i < i0 + c.n_group; ++i) {
         const int32_t stays = std::min(c.own[i], n_stays[i]);
-        const int32_t sure  = std::min(c.own[i], stays + int32_t(std::floor((c.due[i] - stays)*c.alpha_safeguard)));
+        const int32_t due   = c.due ? c.due[i] : c.own[i];
+        const int32_t sure  = std::min(c.own[i], stays + int32_t(std::floor((due - stays)*c.alpha_safeguard)));
 
         res[i] = std::min(c.n_cells[i], std::max(sure, std::min(c.own[i], c.n_least)));
         rest += c.own[i] - res[i];

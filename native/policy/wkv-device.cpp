@@ -137,9 +137,15 @@ private:
             compete_by(places::windows, c, own.n_cells.data() + i0);
             return;
         }
-        const parts_before_tokens before(view, own, i0, i0 + n);
+        const auto first     = n_before_tokens(view, own.own, i0, i0 + n);
+        const auto first_due = n_before_tokens(view, own.due, i0, i0 + n);
+
+        competition before = c;
+        before.own = first.data();
+        before.due = first_due.empty() ? nullptr : first_due.data();
+
         own.n_windows.resize(i0 + n);
-        compete_by(places::windows, before.competition_of(c), own.n_windows.data() + i0);
+        compete_by(places::windows, before, own.n_windows.data() + i0);
         compete_with_stays(c, own.n_windows.data() + i0, own.n_cells.data() + i0);
     }
 

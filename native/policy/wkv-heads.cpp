@@ -200,14 +200,10 @@ static void divide_model(const cache_view & view, int64_t n_cells, head_budgets 
     std::vector<int64_t> hi(view.shapes.cells, view.shapes.cells + n);
     const auto own = importance_budgets(view, hi, n_cells);
     res.own.assign(own.begin(), own.end());
-    res.due = res.own;
     if (competes_in_model(view.policy.allocation)) {
-        for (auto & cur : hi) {
-            cur = std::max<int64_t>(cur, view.shapes.n_past);
-        }
-        const auto whole = importance_budgets(view, hi, n_cells);
-        for (size_t i = 0; i < n; ++i) {
-            res.due[i] = std::max<int64_t>(res.own[i], whole[i]);
+        hi.assign(n, view.shapes.n_past);
+        for (const int64_t whole : importance_budgets(view, hi, n_cells)) {
+            res.due.push_back(std::max<int64_t>(res.own[res.due.size()], whole));
         }
     }
 }
@@ -244,7 +240,7 @@ competition competition_of(const cache_view & view, const head_budgets & budgets
     res.n_group         = competes_in_model(view.policy.allocation) ? n : view.shapes.n_head_kv;
     res.n_cells         = view.shapes.cells + i0;
     res.own             = budgets.own.data() + i0;
-    res.due             = budgets.due.data() + i0;
+    res.due             = budgets.due.empty() ? nullptr : budgets.due.data() + i0;
     res.alpha_safeguard = view.policy.allocation.alpha_safeguard;
     res.n_least         = 1;
     res.n_threads       = view.n_threads_for(il0, il1);
@@ -293,7 +289,6 @@ static void paper_compete(const cache_view & view, int32_t il, int64_t n_cells, 
     c.n_group   = n_head_kv;
     c.n_cells   = n_review.data();
     c.own       = own.data();
-    c.due       = own.data();
     c.n_threads = view.n_threads_for(il, il + 1);
     compete_tokens(view, c, il, 0, won.data());
     for (int32_t ih = 0; ih < n_head_kv; ++ih) {
@@ -325,13 +320,11 @@ void own_budgets(const cache_view & view, int64_t n_cells, head_budgets & res) {
     res.mean = n_cells;
     if (view.policy.selection.kind == WKV_KIND_FULL) {
         res.own.assign(view.shapes.cells, view.shapes.cells + view.offsets.size() - 1);
-        res.due = res.own;
     } else if (p.heads == WKV_HEADS_IMPORTANCE || competes_in_model(p)) {
         divide_model(view, n_cells, res);
     } else {
         const auto own = even_budgets(view, n_cells);
         res.own.assign(own.begin(), own.end());
-        res.due = res.own;
     }
     res.n_cells = res.own;
 }
@@ -377,7 +370,6 @@ std::string given_budgets(const cache_view & view, const int32_t * n_cells, head
     }
 
     res.own = res.n_cells;
-    res.due = res.n_cells;
     if (competes_in_model(view.policy.allocation)) {
         // what the heads hold together tells what each would hold by itself
         divide_model(view, std::accumulate(n_cells, n_cells + n, int64_t(0))/int64_t(n), res);
@@ -385,7 +377,6 @@ std::string given_budgets(const cache_view & view, const int32_t * n_cells, head
         for (auto first = res.own.begin(); first != res.own.end(); first += n_head_kv) {
             std::fill(first, first + n_head_kv, int32_t(std::accumulate(first, first + n_head_kv, int64_t(0))/n_head_kv));
         }
-        res.due = res.own;
     }
     for (size_t i = 0; i < n; ++i) {
         res.n_cells[i] = std::min(res.n_cells[i], view.shapes.cells[i]);

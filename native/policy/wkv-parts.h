@@ -131,7 +131,7 @@ struct competition {
     size_t          n_group; // so many, one after the other, compete with each other
     const int32_t * n_cells; // [n], cells of each
     const int32_t * own;     // [n], budgets
-    const int32_t * due;     // [n], own or more
+    const int32_t * due;     // [n], own or more; nullptr: own
 
     double  alpha_safeguard;
     int32_t n_least;

@@ -55,6 +55,10 @@ std::string shapes_error(const wkv_policy & policy, const wkv_shapes & shapes) {
         if (shapes.cells[i] < 0) {
             return "cells of layer " + std::to_string(i/shapes.n_head_kv) + " are negative";
         }
+        if (shapes.cells[i] > shapes.n_past) {
+            return "layer " + std::to_string(i/shapes.n_head_kv) + " holds " + std::to_string(shapes.cells[i]) + " cells, expected at most n_past = " +
+                std::to_string(shapes.n_past);
+        }
     }
     return importance_error(policy, shapes);
 }

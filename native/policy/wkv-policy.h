@@ -104,7 +104,7 @@ struct head_budgets {
 
     std::vector<int32_t> n_cells;   // cells that stay
     std::vector<int32_t> own;       // those that would stay if no heads competed, which rankings depend on
-    std::vector<int32_t> due;       // own, or what a head would hold of these if none of its cells had been evicted yet
+    std::vector<int32_t> due;       // own, or more of a head that would hold it if none of its cells had been evicted; empty: own
     std::vector<int32_t> n_windows; // token_share and heads that compete: cells that windows take of these; empty: not known
 };
 

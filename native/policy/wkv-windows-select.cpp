@@ -103,17 +103,12 @@ int32_t n_before_tokens(const cache_view & view, const std::vector<int32_t> & ow
     return n_recent + std::max(std::min(n_rest, p.window_floor), int32_t(n_rest*(1.0 - p.token_share)));
 }
 
-parts_before_tokens::parts_before_tokens(const cache_view & view, const head_budgets & budgets, size_t i0, size_t i1) {
-    for (size_t i = i0; i < i1; ++i) {
-        own.push_back(n_before_tokens(view, budgets.own, i));
-        due.push_back(n_before_tokens(view, budgets.due, i));
+std::vector<int32_t> n_before_tokens(const cache_view & view, const std::vector<int32_t> & own, size_t i0, size_t i1) {
+    std::vector<int32_t> res;
+    for (size_t i = i0; i < i1 && !own.empty(); ++i) {
+        res.push_back(n_before_tokens(view, own, i));
     }
-}
-
-competition parts_before_tokens::competition_of(competition c) const {
-    c.own = own.data();
-    c.due = due.data();
-    return c;
+    return res;
 }
 
 void budget_windows(const cache_view & view, int32_t il0, int32_t il1, head_budgets & res) {
@@ -126,9 +121,15 @@ void budget_windows(const cache_view & view, int32_t il0, int32_t il1, head_budg
         return;
     }
 
-    const parts_before_tokens before(view, res, i0, i1);
+    const auto own = n_before_tokens(view, res.own, i0, i1);
+    const auto due = n_before_tokens(view, res.due, i0, i1);
+
+    competition before = c;
+    before.own = own.data();
+    before.due = due.empty() ? nullptr : due.data();
+
     res.n_windows.resize(i1);
-    compete_windows(view, before.competition_of(c), res.own, il0, il1, res.n_windows.data() + i0);
+    compete_windows(view, before, res.own, il0, il1, res.n_windows.data() + i0);
     compete_with_stays(c, res.n_windows.data() + i0, res.n_cells.data() + i0);
 }
 

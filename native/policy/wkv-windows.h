@@ -51,15 +51,8 @@ int32_t n_recent_of(int32_t n, const wkv_selection & p, int32_t budget);
 // token_share: of a budget of head i, cells that come before single tokens
 int32_t n_before_tokens(const cache_view & view, const std::vector<int32_t> & own, size_t i);
 
-// the same of what heads i0 to i1 - 1 compete with
-struct parts_before_tokens {
-    std::vector<int32_t> own;
-    std::vector<int32_t> due;
-
-    parts_before_tokens(const cache_view & view, const head_budgets & budgets, size_t i0, size_t i1);
-
-    competition competition_of(competition c) const; // lives no longer than this
-};
+// the same of the heads i0 to i1 - 1; empty if there are no budgets
+std::vector<int32_t> n_before_tokens(const cache_view & view, const std::vector<int32_t> & own, size_t i0, size_t i1);
 
 // windows that the layers il0 to il1 - 1 share, of a head or, with scope = layer, of all heads; budget is that of the first layer
 window_set windows_of(const cache_view & view, int32_t il0, int32_t il1, int32_t ih, int32_t budget);

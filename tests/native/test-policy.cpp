@@ -167,6 +167,10 @@ struct inputs {
         }
         shapes.cells = cells.data();
 
+        // a head that has lost nothing holds as many as the largest, or more, and once in a while an impossible number
+        const int32_t n_held = *std::max_element(cells.begin(), cells.end());
+        shapes.n_past = one_in(100) ? n_held - 1 : any({ n_held, n_held + below(100), 10*n_held, INT32_MAX });
+
         auto & p = policy.allocation;
         if (p.heads == WKV_HEADS_IMPORTANCE || (p.heads == WKV_HEADS_SCORE && p.beta > 0.0)) {
             for (int32_t i = 0; i < n_heads; ++i) {

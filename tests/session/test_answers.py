@@ -31,6 +31,7 @@ from windowkv_edge import (
     SnapKV,
     StreamingLLM,
     WindowHeadKV,
+    WindowKV,
     _native,
 )
 from windowkv_edge.budget import TYPES
@@ -251,13 +252,54 @@ def test_the_question_observes_its_answer(session: Open, document: str, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("window_size", "interval", "n"), [(16, 10, 0), (16, 16, 1), (16, 60, 3), (16, 64, 4), (16, 90, 4), (5, 64, 2), (1, 64, 0)]
+    ("policy", "n"),
+    [
+        (WindowKV(window_size=4, window_size_aggregation=16), 2),
+        (Auto(window_size=4, token_window_size=32), 2),
+        (SnapKV(window_size=1), 0),
+        (Script(action=lambda: None), 4),
+    ],
 )
-def test_few_tokens_observe_where_few_are_between(
-    tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, window_size: int, interval: int, n: int
+def test_half_of_the_smallest_window_is_the_answers(session: Open, document: str, policy: Any, n: int) -> None:
+    llm = session(kv_policy=policy, kv_limit=256, kv_interval=64, n_batch=64)
+    llm.create_chat_completion(asked(document[:600], "What did Master Aldous buy?"), max_tokens=1, temperature=0.0)
+    assert llm._kv_asks == (llm.tokenize(b"What did Master Aldous buy?", add_bos=False)[-n:] if n else [])
+
+
+def test_a_prompt_by_hand_is_no_chats(session: Open, document: str) -> None:
+    """Whose question stands somewhere else."""
+    llm = session(kv_policy="auto", kv_limit=256, kv_interval=64)
+    tokens = llm.tokenize(document[:300].encode())
+    for end in (llm.sample, lambda: llm.eval(tokens[:1]), lambda: llm.kv_compact(64)):
+        llm.create_chat_completion(asked(document[:600], "What did Master Aldous buy?"), max_tokens=1, temperature=0.0)
+        assert len(llm._kv_asks) == 4
+        llm.eval(tokens)
+        end()
+        assert llm._kv_asks == []
+
+
+@pytest.mark.parametrize(("n_prompt", "n_batch"), [(LIMIT, 64), (LIMIT - 2, 64), (60, 2), (60, 1)])
+def test_the_question_finds_room(
+    tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, n_prompt: int, n_batch: int
 ) -> None:
-    """So that they cost no more than a sixteenth of the tokens; and half of the window is the answer's."""
-    llm = opened(tiny, kv_policy=SnapKV(window_size=window_size), kv_limit=LIMIT, kv_interval=interval)
+    """Behind prompts of the limit's length, and in small batches: then fewer of its tokens observe."""
+    llm = opened(tiny, kv_policy="snapkv", kv_limit=LIMIT, kv_interval=64, n_batch=n_batch)
+    grow(llm, TOKENS[:n_prompt], 1)
+    llm._kv_asks = OTHERS[:4]
+    seen, observed = watch_cells(llm, monkeypatch), watch_observers(llm, monkeypatch)
+    for token in OTHERS[:150]:
+        llm.eval([token])
+    assert max(seen) <= LIMIT and len(observed) >= 2
+    assert observed[0] == OTHERS[:4][4 - min(4, n_batch, LIMIT - n_prompt) :]
+    assert all(own == OTHERS[:4][4 - min(4, n_batch) :] for own in observed[1:])
+
+
+@pytest.mark.parametrize(("interval", "n"), [(10, 0), (16, 1), (60, 3), (64, 4), (90, 4)])
+def test_few_tokens_observe_where_few_are_between(
+    tiny: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, interval: int, n: int
+) -> None:
+    """So that they are no more than a sixteenth of the interval."""
+    llm = opened(tiny, kv_policy="snapkv", kv_limit=LIMIT, kv_interval=interval)
     grow(llm, TOKENS[:60], 1)
     observed = watch_observers(llm, monkeypatch)
     llm._kv_asks = OTHERS[:4]

@@ -133,6 +133,7 @@ class Run:
         self.checkpoints: dict[int, Saved] = {}
         self.prompts: list[list[int]] = []
         self.n_gone = 0  # positions that this step gave up
+        self.n_asked = 0  # tokens that observed since the last compaction, and are taken back
         self.done: Counter[str] = Counter()
         self.folder = tempfile.TemporaryDirectory()
         self.watch()
@@ -190,7 +191,8 @@ class Run:
             if is_asked and not all(own.all() for layer in keep for own in layer):
                 self.model.keep(keep)
                 self.done["compactions"] += 1
-                self.done["asked in answers"] += comes == "answer" and len(llm._kv_asks) > 0
+                self.done["asked in answers"] += comes == "answer" and self.n_asked > 0
+            self.n_asked = 0
             assert self.llm.kv_stats().cells.tolist() == sizes(self.model.heads)
             return n_released
 
@@ -222,9 +224,15 @@ class Run:
             self.done["went back"] += 1
             return why
 
+        def watch_observers(cache: Any, asks: list[int]) -> None:
+            self.n_asked = len(asks)
+            observe(cache, asks)
+
+        observe = llm._observe
         native_move, native_add, native_become = llm._move_down, llm._kv_checkpoints.add, llm._become
         cache.compact, ctx.kv_cache_seq_rm = compact, seq_rm  # type: ignore[method-assign]
         llm._move_down, llm._kv_checkpoints.add, llm._become = move_down, keep_checkpoint, become  # type: ignore[method-assign]
+        llm._observe = watch_observers  # type: ignore[method-assign]
 
     def same(self) -> None:
         """The session holds what the model says."""
@@ -347,7 +355,7 @@ class Run:
     def do_asks(self) -> None:
         """A prompt, and an answer that its question observes."""
         answer(self.llm, self.tokens(self.number(80, 160)), 2)
-        self.llm._kv_asks = self.tokens(self.number(1, 5))
+        self.llm._kv_asks = self.tokens(4)
         for _ in range(self.number(20, 80)):
             self.same()
             self.n_gone = 0
