@@ -75,9 +75,10 @@ class Llama(Limited):
             batch. Where the next tokens find no room, what was read so far is compacted, as what is asked attends to
             it: the end of a chat's last user message, else the prompt's last tokens. They are evaluated behind it, and
             taken back; of a prompt that is evaluated by hand they are not known.
-        kv_interval: tokens between two compactions of an answer that grows. With a limit, so many cells become free
-            whenever it is reached; None = an eighth of them. Without one, an answer holds what ``kv_budget`` grants for
-            the positions seen and this many tokens at most; None = it grows without end.
+        kv_interval: tokens between two compactions of an answer that grows, in chats less those of the question that
+            observe. With a limit, so many cells become free whenever it is reached; None = an eighth of them. Without
+            one, an answer holds what ``kv_budget`` grants for the positions seen and this many tokens at most; None =
+            it grows without end.
         kv_shift: what happens at the end of ``n_ctx``. "refuse": an error, as without a policy. "shift": the oldest
             positions are given up, half of those that can go, and the others move down; the first four and those that
             are pinned stay. So a chat goes on without an end. Its history, sent as a whole at every turn, is known,
@@ -389,8 +390,8 @@ class Llama(Limited):
     #
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        """See ``llama_cpp.Llama.create_chat_completion``; the system prompt is pinned (``kv_pin_system``), and while a
-        long chat is read within a limit, the last user message observes it.
+        """See ``llama_cpp.Llama.create_chat_completion``; the system prompt is pinned (``kv_pin_system``), and the last
+        user message observes the chat while that is read within a limit, and the answer where that is compacted.
 
         Raises:
             ValueError, RuntimeError: see :meth:`generate`, and llama-cpp-python's.
