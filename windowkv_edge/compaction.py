@@ -90,8 +90,7 @@ def compact(
         n_cells: cells per (layer, kv head) that stay on average.
         task: the prompt's task.
         n_observers: tokens that score at most, the last ones; None = as many as the policy asks for.
-        comes: what is evaluated next, see :func:`in_prompt` and :func:`in_answer`; a policy in Python chooses
-            as always, of the same tokens' attention as the others.
+        comes: what is evaluated next, see :func:`in_prompt` and :func:`in_answer`, which change native policies alone.
 
     Returns:
         Cells released over all layers and heads.

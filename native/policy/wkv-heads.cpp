@@ -193,7 +193,7 @@ static std::vector<int64_t> importance_budgets(const cache_view & view, const st
     return water_fill(double(n_cells) - double(n_divided)*share, weight, lo, hi, n_cells*int64_t(n));
 }
 
-// of the cells over the whole model
+// own and, where heads compete, due: the cells of the whole model are divided
 static void divide_model(const cache_view & view, int64_t n_cells, head_budgets & res) {
     const size_t n = view.offsets.size() - 1;
 

@@ -6,7 +6,8 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import llama_cpp
 import numpy as np
@@ -35,7 +36,7 @@ from windowkv_edge import (
     _native,
 )
 from windowkv_edge.budget import TYPES
-from windowkv_edge.compaction import N_ANSWER, in_answer, in_prompt
+from windowkv_edge.compaction import N_ANSWER, Comes, compact, in_answer, in_prompt
 from windowkv_edge.heads import ModelHeads
 
 Open = Callable[..., Llama]
@@ -221,6 +222,17 @@ def test_what_competes_between_batches() -> None:
     for policy in (Auto(), AdaKV(), SnapKV(), WindowHeadKV(importance=scores).bind(model)):
         parts = policy.parts()
         assert in_prompt(parts) is parts
+
+
+def test_what_compactions_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between batches, behind a prompt, and in an answer."""
+    scores, seen = HeadScores({"r2": np.arange(12.0).reshape(3, 4)}), []
+    bound = Auto(importance=scores).bind(ModelHeads("", {}, 3, 2, (0, 1, 2)))
+    monkeypatch.setattr(_native, "policy_struct", lambda parts: parts.allocation)
+    kv: Any = SimpleNamespace(compact=lambda allocation, n: seen.append((allocation.heads, allocation.alpha_safeguard)) or 0)
+    for comes in get_args(Comes):
+        compact(kv, bound, 60, comes=comes)
+    assert seen == [("score", 0.75), ("score", 0.5), ("importance", 0.0)]
 
 
 #
