@@ -147,14 +147,15 @@ def test_no_growth_over_many_prompts(
         for _ in range(3):
             llm.eval([llm.sample(temp=0.0)])
 
-    for i in range(n // 4):
+    # the longest of the prompts, too: how many pages of the compute buffer are touched goes with a prompt's length
+    for i in [*range(n // 4), 49]:
         run(i)
     before, peak = anonymous(), llm.kv_stats().bytes_peak
     for i in range(n):
         run(i)
-    assert anonymous() - before < 1 << 20
+    assert anonymous() - before < 1 << 19
     assert llm.kv_stats().bytes_peak <= peak * 1.01
-    assert llm.kv_stats().n_compactions == n + n // 4
+    assert llm.kv_stats().n_compactions == n + n // 4 + 1
 
 
 def test_short_prompts_are_left_whole(session: Callable[..., Llama], document: str) -> None:
