@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
-from reference import adakv, budgets, corm, h2o, headkv, ours, pyramidkv, snapkv, streamingllm, tova, windowkv
+from reference import adakv, budgets, corm, h2o, headkv, kvzip, ours, pyramidkv, snapkv, streamingllm, tova, windowkv
 from reference.common import Cache, Kept, sizes
 
 from windowkv_edge import (
@@ -26,6 +26,7 @@ from windowkv_edge import (
     HeadKV,
     HeadScores,
     KVPolicy,
+    KVzip,
     PyramidKV,
     SnapKV,
     StreamingLLM,
@@ -290,6 +291,11 @@ ROWS: dict[type[KVPolicy], Row] = {
         st.builds(H2O, recent_share=st.sampled_from([0.0, 0.3, 0.5, 1.0])),
         lambda p, v: h2o.h2o(v.scores, v.n_cells, recent_share=p.recent_share),
         "equal",
+    ),
+    KVzip: Row(
+        st.builds(KVzip, alpha_safeguard=safeguards),
+        lambda p, v: kvzip.kvzip(v.scores, v.n_cells, alpha_safeguard=p.alpha_safeguard, n_past=v.n_past),
+        "model",
     ),
     ExpectedAttention: Row(
         st.builds(ExpectedAttention, neox=st.booleans(), freq_base=st.just(1e4), n_sink=st.integers(0, 6)), None, "equal"

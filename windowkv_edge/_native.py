@@ -153,7 +153,8 @@ def _fields(part: Scoring | Allocation | Selection) -> dict[str, Any]:
 
 def policy_struct(parts: Parts) -> Any:
     """A ``struct wkv_policy *``."""
-    res = ffi.new("struct wkv_policy *", {name: _fields(part) for name, part in parts._asdict().items()})
+    of_parts = {name: _fields(getattr(parts, name)) for name in ("scoring", "allocation", "selection")}
+    res = ffi.new("struct wkv_policy *", {**of_parts, "replay_share": parts.replay_share})
     if parts.allocation.importance is not None:
         scores = np.ascontiguousarray(parts.allocation.importance, dtype=np.float64)
         res.allocation.importance = ffi.cast("double *", ffi.from_buffer(scores))
@@ -298,10 +299,18 @@ class Context:
         check(lib.wkv_set_attention(self._ctx, getattr(lib, f"WKV_ATTENTION_{name}".upper())))
 
     @contextmanager
-    def observing(self) -> Iterator[None]:
+    def observing(self, repeats: tuple[int, int] | None = None) -> Iterator[None]:
         """What is evaluated inside is only observed: its positions are given up afterwards, and a compaction that
-        follows takes its queries for the newest ones."""
-        check(lib.wkv_observe_begin(self._ctx))
+        follows takes its queries for the newest ones.
+
+        Args:
+            repeats: positions [start, stop) that it repeats: their cells get scores by that (:meth:`replayed`), and its
+                queries are forgotten.
+        """
+        if repeats is None:
+            check(lib.wkv_observe_begin(self._ctx))
+        else:
+            check(lib.wkv_replay_begin(self._ctx, *repeats))
         try:
             yield
         finally:
@@ -401,6 +410,14 @@ class Context:
         cells = self.cells()[layer]
         res = np.zeros(cells.sum(), dtype=np.float32)
         check(lib.wkv_get_scores(self._ctx, layer, window_size, among, ffi.from_buffer("float[]", res), res.size))
+        return np.split(res, np.cumsum(cells)[:-1])
+
+    def replayed(self, layer: int) -> list[npt.NDArray[np.float32]]:
+        """Per kv head float32 [cells]: the largest attention that tokens paid which repeated a cell's position; 2 where
+        none did."""
+        cells = self.cells()[layer]
+        res = np.zeros(cells.sum(), dtype=np.float32)
+        check(lib.wkv_get_replayed(self._ctx, layer, ffi.from_buffer("float[]", res), res.size))
         return np.split(res, np.cumsum(cells)[:-1])
 
     def attention(self, layer: int) -> list[npt.NDArray[np.float32]]:

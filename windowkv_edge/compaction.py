@@ -61,16 +61,16 @@ def in_answer(policy: KVPolicy, parts: Parts) -> Parts:
     """
     if policy.answer_share == 0:
         return parts
-    scoring, allocation, selection = parts
+    scoring, allocation, selection = parts.scoring, parts.allocation, parts.selection
     n, n_tokens = min(scoring.window_size, N_ANSWER), min(scoring.token_window_size, N_ANSWER)
     if allocation.heads == "score" and allocation.importance is not None:
         allocation = replace(
             allocation, heads="importance", across="layer", alpha_safeguard=0.0, importance_floor=0
         )
-    return Parts(
-        replace(scoring, window_size=n, token_window_size=n_tokens),
-        allocation,
-        replace(selection, n_recent=min(selection.n_recent, n)),
+    return parts._replace(
+        scoring=replace(scoring, window_size=n, token_window_size=n_tokens),
+        allocation=allocation,
+        selection=replace(selection, n_recent=min(selection.n_recent, n)),
     )
 
 

@@ -73,6 +73,7 @@ class PolicyEvaluation(Shifting):
         self._kv_pins = Pins()
         self._kv_asked_text = ""  # of the last chat
         self._kv_asked: Range | None = None  # where it stands in the prompt
+        self._kv_wording = None  # what asks the model to repeat, once it was needed
         self._kv_asks: list[int] = []  # its last tokens, which observe the answer
         self._kv_taken: set[str] = set()
         self._kv_back = None
@@ -327,13 +328,15 @@ class PolicyEvaluation(Shifting):
         self._kv_prompts.changed(self.n_tokens)
         self._kv_lost.cut(self.n_tokens)
         try:
-            with self._aligned(), Interrupts() as interrupts:
+            with self._decoding(len(tokens)), self._aligned(), Interrupts() as interrupts:
                 n_batch = self._accumulated_at_once(cache)  # as stock does, if nothing is summed up
                 i = 0
                 while i < len(tokens) or i == 0:
                     n = n_batch
                     if room is not None and len(tokens) > 0:
                         n = self._make_room(cache, tokens[i:], step, room)
+                    elif step == "prompt" and i > 0:
+                        self._replay_ahead(cache, len(tokens) - i)
                     batch = tokens[i : i + n]
                     self._accumulate(cache, len(batch))
                     # What generate() evaluates is known better here, and so is a last batch of one token. Of what is
@@ -346,14 +349,20 @@ class PolicyEvaluation(Shifting):
                         n_done, n_all = n_front + i + len(batch), n_front + len(tokens) + n_behind
                         report(self._kv_progress, self._kv_guard, n_done, n_all)
                     i += n
+        finally:
+            self._kv_known = self.n_tokens
+            kv.watch(True)
+
+    @contextmanager
+    def _decoding(self, n_tokens: int) -> Iterator[None]:
+        """What llama-cpp-python says of a batch of n_tokens that failed becomes an error of ours."""
+        try:
+            yield
         except RuntimeError as error:
             status = re.fullmatch(r"llama_decode returned (-?\d+)", str(error))
             if status is None:
                 raise
-            raise _native.decode_error(int(status[1]), len(tokens)) from error
-        finally:
-            self._kv_known = self.n_tokens
-            kv.watch(True)
+            raise _native.decode_error(int(status[1]), n_tokens) from error
 
     @contextmanager
     def _aligned(self) -> Iterator[None]:

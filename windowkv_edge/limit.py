@@ -64,14 +64,14 @@ N_ASKS = 64
 
 
 def n_asks(policy: KVPolicy) -> int:
-    """The same with a policy: no more than it observes; one where it sums up what has attended, which nothing asks
-    for."""
-    return 1 if policy.accumulates else min(int(policy.n_observed), N_ASKS)
+    """The same with a policy: no more than it observes; one where nothing asks: where it sums up what has attended, or
+    has the model repeat what it has read."""
+    return min(int(policy.n_observed), N_ASKS) if policy.observes else 1
 
 
 def n_observers(policy: KVPolicy, n_batch: int) -> int:
-    """Tokens of what a prompt asks that observe at once, at most; none for a policy that sums up what has attended."""
-    return 0 if policy.accumulates else min(n_asks(policy), n_batch)
+    """Tokens of what a prompt asks that observe at once, at most; none where nothing asks."""
+    return min(n_asks(policy), n_batch) if policy.observes else 0
 
 
 def check_interval(interval: int | None, policy: KVPolicy) -> None:

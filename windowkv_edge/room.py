@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING
 
 import llama_cpp
 import numpy as np
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ._memory import share_on_devices, usable_memory
 from .answers import Bound, newest
 from .compaction import Comes, n_in_answer
 from .errors import UnsupportedCallError
 from .going_back import GoingBack
+from .guard import Interrupts
 from .limit import N_ASKS, Limit, Prefill, n_asks, n_observers
 from .pins import Pins, Range, n_pinned
 from .policies import Task
 from .prompts import Step
+from .replay import N_LEAST, Wording, n_at_once, n_end, next_to_replay, replay
 from .session import PolicyCache
 from .task import prompt_task
 
@@ -37,8 +41,11 @@ class Compacting(GoingBack):
     _kv_asked: Range | None
     _kv_question: Sequence[int] = ()  # of a prompt that is evaluated in pieces
     _kv_asks: list[int]
+    _kv_wording: Wording | None
 
-    if TYPE_CHECKING:  # what Shifting has
+    if TYPE_CHECKING:  # what Shifting and the class behind it have
+        def _decoding(self, n_tokens: int) -> AbstractContextManager[None]: ...
+
         _kv_ahead: tuple[int, int]
 
         @property
@@ -114,6 +121,8 @@ class Compacting(GoingBack):
             asks = [] if bound is None else self._asks_of_answer(bound)
             if bound is not None and n_held + n > bound.n_cells - len(asks):
                 self._keep_before(cache, step)
+                if cache.bound.replays:
+                    self._replay(cache, self._n_to_replay(bound.target(n), "answer"))
                 n_fit = max(0, int(bound.n_cells - n_held))  # fewer behind a prompt of the limit's length, and drafts
                 self._observe(cache, asks[len(asks) - min(len(asks), n_fit) :])
                 self._shrink(cache, bound.target(n), in_answer=True)
@@ -121,9 +130,13 @@ class Compacting(GoingBack):
             asks = self._asks(cache, tokens) if step == "prompt" else []
             goes_on = step == "piece" or self._kv_ahead[1] > 0
             n_asked = n_observers(cache.bound, self.n_batch) if goes_on else len(asks)
+            if cache.bound.replays:  # those who repeat need room as well
+                n_asked = max(n_asked, n_at_once(self._wording(), self.n_batch))
             n, n_cells = Limit.next_step(room, self.n_batch, n_held, len(tokens), n_asked, n_most, goes_on)
             if n_cells is not None:
                 self._keep_before(cache, step)
+                if cache.bound.replays:
+                    self._replay(cache, self._n_to_replay(n_cells, "batch"))
                 self._observe(cache, asks)
                 n_behind = n_asked if goes_on or n < len(tokens) else 0
                 self._shrink(cache, n_cells, asks, n_next=n + n_behind)
@@ -191,6 +204,75 @@ class Compacting(GoingBack):
             self._observe(cache, self.input_ids[self.n_tokens - n : self.n_tokens].tolist())
 
     #
+    # what is repeated
+    #
+
+    def _wording(self) -> Wording:
+        if self._kv_wording is None:
+            own = isinstance(self.tokenizer_, LlamaTokenizer)  # llama.cpp aborts without a vocabulary
+            has_text = not own or self._model.vocab_type() != llama_cpp.LLAMA_VOCAB_TYPE_NONE
+            self._kv_wording = (
+                Wording.of(lambda text: self.tokenize(text.encode(), add_bos=False, special=False))
+                if has_text
+                else Wording((), ())
+            )
+        return self._kv_wording
+
+    def _n_to_replay(self, n_cells: int, comes: Comes, n_left: int = 0) -> int:
+        """Positions that are repeated before a compaction to n_cells, behind n_left more tokens: not what asks about
+        them, which stays."""
+        if comes == "batch":
+            return self.n_tokens  # that is behind them
+        n_past, n = self.n_tokens + n_left, n_end(n_cells)
+        if comes == "answer's start" and self._kv_asked is not None:
+            start, stop = self._kv_asked
+            n = max(1, min(n_past - max(start, stop - N_ASKS), n_cells // 2))
+        return max(0, n_past - n)
+
+    def _replay_ahead(self, cache: PolicyCache, n_left: int) -> None:
+        """Between two batches of a prompt that is compacted behind n_left more tokens: repeating what was read takes
+        less time the fewer cells there are."""
+        if not cache.bound.replays:
+            return
+        is_due, n_cells = self._is_due(cache, n_left)
+        if is_due:
+            self._replay(cache, min(self.n_tokens, self._n_to_replay(n_cells, "answer's start", n_left)))
+
+    def _replay(self, cache: PolicyCache, n_tokens: int) -> None:
+        """Have the model repeat what it has read up to a position; the logits of the last token stay."""
+        kv, wording = cache.kv, self._wording()
+        n_past = int(kv.stats().n_past)
+        n_room = self._n_positions - n_past
+        if next_to_replay(kv, n_tokens) >= n_tokens:
+            return
+        if n_room < wording.size + N_LEAST or n_past != self.n_tokens:
+            raise UnsupportedCallError(
+                f"kv_policy={cache.policy.name!r} has the model repeat what it has read before cells go, which takes "
+                f"{wording.size + N_LEAST} positions behind the {n_past} that are there, and n_ctx={self.n_ctx()} has "
+                f"{n_room}; give a larger n_ctx"
+            )
+        row = None if self._requires_eval else llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        logits = np.ctypeslib.as_array(row, shape=(self._n_vocab,)).copy() if row else None
+
+        def decode(tokens: list[int]) -> None:
+            for i in range(0, len(tokens), self.n_batch):
+                n_before = n_past + i
+                self._batch.set_batch(batch=tokens[i : i + self.n_batch], n_past=n_before, logits_all=False)
+                self._ctx.decode(self._batch)
+
+        kv.watch(False)
+        self._requires_eval = True
+        tokens = self.input_ids[:n_tokens].tolist()
+        n_most = min(n_at_once(wording, self.n_batch), n_room)
+        with self._decoding(n_most), Interrupts() as interrupts:
+            for _ in replay(kv, tokens, n_tokens, wording, n_most, decode):
+                interrupts.check()
+        row = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        if logits is not None and row:
+            ctypes.memmove(row, logits.ctypes.data, logits.nbytes)
+            self._requires_eval = False
+
+    #
     # attention that is summed up
     #
 
@@ -224,15 +306,7 @@ class Compacting(GoingBack):
         """Compact if the cache says that it is time; either way the prompt's last queries stay observed."""
         self._kv_prompts.is_open = False
         self._kv_asks = []
-        stats, n_cells = cache.kv.stats(), cache.n_cells(self._kv_when.budget)
-        n_held = float(cache.kv.cells().mean())
-        # compactions while the first prompt was read do not count
-        n_boundary = int(stats.n_boundary) if self._kv_settled else 0
-        is_due = self._kv_when.is_due(int(stats.n_past), n_boundary, n_held, n_cells)
-        if self._kv_limit is not None:
-            n_limit = self._kv_limit.n_cells(stats)
-            is_due = is_due or n_held > n_limit
-            n_cells = max(1, min(n_cells, n_limit - self._kv_limit.slack(n_limit)))
+        is_due, n_cells = self._is_due(cache)
         if not is_due:
             cache.kv.prompt_done()
             return
@@ -244,6 +318,19 @@ class Compacting(GoingBack):
             raise
         self._kv_when.changed = False
         self._kv_settled = True
+
+    def _is_due(self, cache: PolicyCache, n_left: int = 0) -> tuple[bool, int]:
+        """Whether a prompt of which n_left tokens are left is compacted at its end, and to how many cells per head."""
+        stats, n_cells = cache.kv.stats(), cache.n_cells(self._kv_when.budget, n_left)
+        n_held = float(cache.kv.cells().mean()) + n_left
+        # compactions while the first prompt was read do not count
+        n_boundary = int(stats.n_boundary) if self._kv_settled else 0
+        is_due = self._kv_when.is_due(int(stats.n_past) + n_left, n_boundary, n_held, n_cells)
+        if self._kv_limit is not None:
+            n_limit = self._kv_limit.n_cells(stats)
+            is_due = is_due or n_held > n_limit
+            n_cells = max(1, min(n_cells, n_limit - self._kv_limit.slack(n_limit)))
+        return is_due, n_cells
 
     def _compact(
         self,
@@ -262,7 +349,10 @@ class Compacting(GoingBack):
             comes: what is evaluated next.
             n_next: tokens of that batch, and of those who observe behind it: cells do not move for them.
         """
-        self._observe_again(cache)
+        if cache.bound.replays and comes == "answer's start":  # before the others somebody may observe already
+            self._replay(cache, self._n_to_replay(n_cells, comes))
+        if cache.bound.observes or cache.bound.accumulates:
+            self._observe_again(cache)
         within = self._kv_limit.n_free(cache.kv.stats(), cache.bound) if asks and self._kv_limit is not None else None
         ranges = self._kv_pins.for_compaction(n_cells, within)
         if comes == "answer":

@@ -53,6 +53,7 @@ class KVStats:
             of ``kv_checkpoints`` that would have kept them; "" if none had.
         n_checkpoints: states that the session can go back to.
         bytes_checkpoints: their bytes, in host memory; part of nothing else.
+        n_replayed: positions before this one were repeated by the model, for policies that go by that.
         n_shifted: positions that were given up at the end of the context in all (``kv_shift``). All other numbers are
             about the ones that are there.
     """
@@ -78,6 +79,7 @@ class KVStats:
     n_checkpoints: int = 0
     bytes_checkpoints: int = 0
     n_shifted: int = 0
+    n_replayed: int = 0
 
     @classmethod
     def read(cls, ctx: Context, policy: str | None, prompts: Prompts, checkpoints: Checkpoints) -> KVStats:
@@ -113,6 +115,7 @@ class KVStats:
             n_checkpoints=len(checkpoints.held),
             bytes_checkpoints=checkpoints.n_bytes,
             n_shifted=prompts.n_shifted,
+            n_replayed=stats.n_replayed,
         )
 
     def __str__(self) -> str:

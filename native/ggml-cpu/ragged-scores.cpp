@@ -16,12 +16,12 @@ static constexpr int64_t N_PIECES_HEAD = 64;
 // rarely has to be looked at twice
 static constexpr float MAX_OVER = 8.0f;
 
-static int64_t n_cells_piece(int64_t n_cells) {
-    return std::max(N_CELLS_PIECE, fattn_pad((n_cells + N_PIECES_HEAD - 1)/N_PIECES_HEAD, N_CELLS_TILE));
+static int64_t n_cells_piece(const ggml_ragged_scores & p, int64_t n_cells) {
+    return std::max(p.n_piece > 0 ? p.n_piece : N_CELLS_PIECE, fattn_pad((n_cells + N_PIECES_HEAD - 1)/N_PIECES_HEAD, N_CELLS_TILE));
 }
 
-static int64_t n_pieces(int64_t n_cells) {
-    const int64_t n = n_cells_piece(n_cells);
+static int64_t n_pieces(const ggml_ragged_scores & p, int64_t n_cells) {
+    const int64_t n = n_cells_piece(p, n_cells);
     return (n_cells + n - 1)/n;
 }
 
@@ -34,7 +34,7 @@ struct score_shape {
         n_embd(p.k->ne[0]), ld_k(fattn_pad(n_embd, VL)), n_cols(p.n_queries*p.n_gqa), ld_c(fattn_pad(n_cols, VL)),
         n_block(std::min(ld_c, N_ROWS_TILE)), n_res(p.by_query_head ? p.n_gqa : 1) {
         for (int64_t ih = 0; ih < p.n_head_kv; ++ih) {
-            n_pieces_all += n_pieces(p.n_cells[ih]);
+            n_pieces_all += n_pieces(p, p.n_cells[ih]);
         }
     }
 
@@ -129,9 +129,9 @@ bool score_worker::next(int step, score_piece & cur) {
 
     int64_t i0 = 0;
     for (int64_t ih = 0; ih < p.n_head_kv; ++ih) {
-        const int64_t i1 = i0 + n_pieces(p.n_cells[ih]);
+        const int64_t i1 = i0 + n_pieces(p, p.n_cells[ih]);
         if (cur.i < i1) {
-            const int64_t n = n_cells_piece(p.n_cells[ih]);
+            const int64_t n = n_cells_piece(p, p.n_cells[ih]);
 
             cur.ih    = ih;
             cur.cell0 = (cur.i - i0)*n;
@@ -261,9 +261,9 @@ void score_worker::combine() {
     for (int64_t ih = p.next[1]++; ih < p.n_head_kv; ih = p.next[1]++) {
         int64_t i0 = 0;
         for (int64_t jh = 0; jh < ih; ++jh) {
-            i0 += n_pieces(p.n_cells[jh]);
+            i0 += n_pieces(p, p.n_cells[jh]);
         }
-        const int64_t     i1 = i0 + n_pieces(p.n_cells[ih]);
+        const int64_t     i1 = i0 + n_pieces(p, p.n_cells[ih]);
         const score_stats st = of_head(ih);
 
         // a learned sink takes its share of a query's attention
@@ -290,7 +290,7 @@ void score_worker::combine() {
                 }
             }
             for (int l = 0; l < VL; ++l) {
-                const double weight = !p.largest ? p.weight : j + l < sh.n_cols ? n_seen(ih, j + l) : 0;
+                const double weight = !p.largest ? p.weight : j + l >= sh.n_cols ? 0 : p.weight != 0.0f ? p.weight : n_seen(ih, j + l);
                 st.sum[j + l] = float(weight/sum[l]);
             }
         }
@@ -341,12 +341,16 @@ void score_worker::weigh() {
     const int64_t n_cols_res = sh.n_cols/sh.n_res;
 
     for (score_piece cur; next(2, cur);) {
-        const score_stats st = of_head(cur.ih);
+        const score_stats st    = of_head(cur.ih);
+        const int64_t     cell1 = p.n_scored > 0 ? std::min(p.n_scored, cur.cell1) : cur.cell1;
+        if (cur.cell0 >= cell1) {
+            continue;
+        }
 
         load_queries(cur.ih);
         load_scales(st.sum);
-        for (int64_t cell0 = cur.cell0; cell0 < cur.cell1; cell0 += N_CELLS_TILE) {
-            const int64_t n_cells = std::min(N_CELLS_TILE, cur.cell1 - cell0);
+        for (int64_t cell0 = cur.cell0; cell0 < cell1; cell0 += N_CELLS_TILE) {
+            const int64_t n_cells = std::min(N_CELLS_TILE, cell1 - cell0);
 
             load_tile(cur.ih, cell0, n_cells);
             std::fill(res, res + sh.n_res*N_CELLS_TILE, 0.0f);
@@ -366,8 +370,9 @@ void score_worker::weigh() {
             }
             for (int64_t ir = 0; ir < sh.n_res; ++ir) {
                 float * dst = p.dst[cur.ih*sh.n_res + ir] + cell0;
+                const float * own = res + ir*N_CELLS_TILE;
                 for (int64_t j = 0; j < n_cells; ++j) {
-                    dst[j] = (p.keep != 0.0f ? p.keep*dst[j] : 0.0f) + res[ir*N_CELLS_TILE + j];
+                    dst[j] = p.keep == 0.0f ? own[j] : p.largest ? std::max(dst[j], own[j]) + (own[j] - own[j]) : p.keep*dst[j] + own[j];
                 }
             }
         }
@@ -394,9 +399,11 @@ static int64_t n_work(const ggml_ragged_scores * p) {
 
 template <void (score_worker::*step)()>
 static void run(ggml_tensor * dst, int ith, int /*nth*/, void * userdata) {
+    const ggml_tensor * work = step == &score_worker::scan ? dst : dst->src[0];
+
     auto & p = *(ggml_ragged_scores *) userdata;
     if (ith < p.n_threads) {
-        (score_worker(p, (float *) (dst->src[0] ? dst->src[0] : dst)->data, ith).*step)();
+        (score_worker(p, (float *) work->data, ith).*step)();
     }
 }
 

@@ -41,12 +41,16 @@ struct ggml_ragged_scores {
     const float * sinks;   // [n_head], nullptr: none
 
     // dst[i][j] = keep*dst[i][j] + weight*(sum of the weights of cell j), over all queries of a kv head, or of query head i of it;
-    // largest: dst[i][j] = the largest of the weight of cell j times the cells that the query sees
+    // largest: dst[i][j] = the largest of the weight of cell j, times the cells that the query sees where weight is 0, else times weight;
+    // and of dst[i][j], where keep is not 0
     bool          by_query_head;
     bool          largest;
     float         weight;
     float         keep; // 0: dst is not read
-    float * const * dst; // [n_head_kv] or [n_gqa, n_head_kv], pointers to [n_cells[ih]]
+    float * const * dst; // [n_head_kv] or [n_gqa, n_head_kv], pointers to [n_cells[ih]], or [n_scored]
+
+    int64_t n_scored = 0; // the first cells of every head, which alone get scores; 0: all
+    int64_t n_piece  = 0; // cells of a head that a thread takes at once; 0: as many as suit few queries and many cells
 
     int n_threads; // that there is work memory for
 

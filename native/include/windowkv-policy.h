@@ -28,11 +28,13 @@ enum wkv_query_heads {
 
 // what the attention weights that a cell gets become, over the observing tokens and the query heads of its kv head
 enum wkv_reduce {
-    WKV_REDUCE_MEAN = 0, // their mean
-    WKV_REDUCE_MAX  = 1, // the largest of weight times cells that the query sees; over 1 it is more than an even share of that query's
+    WKV_REDUCE_MEAN   = 0, // their mean
+    WKV_REDUCE_MAX    = 1, // the largest of weight times cells that the query sees; over 1 it is more than an even share of that query's
                          // attention (CORM, arXiv 2404.15949, section 4.1)
-    WKV_REDUCE_SUM  = 2, // their sum over the tokens of the whole sequence, mean over the query heads (H2O, arXiv 2306.14048, section 4);
+    WKV_REDUCE_SUM    = 2, // their sum over the tokens of the whole sequence, mean over the query heads (H2O, arXiv 2306.14048, section 4);
                          // sums stay with their cells in compactions
+    WKV_REDUCE_REPLAY = 3, // the largest that tokens which repeat it pay to it, see wkv_replay_begin() (KVzip, arXiv 2505.23416, section 3);
+                           // a cell that was not repeated has a larger one than any that was. window_size asks for no queries then
     WKV_REDUCE_COUNT
 };
 
@@ -44,7 +46,7 @@ struct wkv_scoring {
     int32_t pooling;           // enum wkv_pooling
     int32_t kernel_size;       // tokens that pooling spans, or positions if they carry over, 1 = none; odd if centred
     int32_t query_heads;       // enum wkv_query_heads; each: windows with kernel_size = 1, share = first and token_share = 0
-    int32_t reduce;            // enum wkv_reduce; max, sum: kind = best
+    int32_t reduce;            // enum wkv_reduce; max, sum: kind = best; replay: query_heads = mean, token_window_size = 0
 };
 
 // the mean budget C of the layers
@@ -133,6 +135,9 @@ struct wkv_policy {
     struct wkv_scoring    scoring;
     struct wkv_allocation allocation;
     struct wkv_selection  selection;
+
+    double replay_share; // of the cells that stay, the share that scores by replay (reduce = replay) choose among those that all above
+                         // leaves, whichever heads hold them, 0 to under 1; not with reduce = replay, kind = full or accounting = paper
 };
 
 // Shapes of one selection.

@@ -58,6 +58,7 @@ struct wkv_stats {
     int32_t n_observed;         // queries that a compaction can ask for; as many of the last prompt's end are held beside them
     int32_t n_queries;          // observed queries that are held: none where the tokens that had them were removed
     int32_t n_summed;           // tokens before this position are in the sums of the cells, see wkv_accumulate()
+    int32_t n_replayed;         // positions before this one were repeated, see wkv_replay_begin()
     int32_t type_k;             // ggml types of the cells
     int32_t type_v;
     int64_t bytes_live;         // bytes of the live buffers: pools, observed queries, tables on GPUs
@@ -157,6 +158,17 @@ WKV_API int wkv_prompt_done(struct llama_context * ctx);
 // than n_observed: they would take the place of all others.
 WKV_API int wkv_observe_begin(struct llama_context * ctx);
 WKV_API int wkv_observe_end  (struct llama_context * ctx);
+
+// wkv_observe_begin() for tokens that repeat the positions [p0, p1), as a prompt that asks for it makes a model do, of which no head has
+// lost a cell. wkv_observe_end() gives each of their cells the largest attention that these tokens and the query heads of its kv head
+// pay it, for reduce = replay, in a softmax over the repeated cells, the first four of the head, and the repeating tokens up to the one
+// that pays. The larger one stays where a cell has one already; cells of positions between n_replayed of the statistics and p0 get 0.
+// Scores stay with their cells, in compactions and saved states. The queries that are held stay held.
+WKV_API int wkv_replay_begin(struct llama_context * ctx, int32_t p0, int32_t p1);
+
+// scores of one layer by replays: for every kv head in turn its cells; 2, which is more than any, for cells that were not repeated and for
+// those of the first four positions. Returns the number of floats
+WKV_API int64_t wkv_get_replayed(struct llama_context * ctx, int32_t layer, float * scores, size_t n);
 
 // Called inside llama_decode() before it evaluates a single token behind a prompt: behind several tokens that came at once while
 // the function was set, since when nobody compacted or called wkv_prompt_done(). It may call these two and wkv_set_pinned(), and read

@@ -166,6 +166,22 @@ void llama_kv_cache_ragged_context::note_keys(int32_t il, const ggml_tensor * k_
     kv->set_rope(il, llama_kv_ragged_find_rope(k_cur));
 }
 
+llama_kv_ragged_replay * llama_kv_cache_ragged_context::get_replay() const {
+    return full ? nullptr : kv->get_replay();
+}
+
+int64_t llama_kv_cache_ragged_context::n_replay_keys() const {
+    return get_replay()->n_keys(kv->get_seq().n_pos);
+}
+
+void llama_kv_cache_ragged_context::set_replay_rows(int32_t il, int32_t * rows) const {
+    get_replay()->set_rows(kv->get_seq(), get_index(il), rows);
+}
+
+void llama_kv_cache_ragged_context::set_replay_mask(int64_t n_tokens, float * mask) const {
+    get_replay()->set_mask(kv->get_seq().n_pos, n_tokens, mask);
+}
+
 uint64_t llama_kv_cache_ragged_context::get_epoch() const {
     return kv->get_epoch();
 }

@@ -13,6 +13,7 @@ struct llama_context;
 struct llm_graph_context;
 
 class llama_kv_cache_ragged;
+class llama_kv_ragged_replay;
 
 // The scale of a layer's attention logits, which the worst-case graph of a context has. Throws llama_kv_ragged_unsupported if the layer's
 // attention does not run through the cache.
@@ -100,6 +101,15 @@ public:
     int64_t get_n_observed(int64_t n_tokens) const;
 
     uint64_t get_epoch() const;
+
+    // nullptr: the tokens of the graph repeat nothing
+    llama_kv_ragged_replay * get_replay() const;
+
+    int64_t n_replay_keys() const;
+
+    // see llama_kv_ragged_replay
+    void set_replay_rows(int32_t il, int32_t * rows) const;
+    void set_replay_mask(int64_t n_tokens, float * mask) const;
 
     // what a context shift has to know of the keys that the graph makes
     void note_keys(int32_t il, const ggml_tensor * k_cur) const;

@@ -323,15 +323,22 @@ void llama_kv_cache_ragged::check_not_observing() const {
     }
 }
 
-void llama_kv_cache_ragged::observe_begin(llama_memory_i & mem) {
+void llama_kv_cache_ragged::observe_begin(llama_memory_i & mem, int32_t p0, int32_t p1) {
     check_not_observing();
     check_closed();
     synchronize();
 
+    const bool repeats = p0 != 0 || p1 != 0;
+    auto replay = repeats ? std::make_unique<llama_kv_ragged_replay>(seq, p0, p1) : nullptr;
+
     llama_kv_ragged_others others(*this, mem);
     auto claim = std::make_unique<llama_kv_ragged_claim>(stats.meter, others.bytes());
-    visit = std::make_unique<llama_kv_ragged_visit>(
-            llama_kv_ragged_visit { seq.n_pos, seq.prompt_begin, seq.observed.n_prompt, std::move(others), std::move(claim) });
+    visit = std::make_unique<llama_kv_ragged_visit>(llama_kv_ragged_visit {
+            seq.n_pos, seq.prompt_begin, seq.observed.n_prompt, std::move(others), std::move(claim), std::move(replay) });
+    if (repeats) {
+        seq.observed.n_prompt = seq.n_pos; // the queries that are held are not forgotten for those who repeat
+        epoch++;                           // graphs have more nodes meanwhile
+    }
 }
 
 bool llama_kv_cache_ragged::observe_end() {
@@ -341,6 +348,7 @@ bool llama_kv_cache_ragged::observe_end() {
     }
     synchronize();
     const auto own = std::move(visit);
+    epoch += own->replay != nullptr;
     if (seq.n_pos > own->n_pos) {
         own->others.restore();
         seq.withdraw(own->n_pos);
@@ -348,6 +356,10 @@ bool llama_kv_cache_ragged::observe_end() {
     if (seq.n_pos == own->n_pos) {
         seq.prompt_begin      = own->prompt_begin;
         seq.observed.n_prompt = own->n_prompt;
+        if (own->replay) {
+            seq.observed.trim(seq.n_pos); // they do not observe
+            own->replay->give(seq);
+        }
     }
     return true;
 }

@@ -2,6 +2,7 @@
 
 #include "llama-kv-cache.h"
 #include "llama-kv-ragged-compact.h"
+#include "llama-kv-ragged-replay.h"
 #include "llama-kv-ragged-seq.h"
 #include "llama-kv-ragged-shift.h"
 #include "llama-arch.h"
@@ -161,8 +162,12 @@ public:
     // Tokens evaluated between the two are only observed: their positions are given up again, with what they did to windows and recurrent
     // states, and their queries are the newest ones for a compaction that follows at once. Clearing the cache ends it, too; ending it
     // says whether there was something to end; a second time forgets the queries.
-    void observe_begin(llama_memory_i & mem);
+    // With positions [p0, p1) they repeat these, whose cells have scores then; it throws what llama_kv_ragged_replay does.
+    void observe_begin(llama_memory_i & mem, int32_t p0 = 0, int32_t p1 = 0);
     bool observe_end();
+
+    // nullptr: nothing is repeated
+    llama_kv_ragged_replay * get_replay() const { return visit ? visit->replay.get() : nullptr; }
 
     bool is_observing() const { return visit != nullptr; }
     void check_not_observing() const; // throws std::invalid_argument
@@ -214,7 +219,8 @@ private:
         uint32_t               n_prompt;
         llama_kv_ragged_others others;
 
-        std::unique_ptr<llama_kv_ragged_claim> claim;
+        std::unique_ptr<llama_kv_ragged_claim>  claim;
+        std::unique_ptr<llama_kv_ragged_replay> replay;
     };
     std::unique_ptr<llama_kv_ragged_visit> visit;
 

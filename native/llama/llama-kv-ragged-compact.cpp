@@ -72,6 +72,11 @@ float * llama_kv_ragged_choice::score(size_t il0, size_t il1, size_t i_window) {
     return scores.data();
 }
 
+void llama_kv_ragged_choice::drop_scores() {
+    claim.set(0);
+    scores = {};
+}
+
 void llama_kv_ragged_choice::score(size_t il, const llama_kv_ragged_score_fn & stay) {
     const int64_t t_start_us = ggml_time_us();
 
@@ -212,14 +217,16 @@ static void move_rows_in_place(const llama_kv_ragged_pool & pool, const wkv::mar
     }
 }
 
-// sums go with their cells; those of cells that have none are not kept
-static std::vector<std::vector<float>> gather_sums(const llama_kv_ragged_cells & cells, const llama_kv_ragged_plan & plan, size_t i_head) {
-    std::vector<std::vector<float>> res(cells.sums.size());
-    for (size_t ih = 0; ih < res.size(); ++ih) {
-        const auto & sums = cells.sums[ih];
+// numbers go with their cells; those of cells that have none are not kept
+static llama_kv_ragged_carried gather_carried(const llama_kv_ragged_carried & src, const llama_kv_ragged_plan & plan, size_t i_head) {
+    llama_kv_ragged_carried res;
+    res.n_pos = src.n_pos;
+    res.heads.resize(src.heads.size());
+    for (size_t ih = 0; ih < res.heads.size(); ++ih) {
+        const auto & own = src.heads[ih];
         plan.keep.for_runs(i_head + ih, [&](int32_t i0, int32_t i1) {
-            const int32_t n = sums.size();
-            res[ih].insert(res[ih].end(), sums.begin() + std::min(i0, n), sums.begin() + std::min(i1, n));
+            const int32_t n = own.size();
+            res.heads[ih].insert(res.heads[ih].end(), own.begin() + std::min(i0, n), own.begin() + std::min(i1, n));
         });
     }
     return res;
@@ -242,8 +249,8 @@ static llama_kv_ragged_cells gather_positions(const llama_kv_ragged_seq & seq, s
         });
         GGML_ASSERT(int64_t(kept.size()) == plan.after[i_head]);
     }
-    res.sums     = gather_sums(seq.cells[i], plan, i*plan.n_head_kv);
-    res.n_summed = seq.cells[i].n_summed;
+    res.sums     = gather_carried(seq.cells[i].sums,     plan, i*plan.n_head_kv);
+    res.replayed = gather_carried(seq.cells[i].replayed, plan, i*plan.n_head_kv);
     return res;
 }
 
@@ -270,7 +277,7 @@ llama_kv_ragged_cells llama_kv_ragged_gather(
 
     llama_kv_ragged_cells res = gather_positions(seq, i, plan);
 
-    llama_kv_ragged_claim claim_sums(seq.get_meter(), res.n_bytes_sums()); // the old ones are there too until the rows have moved
+    llama_kv_ragged_claim claim_carried(seq.get_meter(), res.n_bytes_carried()); // the old ones are there too until the rows have moved
 
     bool same_rows = layer.on_cpu();
     for (int64_t ih = 0; ih < layer.n_head_kv; ++ih) {
@@ -322,7 +329,7 @@ void llama_kv_cache_ragged::accumulate(llama_context & lctx) {
     lctx.synchronize();
 
     for (size_t i = 0; i < layers.size(); ++i) {
-        if (seq.cells[i].n_summed < seq.n_pos) {
+        if (seq.cells[i].sums.n_pos < seq.n_pos) {
             const auto n_cells = seq.n_cells(i);
 
             // what is scored, and the sums that it becomes, beside those so far

@@ -31,6 +31,8 @@ public:
     const std::vector<float> & get_scores() const { return scores; }
     void                       set_scores(const std::vector<float> & value) { scores = value; }
 
+    void drop_scores(); // nobody asks for them any more
+
     llama_context                 & get_lctx()    const { return lctx; }
     const llama_kv_ragged_seq     & get_seq()     const { return seq; }
     const llama_kv_ragged_scoring & get_scoring() const { return scoring; }

@@ -1,6 +1,7 @@
 // The attention of the ragged cache: graph inputs and the nodes that store, observe and attend.
 
 #include "llama-kv-cache-ragged-context.h"
+#include "llama-kv-ragged-replay.h"
 #include "llama-kv-ragged-table.h"
 
 #include "llama-context.h"
@@ -61,6 +62,10 @@ public:
 
     ggml_tensor * get_rows(ggml_context * ctx, const cell_table & table, int32_t il) const;
 
+    // of tokens that repeat a piece: the keys that they are asked about, I32 [n_keys*n_head_kv] of a layer, and F32 [n_keys, n_tokens]
+    ggml_tensor * get_replay_rows(ggml_context * ctx, int64_t n_head_kv, int32_t il);
+    ggml_tensor * get_replay_mask(ggml_context * ctx);
+
     std::map<int32_t, float> scales; // of the attention logits of the layers in this graph
 
     static llm_graph_input_ragged * find(llm_graph_result * res);
@@ -83,6 +88,9 @@ private:
     void init_common(ggml_context * ctx);
 
     ggml_tensor * observed_idxs = nullptr; // I64 [n_observed]
+
+    std::map<int32_t, ggml_tensor *> replay_rows; // of the layers
+    ggml_tensor *                    replay_mask = nullptr;
 
     // by device, nullptr: an input of the graph; a device's own is written once, inputs are copied for every layer's view
     std::map<ggml_backend_dev_t, cell_table> tables;
@@ -215,6 +223,23 @@ ggml_tensor * llm_graph_input_ragged::get_observed_idxs(ggml_context * ctx) {
     return observed_idxs;
 }
 
+ggml_tensor * llm_graph_input_ragged::get_replay_rows(ggml_context * ctx, int64_t n_head_kv, int32_t il) {
+    ggml_tensor * res = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, mctx->n_replay_keys()*n_head_kv);
+    ggml_set_input(res);
+    ggml_format_name(res, "ragged_replay_rows-%d", il);
+    replay_rows[il] = res;
+    return res;
+}
+
+ggml_tensor * llm_graph_input_ragged::get_replay_mask(ggml_context * ctx) {
+    if (!replay_mask) {
+        replay_mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, mctx->n_replay_keys(), n_tokens);
+        ggml_set_input(replay_mask);
+        ggml_set_name(replay_mask, "ragged_replay_mask");
+    }
+    return replay_mask;
+}
+
 const llm_graph_input_ragged::cell_table & llm_graph_input_ragged::get_table(ggml_context * ctx, int64_t n_head_kv, int32_t il) {
     ragged.push_back(il);
 
@@ -286,6 +311,17 @@ void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
         }
     }
 
+    if (replay_mask) {
+        std::vector<float> mask(ggml_nelements(replay_mask));
+        mctx->set_replay_mask(n_tokens, mask.data());
+        ggml_backend_tensor_set(replay_mask, mask.data(), 0, ggml_nbytes(replay_mask));
+    }
+    for (const auto & [il, dst] : replay_rows) {
+        std::vector<int32_t> own(ggml_nelements(dst));
+        mctx->set_replay_rows(il, own.data());
+        ggml_backend_tensor_set(dst, own.data(), 0, ggml_nbytes(dst));
+    }
+
     const auto & rows = mctx->get_observed_rows();
     GGML_ASSERT((int64_t) rows.size() == observed_idxs->ne[0]);
     ggml_backend_tensor_set(observed_idxs, rows.data(), 0, ggml_nbytes(observed_idxs));
@@ -293,7 +329,7 @@ void llm_graph_input_ragged::set_input(const llama_ubatch * ubatch) {
 
 bool llm_graph_input_ragged::can_reuse(const llm_graph_params & params) {
     const auto * next = llama_kv_cache_ragged_context::find(params.mctx);
-    if (!next || next->get_epoch() != epoch || params.ubatch.n_tokens != n_tokens) {
+    if (!next || next->get_epoch() != epoch || params.ubatch.n_tokens != n_tokens || !replay_rows.empty()) {
         return false;
     }
 
@@ -454,6 +490,11 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
             }
             cur = concat_heads(ctx, heads);
         }
+    }
+
+    if (auto * replay = get_replay()) {
+        replay->build(ctx, g.gf, q, view.k, inp->get_replay_rows(ctx, n_head_kv, il), layer.on_cpu() ? nullptr : inp->get_replay_mask(ctx), sinks, kq_scale, softcap,
+                std::max(g.cparams.n_threads, g.cparams.n_threads_batch), get_index(il));
     }
 
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);

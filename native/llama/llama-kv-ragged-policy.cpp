@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <numeric>
 #include <stdexcept>
 
-static_assert(int(LLAMA_KV_RAGGED_REDUCE_MAX) == WKV_REDUCE_MAX && int(LLAMA_KV_RAGGED_REDUCE_SUM) == WKV_REDUCE_SUM, "the same choices");
+static_assert(int(LLAMA_KV_RAGGED_REDUCE_MAX) == WKV_REDUCE_MAX && int(LLAMA_KV_RAGGED_REDUCE_SUM) == WKV_REDUCE_SUM &&
+        int(LLAMA_KV_RAGGED_REDUCE_REPLAY) == WKV_REDUCE_REPLAY, "the same choices");
 
 void llama_kv_ragged_check_request(const llama_kv_ragged_seq & seq, int32_t window_size, int64_t n_cells) {
     if (n_cells < 1) {
@@ -64,6 +66,28 @@ std::shared_ptr<const llama_kv_ragged_rest> llama_kv_ragged_without(
     return res;
 }
 
+// the rest of n_cells cells per head by what replays have found, beside those that are marked
+static std::string add_replayed(
+        const llama_kv_ragged_seq & seq, const llama_kv_ragged_rest * rest, const wkv::cache_view & view, int64_t n_cells, wkv::marks & keep) {
+    const auto   cells = seq.n_cells(); // pinned ones too
+    const size_t n     = std::accumulate(cells.begin(), cells.end(), size_t(0));
+
+    const llama_kv_ragged_claim claim(seq.get_meter(), n*sizeof(float));
+
+    std::vector<float> scores(n);
+    float * dst = scores.data();
+    for (size_t i = 0; i < seq.cells.size(); ++i) {
+        seq.copy_replayed(i, dst);
+        for (size_t ih = 0; ih < seq.cells[i].kept.size(); ++ih) {
+            dst += seq.n_cells(i, ih);
+        }
+    }
+    if (rest) {
+        rest->cells.take(scores.data(), 0, cells.size(), 1);
+    }
+    return wkv::add_replayed(view, n_cells, scores.data(), keep);
+}
+
 bool llama_kv_ragged_policy_request(
         const llama_kv_ragged_seq & seq, const wkv_policy & policy, const std::vector<wkv::position_range> & pinned, int64_t n_cells,
         llama_kv_ragged_request & request) {
@@ -76,6 +100,8 @@ bool llama_kv_ragged_policy_request(
     llama_kv_ragged_check_request(seq, sizes.empty() ? 0 : *std::max_element(sizes.begin(), sizes.end()), n_cells);
     n_cells = std::min<int64_t>(n_cells, INT32_MAX); // no head holds more
 
+    const int64_t n_asked = n_cells;
+
     const auto rest   = llama_kv_ragged_without(seq, pinned, n_cells);
     const auto cells  = rest ? rest->cells.cells() : seq.n_cells();
     const auto shapes = llama_kv_ragged_shapes(seq, cells, rest.get());
@@ -87,9 +113,15 @@ bool llama_kv_ragged_policy_request(
     if (n_cells == 0) {
         return false;
     }
+    const bool    replays = policy.scoring.reduce == WKV_REDUCE_REPLAY || policy.replay_share > 0.0;
+    const int64_t n_left  = replays ? int64_t(seq.n_pos) - seq.n_replayed() : 0;
+    if (n_left > n_asked) {
+        throw std::invalid_argument(format("the policy goes by what a replay scores, and %" PRId64 " of the %u positions were not replayed, more than "
+                    "the %" PRId64 " cells per head that may stay: replay more of them first", n_left, seq.n_pos, n_asked));
+    }
 
     // heads that compete need scores, unless everything fits; for the others the budgets tell before anything is computed
-    if (wkv::needs_scores_for_budgets(policy)) {
+    if (wkv::needs_scores_for_budgets(policy) || policy.replay_share > 0.0) {
         if (wkv::fits(shapes, n_cells)) {
             return false;
         }
@@ -139,7 +171,14 @@ bool llama_kv_ragged_policy_request(
         // devices know of no pinned cells
         llama_kv_ragged_device_keys devices(choice, view);
         wkv::marks                  own     = rest ? wkv::marks(cells.data(), cells.size()) : wkv::marks();
-        const std::string           refused = wkv::select_cells(view, n_cells, scores, rest ? own : choice.keep, rest ? nullptr : &devices);
+        wkv::marks                & keep    = rest ? own : choice.keep;
+        const int64_t               n_other = policy.replay_share > 0.0 ? std::min(n_cells - 1, int64_t(n_cells*policy.replay_share)) : 0;
+
+        std::string refused = wkv::select_cells(view, n_cells - n_other, scores, keep, rest ? nullptr : &devices);
+        if (refused.empty() && n_other > 0) {
+            choice.drop_scores();
+            refused = add_replayed(seq, rest.get(), view, n_cells, keep);
+        }
         if (!refused.empty()) {
             llama_kv_ragged_refuse_unsupported(refused);
         }

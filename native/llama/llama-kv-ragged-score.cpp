@@ -102,7 +102,7 @@ static observers make_observers(const llama_kv_ragged_seq & seq, std::vector<int
 
 // those that are in no sum yet; of what is only observed none are
 static observers find_unsummed(const llama_kv_ragged_seq & seq, size_t i, int64_t n_gqa) {
-    auto rows = seq.observed.find(seq.cells[i].n_summed);
+    auto rows = seq.observed.find(seq.cells[i].sums.n_pos);
     rows.erase(std::find_if(rows.begin(), rows.end(), [&](int32_t row) { return seq.observed.pos[row] >= int32_t(seq.n_pos); }), rows.end());
 
     auto res = make_observers(seq, std::move(rows));
@@ -116,6 +116,9 @@ static observers find_observers(
         const llama_kv_ragged_seq & seq, size_t i, const llama_kv_ragged_scoring & scoring, size_t i_window, int64_t n_gqa) {
     if (scoring.reduce == LLAMA_KV_RAGGED_REDUCE_SUM) {
         return find_unsummed(seq, i, n_gqa);
+    }
+    if (scoring.reduce == LLAMA_KV_RAGGED_REDUCE_REPLAY) {
+        return {};
     }
     const auto rows = find_rows(seq, scoring.window_sizes);
     const auto n_of = count_rows(seq, scoring.window_sizes, rows);
@@ -240,8 +243,7 @@ static ggml_tensor * columns(ggml_context * ctx, ggml_tensor * cur, int64_t i0, 
     return n == cur->ne[1] ? cur : ggml_view_2d(ctx, cur, cur->ne[0], n, cur->nb[1], i0*cur->nb[1]);
 }
 
-// the largest of every row, [ne1, 1, n]; no number where one was not finite, which comparing does not tell
-static ggml_tensor * build_largest(ggml_context * ctx, ggml_tensor * rows) {
+ggml_tensor * llama_kv_ragged_build_largest(ggml_context * ctx, ggml_tensor * rows) {
     const int64_t n = rows->ne[0];
 
     ggml_tensor * rest = ggml_scale(ctx, ggml_sum_rows(ctx, rows), 0.0f);
@@ -249,10 +251,9 @@ static ggml_tensor * build_largest(ggml_context * ctx, ggml_tensor * rows) {
     return ggml_reshape_3d(ctx, res, rows->ne[1], 1, rows->ne[2]);
 }
 
-// the larger ones of two
-static ggml_tensor * build_larger(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
+ggml_tensor * llama_kv_ragged_build_larger(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
     const auto as_row = [&](ggml_tensor * cur) { return ggml_reshape_3d(ctx, cur, 1, cur->ne[0], cur->ne[2]); };
-    return build_largest(ctx, ggml_concat(ctx, as_row(a), as_row(b), 0));
+    return llama_kv_ragged_build_largest(ctx, ggml_concat(ctx, as_row(a), as_row(b), 0));
 }
 
 // the means over some of the columns: softmax(q k^T), then times the weights, [n_cells, n_res, n]; or the largest after that
@@ -285,7 +286,7 @@ static ggml_tensor * build_part(
     kq = ggml_reshape_3d(ctx, kq, kq->ne[0], n_cols, group.n);
     if (largest) {
         kq = ggml_mul(ctx, kq, columns(ctx, weights, i_col, n_cols));
-        return build_largest(ctx, ggml_cont(ctx, ggml_transpose(ctx, kq)));
+        return llama_kv_ragged_build_largest(ctx, ggml_cont(ctx, ggml_transpose(ctx, kq)));
     }
 
     ggml_tensor * w = n_cols == weights->ne[0] ? weights :
@@ -358,7 +359,7 @@ static void score_by_graph(
 
         for (const part & cur : parts) {
             ggml_tensor * sum = build_part(ctx, attn, k, q, obs.n(), group, cur, largest);
-            group.sum = !group.sum ? sum : largest ? build_larger(ctx, group.sum, sum) : ggml_add(ctx, group.sum, sum);
+            group.sum = !group.sum ? sum : largest ? llama_kv_ragged_build_larger(ctx, group.sum, sum) : ggml_add(ctx, group.sum, sum);
         }
         if (stay) {
             stay(graph, group.sum, group.ih);
@@ -406,8 +407,7 @@ static void score_by_graph(
     }
 }
 
-// the steps of the CPU backend, nullptr on another
-static const ggml_ragged_scores_steps * cpu_steps(const llama_kv_ragged_layer & layer) {
+const ggml_ragged_scores_steps * llama_kv_ragged_cpu_steps(const llama_kv_ragged_layer & layer) {
     if (!layer.on_cpu()) {
         return nullptr;
     }
@@ -418,20 +418,24 @@ static const ggml_ragged_scores_steps * cpu_steps(const llama_kv_ragged_layer & 
     return ((const ggml_ragged_scores_steps * (*)()) fct)();
 }
 
-static void score_by_steps(
-        llama_context & lctx, const llama_kv_ragged_layer & layer, const ggml_ragged_scores_steps & steps, ggml_ragged_scores & p,
-        llama_kv_ragged_workspace & workspace) {
-    llama_kv_ragged_compute graph(lctx, layer, workspace, 3);
-    ggml_context * ctx = graph.get_ctx();
-
-    p.n_threads = std::max(lctx.n_threads(), lctx.n_threads_batch());
-
+ggml_tensor * llama_kv_ragged_build_steps(
+        ggml_context * ctx, const ggml_ragged_scores_steps & steps, ggml_ragged_scores & p, const std::vector<ggml_tensor *> & reads) {
     const auto node = [&](int64_t n, std::vector<ggml_tensor *> args, ggml_custom_op_t step) {
+        args.insert(args.end(), reads.begin(), reads.end());
         return ggml_custom_4d(ctx, GGML_TYPE_F32, n, 1, 1, 1, args.data(), args.size(), step, GGML_N_TASKS_MAX, &p);
     };
     ggml_tensor * work  = node(steps.n_work(&p), {}, steps.scan);
     ggml_tensor * heads = node(1, { work }, steps.combine);
-    graph.expand(node(1, { work, heads }, steps.weigh));
+    return node(1, { work, heads }, steps.weigh);
+}
+
+static void score_by_steps(
+        llama_context & lctx, const llama_kv_ragged_layer & layer, const ggml_ragged_scores_steps & steps, ggml_ragged_scores & p,
+        llama_kv_ragged_workspace & workspace) {
+    llama_kv_ragged_compute graph(lctx, layer, workspace, 3);
+
+    p.n_threads = std::max(lctx.n_threads(), lctx.n_threads_batch());
+    graph.expand(llama_kv_ragged_build_steps(graph.get_ctx(), steps, p, {}));
 
     graph.alloc();
     graph.compute();
@@ -449,8 +453,11 @@ size_t llama_kv_ragged_score(
     if (scoring.reduce == LLAMA_KV_RAGGED_REDUCE_SUM) {
         seq.copy_sums(i, dst);
     }
+    if (scoring.reduce == LLAMA_KV_RAGGED_REDUCE_REPLAY) {
+        seq.copy_replayed(i, dst);
+    }
     if (obs.n() == 0 || n_all == 0) {
-        return n_all; // both windows hold the same queries, or all of them are in the sums
+        return n_all; // both windows hold the same queries, all of them are in the sums, or a replay has asked
     }
 
     const attention attn = attention_of(lctx, layer);
@@ -482,11 +489,11 @@ size_t llama_kv_ragged_score(
     p.sinks         = attn.sinks ? (const float *) attn.sinks->data : nullptr;
     p.by_query_head = scoring.by_query_head;
     p.largest       = scoring.reduce == LLAMA_KV_RAGGED_REDUCE_MAX;
-    p.weight        = obs.weight;
+    p.weight        = p.largest ? 0.0f : obs.weight;
     p.keep          = obs.keep;
     p.dst           = rows.data();
 
-    const auto * steps = scoring.graph ? nullptr : cpu_steps(layer);
+    const auto * steps = scoring.graph ? nullptr : llama_kv_ragged_cpu_steps(layer);
     if (steps && steps->supports(&p)) {
         score_by_steps(lctx, layer, *steps, p, workspace);
     } else {

@@ -14,13 +14,15 @@ enum llama_kv_ragged_reduce {
     LLAMA_KV_RAGGED_REDUCE_MEAN,
     LLAMA_KV_RAGGED_REDUCE_MAX,
     LLAMA_KV_RAGGED_REDUCE_SUM,
+    LLAMA_KV_RAGGED_REDUCE_REPLAY,
 };
 
 struct llama_kv_ragged_scoring {
     // Observation windows in tokens: the last queries of the sequence, or those of them that were observed. Each makes a plane of scores.
     std::vector<int32_t> window_sizes;
 
-    // other than the mean: of one window, and by_query_head is false; sum: of the queries that are in no sum yet, added to the cells' sums
+    // other than the mean: of one window, and by_query_head is false; sum: of the queries that are in no sum yet, added to the cells' sums;
+    // replay: what a replay gave the cells
     llama_kv_ragged_reduce reduce = LLAMA_KV_RAGGED_REDUCE_MEAN;
 
     // false: the mean over the queries of a window and the query heads of a kv head
@@ -38,6 +40,23 @@ struct llama_kv_ragged_scoring {
     // bytes of attention weights that may be computed for several heads at once; -1: what suits the device
     int64_t n_bytes_group = -1;
 };
+
+// the largest of every row of [n, ne1, ne2], [ne1, 1, ne2]; no number where one was not finite, which comparing does not tell
+ggml_tensor * llama_kv_ragged_build_largest(ggml_context * ctx, ggml_tensor * rows);
+
+// the larger ones of two [ne0, 1, ne2]
+ggml_tensor * llama_kv_ragged_build_larger(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b);
+
+struct ggml_ragged_scores;
+struct ggml_ragged_scores_steps;
+
+// the steps of the CPU backend, nullptr for a layer on another
+const ggml_ragged_scores_steps * llama_kv_ragged_cpu_steps(const llama_kv_ragged_layer & layer);
+
+// The nodes of these steps, which read what a graph computes before; p has to outlive it. Expand what it returns, which has no value of
+// its own.
+ggml_tensor * llama_kv_ragged_build_steps(
+        ggml_context * ctx, const ggml_ragged_scores_steps & steps, ggml_ragged_scores & p, const std::vector<ggml_tensor *> & reads);
 
 // Scores of one layer by window i_window: for the kv heads in turn [n_cells]; by query head [n_gqa, n_cells]. Returns how many.
 // i_window = 1: dst holds the scores by the first window, which those by the second take the place of. Queries that are in

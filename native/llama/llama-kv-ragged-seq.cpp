@@ -10,12 +10,24 @@
 // llama_kv_ragged_cells
 //
 
-int64_t llama_kv_ragged_cells::n_bytes_sums() const {
+int64_t llama_kv_ragged_carried::n_bytes() const {
     int64_t res = 0;
-    for (const auto & own : sums) {
+    for (const auto & own : heads) {
         res += own.size()*sizeof(float);
     }
     return res;
+}
+
+void llama_kv_ragged_carried::copy(size_t ih, size_t n, float fill, float * dst) const {
+    const size_t n_own = heads.empty() ? 0 : std::min(n, heads[ih].size());
+    if (n_own > 0) {
+        std::copy_n(heads[ih].begin(), n_own, dst);
+    }
+    std::fill(dst + n_own, dst + n, fill);
+}
+
+int64_t llama_kv_ragged_cells::n_bytes_carried() const {
+    return sums.n_bytes() + replayed.n_bytes();
 }
 
 bool llama_kv_ragged_cells::is_uniform() const {
@@ -206,24 +218,27 @@ void llama_kv_ragged_seq::trim(uint32_t p0) {
 void llama_kv_ragged_seq::withdraw(uint32_t p0) {
     n_pos             = p0;
     for (size_t i = 0; i < cells.size(); ++i) {
-        cells[i].n_summed = std::min(cells[i].n_summed, p0);
-        for (size_t ih = 0; ih < cells[i].sums.size(); ++ih) {
-            auto & sums = cells[i].sums[ih];
-            sums.resize(std::min<size_t>(sums.size(), n_cells(i, ih)));
+        for (auto * cur : cells[i].carried()) {
+            cur->n_pos = std::min(cur->n_pos, p0);
+            for (size_t ih = 0; ih < cur->heads.size(); ++ih) {
+                cur->heads[ih].resize(std::min<size_t>(cur->heads[ih].size(), n_cells(i, ih)));
+            }
         }
     }
-    claim_sums();
+    claim_carried();
     prompt_begin      = prompt_begin < int32_t(p0) ? prompt_begin : -1;
     observed.n_prompt = std::min(observed.n_prompt, p0);
 }
 
 void llama_kv_ragged_seq::close(const llama_kv_ragged_hole & hole) {
     for (auto & cur : cells) {
-        for (size_t ih = 0; ih < cur.sums.size(); ++ih) {
-            auto & sums = cur.sums[ih];
-            sums.erase(sums.begin() + std::min(sums.size(), cur.find(ih, hole.p0)), sums.begin() + std::min(sums.size(), cur.find(ih, hole.p1)));
+        for (auto * carried : cur.carried()) {
+            for (size_t ih = 0; ih < carried->heads.size(); ++ih) {
+                auto & own = carried->heads[ih];
+                own.erase(own.begin() + std::min(own.size(), cur.find(ih, hole.p0)), own.begin() + std::min(own.size(), cur.find(ih, hole.p1)));
+            }
+            carried->n_pos = hole.close(carried->n_pos);
         }
-        cur.n_summed = hole.close(cur.n_summed);
 
         const uint32_t next = hole.close(cur.boundary);
         for (auto & kept : cur.kept) {
@@ -248,7 +263,7 @@ void llama_kv_ragged_seq::close(const llama_kv_ragged_hole & hole) {
         p = p < hole.p0 ? p : p < hole.p1 ? -1 : p - hole.n();
     }
     observed.n_prompt = hole.close(observed.n_prompt);
-    claim_sums();
+    claim_carried();
 }
 
 int32_t llama_kv_ragged_seq::observed_end() const {
@@ -263,17 +278,13 @@ void llama_kv_ragged_seq::end_prompt() {
 void llama_kv_ragged_seq::compact(size_t i, llama_kv_ragged_cells && left) {
     cells[i] = std::move(left);
     boundary = n_pos;
-    claim_sums();
+    claim_carried();
 }
 
 void llama_kv_ragged_seq::copy_sums(size_t i, float * dst) const {
     for (size_t ih = 0; ih < cells[i].kept.size(); ++ih) {
-        const size_t n     = n_cells(i, ih);
-        const size_t n_own = cells[i].sums.empty() ? 0 : std::min(n, cells[i].sums[ih].size());
-        if (n_own > 0) {
-            std::copy_n(cells[i].sums[ih].begin(), n_own, dst);
-        }
-        std::fill(dst + n_own, dst + n, 0.0f);
+        const size_t n = n_cells(i, ih);
+        cells[i].sums.copy(ih, n, 0.0f, dst);
         dst += n;
     }
 }
@@ -286,23 +297,58 @@ void llama_kv_ragged_seq::set_sums(size_t i, const std::vector<float> & sums) {
         next.emplace_back(src, src + n_cells(i, ih));
         src += n_cells(i, ih);
     }
-    cells[i].sums     = std::move(next);
-    cells[i].n_summed = n_pos;
-    claim_sums();
+    cells[i].sums = { std::move(next), n_pos };
+    claim_carried();
+}
+
+void llama_kv_ragged_seq::set_replayed(size_t i, int32_t p0, int32_t p1, const float * scores) {
+    auto & cur = cells[i];
+
+    auto next = cur.replayed.heads; // may throw, before anything changes
+    next.resize(cur.kept.size());
+    for (size_t ih = 0; ih < next.size(); ++ih) {
+        auto & own = next[ih];
+        own.resize(std::max(own.size(), cur.find(ih, p1)), 0.0f);
+        for (size_t ic = cur.find(ih, p0); ic < cur.find(ih, p1); ++ic, ++scores) {
+            own[ic] = std::max(own[ic], *scores) + (*scores - *scores); // no number where it is not finite
+        }
+    }
+    cur.replayed = { std::move(next), std::max<uint32_t>(cur.replayed.n_pos, p1) };
+    claim_carried();
+}
+
+void llama_kv_ragged_seq::copy_replayed(size_t i, float * dst) const {
+    constexpr float   MORE   = 2.0f; // a weight is 1 at most
+    constexpr int32_t N_SINK = 4;    // StreamingLLM, arXiv 2309.17453, section 3.2
+
+    for (size_t ih = 0; ih < cells[i].kept.size(); ++ih) {
+        const size_t n = n_cells(i, ih);
+        cells[i].replayed.copy(ih, n, MORE, dst);
+        std::fill_n(dst, std::min(n, cells[i].find(ih, N_SINK)), MORE);
+        dst += n;
+    }
 }
 
 uint32_t llama_kv_ragged_seq::n_summed() const {
     uint32_t res = n_pos;
     for (const auto & cur : cells) {
-        res = std::min(res, cur.n_summed);
+        res = std::min(res, cur.sums.n_pos);
     }
     return res;
 }
 
-void llama_kv_ragged_seq::claim_sums() {
+uint32_t llama_kv_ragged_seq::n_replayed() const {
+    uint32_t res = n_pos;
+    for (const auto & cur : cells) {
+        res = std::min(res, cur.replayed.n_pos);
+    }
+    return res;
+}
+
+void llama_kv_ragged_seq::claim_carried() {
     int64_t n_bytes = 0;
     for (const auto & cur : cells) {
-        n_bytes += cur.n_bytes_sums();
+        n_bytes += cur.n_bytes_carried();
     }
     claim->set(n_bytes);
 }
@@ -332,7 +378,8 @@ void llama_kv_ragged_seq::clear() {
     for (auto & cur : cells) {
         cur.boundary = 0;
         cur.pool     = {};
-        cur.sums.clear();
+        cur.sums     = {};
+        cur.replayed = {};
         for (auto & kept : cur.kept) {
             kept.clear();
         }
@@ -373,7 +420,7 @@ llama_kv_ragged_seq llama_kv_ragged_seq::copy(bool exact) const {
         res.cells[i].kept     = cells[i].kept;
         res.cells[i].boundary = cells[i].boundary;
         res.cells[i].sums     = cells[i].sums;
-        res.cells[i].n_summed = cells[i].n_summed;
+        res.cells[i].replayed = cells[i].replayed;
         if (n_pos > 0) {
             const auto len = n_cells(i);
             res.cells[i].pool = layer.copy_pool(cells[i].pool, exact ? len : layer.capacity(len, 32, boundary > 0), len, *meter);
@@ -382,6 +429,6 @@ llama_kv_ragged_seq llama_kv_ragged_seq::copy(bool exact) const {
     }
     res.observed.pos      = observed.pos;
     res.observed.n_prompt = observed.n_prompt;
-    res.claim_sums();
+    res.claim_carried();
     return res;
 }

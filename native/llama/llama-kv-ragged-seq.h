@@ -5,9 +5,21 @@
 #include "llama-kv-ragged-layer.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
+
+// Numbers of a head's first cells, those of the positions before n_pos: they go where the cells go.
+struct llama_kv_ragged_carried {
+    std::vector<std::vector<float>> heads; // [n_head_kv], empty: there are none
+    uint32_t                        n_pos = 0;
+
+    int64_t n_bytes() const;
+
+    // of the first n cells of a head; fill for those that have none
+    void copy(size_t ih, size_t n, float fill, float * dst) const;
+};
 
 // the cells of one layer
 struct llama_kv_ragged_cells {
@@ -18,13 +30,16 @@ struct llama_kv_ragged_cells {
 
     llama_kv_ragged_pool pool; // with free rows for cells to come
 
-    // [n_head_kv] attention that a head's first cells got so far from the queries before position n_summed; empty: none is summed up
-    std::vector<std::vector<float>> sums;
-    uint32_t n_summed = 0;
+    llama_kv_ragged_carried sums;     // attention that the cells got so far from the queries of these positions
+    llama_kv_ragged_carried replayed; // the largest that they got from tokens which repeat them
+
+    // both of them
+    std::array<llama_kv_ragged_carried *, 2>       carried()       { return { &sums, &replayed }; }
+    std::array<const llama_kv_ragged_carried *, 2> carried() const { return { &sums, &replayed }; }
 
     bool is_uniform() const; // all heads hold equally many cells, and have room for equally many
 
-    int64_t n_bytes_sums() const;
+    int64_t n_bytes_carried() const;
 
     // the first cell of a head whose position is not below p, of as many as there may be
     size_t find(int64_t ih, int32_t p) const {
@@ -152,9 +167,18 @@ struct llama_kv_ragged_seq {
     // take sums over the queries of all positions, in the same layout
     void set_sums(size_t i, const std::vector<float> & sums);
 
-    void claim_sums(); // their bytes, where they were written directly
+    // Scores by a replay of the positions [p0, p1) in a layer, [p1 - p0, n_head_kv]; the larger one of two. Cells of positions that were
+    // passed over have 0.
+    void set_replayed(size_t i, int32_t p0, int32_t p1, const float * scores);
 
-    uint32_t n_summed() const; // queries before this position are in the sums of all layers
+    // of the cells of a layer, for every kv head in turn [n_cells]: more than any of those above where there was no replay, and of the
+    // first positions, on which attention rests that goes nowhere else
+    void copy_replayed(size_t i, float * dst) const;
+
+    void claim_carried(); // the bytes of what cells carry, where it was written directly
+
+    uint32_t n_summed()   const; // queries before this position are in the sums of all layers
+    uint32_t n_replayed() const; // positions before this one were repeated
 
     // what a compaction left of a layer
     void compact(size_t i, llama_kv_ragged_cells && left);
@@ -183,7 +207,7 @@ private:
 
     llama_kv_ragged_meter * meter;
 
-    std::unique_ptr<llama_kv_ragged_claim> claim; // of the sums
+    std::unique_ptr<llama_kv_ragged_claim> claim; // of what cells carry
 
     bool has_room(size_t i, int64_t n_tokens) const; // of a layer
 

@@ -17,8 +17,8 @@ static const char * const SHAPE[] = { "index", "n_head", "n_head_kv", "head size
 static int32_t oldest_query(const llama_kv_ragged_seq & seq) {
     int32_t res = int32_t(seq.boundary) - int32_t(seq.observed.n_observed);
     for (const auto & cur : seq.cells) {
-        if (!cur.sums.empty()) {
-            res = std::min(res, int32_t(cur.n_summed));
+        if (!cur.sums.heads.empty()) {
+            res = std::min(res, int32_t(cur.sums.n_pos));
         }
     }
     return res;
@@ -47,11 +47,13 @@ void write_cells(llama_io_write_i & io, const llama_kv_cache_ragged & kv) {
     }
 
     for (const auto & cur : seq.cells) {
-        put<uint32_t>(io, cur.n_summed);
-        put<uint32_t>(io, cur.sums.size());
-        for (const auto & sums : cur.sums) {
-            put<uint32_t>(io, sums.size());
-            put(io, sums);
+        for (const auto * carried : cur.carried()) {
+            put<uint32_t>(io, carried->n_pos);
+            put<uint32_t>(io, carried->heads.size());
+            for (const auto & own : carried->heads) {
+                put<uint32_t>(io, own.size());
+                put(io, own);
+            }
         }
     }
 
@@ -92,25 +94,26 @@ static void read_shapes(llama_io_read_i & io, const llama_kv_cache_ragged & kv) 
     }
 }
 
-static void read_sums(llama_io_read_i & io, llama_kv_ragged_seq & seq) {
-    for (size_t i = 0; i < seq.cells.size(); ++i) {
-        auto & cur = seq.cells[i];
+static llama_kv_ragged_carried read_carried(llama_io_read_i & io, const llama_kv_ragged_seq & seq, size_t i, const char * what) {
+    const auto of = [what](const char * part) { return format("%s %s attention", part, what); };
 
-        cur.n_summed = get_within<uint32_t>(io, 0, seq.n_pos, "the end of the summed attention");
+    llama_kv_ragged_carried res;
+    res.n_pos = get_within<uint32_t>(io, 0, seq.n_pos, of("the end of the").c_str());
 
-        const uint32_t n_heads = get_within<uint32_t>(io, 0, cur.kept.size(), "the number of heads with summed attention");
-        if (n_heads != 0 && n_heads != cur.kept.size()) {
-            refuse(format("%u heads of a layer have summed attention, expected all %zu or none", n_heads, cur.kept.size()));
-        }
-        for (uint32_t ih = 0; ih < n_heads; ++ih) {
-            cur.sums.push_back(get<float>(io, get_within<uint32_t>(io, 0, seq.n_cells(i, ih), "the cells with summed attention")));
-            for (const float sum : cur.sums.back()) {
-                if (!(sum >= 0.0f && std::isfinite(sum))) {
-                    refuse("summed attention is negative or not finite");
-                }
+    const size_t   n_head_kv = seq.cells[i].kept.size();
+    const uint32_t n_heads   = get_within<uint32_t>(io, 0, n_head_kv, of("the number of heads with").c_str());
+    if (n_heads != 0 && n_heads != n_head_kv) {
+        refuse(format("%u heads of a layer have %s attention, expected all %zu or none", n_heads, what, n_head_kv));
+    }
+    for (uint32_t ih = 0; ih < n_heads; ++ih) {
+        res.heads.push_back(get<float>(io, get_within<uint32_t>(io, 0, seq.n_cells(i, ih), of("the cells with").c_str())));
+        for (const float cur : res.heads.back()) {
+            if (!(cur >= 0.0f && std::isfinite(cur))) {
+                refuse(format("%s attention is negative or not finite", what));
             }
         }
     }
+    return res;
 }
 
 // which cells there are
@@ -136,7 +139,10 @@ static void read_positions(llama_io_read_i & io, llama_kv_ragged_seq & seq, uint
         }
     }
 
-    read_sums(io, seq);
+    for (size_t i = 0; i < layers.size(); ++i) {
+        seq.cells[i].sums     = read_carried(io, seq, i, "summed");
+        seq.cells[i].replayed = read_carried(io, seq, i, "replayed");
+    }
 
     // those of withdrawn positions are behind n_pos
     const uint32_t n_queries = get_within<uint32_t>(io, 0, seq.observed.n_rows(), "the number of queries");
@@ -151,7 +157,7 @@ llama_kv_ragged_seq read_cells(llama_io_read_i & io, const llama_kv_cache_ragged
     auto seq = kv.get_seq().make_empty();
     seq.n_pos = n_pos;
     read_positions(io, seq, kv.get_size());
-    seq.claim_sums();
+    seq.claim_carried();
     if (n_pos > 0) {
         seq.make_pools();
     }

@@ -7,7 +7,7 @@
 using namespace llama_kv_ragged_state;
 
 static constexpr uint32_t MAGIC   = 0x736b7677; // "wvks" in memory
-static constexpr uint32_t VERSION = 2;
+static constexpr uint32_t VERSION = 3;
 
 enum part : uint32_t {
     PART_CELLS     = 1,

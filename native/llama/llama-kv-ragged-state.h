@@ -10,7 +10,7 @@
 //     shapes, to be compared: u32 n_layer, n_observed, rotation, of each layer u32 il, n_head, n_head_kv, n_embd_head_k, n_embd_head_v,
 //       i32 type_k, type_v
 //     u32 boundary, i32 prompt_begin, u32 n_prompt; of each layer u32 boundary and of each kv head u32 n_kept, i32 positions[n_kept]
-//     of each layer u32 n_summed, n_head_kv or 0, of each of these heads u32 n_sums, f32 sums[n_sums] of its first cells
+//     of each layer, for summed and for replayed attention: u32 n_pos, n_head_kv or 0, of each of these heads u32 n, f32[n] of its first cells
 //     u32 n_queries, i32 positions[n_queries]
 //     of each layer the cells of every kv head: rows of K, then of V; then of each query head n_queries rows
 //   windows:

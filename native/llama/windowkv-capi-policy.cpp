@@ -16,6 +16,9 @@ static void check(const struct wkv_policy * policy, const struct wkv_shapes * sh
     if (error.empty()) {
         error = wkv::shapes_error(*policy, *shapes);
     }
+    if (error.empty() && policy->replay_share > 0.0) {
+        error = "replay_share is for the cells of a context, expected 0 here";
+    }
     if (!error.empty()) {
         throw std::invalid_argument("policy: " + error);
     }

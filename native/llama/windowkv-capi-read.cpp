@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cstring>
+#include <numeric>
 
 static const llama_kv_ragged_layer & get_layer(const llama_kv_cache_ragged & kv, int32_t layer) {
     const auto & layers = kv.get_layers();
@@ -109,6 +110,7 @@ static void ragged_stats(const llama_memory_i & mem, const llama_kv_cache_ragged
     stats.n_boundary     = seq.boundary;
     stats.n_compactions  = own.n_compactions;
     stats.n_summed       = seq.n_summed();
+    stats.n_replayed     = seq.n_replayed();
     stats.n_observed     = seq.observed.n_observed;
     stats.n_queries      = std::count_if(seq.observed.pos.begin(), seq.observed.pos.end(), [](int32_t p) { return p >= 0; });
     stats.type_k         = layers[0].type_k;
@@ -213,6 +215,17 @@ int64_t wkv_get_scores(struct llama_context * ctx, int32_t layer, int32_t window
         scoring.window_sizes.push_back(among);
     }
     return get_scores(ctx, layer, scoring, scoring.window_sizes.size(), scores, n);
+}
+
+int64_t wkv_get_replayed(struct llama_context * ctx, int32_t layer, float * scores, size_t n) {
+    return wkv_with_cache(ctx, [&](const llama_kv_cache_ragged & kv) -> int64_t {
+        get_layer(kv, layer);
+        const auto    n_cells = kv.get_seq().n_cells(layer);
+        const int64_t n_all   = std::accumulate(n_cells.begin(), n_cells.end(), int64_t(0));
+        check_room(n, n_all);
+        kv.get_seq().copy_replayed(layer, scores);
+        return n_all;
+    });
 }
 
 int64_t wkv_get_attention(struct llama_context * ctx, int32_t layer, float * weights, size_t n) {

@@ -278,6 +278,13 @@ int wkv_observe_begin(struct llama_context * ctx) {
     });
 }
 
+int wkv_replay_begin(struct llama_context * ctx, int32_t p0, int32_t p1) {
+    return wkv_with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
+        kv.observe_begin(*ctx->get_memory(), p0, p1);
+        return WKV_OK;
+    });
+}
+
 int wkv_observe_end(struct llama_context * ctx) {
     return wkv_with_idle_cache(ctx, [](llama_kv_cache_ragged & kv) {
         return int(kv.observe_end());

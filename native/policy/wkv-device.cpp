@@ -12,7 +12,8 @@ bool fits_devices(const cache_view & view, int32_t il0, int32_t il1) {
     const wkv_policy    & policy = view.policy;
     const wkv_selection & p      = policy.selection;
 
-    if ((p.kind != WKV_KIND_TOKENS && p.kind != WKV_KIND_WINDOWS) || policy.scoring.kernel_size > KERNEL_SIZE_MAX_DEVICE) {
+    if ((p.kind != WKV_KIND_TOKENS && p.kind != WKV_KIND_WINDOWS) || policy.scoring.kernel_size > KERNEL_SIZE_MAX_DEVICE ||
+            policy.scoring.reduce != WKV_REDUCE_MEAN) { // the scores of replays are here
         return false;
     }
     if (policy.allocation.accounting == WKV_ACCOUNTING_PAPER && needs_scores_for_budgets(policy)) {

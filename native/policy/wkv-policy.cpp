@@ -33,6 +33,14 @@ std::string policy_error(const wkv_policy & policy) {
             }
         }
     }
+    if (!(policy.replay_share >= 0.0 && policy.replay_share < 1.0)) {
+        return range("replay_share", policy.replay_share, "0 to less than 1");
+    }
+    if (policy.replay_share > 0.0 && (policy.scoring.reduce == WKV_REDUCE_REPLAY || policy.selection.kind == WKV_KIND_FULL ||
+                policy.allocation.accounting == WKV_ACCOUNTING_PAPER || policy.selection.whole_windows)) {
+        return "replay_share divides a number of cells that is met exactly with other scores: not with reduce = replay, kind = full, "
+            "accounting = paper or whole_windows";
+    }
     for (const auto error : { scoring_error, selection_error, layers_error, heads_error }) {
         const std::string res = error(policy);
         if (!res.empty()) {

@@ -133,6 +133,14 @@ class device_keys;
 // devices: layers are chosen there if they can be, with the same result; or nullptr
 std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & scores, marks & keep, device_keys * devices = nullptr);
 
+// A policy for scores by replay alone: all heads of the model compete, and each keeps its newest cell.
+wkv_policy replay_policy();
+
+// Makes marks of n_cells cells per head on average out of fewer: those that are marked, and of all others those with the best scores by
+// replay, whichever head holds them. scores: of every (layer, kv head) in turn, which are written to.
+// "" or why these inputs cannot be served
+std::string add_replayed(const cache_view & view, int64_t n_cells, float * scores, marks & keep);
+
 // host memory that select_cells() takes beside scores and marks, in bytes at most
 int64_t select_bytes(const cache_view & view);
 

@@ -30,8 +30,11 @@ std::string scoring_error(const wkv_policy & policy) {
             (sel.kind != WKV_KIND_WINDOWS || p.kernel_size != 1 || sel.share != WKV_SHARE_FIRST || sel.token_share > 0.0)) {
         return "query_heads = each needs windows, kernel_size = 1, share = first and token_share = 0";
     }
-    if (p.reduce != WKV_REDUCE_MEAN && sel.kind != WKV_KIND_BEST) {
+    if ((p.reduce == WKV_REDUCE_MAX || p.reduce == WKV_REDUCE_SUM) && sel.kind != WKV_KIND_BEST) {
         return "reduce = max and reduce = sum need kind = best";
+    }
+    if (p.reduce == WKV_REDUCE_REPLAY && (p.query_heads == WKV_QUERY_HEADS_EACH || p.token_window_size != 0)) {
+        return "reduce = replay gives one score per cell, expected query_heads = mean and token_window_size = 0";
     }
     if (sel.kind == WKV_KIND_BEST && p.kernel_size != 1) {
         return range("kernel_size", int64_t(p.kernel_size), "1 with kind = best");

@@ -290,4 +290,33 @@ std::string select_cells(cache_view & view, int64_t n_cells, const scores_fn & s
     return "";
 }
 
+wkv_policy replay_policy() {
+    wkv_policy res = {};
+    res.scoring.window_size = 1;
+    res.scoring.kernel_size = 1;
+    res.scoring.reduce      = WKV_REDUCE_REPLAY;
+    res.allocation.heads    = WKV_HEADS_SCORE;
+    res.allocation.across   = WKV_ACROSS_MODEL;
+    res.selection.kind      = WKV_KIND_TOKENS;
+    res.selection.n_recent  = 1;
+    return res;
+}
+
+std::string add_replayed(const cache_view & view, int64_t n_cells, float * scores, marks & keep) {
+    constexpr float STAYS = 3.0f; // more than a cell has that was not replayed
+
+    for (size_t i = 0; i + 1 < view.offsets.size(); ++i) {
+        keep.for_runs(i, [&](int32_t i0, int32_t i1) { std::fill(scores + view.offsets[i] + i0, scores + view.offsets[i] + i1, STAYS); });
+        keep.clear(i);
+    }
+
+    const wkv_policy policy = replay_policy();
+
+    cache_view own(policy, view.shapes, view.positions);
+    own.n_threads      = view.n_threads;
+    own.n_cells_thread = view.n_cells_thread;
+
+    return select_cells(own, n_cells, [&](int32_t, int32_t, int32_t) { return scores; }, keep);
+}
+
 } // namespace wkv

@@ -61,6 +61,7 @@ def weights(
     keys: npt.NDArray[np.float32],
     key_pos: npt.NDArray[np.int32],
     scale: float,
+    sinks: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float64]:
     """Attention of observed queries over the cells of one kv head, each over those at its position and before.
 
@@ -70,14 +71,17 @@ def weights(
         keys: [cells, head_dim].
         key_pos: [cells], ascending.
         scale: factor on the logits, 1/sqrt(head_dim) for most models.
+        sinks: [n_gqa], logits that count in the sum of the softmax and have no cell.
 
     Returns:
         [n_gqa, observed, cells].
     """
     logits = np.einsum("gqd,cd->gqc", queries.astype(np.float64), keys.astype(np.float64)) * scale
     logits = np.where(key_pos[None, None, :] <= query_pos[None, :, None], logits, -np.inf)
-    res = np.exp(logits - logits.max(axis=2, keepdims=True))
-    return np.asarray(res / res.sum(axis=2, keepdims=True))
+    most = logits.max(axis=2, keepdims=True)
+    res = np.exp(logits - most)
+    beside = 0.0 if sinks is None else np.exp(sinks.astype(np.float64)[:, None, None] - most)
+    return np.asarray(res / (res.sum(axis=2, keepdims=True) + beside))
 
 
 def observe(

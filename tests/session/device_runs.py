@@ -582,3 +582,19 @@ def bench(model: Path, *options: str) -> list[Json]:
     found = CliRunner().invoke(app, ["bench", str(model), "--gpu-layers", "-1", "--json", *options])
     assert found.exit_code == 0, found.stderr
     return list(json.loads(found.stdout)["rows"])
+
+
+def replayed(model: Path, layers: int, type_kv: int) -> list[np.ndarray]:
+    """Scores of 300 positions whose first 250 were repeated, by kv head, more tokens at a time than a ubatch has; and logits of a
+    token behind the compaction."""
+    with session(model, layers, kv_policy="kvzip", kv_budget=1.0, type_k=type_kv, type_v=type_kv) as llm:
+        llm.eval(tokens(300))
+        kv = llm._kv
+        for start, stop in ((0, 100), (100, 250)):
+            with kv.observing((start, stop)):
+                llm._batch.set_batch(batch=tokens(300)[start:stop], n_past=300, logits_all=False)
+                llm._ctx.decode(llm._batch)
+        res = [own for il in range(int(kv.stats().n_layer)) for own in kv.replayed(il)]
+        llm.kv_compact(60)
+        llm.eval(tokens(1))
+        return [*res, logits(llm)]

@@ -116,6 +116,21 @@ def check_answers(device: Run, model: Path, layers: int, offload_kqv: bool) -> N
         np.testing.assert_allclose(here["logits"], there["logits"], atol=2e-2, err_msg=str(variant))
 
 
+@pytest.mark.parametrize("kernel", ["cuda", "metal", "none"])
+@pytest.mark.parametrize("type_kv", [1, 8], ids=["f16", "q8_0"])
+@pytest.mark.parametrize("layers", [2, 99], ids=["partial", "all"])
+def test_scores_by_replay(device: Run, model: Path, kernel: str, type_kv: int, layers: int) -> None:
+    """Where the layer is, in ggml's operations, against the steps of the CPU, which round queries to F16. To quantised cells stock's
+    attention on the test device, which is the CPU's, rounds them to 8 bits before."""
+    found = device(kernel, device_runs.replayed, model, layers, type_kv)
+    want = device("cpu", device_runs.replayed, model, 0, type_kv)
+    assert len(found) == len(want) == N_LAYER * N_HEAD_KV + 1
+    for here, there in zip(found[:-1], want[:-1], strict=True):
+        np.testing.assert_allclose(here, there, rtol=3e-2 if type_kv == 1 else 1e-1, atol=1e-6)
+        assert (here[:4] == 2).all() and (here[250:] == 2).all() and 0 < here[4:250].min() < here[4:250].max() < 1
+    assert np.isfinite(found[-1]).all()
+
+
 def test_decoding_keeps_its_graph_and_waits_no_more_than_stock(device: Run, model: Path) -> None:
     """Nothing is captured anew, the host waits no more often, and what crosses the bus does not grow with the cells."""
     stock = device("cuda", device_runs.per_token, model, None, 0)

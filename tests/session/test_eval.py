@@ -189,7 +189,7 @@ def test_all_small(smollm2: Path, tmp_path: Path) -> None:
     args = ("all", smollm2, "--small", "--to", to, "--policies", "auto,snapkv", "--budgets", "12%,3%", "--threads", 2)
     code, _, err = call(*args)
     assert code == 0, err
-    for name, n in (("needle-prose", 6), ("needle-journey", 6), ("ruler", 8), ("turns", 4), ("fidelity", 2)):
+    for name, n in (("needle-prose", 6), ("needle-journey", 6), ("ruler", 8), ("turns", 8), ("fidelity", 2)):
         rows = untimed(to / f"{name}.jsonl")[1:]
         assert len(rows) == n
         for row in rows:
@@ -203,15 +203,15 @@ def test_all_small(smollm2: Path, tmp_path: Path) -> None:
         assert 0 < kl["auto"] < kl["snapkv"]  # measured: half
 
     text = (to / "report.md").read_text()
-    for word in ("## needle: needle-prose.jsonl", "## turns/later", "## Ranks", "| auto, q8_0 |", "KL"):
+    for word in ("## needle: needle-prose.jsonl", "## turns/later", "## turns/before", "## Ranks", "| auto, q8_0 |", "KL"):
         assert word in text
     assert {path.name for path in to.glob("*.png")} == {
         "needle-prose-bytes.png", "needle-prose-depth.png", "needle-prose-heatmap.png", "needle-journey-bytes.png",
         "needle-journey-depth.png", "needle-journey-heatmap.png", "ruler-bytes.png", "turns-first-bytes.png",
-        "turns-later-bytes.png", "fidelity-bytes.png",
+        "turns-later-bytes.png", "turns-before-bytes.png", "fidelity-bytes.png",
     }  # fmt: skip
     page = (to / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 10
+    assert page.count("data:image/png;base64,") == 11
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)  # letters of a picture may say anything
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in to.glob("*.png"))
     code, text, err = call("report", to / "ruler.jsonl")

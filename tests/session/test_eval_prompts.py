@@ -202,12 +202,17 @@ def test_ruler(model: Model, task: str) -> None:
 def test_turns(model: Model) -> None:
     hay = hay_tokens(model, None, 1000, 0)
     cases = list(turns_cases(Style(model), hay, [1000], 2, 4, 0))
-    assert [case.task for case in cases] == ["first", "later", "later", "later"] * 2
-    assert len({tuple(case.prompt) for case in cases}) == 2
+    assert [case.task for case in cases] == (["first"] + ["later"] * 3 + ["before"] * 4) * 2
+    assert len({tuple(case.prompt) for case in cases}) == 4
     text = model.detokenize(cases[0].prompt)
     for case in cases[1:4]:
         assert all(answer in text for answer in case.answers)
         assert model.detokenize(case.follow_up).startswith(f" {cases[0].answers[0]}.\n\nQuestion: ")
+    for case, other in zip(cases[4:8], cases[:4], strict=True):
+        assert case.answers == other.answers and case.depth == other.depth
+        assert cases[0].prompt[: len(case.prompt)] == case.prompt and "Question" not in model.detokenize(case.prompt)
+        assert model.detokenize(case.follow_up).startswith("\n\nQuestion: ")
+    assert [*cases[4].prompt, *cases[4].follow_up] == cases[0].prompt
     assert len({case.key for case in cases}) == len(cases)
 
 

@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from windowkv_edge import (  # noqa: E402
     HeadKV,
     HeadScores,
     KVPolicy,
+    KVzip,
     Llama,
     NativeError,
     PyramidKV,
@@ -48,6 +50,7 @@ from windowkv_edge.answers import newest  # noqa: E402
 from windowkv_edge.compaction import N_ANSWER, Comes  # noqa: E402
 from windowkv_edge.pins import n_pinned  # noqa: E402
 from windowkv_edge.policies import Task  # noqa: E402
+from windowkv_edge.replay import N_BEFORE, N_LEAST  # noqa: E402
 
 N_LAYER, N_HEAD, N_HEAD_KV, N_CTX, N_BATCH = 3, 4, 2, 512, 32
 RNG = np.random.default_rng(0)
@@ -64,6 +67,8 @@ POLICIES: tuple[KVPolicy, ...] = (
     WindowAdaKV(window_size=6, omega=4, alpha_safeguard=0.5, across="model"),
     HeadKV(window_size=5, kernel_size=3, beta=1.1, importance=SCORES),
     WindowHeadKV(window_size=6, omega=4, beta=1.1, importance=SCORES),
+    KVzip(),
+    KVzip(alpha_safeguard=0.4),
 )
 
 
@@ -172,7 +177,8 @@ class Run:
             self.catch_up()
             bound = policy or cache.bound
             n_observed = min(bound.n_observed, N_ANSWER) if comes == "answer" else bound.n_observed
-            scores = [self.kv.scores(il, n_observed) for il in range(N_LAYER)]
+            read = self.kv.replayed if bound.replays else partial(self.kv.scores, window_size=n_observed)
+            scores = [read(il) for il in range(N_LAYER)]
             ranges = [*llm._kv_pins.ranges()]
             if comes == "answer":
                 ranges += newest(bound, self.model.n, n_cells - n_pinned(ranges))
@@ -248,7 +254,15 @@ class Run:
         name = str(self.rng.choice(list(self.operations), p=self.weights))
         self.done[name] += 1
         self.n_gone = 0
-        self.operations[name]()
+        try:
+            self.operations[name]()
+        except UnsupportedCallError as error:  # who repeats needs positions behind the others
+            if "has the model repeat what it has read" not in str(error):
+                raise
+            self.same()
+            assert self.llm.kv_policy.replays and self.model.n > N_CTX - N_BEFORE - N_LEAST
+            self.done["replays refused"] += 1
+            self.llm.reset()
         self.same()
 
     #

@@ -19,6 +19,7 @@ from ..budget import TYPES
 from ..errors import UnsupportedCallError, WindowKVError
 from ..heads import METADATA_KEY
 from ..policies import KVPolicy
+from ..replay import Wording, n_at_once, n_end, replay
 from ..session import PolicyCache, ragged_cache
 
 __all__ = ["TYPES", "Model", "Session"]
@@ -270,14 +271,47 @@ class Session:
         pointer = llama_cpp.llama_get_logits_ith(self.ctx, -1)
         return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
 
-    def compact(self, budget: float | int) -> None:
+    def compact(self, budget: float | int, tokens: Sequence[int] = ()) -> float:
         """Select and gather, as a prompt of ``n_past`` tokens is compacted.
+
+        Args:
+            budget: cells that stay.
+            tokens: the prompt, which is repeated if the policy goes by that; empty = token 0, where nothing was read.
+
+        Returns:
+            Seconds that the repetition took, which no statistics know of.
 
         Raises:
             NativeError: a computation failed or memory ran out.
         """
         cache = self._ragged("compact()")
-        cache.compact(cache.n_cells(budget))
+        n_cells = cache.n_cells(budget)
+        res = self.replay(tokens or [0] * self.n_past, self.n_past - n_end(n_cells)) if cache.bound.replays else 0.0
+        cache.compact(n_cells)
+        return res
+
+    def replay(self, tokens: Sequence[int], stop: int) -> float:
+        """Have the model repeat the positions up to ``stop`` that nobody has repeated, as a session does; seconds.
+
+        Args:
+            tokens: those of the positions.
+            stop: behind the last one.
+
+        Raises:
+            NativeError: a computation failed or memory ran out.
+        """
+        wording = Wording.of(self.model.tokenize) if self.model.has_text else Wording((), ())
+        seconds = 0.0
+
+        def decode(own: list[int]) -> None:
+            nonlocal seconds
+            for i in range(0, len(own), self.n_batch):
+                seconds += self.decode(own[i : i + self.n_batch])
+
+        n_room = int(llama_cpp.llama_n_ctx(self.ctx)) - self.n_past
+        for _ in replay(self.kv, tokens, stop, wording, min(n_at_once(wording, self.n_batch), n_room), decode):
+            pass
+        return seconds
 
     def _ragged(self, what: str) -> PolicyCache:
         if self.cache is None:

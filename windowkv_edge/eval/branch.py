@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ..bench.distributions import log_softmax
 from ..bench.session import Model, Session
 from ..policies import Full, KVPolicy
+from ..replay import n_end
 from ..stats import cell_types
 from ..task import prompt_task
 
@@ -135,8 +136,22 @@ class Branches:
         """
         self.restore()
         if not isinstance(policy, Full):
+            if policy.replays:
+                self._replay(len(self.prompt) - n_end(n_cells))
             task = prompt_task(self.prompt, self.model.detokenize) if policy.needs_task else "localization"
             self.cache.compact(n_cells, task, self.bind(policy))
+
+    def _replay(self, stop: int) -> None:
+        """Have the model repeat the prompt up to a position; what is kept has the scores of that then."""
+        n_replayed = int(self.kv.stats().n_replayed)
+        if n_replayed == stop:
+            return
+        if n_replayed > 0:  # as a session that begins here: pieces would be others
+            prompt, self.prompt = self.prompt, []
+            self.prefill(prompt)
+        self.session.replay(self.prompt, stop)
+        self.kv.snapshot_drop()
+        self.kv.snapshot_save()
 
     def greedy(
         self,

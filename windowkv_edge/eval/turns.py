@@ -1,8 +1,8 @@
-"""Second questions: a document is compacted on its first question, then others ask about other places of it.
+"""Many questions about one document, which is compacted behind the first one, or before any.
 
-This is the way that a chat takes: a short question does not compact again (``kv_growth`` of
-:class:`windowkv_edge.Llama`). Here each of them is the second one; ``tests/measure/chat_turns.py`` asks them one behind
-the other.
+Behind it: others ask about other places of the document, then. This is the way that a chat takes: a short question does
+not compact again (``kv_growth`` of :class:`windowkv_edge.Llama`). Here each of them is the second one;
+``tests/measure/chat_turns.py`` asks them one behind the other. Before any: each of them is the first one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def turns_cases(
     """Every length x document x question. A document has one fact per question, at random places.
 
     The cache is compacted on the first question (task "first"). Then comes its right answer, then one of the other
-    questions (task "later"); each of them starts from the same compacted cache.
+    questions (task "later"); each of them starts from the same compacted cache. And it is compacted behind the document
+    alone; then comes one of all questions (task "before").
 
     Args:
         style: of the prompts.
@@ -57,4 +58,9 @@ def turns_cases(
                 yield Case(
                     "turns", "later", length, depths[i + 1], number, prompt, needle.answers, "contains_all", N_ANSWER,
                     follow_up=follow,
+                )  # fmt: skip
+            for i, needle in enumerate(needles):
+                yield Case(
+                    "turns", "before", length, depths[i], index * n_turns + i, document, needle.answers, "contains_all",
+                    N_ANSWER, follow_up=style.ask(needle.question, needle.lead),
                 )  # fmt: skip

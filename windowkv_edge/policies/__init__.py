@@ -16,6 +16,7 @@ from .expected_attention import ExpectedAttention
 from .full import Full
 from .h2o import H2O
 from .headkv import HeadKV, HeadKVR2
+from .kvzip import KVzip
 from .pyramidkv import PyramidKV
 from .snapkv import SnapKV
 from .streamingllm import StreamingLLM
@@ -39,6 +40,7 @@ __all__ = [
     "HeadKV",
     "HeadKVR2",
     "KVPolicy",
+    "KVzip",
     "Positions",
     "PyramidKV",
     "Scores",
@@ -68,6 +70,7 @@ POLICIES: dict[str, type[KVPolicy]] = {
         H2O,
         HeadKV,
         HeadKVR2,
+        KVzip,
         WindowKV,
         WindowKVPaper,
         WindowAdaKV,

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from ..errors import MissingProfileError
 from ..heads import Kind, ModelHeads
-from .base import KVPolicy, at_least
+from .base import KVPolicy, Task, at_least, number_of
 from .headkv import ByImportance
-from .parts import Across, Allocation
+from .parts import Across, Allocation, Parts
 from .windowkv import WindowKV
 from .windowkv_adakv import WindowAdaKV
 
@@ -37,6 +37,8 @@ class Auto(ByImportance, WindowAdaKV):
 
     Args:
         importance_floor: cells that each head gets before importance divides the rest; a small budget is not divided.
+        replay_share: share of the cells that are kept for any question, as :class:`KVzip` chooses them: of those that
+            the prompt's question leaves, whichever heads hold them; under 1. It takes a second reading.
     """
 
     omega: int = 2
@@ -45,6 +47,7 @@ class Auto(ByImportance, WindowAdaKV):
     across: Across = "model"
     kind: Kind = "r2"
     importance_floor: int = 64
+    replay_share: float = 0.0
 
     name: ClassVar[str] = "auto"
     paper: ClassVar[str] = "arXiv 2503.17922, 2407.11550 and 2410.19258"
@@ -54,12 +57,22 @@ class Auto(ByImportance, WindowAdaKV):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("importance_floor", self.importance_floor, 0)
+        number_of("replay_share", self.replay_share, 0)
+        if self.replay_share >= 1:
+            raise ValueError(
+                f"replay_share is {self.replay_share!r}, expected less than 1; 'kvzip' keeps all cells for any question"
+            )
         if self.importance is not None and self.across != "model":
             raise ValueError("auto divides by importance with across='model' only; leave importance or across out")
 
     def bind(self, model: ModelHeads) -> KVPolicy:
         """The policy for one model: with its head scores if it has any, else without; with equal heads where its device
         is slow with others."""
+        if not model.has_ragged and self.replay_share > 0:
+            raise ValueError(
+                f"replay_share={self.replay_share!r} gives heads different numbers of cells, which a device of the "
+                "model's layers cannot attend to at once; leave it out, or choose 'kvzip'"
+            )
         if not model.has_ragged:
             return WindowKV(**{own.name: getattr(self, own.name) for own in fields(WindowKV)})
         try:
@@ -71,3 +84,6 @@ class Auto(ByImportance, WindowAdaKV):
         own = replace(super().allocation(), heads="score", importance_floor=self.importance_floor)
         divides = self.shares is not None and self.across == "model"
         return own if divides else replace(own, beta=0.0, importance_floor=0, importance=None)
+
+    def parts(self, task: Task = "localization") -> Parts:
+        return super().parts(task)._replace(replay_share=self.replay_share)

@@ -190,6 +190,17 @@ class KVPolicy:
         return not self.in_python and self.scoring().reduce == "sum"
 
     @property
+    def replays(self) -> bool:
+        """Whether scores come from tokens that repeat what was read, which a session evaluates before a compaction."""
+        return not self.in_python and (self.scoring().reduce == "replay" or self.parts().replay_share > 0)
+
+    @property
+    def observes(self) -> bool:
+        """Whether what a prompt asks scores what was read before it: not where attention is summed up, or comes from
+        tokens that repeat the text alone."""
+        return self.in_python or self.scoring().reduce not in ("sum", "replay")
+
+    @property
     def in_python(self) -> bool:
         """Whether :meth:`select` chooses, and not the native code."""
         return type(self).select is not KVPolicy.select

@@ -35,7 +35,8 @@ class Scoring:
             windows are then scored in each and averaged (WindowKV's code).
         reduce: what the attention weights of a cell become, over the observing tokens and the query heads: their
             "mean"; the largest of weight times cells that the query sees, "max" (CORM); or their "sum" over the tokens
-            of the whole sequence, which stays with the cell in compactions (H2O). The last two are of kind "best".
+            of the whole sequence, which stays with the cell in compactions (H2O). These two are of kind "best".
+            "replay" = the largest one of tokens that repeat the cell's (KVzip); nobody else observes then.
     """
 
     window_size: int = 0
@@ -43,7 +44,7 @@ class Scoring:
     pooling: Literal["max", "carry"] = "max"
     kernel_size: int = 0
     query_heads: Literal["mean", "each"] = "mean"
-    reduce: Literal["mean", "max", "sum"] = "mean"
+    reduce: Literal["mean", "max", "sum", "replay"] = "mean"
 
     @property
     def n_observed(self) -> int:
@@ -121,11 +122,18 @@ class Selection:
 
 
 class Parts(NamedTuple):
-    """A native policy for one task."""
+    """A native policy for one task.
+
+    Attributes:
+        scoring, allocation, selection: its parts.
+        replay_share: of the cells that stay, the share that scores by replay choose among those that these leave,
+            whichever heads hold them, 0 to under 1; 0 = none.
+    """
 
     scoring: Scoring
     allocation: Allocation
     selection: Selection
+    replay_share: float = 0.0
 
     def observed_by(self, n: int) -> Parts:
         """The same with observation windows of the last n tokens at most, n >= 1."""

@@ -1,0 +1,60 @@
+"""What it costs to have the model repeat what it has read (``kvzip``): seconds of a prompt, of its replay, and their ratio.
+
+    python tests/measure/replay.py MODEL [--lengths 1000,4000] [--rounds 3] [--threads 2] [--cells f16]
+
+Every round reads a text with the full cache in batches of 512 and repeats it, as a session does before a compaction. Medians;
+nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import llama_cpp
+
+import windowkv_edge  # noqa: F401 (before llama_cpp is used)
+from windowkv_edge.bench.session import Model, Session
+from windowkv_edge.eval.sources import hay_tokens
+from windowkv_edge.policies import get_policy
+from windowkv_edge.replay import n_end
+
+N_BATCH = 512
+
+
+def seconds_of(session: Session, tokens: list[int]) -> tuple[float, float]:
+    """Of the prompt, and of its replay."""
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(session.ctx), True)
+    session.kv.reserve(len(tokens))
+    start = time.perf_counter()
+    for i in range(0, len(tokens), N_BATCH):
+        session.decode(tokens[i : i + N_BATCH])
+    read = time.perf_counter() - start
+    start = time.perf_counter()
+    session.replay(tokens, len(tokens) - n_end(len(tokens) // 8))
+    return read, time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--lengths", default="1000,4000")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cells", default="f16")
+    args = parser.parse_args()
+    model = Model(Path(args.model))
+    print("tokens  prompt  replay  ratio   tokens/s of the prompt")
+    for n in map(int, args.lengths.split(",")):
+        tokens = hay_tokens(model, None, n, 0)[:n]
+        session = Session(model, n + 512, args.cells, get_policy("kvzip"), True, args.threads, N_BATCH)
+        found = [seconds_of(session, tokens) for _ in range(args.rounds)]
+        session.close()
+        read, repeated = (statistics.median(times) for times in zip(*found, strict=True))
+        print(f"{n:6d}  {read:6.2f}  {repeated:6.2f}  {repeated / read:5.2f}   {n / read:.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
