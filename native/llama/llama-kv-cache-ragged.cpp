@@ -424,6 +424,9 @@ llama_kv_ragged_kernel llama_kv_cache_ragged::get_kernel(size_t i, int64_t n_tok
 
     // as long as nothing was evicted the logits are those of stock bit for bit; the kernels differ in rounding only, but
     // quantised weights amplify that. Stock's kernel for quantised cells on the CPU is too slow for this to be worth it
+    if (visit && visit->replay && layer.on_cpu()) {
+        return LLAMA_KV_RAGGED_KERNEL_RAGGED; // nothing of it stays, and ours is faster there
+    }
     const bool quantised = ggml_is_quantized(layer.type_k) || ggml_is_quantized(layer.type_v);
     return !layer.on_cpu() || (seq.boundary == 0 && !quantised) ? LLAMA_KV_RAGGED_KERNEL_STOCK : LLAMA_KV_RAGGED_KERNEL_RAGGED;
 }

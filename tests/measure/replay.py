@@ -2,23 +2,22 @@
 
     python tests/measure/replay.py MODEL [--lengths 1000,4000] [--rounds 3] [--threads 2] [--cells f16]
 
-Every round reads a text with the full cache in batches of 512 and repeats it, as a session does before a compaction. Medians;
-nothing else should run meanwhile.
+Every round reads a text with the full cache in batches of 512, and repeats each of them before the next, as a session does with a
+prompt that will be compacted. Medians; nothing else should run meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 
-import llama_cpp
+from windowkv_edge.policies import get_policy  # before llama_cpp
 
-import windowkv_edge  # noqa: F401 (before llama_cpp is used)
+import llama_cpp  # isort: skip
+
 from windowkv_edge.bench.session import Model, Session
 from windowkv_edge.eval.sources import hay_tokens
-from windowkv_edge.policies import get_policy
 from windowkv_edge.replay import n_end
 
 N_BATCH = 512
@@ -28,13 +27,11 @@ def seconds_of(session: Session, tokens: list[int]) -> tuple[float, float]:
     """Of the prompt, and of its replay."""
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(session.ctx), True)
     session.kv.reserve(len(tokens))
-    start = time.perf_counter()
+    read = repeated = 0.0
     for i in range(0, len(tokens), N_BATCH):
-        session.decode(tokens[i : i + N_BATCH])
-    read = time.perf_counter() - start
-    start = time.perf_counter()
-    session.replay(tokens, len(tokens) - n_end(len(tokens) // 8))
-    return read, time.perf_counter() - start
+        read += session.decode(tokens[i : i + N_BATCH])
+        repeated += session.replay(tokens, min(i + N_BATCH, len(tokens) - n_end(len(tokens) // 8)))
+    return read, repeated
 
 
 def main() -> None:
