@@ -434,7 +434,7 @@ class PolicyEvaluation(Shifting):
                 self._kv_taken.add("whole")  # no state is saved in there
                 # else nothing observes, and nothing can be evaluated in there
                 if self._kv_cache.kv.stats().n_queries > 0:
-                    self._prompt_ended(self._kv_cache)
+                    self._prompt_ended(self._kv_cache, can_repeat=False)
 
     def _failed_below(self, error: BaseException) -> None:
         """What :meth:`_prompt_below` raised, which C cannot pass on."""

@@ -9,11 +9,16 @@ from .budget import bits
 from .gguf_info import GGUFInfo
 from .limit import Limit, check_limit, n_observers, slack
 from .policies import KVPolicy
+from .replay import Wording, n_at_once
 
 __all__ = ["Forecast", "forecast"]
 
 N_BATCH = 512
 """Tokens of a batch by default."""
+
+
+N_WORDS = 16
+"""Tokens that ask a model to repeat a text: about as many with every tokenizer."""
 
 
 class _Stats(NamedTuple):
@@ -95,6 +100,8 @@ def _rows(n_cells: int) -> int:
 def _read(n_tokens: int, limit: int, n_batch: int, policy: KVPolicy) -> tuple[int, int, int]:
     """Cells and rows at the peak of a prompt that does not fit, observers included, and cells behind it."""
     n_asked = n_observers(policy, n_batch)
+    if policy.replays:
+        n_asked = max(n_asked, n_at_once(Wording([0] * N_WORDS, [0] * N_WORDS), n_batch))
     n_most = min(n_batch, policy.n_observed) if policy.accumulates else n_batch
     held = peak = rows = n_read = 0
     is_whole = True

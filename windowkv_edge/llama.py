@@ -343,7 +343,10 @@ class Llama(Limited):
             if was_open:
                 self._kv_asks = []
             try:
-                self._compact(cache, cache.n_cells(budget))
+                n_cells = cache.n_cells(budget)
+                if cache.bound.replays and float(cache.kv.cells().mean()) > n_cells:
+                    self._replay(cache, self._n_to_replay(n_cells), n_cells)
+                self._compact(cache, n_cells)
             except BaseException:
                 self._kv_prompts.is_open = was_open
                 raise

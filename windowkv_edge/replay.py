@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import _native
+from .errors import UnsupportedCallError
 from .pins import Range
 
-__all__ = ["N_LEAST", "Wording", "n_at_once", "n_end", "next_to_replay", "replay"]
+__all__ = ["N_LEAST", "N_ROOM", "Wording", "n_at_once", "n_end", "next_to_replay", "replay"]
 
 PIECE = 256
 """Positions that are repeated at once, at most."""
+
+N_ROOM = PIECE + 64
+"""Positions behind a text in which it can be repeated in pieces of that size, whatever the tokenizer."""
 
 N_LEAST = 8
 """Positions that are repeated at once at least, where the context ends behind them; 32 in small batches."""
@@ -99,9 +103,15 @@ def replay(
         A piece, [start, stop), behind its replay.
 
     Raises:
+        UnsupportedCallError: n_most is too small.
         NativeError: memory ran out. The pieces before have their scores.
         Exception: what ``decode`` raises.
     """
+    if n_most < wording.size + N_LEAST:
+        raise UnsupportedCallError(
+            f"repeating a text takes {wording.size + N_LEAST} positions behind it, and {n_most} are left; "
+            "give a larger n_ctx"
+        )
     start = next_to_replay(kv, stop)
     size = n_most - wording.size
     n_pieces = -(-(stop - start) // size)

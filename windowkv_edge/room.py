@@ -70,7 +70,7 @@ class Compacting(GoingBack):
     def _bound(self, cache: PolicyCache, n_tokens: int, step: Step) -> int | None:
         if step not in ("prompt", "piece"):
             bound = self._answer_bound(cache)
-            return None if bound is None else bound.n_cells - len(self._asks_of_answer(bound))
+            return None if bound is None else bound.n_cells - self._n_beside(cache, bound)
         limit = None if self._kv_limit is None else self._kv_limit.n_cells(cache.kv.stats())
         if self._kv_prefill == "exact":
             return None
@@ -119,10 +119,11 @@ class Compacting(GoingBack):
         if step not in ("prompt", "piece"):
             n, bound = min(len(tokens), n_most), self._answer_bound(cache)
             asks = [] if bound is None else self._asks_of_answer(bound)
-            if bound is not None and n_held + n > bound.n_cells - len(asks):
+            if bound is not None and n_held + n > bound.n_cells - self._n_beside(cache, bound):
                 self._keep_before(cache, step)
                 if cache.bound.replays:
-                    self._replay(cache, self._n_to_replay(bound.target(n), "answer"))
+                    n_most = self._n_repeating(bound.n_cells, bound.interval)
+                    self._replay(cache, self._n_to_replay(bound.target(n)), bound.target(n), n_most)
                 n_fit = max(0, int(bound.n_cells - n_held))  # fewer behind a prompt of the limit's length, and drafts
                 self._observe(cache, asks[len(asks) - min(len(asks), n_fit) :])
                 self._shrink(cache, bound.target(n), in_answer=True)
@@ -131,12 +132,12 @@ class Compacting(GoingBack):
             goes_on = step == "piece" or self._kv_ahead[1] > 0
             n_asked = n_observers(cache.bound, self.n_batch) if goes_on else len(asks)
             if cache.bound.replays:  # those who repeat need room as well
-                n_asked = max(n_asked, n_at_once(self._wording(), self.n_batch))
+                n_asked = max(n_asked, self._n_repeating(room + self.n_batch))
             n, n_cells = Limit.next_step(room, self.n_batch, n_held, len(tokens), n_asked, n_most, goes_on)
             if n_cells is not None:
                 self._keep_before(cache, step)
                 if cache.bound.replays:
-                    self._replay(cache, self._n_to_replay(n_cells, "batch"))
+                    self._replay(cache, self.n_tokens, n_cells, self._n_repeating(room + self.n_batch))
                 self._observe(cache, asks)
                 n_behind = n_asked if goes_on or n < len(tokens) else 0
                 self._shrink(cache, n_cells, asks, n_next=n + n_behind)
@@ -191,9 +192,12 @@ class Compacting(GoingBack):
             return
         cache.kv.reserve(len(asks))  # without room for more
         cache.kv.watch(False)  # a single one would end a prompt that was evaluated by hand
-        with cache.kv.observing():
-            self._batch.set_batch(batch=asks, n_past=self.n_tokens, logits_all=False)
-            self._ctx.decode(self._batch)
+        try:
+            with cache.kv.observing():
+                self._batch.set_batch(batch=asks, n_past=self.n_tokens, logits_all=False)
+                self._ctx.decode(self._batch)
+        finally:
+            cache.kv.watch(True)
 
     def _observe_again(self, cache: PolicyCache) -> None:
         """Where the tokens that were observed are removed, all of them, those before them observe once more."""
@@ -218,14 +222,34 @@ class Compacting(GoingBack):
             )
         return self._kv_wording
 
-    def _n_to_replay(self, n_cells: int, comes: Comes, n_left: int = 0) -> int:
+    def _n_repeating(self, n_room: int, n_new: int | None = None) -> int:
+        """Tokens that repeat others at once, where n_room cells per head hold them too: no more than n_new of these,
+        if that is given, and a third of the room where that is enough for any."""
+        wording = self._wording()
+        n = n_at_once(wording, self.n_batch)
+        if n_new is not None:
+            n = min(n, wording.size + max(N_LEAST, n_new))
+        return min(n, max(wording.size + N_LEAST, n_room // 3))
+
+    def _n_beside(self, cache: PolicyCache, bound: Bound) -> int:
+        """Cells that tokens take for a while where an answer is compacted: those who ask, and those who repeat."""
+        n_asks = len(self._asks_of_answer(bound))
+        if not cache.bound.replays:
+            return n_asks
+        return max(n_asks, min(self._n_repeating(bound.n_cells, bound.interval), bound.n_cells // 3))
+
+    def _n_to_replay(self, n_cells: int, asked: Range | None = None, n_left: int = 0) -> int:
         """Positions that are repeated before a compaction to n_cells, behind n_left more tokens: not what asks about
-        them, which stays."""
-        if comes == "batch":
-            return self.n_tokens  # that is behind them
+        them, which stays.
+
+        Args:
+            n_cells: cells that stay.
+            asked: where the question of a chat stands, of a prompt that ends there.
+            n_left: tokens that are not evaluated yet.
+        """
         n_past, n = self.n_tokens + n_left, n_end(n_cells)
-        if comes == "answer's start" and self._kv_asked is not None:
-            start, stop = self._kv_asked
+        if asked is not None:
+            start, stop = asked
             n = max(1, min(n_past - max(start, stop - N_ASKS), n_cells // 2))
         return max(0, n_past - n)
 
@@ -236,41 +260,59 @@ class Compacting(GoingBack):
             return
         is_due, n_cells = self._is_due(cache, n_left)
         if is_due:
-            self._replay(cache, min(self.n_tokens, self._n_to_replay(n_cells, "answer's start", n_left)))
+            self._replay(cache, min(self.n_tokens, self._n_to_replay(n_cells, self._kv_asked, n_left)), n_cells)
 
-    def _replay(self, cache: PolicyCache, n_tokens: int) -> None:
-        """Have the model repeat what it has read up to a position; the logits of the last token stay."""
+    def _replay(self, cache: PolicyCache, n_tokens: int, n_cells: int, n_most: int | None = None) -> None:
+        """Have the model repeat what it has read up to a position; the logits of the last token stay.
+
+        Args:
+            cache: the cache.
+            n_tokens: the position.
+            n_cells: cells that stay in the compaction that follows. Where the context ends, what was not repeated stays
+                as it is, if it is half of these at most.
+            n_most: tokens at once; None = as many as are worth it.
+        """
         kv, wording = cache.kv, self._wording()
-        n_past = int(kv.stats().n_past)
-        n_room = self._n_positions - n_past
+        n_past, n_least = int(kv.stats().n_past), wording.size + N_LEAST
         if next_to_replay(kv, n_tokens) >= n_tokens:
             return
-        if n_room < wording.size + N_LEAST or n_past != self.n_tokens:
+        if n_past != self.n_tokens:
+            raise UnsupportedCallError(
+                f"kv_policy={cache.policy.name!r} has the model repeat what it has read before cells go, and of the "
+                f"{n_past} positions that are there this session has evaluated {self.n_tokens}: it does not know what "
+                "others decoded; evaluate it with eval(), or choose another policy"
+            )
+        n_room = self._n_positions - n_past
+        if n_room < n_least and n_past - int(kv.stats().n_replayed) <= n_cells // 2:
+            return
+        if n_room < n_least:
             raise UnsupportedCallError(
                 f"kv_policy={cache.policy.name!r} has the model repeat what it has read before cells go, which takes "
-                f"{wording.size + N_LEAST} positions behind the {n_past} that are there, and n_ctx={self.n_ctx()} has "
-                f"{n_room}; give a larger n_ctx"
+                f"{n_least} positions behind the {n_past} that are there, and n_ctx={self.n_ctx()} has {n_room}; give "
+                "a larger n_ctx"
             )
         row = None if self._requires_eval else llama_cpp.llama_get_logits_ith(self.ctx, -1)
         logits = np.ctypeslib.as_array(row, shape=(self._n_vocab,)).copy() if row else None
 
         def decode(tokens: list[int]) -> None:
             for i in range(0, len(tokens), self.n_batch):
-                n_before = n_past + i
-                self._batch.set_batch(batch=tokens[i : i + self.n_batch], n_past=n_before, logits_all=False)
+                self._batch.set_batch(batch=tokens[i : i + self.n_batch], n_past=n_past + i, logits_all=False)
                 self._ctx.decode(self._batch)
 
-        kv.watch(False)
-        self._requires_eval = True
         tokens = self.input_ids[:n_tokens].tolist()
-        n_most = min(n_at_once(wording, self.n_batch), n_room)
-        with self._decoding(n_most), Interrupts() as interrupts:
-            for _ in replay(kv, tokens, n_tokens, wording, n_most, decode):
-                interrupts.check()
-        row = llama_cpp.llama_get_logits_ith(self.ctx, -1)
-        if logits is not None and row:
-            ctypes.memmove(row, logits.ctypes.data, logits.nbytes)
-            self._requires_eval = False
+        n_most = min(n_most or n_at_once(wording, self.n_batch), n_room)
+        with self._aligned(), self._decoding(n_most), Interrupts() as interrupts:
+            kv.watch(False)
+            self._requires_eval = True
+            try:
+                for _ in replay(kv, tokens, n_tokens, wording, n_most, decode):
+                    interrupts.check()
+            finally:
+                kv.watch(True)
+                own = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+                if logits is not None and own:  # after an error, too: somebody may sample behind the prompt
+                    ctypes.memmove(own, logits.ctypes.data, logits.nbytes)
+                    self._requires_eval = False
 
     #
     # attention that is summed up
@@ -295,15 +337,21 @@ class Compacting(GoingBack):
 
     def _end_prompt(self, cache: PolicyCache, asked: Range | None = None) -> None:
         """asked: where the question stands, of a chat's prompt that was evaluated just now."""
-        self._prompt_ended(cache)
+        self._prompt_ended(cache, asked)
         n = n_in_answer(cache.bound) // 2  # the others are the answer's
         if asked is not None and cache.bound.answer_share > 0 and not cache.bound.accumulates:
             self._kv_asks = self.input_ids[max(asked[0], asked[1] - n) : asked[1]].tolist() if n > 0 else []
         self._keep_logits(cache)
         self._keep_end(cache)
 
-    def _prompt_ended(self, cache: PolicyCache) -> None:
-        """Compact if the cache says that it is time; either way the prompt's last queries stay observed."""
+    def _prompt_ended(self, cache: PolicyCache, asked: Range | None = None, can_repeat: bool = True) -> None:
+        """Compact if the cache says that it is time; either way the prompt's last queries stay observed.
+
+        Args:
+            cache: the cache.
+            asked: see :meth:`_end_prompt`.
+            can_repeat: tokens can be evaluated now.
+        """
         self._kv_prompts.is_open = False
         self._kv_asks = []
         is_due, n_cells = self._is_due(cache)
@@ -312,6 +360,8 @@ class Compacting(GoingBack):
             return
         self._keep_before(cache, "prompt")
         try:
+            if can_repeat and cache.bound.replays:
+                self._replay(cache, self._n_to_replay(n_cells, asked), n_cells)
             self._compact(cache, n_cells)
         except BaseException:
             cache.kv.prompt_done()
@@ -349,8 +399,6 @@ class Compacting(GoingBack):
             comes: what is evaluated next.
             n_next: tokens of that batch, and of those who observe behind it: cells do not move for them.
         """
-        if cache.bound.replays and comes == "answer's start":  # before the others somebody may observe already
-            self._replay(cache, self._n_to_replay(n_cells, comes))
         if cache.bound.observes or cache.bound.accumulates:
             self._observe_again(cache)
         within = self._kv_limit.n_free(cache.kv.stats(), cache.bound) if asks and self._kv_limit is not None else None

@@ -341,6 +341,12 @@ void llama_kv_cache_ragged::observe_begin(llama_memory_i & mem, int32_t p0, int3
     }
 }
 
+void llama_kv_cache_ragged::drop_replay() {
+    if (visit) {
+        visit->dropped = true; // graphs may still point to it
+    }
+}
+
 bool llama_kv_cache_ragged::observe_end() {
     if (!visit) {
         seq.observed.trim(seq.n_pos); // nobody compacted
@@ -349,6 +355,7 @@ bool llama_kv_cache_ragged::observe_end() {
     synchronize();
     const auto own = std::move(visit);
     epoch += own->replay != nullptr;
+    const int64_t n_seen = int64_t(seq.n_pos) - own->n_pos;
     if (seq.n_pos > own->n_pos) {
         own->others.restore();
         seq.withdraw(own->n_pos);
@@ -358,6 +365,8 @@ bool llama_kv_cache_ragged::observe_end() {
         seq.observed.n_prompt = own->n_prompt;
         if (own->replay) {
             seq.observed.trim(seq.n_pos); // they do not observe
+        }
+        if (own->replay && !own->dropped && n_seen >= own->replay->size()) {
             own->replay->give(seq);
         }
     }

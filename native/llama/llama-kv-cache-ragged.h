@@ -166,6 +166,9 @@ public:
     void observe_begin(llama_memory_i & mem, int32_t p0 = 0, int32_t p1 = 0);
     bool observe_end();
 
+    // what repeats was not evaluated as a whole: no cell gets a score of it
+    void drop_replay();
+
     // nullptr: nothing is repeated
     llama_kv_ragged_replay * get_replay() const { return visit ? visit->replay.get() : nullptr; }
 
@@ -221,6 +224,8 @@ private:
 
         std::unique_ptr<llama_kv_ragged_claim>  claim;
         std::unique_ptr<llama_kv_ragged_replay> replay;
+
+        bool dropped = false;
     };
     std::unique_ptr<llama_kv_ragged_visit> visit;
 

@@ -38,7 +38,8 @@ struct llama_kv_ragged_decoding {
 
 template <typename B>
 static int decode(llama_context & lctx, const B & batch) {
-    if (!llama_kv_ragged_find(lctx.get_memory())) {
+    auto * kv = llama_kv_ragged_find(lctx.get_memory());
+    if (!kv) {
         return lctx.decode(batch);
     }
 
@@ -46,6 +47,9 @@ static int decode(llama_context & lctx, const B & batch) {
         const int status = lctx.decode(batch);
         if (status == -2) {
             llama_kv_ragged_decoding::reserve_anew(lctx);
+        }
+        if (status != 0) {
+            kv->drop_replay();
         }
         return status;
     } catch (const std::bad_alloc &) {

@@ -493,8 +493,8 @@ ggml_tensor * llama_kv_cache_ragged_context::build_attn(
     }
 
     if (auto * replay = get_replay()) {
-        replay->build(ctx, g.gf, q, view.k, inp->get_replay_rows(ctx, n_head_kv, il), layer.on_cpu() ? nullptr : inp->get_replay_mask(ctx), sinks, kq_scale, softcap,
-                std::max(g.cparams.n_threads, g.cparams.n_threads_batch), get_index(il));
+        replay->build(g, q, view.k, inp->get_replay_rows(ctx, n_head_kv, il), layer.on_cpu() ? nullptr : inp->get_replay_mask(ctx), sinks, kq_scale, softcap,
+                get_index(il));
     }
 
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);

@@ -1,5 +1,6 @@
 #include "llama-kv-ragged-replay.h"
 
+#include "llama-graph.h"
 #include "llama-impl.h"
 #include "llama-kv-ragged-create.h"
 #include "llama-kv-ragged-score.h"
@@ -59,8 +60,7 @@ void llama_kv_ragged_replay::set_mask(uint32_t n_pos, int64_t n_tokens, float * 
 }
 
 void llama_kv_ragged_replay::build(
-        ggml_context * ctx,
-        ggml_cgraph  * gf,
+        const llm_graph_context & g,
         ggml_tensor  * q,
         ggml_tensor  * k,
         ggml_tensor  * rows,
@@ -68,8 +68,9 @@ void llama_kv_ragged_replay::build(
         ggml_tensor  * sinks,
         float          kq_scale,
         float          softcap,
-        int            n_threads,
         size_t         i) {
+    ggml_context * ctx = g.ctx0;
+
     ggml_tensor * res = scores[i].tensor;
 
     const int64_t n         = p1 - p0;
@@ -79,8 +80,8 @@ void llama_kv_ragged_replay::build(
 
     ggml_tensor * keys = ggml_reshape_3d(ctx, ggml_get_rows(ctx, k, rows), k->ne[0], rows->ne[0]/n_head_kv, n_head_kv); // F32
 
-    if (ggml_tensor * done = build_on_cpu(ctx, q, keys, sinks, kq_scale, softcap, n_threads, i)) {
-        ggml_build_forward_expand(gf, done);
+    if (ggml_tensor * done = build_on_cpu(g, q, keys, sinks, kq_scale, softcap, i)) {
+        ggml_build_forward_expand(g.gf, done);
         return;
     }
 
@@ -100,12 +101,14 @@ void llama_kv_ragged_replay::build(
 
     ggml_tensor * held = ggml_reshape_3d(ctx, res, n, 1, n_head_kv);
     cur = llama_kv_ragged_build_larger(ctx, cur, held);
-    ggml_build_forward_expand(gf, ggml_cpy(ctx, cur, held));
+    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, cur, held));
 }
 
 // in the steps of the CPU backend, without a tensor of weights; nullptr for a layer on a device
 ggml_tensor * llama_kv_ragged_replay::build_on_cpu(
-        ggml_context * ctx, ggml_tensor * q, ggml_tensor * keys, ggml_tensor * sinks, float kq_scale, float softcap, int n_threads, size_t i) {
+        const llm_graph_context & g, ggml_tensor * q, ggml_tensor * keys, ggml_tensor * sinks, float kq_scale, float softcap, size_t i) {
+    ggml_context * ctx = g.ctx0;
+
     const auto & layer = (*layers)[i];
     const auto * steps = llama_kv_ragged_cpu_steps(layer);
     if (!steps) {
@@ -130,18 +133,20 @@ ggml_tensor * llama_kv_ragged_replay::build_on_cpu(
     std::iota(cur.rows.begin(), cur.rows.end(), 0);
 
     auto & p = cur.p;
+    ggml_tensor * q_f16 = ggml_cast(ctx, q, GGML_TYPE_F16);
+
     p.k             = ggml_reshape_2d(ctx, keys, keys->ne[0], n_keys*layer.n_head_kv);
     p.n_head_kv     = layer.n_head_kv;
     p.n_gqa         = layer.n_gqa();
     p.first         = cur.first.data();
     p.n_cells       = cur.n_cells.data();
-    p.q             = ggml_cast(ctx, q, GGML_TYPE_F16);
+    p.q             = q_f16;
     p.n_queries     = n_tokens;
     p.rows          = cur.rows.data();
     p.n_hidden      = cur.n_hidden.data();
     p.kq_scale      = kq_scale;
     p.softcap       = softcap;
-    p.sinks         = sinks ? (const float *) sinks->data : nullptr;
+    p.sinks         = sinks && ggml_backend_buffer_is_host(sinks->buffer) ? (const float *) sinks->data : nullptr;
     p.by_query_head = false;
     p.largest       = true;
     p.weight        = 1.0f;
@@ -149,8 +154,12 @@ ggml_tensor * llama_kv_ragged_replay::build_on_cpu(
     p.dst           = cur.dst.data();
     p.n_scored      = res->ne[0];
     p.n_piece       = 128;
-    p.n_threads     = n_threads;
-    return llama_kv_ragged_build_steps(ctx, *steps, p, { const_cast<ggml_tensor *>(p.k), const_cast<ggml_tensor *>(p.q) });
+    p.n_threads     = std::max(g.cparams.n_threads, g.cparams.n_threads_batch);
+
+    // the steps read these two where they lie, so that they may not be computed on a device beside, which the scheduler would copy from
+    ggml_backend_sched_set_tensor_backend(g.sched, keys->view_src, g.backend_cpu);
+    ggml_backend_sched_set_tensor_backend(g.sched, q_f16, g.backend_cpu);
+    return llama_kv_ragged_build_steps(ctx, *steps, p, { const_cast<ggml_tensor *>(p.k), q_f16 });
 }
 
 void llama_kv_ragged_replay::give(llama_kv_ragged_seq & seq) const {

@@ -11,7 +11,7 @@
 #include <deque>
 #include <vector>
 
-struct ggml_cgraph;
+struct llm_graph_context;
 
 // Who scores, and what. A score is the largest attention that a replayed token pays to the cell, over these tokens and the query heads
 // of its kv head. Its softmax is about three kinds of keys alone: the piece, the first cells of the head, on which attention rests that
@@ -22,6 +22,8 @@ public:
     // The positions [p0, p1) will be repeated, behind all that seq holds. Throws std::invalid_argument if they cannot be, and
     // std::runtime_error if there is no memory for the scores.
     llama_kv_ragged_replay(const llama_kv_ragged_seq & seq, int32_t p0, int32_t p1);
+
+    int64_t size() const { return p1 - p0; }
 
     int64_t n_keys(uint32_t n_pos) const { return p1 - p0 + n_sink + n_pos - n_held; }
 
@@ -34,8 +36,7 @@ public:
     // The nodes of a layer, whose K rows are stored; this object has to outlive the graph.
     //   q [n_embd_head_k, n_tokens, n_head], k [n_embd_head_k, n_rows], rows and mask as above; on the CPU nobody needs a mask
     void build(
-            ggml_context * ctx,
-            ggml_cgraph  * gf,
+            const llm_graph_context & g,
             ggml_tensor  * q,
             ggml_tensor  * k,
             ggml_tensor  * rows,
@@ -43,7 +44,6 @@ public:
             ggml_tensor  * sinks,
             float          kq_scale,
             float          softcap,
-            int            n_threads,
             size_t         i);
 
     // What the graphs have found becomes part of the cells, the larger of two scores where there is one. Only the positions that
@@ -51,8 +51,8 @@ public:
     void give(llama_kv_ragged_seq & seq) const;
 
 private:
-    ggml_tensor * build_on_cpu(ggml_context * ctx, ggml_tensor * q, ggml_tensor * keys, ggml_tensor * sinks, float kq_scale, float softcap,
-            int n_threads, size_t i);
+    ggml_tensor * build_on_cpu(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * keys, ggml_tensor * sinks, float kq_scale,
+            float softcap, size_t i);
 
     int32_t  p0;
     int32_t  p1;

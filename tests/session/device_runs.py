@@ -584,10 +584,11 @@ def bench(model: Path, *options: str) -> list[Json]:
     return list(json.loads(found.stdout)["rows"])
 
 
-def replayed(model: Path, layers: int, type_kv: int) -> list[np.ndarray]:
+def replayed(model: Path, layers: int, type_kv: int, offload_kqv: bool = True) -> list[np.ndarray]:
     """Scores of 300 positions whose first 250 were repeated, by kv head, more tokens at a time than a ubatch has; and logits of a
     token behind the compaction."""
-    with session(model, layers, kv_policy="kvzip", kv_budget=1.0, type_k=type_kv, type_v=type_kv) as llm:
+    cells = {"type_k": type_kv, "type_v": type_kv, "offload_kqv": offload_kqv}
+    with session(model, layers, kv_policy="kvzip", kv_budget=1.0, **cells) as llm:
         llm.eval(tokens(300))
         kv = llm._kv
         for start, stop in ((0, 100), (100, 250)):

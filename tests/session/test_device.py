@@ -118,11 +118,13 @@ def check_answers(device: Run, model: Path, layers: int, offload_kqv: bool) -> N
 
 @pytest.mark.parametrize("kernel", ["cuda", "metal", "none"])
 @pytest.mark.parametrize("type_kv", [1, 8], ids=["f16", "q8_0"])
-@pytest.mark.parametrize("layers", [2, 99], ids=["partial", "all"])
-def test_scores_by_replay(device: Run, model: Path, kernel: str, type_kv: int, layers: int) -> None:
+@pytest.mark.parametrize(
+    ("layers", "offload_kqv"), [(2, True), (99, True), (99, False)], ids=["partial", "all", "pools of the host"]
+)
+def test_scores_by_replay(device: Run, model: Path, kernel: str, type_kv: int, layers: int, offload_kqv: bool) -> None:
     """Where the layer is, in ggml's operations, against the steps of the CPU, which round queries to F16. To quantised cells stock's
     attention on the test device, which is the CPU's, rounds them to 8 bits before."""
-    found = device(kernel, device_runs.replayed, model, layers, type_kv)
+    found = device(kernel, device_runs.replayed, model, layers, type_kv, offload_kqv)
     want = device("cpu", device_runs.replayed, model, 0, type_kv)
     assert len(found) == len(want) == N_LAYER * N_HEAD_KV + 1
     for here, there in zip(found[:-1], want[:-1], strict=True):

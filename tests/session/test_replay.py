@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tiny_model
 from kinds import WRITERS, logits
 from policy_table import kept
 from reference.kvzip import beside, repeated
@@ -148,6 +149,23 @@ def test_evicted_positions_are_refused(tiny: Path, opened: Open) -> None:
         pass
 
 
+def test_what_was_not_evaluated_has_no_score(tiny: Path, opened: Open) -> None:
+    """Nothing, less than the piece, or a batch that fails: the piece can be repeated then."""
+    llm = opened(tiny, kv_policy="kvzip", kv_budget=1.0, **WIDE)
+    llm.eval(TOKENS[:300])
+    kv = kv_of(llm)
+    with kv.observing((0, 100)):
+        pass
+    repeat(llm, 0, 100, TOKENS[:99])
+    with kv.observing((0, 100)):
+        assert decode(llm, TOKENS[:100]) == 0
+        assert decode(llm, [tiny_model.N_VOCAB + 7]) != 0
+    assert kv.stats().n_replayed == 0 and kv.stats().n_past == 300
+    assert all((own == 2).all() for own in kv.replayed(1))
+    repeat(llm, 0, 100)
+    assert kv.stats().n_replayed == 100
+
+
 #
 # sessions
 #
@@ -246,8 +264,11 @@ def test_a_limit_holds_while_pieces_are_repeated(tiny: Path, opened: Open, polic
 
     kv.reserve = watch  # type: ignore[method-assign]
     tokens = (TOKENS * 2)[:500]
-    assert len(answer(llm, tokens, 40)) == 40
+    answer(llm, tokens, 1)
     assert 200 < most <= 160 + 128
+    most = 0.0
+    assert len(answer(llm, tokens, 40)) == 40
+    assert 100 < most <= 160
     assert llm.kv_stats().cells.mean() <= 160 and kv.stats().n_replayed >= 490
 
 
@@ -262,6 +283,47 @@ def test_the_end_of_the_context(tiny: Path, opened: Open) -> None:
     llm.eval([OTHERS[0]] * 0)
     llm.kv_compact()
     assert llm.kv_stats().cells.mean() == 60
+
+
+def test_ctrl_c_between_two_pieces(tiny: Path, opened: Open) -> None:
+    """What was repeated has its scores, the logits are those of the prompt, and the next call repeats the rest."""
+    llm, other = (opened(tiny, kv_policy="kvzip", kv_budget=60, n_ctx=700, n_batch=64) for _ in range(2))
+    for own in (llm, other):
+        own.eval(TOKENS[:300])
+    want = logits(llm)
+    decoded, n = llm._ctx.decode, 0
+
+    def interrupted(batch: Any) -> None:
+        nonlocal n
+        n += 1
+        decoded(batch)
+        if n == 3:
+            raise KeyboardInterrupt
+
+    llm._ctx.decode = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        llm.sample(temp=0.0)
+    assert np.array_equal(logits(llm), want) and llm.n_tokens == 300
+    assert 0 < kv_of(llm).stats().n_replayed < 200 and (llm.kv_stats().cells == 300).all()
+    assert llm.sample(temp=0.0) == other.sample(temp=0.0) == int(want.argmax())
+    llm.kv_compact()
+    assert positions(llm) == positions(other)
+
+
+def test_a_question_of_an_earlier_chat_is_no_reason(tiny: Path, opened: Open) -> None:
+    """What is evaluated by hand behind it is repeated but for its end."""
+    llm = opened(tiny, kv_policy="kvzip", kv_budget=60, **WIDE)
+    llm._kv_asked = (20, 60)
+    evaluate(llm, TOKENS[:300])
+    assert kv_of(llm).stats().n_replayed == 300 - 60 // 4
+
+
+def test_an_answer_goes_on_to_the_end_of_the_context(tiny: Path, opened: Open) -> None:
+    """Where those who repeat find no positions, the newest tokens stay."""
+    for policy in ("kvzip", "auto(replay_share=0.5)"):
+        llm = opened(tiny, kv_policy=policy, kv_limit=100, n_ctx=256, n_batch=64, kv_interval=8)
+        assert len(answer(llm, TOKENS[:150], 100)) == 100
+        assert llm.n_tokens == 249 and llm.kv_stats().cells.mean() <= 100
 
 
 def test_what_others_decode_is_not_compacted_blindly(tiny: Path, opened: Open) -> None:

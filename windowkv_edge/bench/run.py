@@ -19,6 +19,7 @@ from ..errors import WindowKVError
 from ..gguf_info import GGUFInfo
 from ..heads import HeadScores
 from ..policies import Full, KVPolicy
+from ..replay import N_ROOM
 from ..policies.headkv import ByImportance
 from .distributions import divergence, log_softmax
 from .session import Model, Session
@@ -268,7 +269,8 @@ class Bench:
         """A session with room for its prompt. If no prompt is to be evaluated, it is filled and compacted."""
         before, before_device = rss(), device_memory()
         policy = None if row.policy == STOCK else self.policies[row.policy]
-        session = self._session(row.depth + self.plan.rounds + 1, row.cell_type, policy)
+        n_more = N_ROOM if policy is not None and policy.replays else 0
+        session = self._session(row.depth + self.plan.rounds + 1 + n_more, row.cell_type, policy)
         stack.callback(session.close)
         if policy is not None:
             session.kv.reserve(row.depth)

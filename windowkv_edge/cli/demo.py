@@ -88,9 +88,9 @@ class _WatchedLlama(Llama):
 
     rss_change: int | None = None
 
-    def _prompt_ended(self, cache: PolicyCache) -> None:
+    def _prompt_ended(self, cache: PolicyCache, *args: Any, **kwargs: Any) -> None:
         before, n_before = rss(), cache.kv.stats().n_compactions
-        super()._prompt_ended(cache)
+        super()._prompt_ended(cache, *args, **kwargs)
         if cache.kv.stats().n_compactions > n_before:
             self.rss_change = rss() - before
 

@@ -217,6 +217,11 @@ class Generator:
 
     def __init__(self, model: Model, plan: Plan, records: Records, report: Callable[..., None]) -> None:
         self.model, self.plan, self.records, self.report = model, plan, records, report
+        if repeats_text := [name for name, policy in plan.policies.items() if policy.replays]:
+            raise EvalError(
+                f"{repeats_text[0]} has the model repeat what it has read, which this command does not; leave it out, "
+                "sessions do it"
+            )
         (self.n_cells,) = (int(budget) for budget in plan.budgets)
 
     def run(self, cases: Sequence[GenerateCase]) -> None:

@@ -16,6 +16,7 @@ from ..bench.session import Model
 from ..limit import slack
 from ..llama import Llama
 from ..policies import KVPolicy
+from ..replay import N_ROOM
 from .branch import N_BATCH, Branches, Read
 from .case import Case, EvalError
 from .metrics import score
@@ -73,6 +74,7 @@ class LongRunner:
     def __init__(
         self, model: Model, plan: LongPlan, n_ctx: int, records: Records, report: Report, read: Read | None = None
     ) -> None:
+        n_ctx += N_ROOM if any(policy.replays for policy in plan.policies.values()) else 0
         self.model, self.plan, self.n_ctx, self.records, self.report = model, plan, n_ctx, records, report
         self.read = read
         window = max(policy.n_observed for policy in plan.policies.values())

@@ -14,6 +14,7 @@ from ..bench.distributions import divergence
 from ..bench.session import Model
 from ..budget import bits, n_cells
 from ..policies import KVPolicy
+from ..replay import N_ROOM
 from .branch import Branches, Read
 from .case import Case, EvalError
 from .metrics import RECALL, score
@@ -107,7 +108,8 @@ class Runner:
         try:
             own_types = (cells for policy in plan.policies.values() for cells in plan.types_of(policy))
             for cells in dict.fromkeys(("f16", *own_types)):
-                own = Branches(model, n_ctx, plan.window, cells, plan.threads, plan.accumulates, read)
+                n_more = N_ROOM if any(policy.replays for policy in plan.policies.values()) else 0
+                own = Branches(model, n_ctx + n_more, plan.window, cells, plan.threads, plan.accumulates, read)
                 self.stack.callback(own.close)
                 if own.cells == cells:
                     self.branches[cells] = own
