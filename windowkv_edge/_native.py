@@ -299,18 +299,20 @@ class Context:
         check(lib.wkv_set_attention(self._ctx, getattr(lib, f"WKV_ATTENTION_{name}".upper())))
 
     @contextmanager
-    def observing(self, repeats: tuple[int, int] | None = None) -> Iterator[None]:
+    def observing(self, repeats: tuple[int, int] | None = None, n_tokens: int | None = None) -> Iterator[None]:
         """What is evaluated inside is only observed: its positions are given up afterwards, and a compaction that
         follows takes its queries for the newest ones.
 
         Args:
             repeats: positions [start, stop) that it repeats: their cells get scores by that (:meth:`replayed`), and its
                 queries are forgotten.
+            n_tokens: how many tokens do so; with any other number there are no scores. None = one for every position.
         """
         if repeats is None:
             check(lib.wkv_observe_begin(self._ctx))
         else:
-            check(lib.wkv_replay_begin(self._ctx, *repeats))
+            n = repeats[1] - repeats[0] if n_tokens is None else n_tokens
+            check(lib.wkv_replay_begin(self._ctx, *repeats, n))
         try:
             yield
         finally:

@@ -183,17 +183,22 @@ class PolicyEvaluation(Shifting):
         with self._kv_guard.use("sample()", reads=True):
             idx = kwargs.get("idx")
             at = -1 if idx is None else idx - self.n_tokens
-            if self.n_tokens > 0 and not llama_cpp.llama_get_logits_ith(self.ctx, at):
-                raise UnsupportedCallError(
-                    f"sample(): there are no logits {'of the last token' if idx is None else f'at idx={idx}'}; "
-                    "evaluate tokens first (with logits_all=True for others than the last)"
-                )
+
+            def check_logits() -> None:
+                if self.n_tokens > 0 and not llama_cpp.llama_get_logits_ith(self.ctx, at):
+                    raise UnsupportedCallError(
+                        f"sample(): there are no logits {'of the last token' if idx is None else f'at idx={idx}'}; "
+                        "evaluate tokens first (with logits_all=True for others than the last)"
+                    )
+
+            check_logits()
             cache = self._kv_cache
             if cache is None:
                 self._kv_prompts.is_open = False
             elif self._kv_prompts.is_open and cache.kv.stats().n_past == self.n_tokens:
                 with self._use("sample()"):
                     self._end_prompt(cache)
+                check_logits()  # tokens that repeat others leave those of the last one alone
             return int(super().sample(*args, **kwargs))
 
     #

@@ -106,7 +106,7 @@ def _read(n_tokens: int, limit: int, n_batch: int, policy: KVPolicy) -> tuple[in
     held = peak = rows = n_read = 0
     is_whole = True
     while n_read < n_tokens:
-        n, n_cells = Limit.next_step(limit, n_batch, held, n_tokens - n_read, n_asked, n_most)
+        n, n_cells = Limit.next_step(limit, n_batch, held, n_tokens - n_read, n_asked, n_most, policy.replays)
         if n_cells is not None:
             peak = max(peak, held + n_asked)
             rows = max(rows, _rows(peak) if is_whole else peak)
@@ -115,4 +115,6 @@ def _read(n_tokens: int, limit: int, n_batch: int, policy: KVPolicy) -> tuple[in
         n_read += n
         peak = max(peak, held)
         rows = max(rows, _rows(held) if is_whole else held)
+    if policy.replays:  # behind the last tokens as well
+        peak, rows = max(peak, held + n_asked), max(rows, held + n_asked)
     return peak, rows, held if held <= limit else limit - slack(limit)

@@ -114,17 +114,19 @@ class Limit:
         # pools have free rows, a 64th of a compressed cache
         return max(0, (n_bytes("kv_limit", self.given, "") - beside) * 64 // (65 * int(stats.bytes_cell)))
 
-    def check(self, stats: Any, policy: KVPolicy) -> None:
-        """Raise ValueError if that is less than a policy needs: twice :func:`n_asks`.
+    def check(self, stats: Any, policy: KVPolicy, n_repeating: int = 0) -> None:
+        """Raise ValueError if that is less than a policy needs: twice :func:`n_asks`, or three times as many as repeat
+        what was read at once.
 
         Args:
             stats: see :meth:`n_cells`.
             policy: the policy.
+            n_repeating: tokens that repeat others at least, 0 where none do.
         """
         if policy.name == "full":
             raise ValueError("kv_policy='full' keeps every cell, which kv_limit does not allow; leave one of them out")
-        n, n_least = self.n_cells(stats), 2 * n_asks(policy)
-        if self.interval is not None and self.interval >= n:
+        n, n_least = self.n_cells(stats), max(2 * n_asks(policy), 3 * n_repeating)
+        if self.interval is not None and self.interval >= (n if n_repeating == 0 else n - n // 3):
             raise ValueError(
                 f"kv_interval={self.interval} leaves nothing of the {n} cells per head that kv_limit={self.given!r} "
                 "holds; give a smaller one"
@@ -140,7 +142,7 @@ class Limit:
     def n_free(self, stats: Any, policy: KVPolicy) -> int:
         """Cells per head that every compaction within the limit leaves."""
         n = self.n_cells(stats)
-        return n - max(n_asks(policy), self.slack(n))
+        return n - max(n_asks(policy), self.slack(n)) - (n // 3 if policy.replays else 0)
 
     @staticmethod
     def next_step(

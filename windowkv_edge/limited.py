@@ -40,7 +40,7 @@ class Limited(SavedStates):
                 self._kv_given.pop("kv_limit", None)
                 return
             new, stats = Limit(check_limit(limit), self._kv_interval), cache.kv.stats()
-            new.check(stats, cache.bound)
+            new.check(stats, cache.bound, self._n_repeating_least(cache.bound))
             n, room = n_pinned(self._kv_pins.asked), new.n_free(stats, cache.bound)
             if n >= room:
                 raise ValueError(

@@ -240,7 +240,7 @@ class Llama(Limited):
                 guard=self._kv_guard,
             )
             if self._kv_limit is not None:
-                self._kv_limit.check(cache.kv.stats(), cache.bound)
+                self._kv_limit.check(cache.kv.stats(), cache.bound, self._n_repeating_least(cache.bound))
             self._check_shift(cache)
             self._watch_context(cache)
             self._kv_model = model_id(self)
@@ -278,8 +278,9 @@ class Llama(Limited):
             check_interval(self._kv_interval, new)
             self._check_text(new)
             bound = cache.bind(new)
+            n_least = self._n_repeating_least(bound)
             if self._kv_limit is not None:
-                self._kv_limit.check(cache.kv.stats(), bound)
+                self._kv_limit.check(cache.kv.stats(), bound, n_least)
             with self._aligned():
                 self._clear()
                 self._kv_checkpoints.clear()
@@ -287,7 +288,8 @@ class Llama(Limited):
                 cache.set_policy(new, bound)
                 if self._kv_limit is not None:
                     try:
-                        self._kv_limit.check(cache.kv.stats(), bound)  # with the queries that this one observes
+                        # with the queries that this one observes
+                        self._kv_limit.check(cache.kv.stats(), bound, n_least)
                     except ValueError:
                         cache.set_policy(*before)
                         raise

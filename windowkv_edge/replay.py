@@ -107,12 +107,12 @@ def replay(
         NativeError: memory ran out. The pieces before have their scores.
         Exception: what ``decode`` raises.
     """
-    if n_most < wording.size + N_LEAST:
+    start = next_to_replay(kv, stop)
+    if start < stop and n_most < wording.size + N_LEAST:
         raise UnsupportedCallError(
             f"repeating a text takes {wording.size + N_LEAST} positions behind it, and {n_most} are left; "
             "give a larger n_ctx"
         )
-    start = next_to_replay(kv, stop)
     size = n_most - wording.size
     n_pieces = -(-(stop - start) // size)
     while start < stop:
@@ -120,7 +120,7 @@ def replay(
         before = list(tokens[max(0, start - N_BEFORE) : start])
         own = [*(wording.later if start > 0 else wording.first), *before, *tokens[start:end]]
         kv.reserve(len(own))
-        with kv.observing((start, end)):
+        with kv.observing((start, end), len(own)):
             decode(own)
         yield start, end
         start, n_pieces = end, n_pieces - 1

@@ -20,7 +20,7 @@ from .going_back import GoingBack
 from .guard import Interrupts
 from .limit import N_ASKS, Limit, Prefill, n_asks, n_observers
 from .pins import Pins, Range, n_pinned
-from .policies import Task
+from .policies import KVPolicy, Task
 from .prompts import Step
 from .replay import N_LEAST, Wording, n_at_once, n_end, next_to_replay, replay
 from .session import PolicyCache
@@ -121,18 +121,21 @@ class Compacting(GoingBack):
             asks = [] if bound is None else self._asks_of_answer(bound)
             if bound is not None and n_held + n > bound.n_cells - self._n_beside(cache, bound):
                 self._keep_before(cache, step)
-                if cache.bound.replays:
-                    n_most = self._n_repeating(bound.n_cells, bound.interval)
-                    self._replay(cache, self._n_to_replay(bound.target(n)), bound.target(n), n_most)
+                target = bound.target(n)
+                if cache.bound.replays:  # or it would be due again at once
+                    target = max(1, target - self._n_beside(cache, bound))
+                    n_at_most = self._n_repeating(bound.n_cells, bound.interval)
+                    self._replay(cache, self._n_to_replay(target), target, n_at_most)
                 n_fit = max(0, int(bound.n_cells - n_held))  # fewer behind a prompt of the limit's length, and drafts
                 self._observe(cache, asks[len(asks) - min(len(asks), n_fit) :])
-                self._shrink(cache, bound.target(n), in_answer=True)
+                self._shrink(cache, target, in_answer=True)
         else:
             asks = self._asks(cache, tokens) if step == "prompt" else []
             goes_on = step == "piece" or self._kv_ahead[1] > 0
             n_asked = n_observers(cache.bound, self.n_batch) if goes_on else len(asks)
             if cache.bound.replays:  # those who repeat need room as well
                 n_asked = max(n_asked, self._n_repeating(room + self.n_batch))
+            goes_on = goes_on or cache.bound.replays  # behind the last tokens as well
             n, n_cells = Limit.next_step(room, self.n_batch, n_held, len(tokens), n_asked, n_most, goes_on)
             if n_cells is not None:
                 self._keep_before(cache, step)
@@ -222,6 +225,10 @@ class Compacting(GoingBack):
             )
         return self._kv_wording
 
+    def _n_repeating_least(self, policy: KVPolicy) -> int:
+        """Tokens that repeat others with a policy, at least; 0 if none do."""
+        return self._wording().size + N_LEAST if policy.replays else 0
+
     def _n_repeating(self, n_room: int, n_new: int | None = None) -> int:
         """Tokens that repeat others at once, where n_room cells per head hold them too: no more than n_new of these,
         if that is given, and a third of the room where that is enough for any."""
@@ -291,7 +298,7 @@ class Compacting(GoingBack):
                 f"{n_least} positions behind the {n_past} that are there, and n_ctx={self.n_ctx()} has {n_room}; give "
                 "a larger n_ctx"
             )
-        row = None if self._requires_eval else llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        row, known = llama_cpp.llama_get_logits_ith(self.ctx, -1), self._requires_eval
         logits = np.ctypeslib.as_array(row, shape=(self._n_vocab,)).copy() if row else None
 
         def decode(tokens: list[int]) -> None:
@@ -301,18 +308,22 @@ class Compacting(GoingBack):
 
         tokens = self.input_ids[:n_tokens].tolist()
         n_most = min(n_most or n_at_once(wording, self.n_batch), n_room)
-        with self._aligned(), self._decoding(n_most), Interrupts() as interrupts:
-            kv.watch(False)
-            self._requires_eval = True
-            try:
-                for _ in replay(kv, tokens, n_tokens, wording, n_most, decode):
-                    interrupts.check()
-            finally:
-                kv.watch(True)
-                own = llama_cpp.llama_get_logits_ith(self.ctx, -1)
-                if logits is not None and own:  # after an error, too: somebody may sample behind the prompt
-                    ctypes.memmove(own, logits.ctypes.data, logits.nbytes)
-                    self._requires_eval = False
+        self._requires_eval, is_back = True, False
+        try:
+            with self._aligned(), self._decoding(n_most), Interrupts() as interrupts:
+                kv.watch(False)
+                try:
+                    for _ in replay(kv, tokens, n_tokens, wording, n_most, decode):
+                        interrupts.check()
+                finally:
+                    kv.watch(True)
+                    own = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+                    if logits is not None and own:  # after an error, too: somebody may sample behind the prompt
+                        ctypes.memmove(own, logits.ctypes.data, logits.nbytes)
+                        is_back = True
+        finally:
+            if is_back and self.n_tokens == n_past:
+                self._requires_eval = known
 
     #
     # attention that is summed up
@@ -361,7 +372,9 @@ class Compacting(GoingBack):
         self._keep_before(cache, "prompt")
         try:
             if can_repeat and cache.bound.replays:
-                self._replay(cache, self._n_to_replay(n_cells, asked), n_cells)
+                n_limit = None if self._kv_limit is None else self._kv_limit.n_cells(cache.kv.stats())
+                n_most = None if n_limit is None else self._n_repeating(n_limit + self.n_batch)
+                self._replay(cache, self._n_to_replay(n_cells, asked), n_cells, n_most)
             self._compact(cache, n_cells)
         except BaseException:
             cache.kv.prompt_done()
@@ -379,7 +392,11 @@ class Compacting(GoingBack):
         if self._kv_limit is not None:
             n_limit = self._kv_limit.n_cells(stats)
             is_due = is_due or n_held > n_limit
-            n_cells = max(1, min(n_cells, n_limit - self._kv_limit.slack(n_limit)))
+            n_most = n_limit - self._kv_limit.slack(n_limit)
+            bound = self._answer_bound(cache)
+            if cache.bound.replays and bound is not None:  # or an answer would be compacted at once
+                n_most -= self._n_beside(cache, bound)
+            n_cells = max(1, min(n_cells, n_most))
         return is_due, n_cells
 
     def _compact(

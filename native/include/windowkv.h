@@ -164,7 +164,8 @@ WKV_API int wkv_observe_end  (struct llama_context * ctx);
 // pay it, for reduce = replay, in a softmax over the repeated cells, the first four of the head, and the repeating tokens up to the one
 // that pays. The larger one stays where a cell has one already; cells of positions between n_replayed of the statistics and p0 get 0.
 // Scores stay with their cells, in compactions and saved states. The queries that are held stay held.
-WKV_API int wkv_replay_begin(struct llama_context * ctx, int32_t p0, int32_t p1);
+// n_tokens: how many will be evaluated, what asks for the repetition included; if others are, or a batch fails, no cell gets a score.
+WKV_API int wkv_replay_begin(struct llama_context * ctx, int32_t p0, int32_t p1, int32_t n_tokens);
 
 // scores of one layer by replays: for every kv head in turn its cells; 2, which is more than any, for cells that were not repeated and for
 // those of the first four positions. Returns the number of floats

@@ -323,16 +323,14 @@ void llama_kv_cache_ragged::check_not_observing() const {
     }
 }
 
-void llama_kv_cache_ragged::observe_begin(llama_memory_i & mem, int32_t p0, int32_t p1) {
+void llama_kv_cache_ragged::observe_begin(llama_memory_i & mem, std::unique_ptr<llama_kv_ragged_replay> replay) {
     check_not_observing();
     check_closed();
     synchronize();
 
-    const bool repeats = p0 != 0 || p1 != 0;
-    auto replay = repeats ? std::make_unique<llama_kv_ragged_replay>(seq, p0, p1) : nullptr;
-
     llama_kv_ragged_others others(*this, mem);
     auto claim = std::make_unique<llama_kv_ragged_claim>(stats.meter, others.bytes());
+    const bool repeats = replay != nullptr;
     visit = std::make_unique<llama_kv_ragged_visit>(llama_kv_ragged_visit {
             seq.n_pos, seq.prompt_begin, seq.observed.n_prompt, std::move(others), std::move(claim), std::move(replay) });
     if (repeats) {
@@ -366,7 +364,7 @@ bool llama_kv_cache_ragged::observe_end() {
         if (own->replay) {
             seq.observed.trim(seq.n_pos); // they do not observe
         }
-        if (own->replay && !own->dropped && n_seen >= own->replay->size()) {
+        if (own->replay && !own->dropped && n_seen == own->replay->get_n_tokens()) {
             own->replay->give(seq);
         }
     }

@@ -162,8 +162,8 @@ public:
     // Tokens evaluated between the two are only observed: their positions are given up again, with what they did to windows and recurrent
     // states, and their queries are the newest ones for a compaction that follows at once. Clearing the cache ends it, too; ending it
     // says whether there was something to end; a second time forgets the queries.
-    // With positions [p0, p1) they repeat these, whose cells have scores then; it throws what llama_kv_ragged_replay does.
-    void observe_begin(llama_memory_i & mem, int32_t p0 = 0, int32_t p1 = 0);
+    // With a replay they repeat some positions, whose cells have scores then.
+    void observe_begin(llama_memory_i & mem, std::unique_ptr<llama_kv_ragged_replay> replay = nullptr);
     bool observe_end();
 
     // what repeats was not evaluated as a whole: no cell gets a score of it

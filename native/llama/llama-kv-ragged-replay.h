@@ -19,11 +19,11 @@ struct llm_graph_context;
 // and nothing is kept of a query.
 class llama_kv_ragged_replay {
 public:
-    // The positions [p0, p1) will be repeated, behind all that seq holds. Throws std::invalid_argument if they cannot be, and
+    // The positions [p0, p1) will be repeated, by n_tokens behind all that seq holds. Throws std::invalid_argument if they cannot be, and
     // std::runtime_error if there is no memory for the scores.
-    llama_kv_ragged_replay(const llama_kv_ragged_seq & seq, int32_t p0, int32_t p1);
+    llama_kv_ragged_replay(const llama_kv_ragged_seq & seq, int32_t p0, int32_t p1, int32_t n_tokens);
 
-    int64_t size() const { return p1 - p0; }
+    int32_t get_n_tokens() const { return n_tokens; }
 
     int64_t n_keys(uint32_t n_pos) const { return p1 - p0 + n_sink + n_pos - n_held; }
 
@@ -56,6 +56,7 @@ private:
 
     int32_t  p0;
     int32_t  p1;
+    int32_t  n_tokens;
     uint32_t n_held; // positions before those who repeat
     int64_t  n_sink; // first cells of every head, before the piece
 

@@ -278,9 +278,9 @@ int wkv_observe_begin(struct llama_context * ctx) {
     });
 }
 
-int wkv_replay_begin(struct llama_context * ctx, int32_t p0, int32_t p1) {
+int wkv_replay_begin(struct llama_context * ctx, int32_t p0, int32_t p1, int32_t n_tokens) {
     return wkv_with_idle_cache(ctx, [&](llama_kv_cache_ragged & kv) {
-        kv.observe_begin(*ctx->get_memory(), p0, p1);
+        kv.observe_begin(*ctx->get_memory(), std::make_unique<llama_kv_ragged_replay>(kv.get_seq(), p0, p1, n_tokens));
         return WKV_OK;
     });
 }

@@ -33,7 +33,7 @@ def kv_of(llm: Llama) -> _native.Context:
 def repeat(llm: Llama, start: int, stop: int, tokens: list[int] | None = None) -> None:
     """The tokens of a piece, or others in their place."""
     with kv_of(llm).observing((start, stop)):
-        assert decode(llm, tokens or TOKENS[start:stop]) == 0
+        assert decode(llm, TOKENS[start:stop] if tokens is None else tokens) == 0
 
 
 def by_reference(llm: Llama, start: int, stop: int) -> list[list[np.ndarray]]:
@@ -160,6 +160,9 @@ def test_what_was_not_evaluated_has_no_score(tiny: Path, opened: Open) -> None:
     with kv.observing((0, 100)):
         assert decode(llm, TOKENS[:100]) == 0
         assert decode(llm, [tiny_model.N_VOCAB + 7]) != 0
+    with pytest.raises(ZeroDivisionError), kv.observing((0, 32), 40):
+        assert decode(llm, TOKENS[:36]) == 0  # enough for the piece, without the words in front of it
+        raise ZeroDivisionError
     assert kv.stats().n_replayed == 0 and kv.stats().n_past == 300
     assert all((own == 2).all() for own in kv.replayed(1))
     repeat(llm, 0, 100)
@@ -266,9 +269,10 @@ def test_a_limit_holds_while_pieces_are_repeated(tiny: Path, opened: Open, polic
     tokens = (TOKENS * 2)[:500]
     answer(llm, tokens, 1)
     assert 200 < most <= 160 + 128
-    most = 0.0
-    assert len(answer(llm, tokens, 40)) == 40
-    assert 100 < most <= 160
+    most, n_compactions = 0.0, llm.kv_stats().n_compactions
+    assert len(answer(llm, tokens, 80)) == 80
+    assert 120 < most <= 160
+    assert 3 <= llm.kv_stats().n_compactions - n_compactions <= 6  # every 16 tokens
     assert llm.kv_stats().cells.mean() <= 160 and kv.stats().n_replayed >= 490
 
 
@@ -308,6 +312,32 @@ def test_ctrl_c_between_two_pieces(tiny: Path, opened: Open) -> None:
     assert llm.sample(temp=0.0) == other.sample(temp=0.0) == int(want.argmax())
     llm.kv_compact()
     assert positions(llm) == positions(other)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_logits_are_those_of_the_prompt(tiny: Path, opened: Open, known: bool) -> None:
+    """Whatever the session knows of them, and where tokens before the last one had some as well."""
+    llm = opened(tiny, kv_policy="kvzip", kv_budget=60, logits_all=not known, **WIDE)
+    llm.eval(TOKENS[:300])
+    want = logits(llm)
+    llm._requires_eval = not known
+    if not known:
+        with pytest.raises(UnsupportedCallError, match="no logits at idx=297"):
+            llm.sample(idx=297)
+    assert llm.sample(temp=0.0) == int(want.argmax()) and np.array_equal(logits(llm), want)
+    assert llm._requires_eval == (not known) and llm.kv_stats().cells.mean() == 60
+
+
+def test_limits_that_are_too_small_to_repeat_in(tiny: Path, smollm2: Path, opened: Open) -> None:
+    with pytest.raises(ValueError, match=r"kv_limit=40 holds 40 cells per head, expected at least 48"):
+        opened(tiny, kv_policy="kvzip", kv_limit=40, **WIDE)
+    with pytest.raises(ValueError, match="kv_interval=70 leaves nothing of the 100 cells"):
+        opened(tiny, kv_policy="kvzip", kv_limit=100, kv_interval=70, **WIDE)
+    with pytest.raises(ValueError, match="expected at least"):
+        opened(smollm2, kv_policy="auto(replay_share=0.5)", kv_limit=70, **WIDE)
+    llm = opened(tiny, kv_policy="kvzip", kv_limit=48, n_batch=16, n_ctx=700)
+    answer(llm, TOKENS[:300], 60)
+    assert llm.kv_stats().cells.mean() <= 48
 
 
 def test_a_question_of_an_earlier_chat_is_no_reason(tiny: Path, opened: Open) -> None:
