@@ -315,7 +315,7 @@ class Shifting(Compacting):
                 )
                 n_parts, mapped = 0, tokens
             tokens, self._kv_lost = mapped, GivenUp(self._kv_lost.parts[:n_parts])
-        n_wanted = min(wants, self._n_ctx // 8)
+        n_wanted = max(min(wants, self._n_ctx // 8), self._n_repeating_least(cache.bound))
         if len(tokens) + n_wanted + (0 if reset else self.n_tokens) <= self._n_ctx:
             return tokens
 
