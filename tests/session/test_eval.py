@@ -222,7 +222,7 @@ def test_chats_and_files(smollm2: Path, tmp_path: Path) -> None:
     """Prompts in the chat template, and a LongBench file."""
     code, _, err = call("turns", smollm2, *SMALL, "--count", 1, "--questions", 2, "--out", tmp_path / "t.jsonl", "--chat")
     assert code == 0, err
-    assert [row["task"] for row in untimed(tmp_path / "t.jsonl")[1:]] == ["first", "later"]
+    assert [row["task"] for row in untimed(tmp_path / "t.jsonl")[1:]] == ["first", "later", "before", "before"]
     talk = ("chat", smollm2, "--turns", 4, "--count", 1, "--document", 60, "--policies", "snapkv", "--threads", 2, "--out", tmp_path / "c.jsonl")
     code, text, err = call(*talk, "--chat", "--budgets", "90%")
     assert code == 0 and "chat: c.jsonl" in text, err

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from reference.windowkv import published_budgets
 
-from windowkv_edge import AdaKV, HeadKV, HeadScores, NativeError, SnapKV, WindowAdaKV, WindowKV, _native
+from windowkv_edge import AdaKV, HeadKV, HeadScores, KVPolicy, KVzip, NativeError, SnapKV, WindowAdaKV, WindowKV, _native
 from windowkv_edge.errors import NativeArgumentError
 from windowkv_edge.heads import ModelHeads
 from windowkv_edge.policies.parts import Parts
@@ -176,7 +176,23 @@ def test_bad_policies_are_refused(change: dict[str, object], message: str) -> No
         return dataclasses.replace(part, **{name: change[name] for name in own})
 
     with pytest.raises(NativeError, match=message):
-        _native.budgets(Parts(*map(changed, WindowKV().parts())), [[10]], 5)
+        _native.budgets(Parts(*map(changed, WindowKV().parts()[:3])), [[10]], 5)
+
+
+@pytest.mark.parametrize(
+    ("share", "policy", "message"),
+    [
+        (-0.1, WindowKV(), "replay_share is -0.1.*, expected 0 to less than 1"),
+        (1.0, WindowKV(), "replay_share is 1.0.*, expected 0 to less than 1"),
+        (math.nan, WindowKV(), "replay_share is nan, expected 0 to less than 1"),
+        (0.5, KVzip(), "replay_share divides .*: not with reduce = replay"),
+        (0.5, SnapKV(accounting="paper"), "replay_share divides .* accounting = paper"),
+        (0.5, WindowKV(), "replay_share is for the cells of a context, expected 0 here"),
+    ],
+)
+def test_bad_shares_of_a_replay_are_refused(share: float, policy: KVPolicy, message: str) -> None:
+    with pytest.raises(NativeError, match=message):
+        _native.budgets(policy.parts()._replace(replay_share=share), [[10]], 5)
 
 
 def test_a_budget_below_zero_is_refused() -> None:

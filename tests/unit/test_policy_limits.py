@@ -69,7 +69,7 @@ def test_the_largest_options(change: dict[str, Any]) -> None:
         return dataclasses.replace(part, **{name: change[name] for name in own})
 
     positions, scores = cache(2, 2, 90)
-    parts = Parts(*map(changed, WindowKV(recent_share=1.0).parts()))
+    parts = Parts(*map(changed, WindowKV(recent_share=1.0).parts()[:3]))
     budget = _native.budgets(parts, np.full((2, 2), 90), 20, positions, scores)
     assert (budget == 20).all()
     assert all(own.sum() == 20 for layer in _native.select(parts, budget, positions, scores) for own in layer)

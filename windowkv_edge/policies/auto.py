@@ -67,7 +67,11 @@ class Auto(ByImportance, WindowAdaKV):
 
     def bind(self, model: ModelHeads) -> KVPolicy:
         """The policy for one model: with its head scores if it has any, else without; with equal heads where its device
-        is slow with others."""
+        is slow with others.
+
+        Raises:
+            ValueError: the head scores are those of another model, or replay_share is given on such a device.
+        """
         if not model.has_ragged and self.replay_share > 0:
             raise ValueError(
                 f"replay_share={self.replay_share!r} gives heads different numbers of cells, which a device of the "
