@@ -128,7 +128,7 @@ def test_scores_by_replay(device: Run, model: Path, kernel: str, type_kv: int, l
     want = device("cpu", device_runs.replayed, model, 0, type_kv)
     assert len(found) == len(want) == N_LAYER * N_HEAD_KV + 1
     for here, there in zip(found[:-1], want[:-1], strict=True):
-        np.testing.assert_allclose(here, there, rtol=3e-2 if type_kv == 1 else 1e-1, atol=1e-6)
+        np.testing.assert_allclose(here, there, rtol=5e-2 if type_kv == 1 else 1.5e-1, atol=1e-6)
         assert (here[:4] == 2).all() and (here[250:] == 2).all() and 0 < here[4:250].min() < here[4:250].max() < 1
     assert np.isfinite(found[-1]).all()
 

@@ -82,8 +82,8 @@ def test_scores_are_the_reference_s(tmp_path: Path, opened: Open, kind: str, cel
     for il in range(len(want[0])):
         for ih, got in enumerate(kv.replayed(il)):
             # queries of the reference are rounded to f16
-            np.testing.assert_allclose(got[4:90], want[0][il][ih][4:], rtol=2e-2, atol=1e-5)
-            np.testing.assert_allclose(got[90:180], want[1][il][ih], rtol=2e-2, atol=1e-5)
+            np.testing.assert_allclose(got[4:90], want[0][il][ih][4:], rtol=3e-2, atol=1e-5)
+            np.testing.assert_allclose(got[90:180], want[1][il][ih], rtol=3e-2, atol=1e-5)
             assert (got[:4] == 2).all() and (got[180:] == 2).all()
 
     before = [kv.replayed(il) for il in range(len(want[0]))]
@@ -105,7 +105,7 @@ def test_scores_do_not_depend_on_batches(tiny: Path, opened: Open) -> None:
         repeat(llm, 40, 240)
         found.append([own for il in range(3) for own in kv_of(llm).replayed(il)])
     for one, several in zip(*found, strict=True):
-        np.testing.assert_allclose(one, several, rtol=2e-2)  # sums of the attention in between
+        np.testing.assert_allclose(one, several, rtol=5e-2)  # sums of the attention in between
         assert (one[:40] == [2] * 4 + [0] * 36).all()  # nobody repeated them, and they are behind what was
 
 
