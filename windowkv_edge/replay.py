@@ -108,7 +108,9 @@ def replay(
         Exception: what ``decode`` raises.
     """
     start = next_to_replay(kv, stop)
-    if start < stop and n_most < wording.size + N_LEAST:
+    if start >= stop:
+        return
+    if n_most < wording.size + N_LEAST:
         raise UnsupportedCallError(
             f"repeating a text takes {wording.size + N_LEAST} positions behind it, and {n_most} are left; "
             "give a larger n_ctx"
