@@ -10,10 +10,8 @@
 #include <numeric>
 #include <stdexcept>
 
-static constexpr int64_t N_SINK = 4; // StreamingLLM, arXiv 2309.17453, section 3.2
-
 llama_kv_ragged_replay::llama_kv_ragged_replay(const llama_kv_ragged_seq & seq, int32_t p0, int32_t p1, int32_t n_tokens) :
-    p0(p0), p1(p1), n_tokens(n_tokens), n_held(seq.n_pos), n_sink(N_SINK), layers(&seq.get_layers()) {
+    p0(p0), p1(p1), n_tokens(n_tokens), n_held(seq.n_pos), n_sink(llama_kv_ragged_seq::N_SINK), layers(&seq.get_layers()) {
     if (p0 < 0 || p1 <= p0 || p1 > int64_t(seq.n_pos)) {
         throw std::invalid_argument(format("the positions %d to %d cannot be replayed, expected some of the %u that there are", p0, p1 - 1, seq.n_pos));
     }

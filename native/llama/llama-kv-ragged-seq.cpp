@@ -318,8 +318,7 @@ void llama_kv_ragged_seq::set_replayed(size_t i, int32_t p0, int32_t p1, const f
 }
 
 void llama_kv_ragged_seq::copy_replayed(size_t i, float * dst) const {
-    constexpr float   MORE   = 2.0f; // a weight is 1 at most
-    constexpr int32_t N_SINK = 4;    // StreamingLLM, arXiv 2309.17453, section 3.2
+    constexpr float MORE = 2.0f; // a weight is 1 at most
 
     for (size_t ih = 0; ih < cells[i].kept.size(); ++ih) {
         const size_t n = n_cells(i, ih);

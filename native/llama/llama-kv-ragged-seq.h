@@ -90,6 +90,9 @@ struct llama_kv_ragged_observed {
 };
 
 struct llama_kv_ragged_seq {
+    // first positions, on which attention rests that goes nowhere else (StreamingLLM, arXiv 2309.17453, section 3.2)
+    static constexpr int32_t N_SINK = 4;
+
     uint32_t n_pos    = 0; // positions seen
     uint32_t boundary = 0; // positions below were subject to the last compaction
 
