@@ -20,7 +20,7 @@ from .asking import find_asked
 from .errors import FormatError, UnsupportedCallError, UnsupportedModelError
 from .guard import Guard, Interrupts, interrupt_soon
 from .pins import Pins, Range, n_system
-from .policies import KVPolicy
+from .policies import QUERIES, KVPolicy
 from .progress import KVProgress, report
 from .prompts import Prompts, Step, n_shared, why_missed
 from .session import PolicyCache
@@ -128,6 +128,8 @@ class PolicyEvaluation(Shifting):
         self._sync_positions()
         if step not in ("prompt", "piece") and len(tokens) > 0 and self._kv_prompts.is_open:
             self._end_prompt(cache)
+        if step == "piece" and not self._kv_prompts.is_open:
+            self._ask_as_given(cache)  # what it asks is not known
         self._keep_beginning(cache, len(tokens), step)
         for piece in self._pieces(cache, tokens):
             self._evaluate(cache, piece, step)
@@ -271,18 +273,25 @@ class PolicyEvaluation(Shifting):
             "known": self._kv_known, "open": self._kv_prompts.is_open, "changed": self._kv_when.changed,
             "settled": self._kv_settled, "lost": self._kv_lost.noted(), "shifted": self._kv_prompts.n_shifted,
             "pins": [list(own) for own in pins.asked], "system": list(pins.system or ()), "asks": list(self._kv_asks),
+            "query": "" if self._kv_cache is None else self._kv_cache.bound.query,
         }  # fmt: skip
 
     def _kv_note(self, noted: Mapping[str, Any]) -> None:
         pins = [_range(own) for own in noted["pins"]]
         system = _range(noted["system"]) if noted["system"] else None
         lost, asks = GivenUp.of(noted["lost"]), [int(token) for token in noted["asks"]]
+        if (query := noted["query"]) not in QUERIES:
+            raise FormatError(f"it keeps cells for the question {query!r}, expected one of {', '.join(QUERIES)}")
         self._kv_known, self._kv_prompts.is_open = int(noted["known"]), bool(noted["open"])
         self._kv_when.changed, self._kv_settled = bool(noted["changed"]), bool(noted["settled"])
         self._kv_pins.asked, self._kv_pins.system, self._kv_asks = pins, system, asks
         self._kv_prompts.forget()
         self._kv_taken.clear()
         self._kv_lost, self._kv_prompts.n_shifted = lost, max(0, int(noted["shifted"]))
+        if (cache := self._kv_cache) is not None:
+            self._ask_as_given(cache)
+            if self._kv_query == "auto" and query in cache.plain.queries:
+                cache.ask(query)
 
     #
     # what the cache holds
@@ -396,6 +405,8 @@ class PolicyEvaluation(Shifting):
         """Before ``generate`` evaluates n_prompt tokens; of ``tokens``, the first ones may be there."""
         cache, prompts, ahead = self._kv_cache, self._kv_prompts, (self._kv_n_read, self._kv_miss)
         self._kv_asked = None
+        if cache is not None:
+            cache.ask(self._query_of(cache, n_prompt, self._kv_asked_text != ""))
         if cache is not None and self.n_tokens < self._kv_known:  # set back: the last logits are of another position
             self._requires_eval = True
         n_same = n_shared(tokens, self.input_ids[: self.n_tokens])
@@ -439,6 +450,7 @@ class PolicyEvaluation(Shifting):
                 self._kv_taken.add("whole")  # no state is saved in there
                 # else nothing observes, and nothing can be evaluated in there
                 if self._kv_cache.kv.stats().n_queries > 0:
+                    self._ask_as_given(self._kv_cache)
                     self._prompt_ended(self._kv_cache, can_repeat=False)
 
     def _failed_below(self, error: BaseException) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .budget import bits
 from .gguf_info import GGUFInfo
-from .limit import Limit, check_limit, n_observers, slack
+from .limit import Limit, check_limit, n_beside, n_observers, slack
 from .policies import KVPolicy
 from .replay import Wording, n_at_once
 
@@ -82,7 +82,8 @@ def forecast(info: GGUFInfo, limit: int | str, n_tokens: int, policy: KVPolicy, 
     if fits:
         peak, peak_rows, after = n_tokens, _rows(n_tokens), n_tokens
     else:
-        peak, peak_rows, after = _read(n_tokens, n, n_batch, policy)
+        n_more = n_beside(n + n_batch, cell / sum(info.n_head_kv[il] for il in layers), policy)
+        peak, peak_rows, after = _read(n_tokens, n, n_batch, policy, n_more)
     cells = {"peak": peak, "after": after, "most": n}
     figures = {f"cells_{name}": value for name, value in cells.items()}
     rows = {"peak": peak_rows, "after": _rows(after) if fits else after, "most": n}
@@ -97,7 +98,7 @@ def _rows(n_cells: int) -> int:
     return -(-n_cells // 256) * 256
 
 
-def _read(n_tokens: int, limit: int, n_batch: int, policy: KVPolicy) -> tuple[int, int, int]:
+def _read(n_tokens: int, limit: int, n_batch: int, policy: KVPolicy, n_more: int) -> tuple[int, int, int]:
     """Cells and rows at the peak of a prompt that does not fit, observers included, and cells behind it."""
     n_asked = n_observers(policy, n_batch)
     if policy.replays:
@@ -106,7 +107,7 @@ def _read(n_tokens: int, limit: int, n_batch: int, policy: KVPolicy) -> tuple[in
     held = peak = rows = n_read = 0
     is_whole = True
     while n_read < n_tokens:
-        n, n_cells = Limit.next_step(limit, n_batch, held, n_tokens - n_read, n_asked, n_most, policy.replays)
+        n, n_cells = Limit.next_step(limit, n_batch, held, n_tokens - n_read, n_asked, n_most, policy.replays, n_more)
         if n_cells is not None:
             peak = max(peak, held + n_asked)
             rows = max(rows, _rows(peak) if is_whole else peak)

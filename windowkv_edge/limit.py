@@ -9,7 +9,18 @@ from typing import Any, Literal, get_args
 from .budget import plain
 from .policies import KVPolicy
 
-__all__ = ["PREFILLS", "Limit", "Prefill", "check_interval", "check_limit", "n_asks", "n_bytes", "n_observers", "slack"]
+__all__ = [
+    "PREFILLS",
+    "Limit",
+    "Prefill",
+    "check_interval",
+    "check_limit",
+    "n_asks",
+    "n_beside",
+    "n_bytes",
+    "n_observers",
+    "slack",
+]
 
 Prefill = Literal["exact", "bounded", "auto"]
 PREFILLS: tuple[Prefill, ...] = get_args(Prefill)
@@ -59,6 +70,10 @@ SPARE = 12
 which one may hold three times the mean where heads of the model compete in every step (SmolLM2, 7,543 tokens, limit
 1,024)."""
 
+SCORES = 16
+"""Bytes that a cell has beside it in a compaction where scores come from tokens that repeat it: its own number, once
+more among the cells that stay, and two planes of scores."""
+
 N_ASKS = 64
 """Tokens that are taken for what a prompt asks, at most."""
 
@@ -72,6 +87,11 @@ def n_asks(policy: KVPolicy) -> int:
 def n_observers(policy: KVPolicy, n_batch: int) -> int:
     """Tokens of what a prompt asks that observe at once, at most; none where nothing asks."""
     return min(n_asks(policy), n_batch) if policy.observes else 0
+
+
+def n_beside(n_cells: int, n_bytes_cell: float, policy: KVPolicy) -> int:
+    """Cells' worth of what a policy's numbers take beside n_cells cells, of n_bytes_cell bytes in one head."""
+    return round(n_cells * SCORES / n_bytes_cell) if policy.replays else 0
 
 
 def check_interval(interval: int | None, policy: KVPolicy) -> None:
@@ -153,6 +173,7 @@ class Limit:
         n_observers: int,
         n_most: int | None = None,
         goes_on: bool = False,
+        n_beside: int = 0,
     ) -> tuple[int, int | None]:
         """How a prompt is read on within n_cells and a batch.
 
@@ -168,6 +189,7 @@ class Limit:
             n_observers: tokens that observe between two steps.
             n_most: tokens that may be evaluated at once, if that is less than a batch.
             goes_on: behind the tokens that are left there may be more of the prompt.
+            n_beside: cells' worth of what lies beside them while a compaction chooses, see :func:`n_beside`.
 
         Returns:
             The number of tokens that come next, and the cells that a compaction leaves before them, None if they find
@@ -176,7 +198,7 @@ class Limit:
 
         def may_hold(n: int) -> int:
             # behind them the next observers need room, and then a compaction, for scores of all cells and a layer twice
-            behind = max(n_observers if goes_on or n < n_left else 0, (n_cells + n_batch) // SPARE)
+            behind = max(n_observers if goes_on or n < n_left else 0, (n_cells + n_batch) // SPARE + n_beside)
             return n_cells + n_batch - n - behind
 
         n = min(n_left, n_batch if n_most is None else n_most)

@@ -9,7 +9,9 @@ from . import _native
 from .errors import UnsupportedCallError
 from .limit import Limit, check_limit
 from .pins import Range, n_pinned
+from .policies.base import one_of
 from .progress import KVProgress, check_progress
+from .repeating import ASKED_QUERIES, AskedQuery
 from .shift import Shift
 from .states import SavedStates
 
@@ -40,8 +42,9 @@ class Limited(SavedStates):
                 self._kv_given.pop("kv_limit", None)
                 return
             new, stats = Limit(check_limit(limit), self._kv_interval), cache.kv.stats()
-            new.check(stats, cache.bound, self._n_repeating_least(cache.bound))
-            n, room = n_pinned(self._kv_pins.asked), new.n_free(stats, cache.bound)
+            bound = cache.for_query(None if self._kv_query == "auto" else self._kv_query)
+            new.check(stats, bound, self._n_repeating_least(bound))
+            n, room = n_pinned(self._kv_pins.asked), new.n_free(stats, bound)
             if n >= room:
                 raise ValueError(
                     f"kv_limit={new.given!r} leaves {room} cells per head for what stays, and {n} positions are "
@@ -49,6 +52,33 @@ class Limited(SavedStates):
                 )
             self._kv_limit = new
             self._kv_given["kv_limit"] = new.given
+            self._ask_as_given(cache)
+
+    @property
+    def kv_query(self) -> AskedQuery:
+        """Which question cells are kept for, see the class; setting it takes effect at the next prompt, and what was
+        compacted before stays as it is.
+
+        Raises:
+            UnsupportedCallError: when set, the session has no policy or cannot be used now (see the class).
+            ValueError: when set, there is no such kind, or the policy does not keep cells for it, or needs a larger
+                ``kv_limit`` for it; the old one stays.
+        """
+        return self._kv_query
+
+    @kv_query.setter
+    def kv_query(self, query: AskedQuery) -> None:
+        with self._use("setting kv_query"):
+            cache = self._need_cache("setting kv_query")
+            one_of("kv_query", query, ASKED_QUERIES)
+            bound = cache.for_query(None if query == "auto" else query)
+            if self._kv_limit is not None:
+                self._kv_limit.check(cache.kv.stats(), bound, self._n_repeating_least(bound))
+            self._kv_query = query
+            self._kv_given.pop("kv_query", None)
+            if query != "auto":
+                self._kv_given["kv_query"] = query
+            self._ask_as_given(cache)
 
     @property
     def kv_shift(self) -> Shift:

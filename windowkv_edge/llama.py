@@ -24,6 +24,7 @@ from .limit import PREFILLS, Limit, Prefill, check_interval, check_limit
 from .limited import Limited
 from .policies.base import at_least, number_of, one_of, true_or_false
 from .progress import KVProgress
+from .repeating import ASKED_QUERIES, AskedQuery
 from .session import AfterPrompt, PolicyCache, ragged_cache
 from .shift import SHIFTS, Shift
 from .states import model_id
@@ -92,6 +93,12 @@ class Llama(Limited):
             its compaction too, if they fit: another question about the same text costs the question. 0 or None: none.
             The least recently used ones go first, all of them with :meth:`reset` and with another policy. Not with
             ``logits_all=True``.
+        kv_query: which question cells are kept for. "last": the one that the prompt asks. "any": whatever will be asked
+            about what was read, for which the model repeats it before cells go; that takes about as long as reading it.
+            "both": half of the cells each. "auto": as the policy says, and with "auto" both in chats (of
+            :meth:`create_chat_completion`) that are read with the full cache and have no ``kv_limit`` or
+            ``kv_interval``. Only the policy "auto" does as it is told; others are refused with what they do not do.
+            :meth:`kv_stats` says what the last prompt had. An attribute, too, which can be set.
         kv_pin_system: in chats, the system prompt always stays, see :meth:`kv_pin`; where it takes more than half of
             the budget it does not, and a warning says so. Default True.
         kv_progress: called behind every batch of a prompt with two numbers of tokens: those of it that were evaluated,
@@ -139,6 +146,7 @@ class Llama(Limited):
         kv_checkpoints: str | int | None = "auto",
         kv_interval: int | None = None,
         kv_shift: Shift = "refuse",
+        kv_query: AskedQuery = "auto",
         **kwargs: Any,
     ) -> None:
         if "_kv_guard" in self.__dict__:  # a second time: nothing else would free the first one's memory
@@ -160,6 +168,10 @@ class Llama(Limited):
             )
         if kv_policy is None and kv_interval is not None:
             raise ValueError(f"kv_interval={kv_interval!r} without kv_policy has no effect; name a policy, e.g. 'auto'")
+        one_of("kv_query", kv_query, ASKED_QUERIES)
+        if kv_policy is None and kv_query != "auto":
+            raise ValueError(f"kv_query={kv_query!r} without kv_policy has no effect; name a policy, e.g. 'auto'")
+        self._kv_query = kv_query
         one_of("kv_prefill", kv_prefill, PREFILLS)
         kv_interval = plain(kv_interval)
         if kv_interval is not None:
@@ -183,6 +195,8 @@ class Llama(Limited):
         policy = None if kv_policy is None else get_policy(kv_policy)
         if policy is not None:
             check_interval(kv_interval, policy)
+            if kv_query != "auto":
+                policy.for_query(kv_query)  # before the weights are read
         if kv_budget is not None:
             kv_budget = check_budget(kv_budget)
         default = DEFAULT_BUDGET if kv_limit is None else 1.0
@@ -195,6 +209,8 @@ class Llama(Limited):
             self._kv_given["kv_budget"] = kv_budget
         if kv_shift != "refuse":
             self._kv_given["kv_shift"] = kv_shift
+        if kv_query != "auto":
+            self._kv_given["kv_query"] = kv_query
         if kv_limit is not None:
             self._kv_given["kv_limit"] = kv_limit
         if kv_prefill != "auto":
@@ -239,6 +255,7 @@ class Llama(Limited):
                 exact=exact,
                 guard=self._kv_guard,
             )
+            self._ask_as_given(cache)
             if self._kv_limit is not None:
                 self._kv_limit.check(cache.kv.stats(), cache.bound, self._n_repeating_least(cache.bound))
             self._check_shift(cache)
@@ -278,21 +295,24 @@ class Llama(Limited):
             check_interval(self._kv_interval, new)
             self._check_text(new)
             bound = cache.bind(new)
-            n_least = self._n_repeating_least(bound)
+            asks = bound if self._kv_query == "auto" else bound.for_query(self._kv_query)
+            n_least = self._n_repeating_least(asks)
             if self._kv_limit is not None:
-                self._kv_limit.check(cache.kv.stats(), bound, n_least)
+                self._kv_limit.check(cache.kv.stats(), asks, n_least)
             with self._aligned():
                 self._clear()
                 self._kv_checkpoints.clear()
-                before = cache.policy, cache.bound
+                before = cache.policy, cache.plain
                 cache.set_policy(new, bound)
-                if self._kv_limit is not None:
-                    try:
+                try:
+                    if self._kv_limit is not None:
                         # with the queries that this one observes
-                        self._kv_limit.check(cache.kv.stats(), bound, n_least)
-                    except ValueError:
-                        cache.set_policy(*before)
-                        raise
+                        self._kv_limit.check(cache.kv.stats(), asks, n_least)
+                except ValueError:
+                    cache.set_policy(*before)
+                    raise
+                finally:
+                    self._ask_as_given(cache)
 
     @property
     def kv_budget(self) -> float | int:
@@ -370,8 +390,9 @@ class Llama(Limited):
         """
         with self._kv_guard.use("kv_stats()", reads=True):
             if self._kv_cache is None:
-                return KVStats.read(_native.Context(self._ctx.ctx), None, self._kv_prompts, self._kv_checkpoints)
-            return KVStats.read(self._kv_cache.kv, self._kv_cache.name, self._kv_prompts, self._kv_checkpoints)
+                return KVStats.read(_native.Context(self._ctx.ctx), None, "", self._kv_prompts, self._kv_checkpoints)
+            kv, name, query = self._kv_cache.kv, self._kv_cache.name, self._kv_cache.bound.query
+            return KVStats.read(kv, name, query, self._kv_prompts, self._kv_checkpoints)
 
     def kv_positions(self, layer: int, head: int) -> npt.NDArray[np.int32]:
         """Positions that one kv head holds, ascending.

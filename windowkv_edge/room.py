@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import llama_cpp
 import numpy as np
-from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ._memory import share_on_devices, usable_memory
 from .answers import Bound, newest
 from .compaction import Comes, n_in_answer
 from .errors import UnsupportedCallError
-from .going_back import GoingBack
-from .guard import Interrupts
-from .limit import N_ASKS, Limit, Prefill, n_asks, n_observers
+from .limit import N_ASKS, Limit, n_asks, n_beside, n_observers
 from .pins import Pins, Range, n_pinned
-from .policies import KVPolicy, Task
+from .policies import Task
 from .prompts import Step
-from .replay import N_LEAST, Wording, n_at_once, n_end, next_to_replay, replay
+from .repeating import Repeating
 from .session import PolicyCache
 from .task import prompt_task
 
@@ -32,20 +28,15 @@ WORTH_ASKING = 16 << 20
 """Bytes of cells below which nobody asks how much memory is free."""
 
 
-class Compacting(GoingBack):
+class Compacting(Repeating):
     """The part of :class:`windowkv_edge.Llama` that compacts; nothing here is called from outside of the package."""
 
-    _kv_prefill: Prefill
-    _kv_interval: int | None
     _kv_pins: Pins
     _kv_asked: Range | None
     _kv_question: Sequence[int] = ()  # of a prompt that is evaluated in pieces
     _kv_asks: list[int]
-    _kv_wording: Wording | None
 
     if TYPE_CHECKING:  # what Shifting and the class behind it have
-        def _decoding(self, n_tokens: int) -> AbstractContextManager[None]: ...
-
         _kv_ahead: tuple[int, int]
 
         @property
@@ -136,7 +127,8 @@ class Compacting(GoingBack):
             if cache.bound.replays:  # those who repeat need room as well
                 n_asked = max(n_asked, self._n_repeating(room + self.n_batch))
             goes_on = goes_on or cache.bound.replays  # behind the last tokens as well
-            n, n_cells = Limit.next_step(room, self.n_batch, n_held, len(tokens), n_asked, n_most, goes_on)
+            n_more = n_beside(room + self.n_batch, kv.stats().bytes_cell / kv.cells().size, cache.bound)
+            n, n_cells = Limit.next_step(room, self.n_batch, n_held, len(tokens), n_asked, n_most, goes_on, n_more)
             if n_cells is not None:
                 self._keep_before(cache, step)
                 if cache.bound.replays:
@@ -214,51 +206,12 @@ class Compacting(GoingBack):
     # what is repeated
     #
 
-    def _wording(self) -> Wording:
-        if self._kv_wording is None:
-            own = isinstance(self.tokenizer_, LlamaTokenizer)  # llama.cpp aborts without a vocabulary
-            has_text = not own or self._model.vocab_type() != llama_cpp.LLAMA_VOCAB_TYPE_NONE
-            self._kv_wording = (
-                Wording.of(lambda text: self.tokenize(text.encode(), add_bos=False, special=False))
-                if has_text
-                else Wording((), ())
-            )
-        return self._kv_wording
-
-    def _n_repeating_least(self, policy: KVPolicy) -> int:
-        """Tokens that repeat others with a policy, at least; 0 if none do."""
-        return self._wording().size + N_LEAST if policy.replays else 0
-
-    def _n_repeating(self, n_room: int, n_new: int | None = None) -> int:
-        """Tokens that repeat others at once, where n_room cells per head hold them too: no more than n_new of these,
-        if that is given, and a third of the room where that is enough for any."""
-        wording = self._wording()
-        n = n_at_once(wording, self.n_batch)
-        if n_new is not None:
-            n = min(n, wording.size + max(N_LEAST, n_new))
-        return min(n, max(wording.size + N_LEAST, n_room // 3))
-
     def _n_beside(self, cache: PolicyCache, bound: Bound) -> int:
         """Cells that tokens take for a while where an answer is compacted: those who ask, and those who repeat."""
         n_asks = len(self._asks_of_answer(bound))
         if not cache.bound.replays:
             return n_asks
         return max(n_asks, min(self._n_repeating(bound.n_cells, bound.interval), bound.n_cells // 3))
-
-    def _n_to_replay(self, n_cells: int, asked: Range | None = None, n_left: int = 0) -> int:
-        """Positions that are repeated before a compaction to n_cells, behind n_left more tokens: not what asks about
-        them, which stays.
-
-        Args:
-            n_cells: cells that stay.
-            asked: where the question of a chat stands, of a prompt that ends there.
-            n_left: tokens that are not evaluated yet.
-        """
-        n_past, n = self.n_tokens + n_left, n_end(n_cells)
-        if asked is not None:
-            start, stop = asked
-            n = max(1, min(n_past - max(start, stop - N_ASKS), n_cells // 2))
-        return max(0, n_past - n)
 
     def _replay_ahead(self, cache: PolicyCache, n_left: int) -> None:
         """Between two batches of a prompt that is compacted behind n_left more tokens: repeating what was read takes
@@ -268,62 +221,6 @@ class Compacting(GoingBack):
         is_due, n_cells = self._is_due(cache, n_left)
         if is_due:
             self._replay(cache, min(self.n_tokens, self._n_to_replay(n_cells, self._kv_asked, n_left)), n_cells)
-
-    def _replay(self, cache: PolicyCache, n_tokens: int, n_cells: int, n_most: int | None = None) -> None:
-        """Have the model repeat what it has read up to a position; the logits of the last token stay.
-
-        Args:
-            cache: the cache.
-            n_tokens: the position.
-            n_cells: cells that stay in the compaction that follows. Where the context ends, what was not repeated stays
-                as it is, if it is half of these at most.
-            n_most: tokens at once; None = as many as are worth it.
-        """
-        kv, wording = cache.kv, self._wording()
-        n_past, n_least = int(kv.stats().n_past), wording.size + N_LEAST
-        if next_to_replay(kv, n_tokens) >= n_tokens:
-            return
-        if n_past != self.n_tokens:
-            raise UnsupportedCallError(
-                f"kv_policy={cache.policy.name!r} has the model repeat what it has read before cells go, and of the "
-                f"{n_past} positions that are there this session has evaluated {self.n_tokens}: it does not know what "
-                "others decoded; evaluate it with eval(), or choose another policy"
-            )
-        n_room = self._n_positions - n_past
-        if n_room < n_least and n_past - int(kv.stats().n_replayed) <= n_cells // 2:
-            return
-        if n_room < n_least:
-            raise UnsupportedCallError(
-                f"kv_policy={cache.policy.name!r} has the model repeat what it has read before cells go, which takes "
-                f"{n_least} positions behind the {n_past} that are there, and n_ctx={self.n_ctx()} has {n_room}; give "
-                "a larger n_ctx"
-            )
-        row, known = llama_cpp.llama_get_logits_ith(self.ctx, -1), self._requires_eval
-        logits = np.ctypeslib.as_array(row, shape=(self._n_vocab,)).copy() if row else None
-
-        def decode(tokens: list[int]) -> None:
-            for i in range(0, len(tokens), self.n_batch):
-                self._batch.set_batch(batch=tokens[i : i + self.n_batch], n_past=n_past + i, logits_all=False)
-                self._ctx.decode(self._batch)
-
-        tokens = self.input_ids[:n_tokens].tolist()
-        n_most = min(n_most or n_at_once(wording, self.n_batch), n_room)
-        self._requires_eval, is_back = True, False
-        try:
-            with self._aligned(), self._decoding(n_most), Interrupts() as interrupts:
-                kv.watch(False)
-                try:
-                    for _ in replay(kv, tokens, n_tokens, wording, n_most, decode):
-                        interrupts.check()
-                finally:
-                    kv.watch(True)
-                    own = llama_cpp.llama_get_logits_ith(self.ctx, -1)
-                    if logits is not None and own:  # after an error, too: somebody may sample behind the prompt
-                        ctypes.memmove(own, logits.ctypes.data, logits.nbytes)
-                        is_back = True
-        finally:
-            if is_back and self.n_tokens == n_past:
-                self._requires_eval = known
 
     #
     # attention that is summed up

@@ -16,7 +16,7 @@ from .compaction import Comes, compact, n_observed
 from .errors import NativeError, UnsupportedModelError, WindowKVError
 from .guard import Guard, Interrupts
 from .heads import ModelHeads
-from .policies import KVPolicy, Task
+from .policies import KVPolicy, Query, Task
 from .stats import cell_types
 
 __all__ = ["AfterPrompt", "PolicyCache", "ragged_cache"]
@@ -113,6 +113,11 @@ class AfterPrompt:
 class PolicyCache:
     """The cache of a llama_context that was created inside :func:`ragged_cache`, and the policy that compacts it.
 
+    Attributes:
+        policy: the policy.
+        plain: the same, bound to the model.
+        bound: what compacts: ``plain``, or what :meth:`ask` made of it.
+
     Args:
         ctx: the context, a ctypes pointer that outlives this object.
         policy: the policy.
@@ -142,6 +147,7 @@ class PolicyCache:
         self._path, self._metadata, self._model = path, metadata, model
         self._guard = guard or Guard()
         self.policy, self.bound = policy, self.bind(policy)
+        self.plain = self.bound
         self.kv.set_attention("auto" if exact else "ragged")
 
     def bind(self, policy: KVPolicy) -> KVPolicy:
@@ -199,11 +205,35 @@ class PolicyCache:
         """
         try:
             self.kv.set_observed(n_observed(policy))
-            self.policy, self.bound = policy, bound
+            self.policy, self.bound, self.plain = policy, bound, bound
         except BaseException:
             if self.policy is not policy:
                 self.kv.set_observed(n_observed(self.policy))
             raise
+
+    def for_query(self, query: Query | None) -> KVPolicy:
+        """The bound policy that keeps cells for a question of that kind; None = of its own.
+
+        Raises:
+            ValueError: there is none; says what else.
+            UnsupportedModelError: the one that stands in for the policy on its device has none.
+        """
+        if query is None:
+            return self.plain
+        if self.plain.name != self.policy.name and query != self.plain.query:
+            raise UnsupportedModelError(
+                f"{self._path}: kv_query={query!r} gives heads different numbers of cells, which a device of its "
+                "layers cannot attend to at once; leave it out, or choose kv_policy='kvzip'"
+            )
+        return self.plain.for_query(query)
+
+    def ask(self, query: Query | None) -> None:
+        """From now on compact with :meth:`for_query`; the cells stay.
+
+        Raises:
+            ValueError, UnsupportedModelError: see :meth:`for_query`.
+        """
+        self.bound = self.for_query(query)
 
     def n_cells(self, budget: float | int, n_more: int = 0) -> int:
         """Cells per (layer, kv head) that a budget stands for now, or with n_more positions."""

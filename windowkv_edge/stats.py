@@ -53,6 +53,8 @@ class KVStats:
             of ``kv_checkpoints`` that would have kept them; "" if none had.
         n_checkpoints: states that the session can go back to.
         bytes_checkpoints: their bytes, in host memory; part of nothing else.
+        query: which question cells are kept for since the last prompt, "last", "any" or "both" (``kv_query``); ""
+            without a policy.
         n_replayed: positions before this one were repeated by the model, for policies that go by that.
         n_shifted: positions that were given up at the end of the context in all (``kv_shift``). All other numbers are
             about the ones that are there.
@@ -80,9 +82,12 @@ class KVStats:
     bytes_checkpoints: int = 0
     n_shifted: int = 0
     n_replayed: int = 0
+    query: str = ""
 
     @classmethod
-    def read(cls, ctx: Context, policy: str | None, prompts: Prompts, checkpoints: Checkpoints) -> KVStats:
+    def read(
+        cls, ctx: Context, policy: str | None, query: str, prompts: Prompts, checkpoints: Checkpoints
+    ) -> KVStats:
         """What a context holds now; policy is None if the context was created without one.
 
         Raises:
@@ -116,6 +121,7 @@ class KVStats:
             bytes_checkpoints=checkpoints.n_bytes,
             n_shifted=prompts.n_shifted,
             n_replayed=stats.n_replayed,
+            query=query,
         )
 
     def __str__(self) -> str:

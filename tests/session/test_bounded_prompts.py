@@ -52,7 +52,7 @@ def test_the_smaller_of_budget_and_limit(tiny: Path, opened: Open, monkeypatch: 
         assert most < max(seen) <= most + BATCH and n_held(llm) == 100
 
 
-@pytest.mark.parametrize("policy", ["auto", "snapkv"])
+@pytest.mark.parametrize("policy", ["auto", "snapkv", "auto(replay_share=0.5)", "kvzip"])
 def test_the_peak_is_the_limit_and_a_batch(tmp_path: Path, opened: Open, policy: str) -> None:
     """In bytes, with what observing and compactions take for a moment: at most a twentieth more."""
     path = tiny_model.write_llama(tmp_path / "deep.gguf", n_layer=30, head_dim=64)

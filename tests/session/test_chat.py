@@ -50,7 +50,7 @@ def refused(result: Any, *words: str) -> None:
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("args", [["--policy", "lru"], ["--budget", "0"]])
+@pytest.mark.parametrize("args", [["--policy", "lru"], ["--budget", "0"], ["--query", "all"]])
 def test_chat_refuses(args: list[str]) -> None:
     refused(run("chat", "nowhere.gguf", *args), "expected")
     refused(run("chat", "nowhere.gguf"), "nowhere.gguf", "No such file")
@@ -58,7 +58,8 @@ def test_chat_refuses(args: list[str]) -> None:
 
 def test_a_scripted_chat(smollm2: Path, short_text: Path) -> None:
     lines = [
-        "Say hello.", "/stats", f"/file {short_text}", QUESTION, "/stats", "/policy", "/policy lru", "/policy snapkv 0.25",
+        "Say hello.", "/stats", f"/file {short_text}", QUESTION, "/stats", "/query", "/query all", "/query last", "/policy",
+        "/policy lru", "/policy snapkv 0.25",
         "And the miller?", "/stats", "/frobnicate", "/help", "Go on.", "/regenerate", "/stats", "/edit Who is the miller?",
         "/stats", "/undo", "/reset", "/stats", "/file nowhere.txt", "/file", "/quit", "not read",
     ]  # fmt: skip
@@ -78,6 +79,11 @@ def test_a_scripted_chat(smollm2: Path, short_text: Path) -> None:
     assert "tokens, sent with your next message" in said[f"/file {short_text}"]
     assert row(second, "compactions") == "1"
     assert int(row(second, "positions seen").split()[0]) > 450
+    assert row(second, "cells are kept for") == "the last question and any other"
+    assert int(row(second, "positions repeated").replace(",", "")) > 300
+    assert "kept for what fits the conversation" in said["/query"] and "kept for the last question" in said["/query last"]
+    assert "/query is 'all', expected one of auto, last, any, both" in said["/query all"]
+    assert row(third, "cells are kept for") == "the last question" and "repeated" not in third
     assert float(row(second, "KV cache").split()[0]) < float(row(second, "if every cell stayed").split()[0])
     for name in windowkv_edge.POLICIES:
         assert name in said["/policy"]

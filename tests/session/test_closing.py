@@ -40,6 +40,7 @@ CALLS: dict[str, Callable[[Llama], object]] = {
     "kv_load": lambda llm: llm.kv_load("nowhere"),
     "kv_policy": lambda llm: setattr(llm, "kv_policy", "snapkv"),
     "kv_positions": lambda llm: llm.kv_positions(0, 0),
+    "kv_query": lambda llm: setattr(llm, "kv_query", "last"),
     "kv_room": lambda llm: llm.kv_room(10),
     "kv_save": lambda llm: llm.kv_save("nowhere"),
     "kv_stats": lambda llm: llm.kv_stats(),

@@ -24,6 +24,7 @@ from windowkv_edge.eval import (
     tasks_cases,
 )
 from windowkv_edge.eval import metrics
+from windowkv_edge.eval.forms import FORMS, _messages
 from windowkv_edge.eval.pictures import draw
 from windowkv_edge.eval.results import Line, Results, load
 from windowkv_edge.eval.tables import mean_ranks, ranks
@@ -216,6 +217,41 @@ def test_all_small(smollm2: Path, tmp_path: Path) -> None:
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in to.glob("*.png"))
     code, text, err = call("report", to / "ruler.jsonl")
     assert code == 0 and "## ruler" in text and "## Ranks" not in text
+
+
+def test_forms(smollm2: Path, tmp_path: Path) -> None:
+    """Where the question stands: every form is a chat of the same document, read by sessions of every query."""
+    out = tmp_path / "f.jsonl"
+    forms = ("forms", smollm2, "--lengths", 250, "--count", 1, "--budgets", "50%", "--threads", 2, "--out", out)
+    some = "--policies", "auto,snapkv", "--queries", "auto,last"
+    code, text, err = call(*forms, *some, "--forms", "last,first")
+    assert code == 0 and "forms: f.jsonl" in text, err
+    rows = untimed(out)[1:]
+    assert [row["task"] for row in rows] == ["last", "first"] and all(row["n_prompt"] > 250 for row in rows)
+    full, *others = rows[0]["results"]
+    assert (full["policy"], full["score"]) == ("full", 1)
+    assert [(own["policy"], own["query"]) for own in others] == [
+        ("auto", "both"), ("auto, last", "last"), ("snapkv", "last")
+    ]  # fmt: skip
+    assert all(own["kv_bytes"] < full["kv_bytes"] for own in others)
+    assert call(*forms, *some, "--forms", "last,first")[0] == 0 and untimed(out)[1:] == rows
+    for wrong, reason in (
+        (("--forms", "middle"), "--forms has 'middle', expected some of last, system"),
+        (("--queries", "all"), "--queries has 'all', expected some of auto, last"),
+    ):
+        code, _, err = call(*forms, *wrong)
+        assert code == 2 and reason in err
+
+
+def test_forms_of_chats() -> None:
+    """The document and the question stand where they should, once."""
+    for form in FORMS:
+        messages = _messages(form, "DOCUMENT", "QUESTION")
+        text = "\n".join(own["content"] for own in messages)
+        assert text.count("DOCUMENT") == text.count("QUESTION") == 1
+        assert (text.index("QUESTION") < text.index("DOCUMENT")) == (form == "first")
+        assert text.endswith("QUESTION") == (form in ("last", "system"))
+        assert [own["role"] for own in messages] == (["system", "user"] if form == "system" else ["user"])
 
 
 def test_chats_and_files(smollm2: Path, tmp_path: Path) -> None:

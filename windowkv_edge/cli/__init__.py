@@ -14,6 +14,7 @@ from .chat import chat
 from .demo import demo
 from .eval import app as eval_app
 from .eval_chat import chat as eval_chat
+from .eval_forms import forms
 from .eval_generate import generate
 from .eval_long import long
 from .info import info
@@ -33,6 +34,7 @@ app.command()(bench)
 app.command()(info)
 app.command()(profile)
 eval_app.command("chat")(eval_chat)
+eval_app.command("forms")(forms)
 eval_app.command()(generate)
 eval_app.command()(long)
 app.add_typer(eval_app, name="eval")

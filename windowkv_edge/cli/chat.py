@@ -22,6 +22,7 @@ from windowkv_edge import POLICIES, Llama, UnsupportedModelError, WindowKVError
 from windowkv_edge._files import check_output, open_own
 from windowkv_edge._text import for_markup, for_terminal
 from windowkv_edge.gguf_info import GGUFInfo
+from windowkv_edge.repeating import ASKED_QUERIES, AskedQuery
 
 from .bars import prompt_bar
 from .common import (
@@ -57,6 +58,9 @@ def chat(
         str | None,
         typer.Option(help="What the cells may take at every moment: a number per head (4096), or bytes (512MiB)."),
     ] = None,
+    query: Annotated[
+        str, typer.Option(help="What cells are kept for: the last question, any question, both, or auto.")
+    ] = "auto",
     ctx: Annotated[int, typer.Option(min=256, help="Positions that the conversation may have.")] = 8192,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
@@ -73,6 +77,7 @@ def chat(
     """Chat with a model. /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves."""
     kv_policy, kv_budget = parse_policy(policy), None if budget is None else parse_budget(budget)
     kv_limit, kv_checkpoints = None if limit is None else parse_limit(limit), parse_checkpoints(checkpoints)
+    kv_query = _parse_query(query, "--query")
     if session is not None:
         check_output(session, "--session")
     info = open_model(model)
@@ -81,7 +86,7 @@ def chat(
         lowered = f"{info.path.name} was trained on {info.n_ctx_train:,} positions; --ctx is lowered to that"
         typer.echo(for_terminal(lowered), err=True)
         ctx = info.n_ctx_train
-    llm = _load(info, ctx, threads, kv_policy, kv_budget, kv_limit, kv_checkpoints=kv_checkpoints)
+    llm = _load(info, ctx, threads, kv_policy, kv_budget, kv_limit, kv_checkpoints=kv_checkpoints, kv_query=kv_query)
     try:
         talk = Chat(llm, console, system=system, temperature=temperature, max_tokens=max_tokens, session=session)
         within = "" if limit is None else f" within {limit}"
@@ -98,6 +103,12 @@ def chat(
                 talk.save("")
     finally:
         llm.close()
+
+
+def _parse_query(text: str, option: str) -> AskedQuery:
+    if text not in ASKED_QUERIES:
+        raise CLIError(f"{option} is {text!r}, expected one of {', '.join(ASKED_QUERIES)}")
+    return text
 
 
 def _load(info: GGUFInfo, *args: Any, **options: Any) -> Llama:
@@ -275,8 +286,8 @@ class Chat:
             return False
         commands = {
             "regenerate": self.regenerate, "edit": self.edit, "undo": self.undo, "stats": self.stats,
-            "reset": self.reset, "policy": self.policy, "limit": self.limit, "file": self.file, "save": self.save,
-            "load": self.load, "help": self.help,
+            "reset": self.reset, "policy": self.policy, "limit": self.limit, "query": self.query, "file": self.file,
+            "save": self.save, "load": self.load, "help": self.help,
         }  # fmt: skip
         if name not in commands:
             self.note(f"unknown command /{name}, expected one of {', '.join(COMMANDS)}")
@@ -319,6 +330,9 @@ class Chat:
         stats = self.llm.kv_stats()
         table = Table(show_header=False)
         table.add_row("policy", for_markup(f"{stats.policy}, budget {self.llm.kv_budget}"))
+        table.add_row("cells are kept for", KEPT_FOR[stats.query])
+        if stats.n_replayed:
+            table.add_row("positions repeated", f"{stats.n_replayed:,}")
         table.add_row("positions seen", f"{stats.n_past:,} of {self.llm.n_ctx():,}")
         table.add_row("of the last prompt", f"{stats.n_evaluated_last:,} evaluated, {stats.n_reused_last:,} reused")
         if stats.miss:
@@ -371,6 +385,18 @@ class Chat:
         self.note(
             f"{'no limit' if limit is None else cells_text(limit)}, budget {self.llm.kv_budget}; "
             "/limit N, /limit 512MiB or /limit off changes it"
+        )
+
+    def query(self, argument: str) -> None:
+        """Say which question cells are kept for, or change it."""
+        if argument:
+            try:
+                self.llm.kv_query = _parse_query(argument, "/query")
+            except ValueError as error:  # of the policy, or of the limit
+                raise CLIError(str(error)) from None
+        self.note(
+            f"cells are kept for {KEPT_FOR[self.llm.kv_query]}; /query last, any, both or auto changes it for what you "
+            "say next"
         )
 
     def file(self, argument: str) -> None:
@@ -435,6 +461,11 @@ class Chat:
         self.console.print(for_terminal(text), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
+KEPT_FOR = {
+    "last": "the last question", "any": "any question", "both": "the last question and any other",
+    "auto": "what fits the conversation",
+}  # fmt: skip
+
 COMMANDS = {
     "/regenerate": "another answer to your last message",
     "/edit": "TEXT takes the place of your last message; its files stay",
@@ -443,6 +474,7 @@ COMMANDS = {
     "/reset": "forget the conversation",
     "/policy": "NAME [BUDGET] changes the KV policy, alone it lists them",
     "/limit": "[N | 512MiB | off] bounds the cells: so many per head, or bytes",
+    "/query": "[last | any | both | auto] what cells are kept for: your last question, any, or both",
     "/file": "PATH adds a text file to the next message",
     "/save": "[FILE] writes the conversation and its cache",
     "/load": "[FILE] goes on from there",

@@ -23,7 +23,7 @@ Budget = Any
 
 N_BOOTSTRAP = 2000
 
-SUITES = ("needle", "ruler", "turns", "chat", "fidelity", "generate", "tasks", "long")
+SUITES = ("needle", "ruler", "turns", "forms", "chat", "fidelity", "generate", "tasks", "long")
 DISTANCES = ("fidelity", "generate")
 MAX_LINES, MAX_BUDGETS = 64, 32
 MAX_VALUE = 1e15  # sums and plots stay finite

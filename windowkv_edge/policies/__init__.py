@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from ..budget import plain
 from .adakv import AdaKV
 from .auto import Auto
-from .base import CacheView, KVPolicy, Positions, Scores, Task, at_least
+from .base import QUERIES, CacheView, KVPolicy, Positions, Query, Scores, Task, at_least
 from .corm import CORM
 from .expected_attention import ExpectedAttention
 from .full import Full
@@ -31,6 +31,7 @@ __all__ = [
     "ENTRY_POINTS",
     "H2O",
     "POLICIES",
+    "QUERIES",
     "TOVA",
     "AdaKV",
     "Auto",
@@ -43,6 +44,7 @@ __all__ = [
     "KVzip",
     "Positions",
     "PyramidKV",
+    "Query",
     "Scores",
     "SnapKV",
     "StreamingLLM",

@@ -7,13 +7,19 @@ from typing import ClassVar
 
 from ..errors import MissingProfileError
 from ..heads import Kind, ModelHeads
-from .base import KVPolicy, Task, at_least, number_of
+from .base import QUERIES, KVPolicy, Query, Task, at_least, share_of
 from .headkv import ByImportance
-from .parts import Across, Allocation, Parts
+from .kvzip import KVzip
+from .parts import Across, Allocation, Parts, Scoring, Selection
 from .windowkv import WindowKV
 from .windowkv_adakv import WindowAdaKV
 
 __all__ = ["Auto"]
+
+BOTH_SHARE = 0.5
+"""Share of the cells that are kept for any question beside the prompt's."""
+
+_ANY = KVzip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,8 @@ class Auto(ByImportance, WindowAdaKV):
     Args:
         importance_floor: cells that each head gets before importance divides the rest; a small budget is not divided.
         replay_share: share of the cells that are kept for any question, as :class:`KVzip` chooses them: of those that
-            the prompt's question leaves, whichever heads hold them; under 1. It takes a second reading.
+            the prompt's question leaves, whichever heads hold them. It takes a second reading; 1 = all of them. What
+            ``kv_query`` of a session sets.
     """
 
     omega: int = 2
@@ -53,15 +60,12 @@ class Auto(ByImportance, WindowAdaKV):
     paper: ClassVar[str] = "arXiv 2503.17922, 2407.11550 and 2410.19258"
     keeps: ClassVar[str] = "passages and single tokens, all heads of the model compete for both; q8_0 cells"
     cells: ClassVar[str | None] = "q8_0"
+    queries: ClassVar[tuple[Query, ...]] = QUERIES
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("importance_floor", self.importance_floor, 0)
-        number_of("replay_share", self.replay_share, 0)
-        if self.replay_share >= 1:
-            raise ValueError(
-                f"replay_share is {self.replay_share!r}, expected less than 1; 'kvzip' keeps all cells for any question"
-            )
+        share_of("replay_share", self.replay_share)
         if self.importance is not None and self.across != "model":
             raise ValueError("auto divides by importance with across='model' only; leave importance or across out")
 
@@ -74,8 +78,8 @@ class Auto(ByImportance, WindowAdaKV):
         """
         if not model.has_ragged and self.replay_share > 0:
             raise ValueError(
-                f"replay_share={self.replay_share!r} gives heads different numbers of cells, which a device of the "
-                "model's layers cannot attend to at once; leave it out, or choose 'kvzip'"
+                f"replay_share={self.replay_share!r} (kv_query={self.query!r}) gives heads different numbers of cells, "
+                "which a device of the model's layers cannot attend to at once; leave it out, or choose 'kvzip'"
             )
         if not model.has_ragged:
             return WindowKV(**{own.name: getattr(self, own.name) for own in fields(WindowKV)})
@@ -84,10 +88,27 @@ class Auto(ByImportance, WindowAdaKV):
         except MissingProfileError:
             return self
 
+    def for_query(self, query: Query) -> KVPolicy:
+        """The same policy with that share of cells for any question: none, half of them, or all; a ``replay_share`` of
+        both kinds stays."""
+        if query == self.query:
+            return self
+        res = replace(self, replay_share={"last": 0.0, "both": BOTH_SHARE, "any": 1.0}[query])
+        object.__setattr__(res, "shares", self.shares)  # those of the model, if it is bound
+        return res
+
+    def scoring(self, task: Task = "localization") -> Scoring:
+        return super().scoring(task) if self.replay_share < 1 else _ANY.scoring(task)
+
     def allocation(self) -> Allocation:
+        if self.replay_share == 1:
+            return _ANY.allocation()
         own = replace(super().allocation(), heads="score", importance_floor=self.importance_floor)
         divides = self.shares is not None and self.across == "model"
         return own if divides else replace(own, beta=0.0, importance_floor=0, importance=None)
 
+    def selection(self, task: Task = "localization") -> Selection:
+        return super().selection(task) if self.replay_share < 1 else _ANY.selection(task)
+
     def parts(self, task: Task = "localization") -> Parts:
-        return super().parts(task)._replace(replay_share=self.replay_share)
+        return super().parts(task)._replace(replay_share=self.replay_share if self.replay_share < 1 else 0.0)

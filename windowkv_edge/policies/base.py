@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from ..heads import ModelHeads
 
 __all__ = [
+    "QUERIES",
     "TASKS",
     "CacheView",
     "KVPolicy",
     "Positions",
+    "Query",
     "Scores",
     "Task",
     "at_least",
@@ -33,6 +35,10 @@ __all__ = [
 
 Task = Literal["localization", "aggregation"]
 TASKS: tuple[Task, ...] = get_args(Task)
+
+Query = Literal["last", "any", "both"]
+"""Which question cells are kept for: the one that the prompt asks, any other, or both."""
+QUERIES: tuple[Query, ...] = get_args(Query)
 
 Scores = Sequence[Sequence[npt.NDArray[np.float32]]]
 """Per layer and kv head float32 [cells]."""
@@ -164,6 +170,9 @@ class KVPolicy:
     #: share of the cells that the newest tokens take in any case when an answer is compacted while it grows
     answer_share: ClassVar[float] = 0.5
 
+    #: questions that a session may have it keep cells for, see :meth:`for_query`; () = its own alone
+    queries: ClassVar[tuple[Query, ...]] = ()
+
     #: whether the prompt's text has to be classified before a compaction
     needs_task: bool = False
 
@@ -199,6 +208,24 @@ class KVPolicy:
         """Whether what a prompt asks scores what was read before it: not where attention is summed up, or comes from
         tokens that repeat the text alone."""
         return self.in_python or self.scoring().reduce not in ("sum", "replay")
+
+    @property
+    def query(self) -> Query:
+        """Which question it keeps cells for: "any" or "both" where it has the model repeat what was read."""
+        return "last" if not self.replays else "both" if self.observes else "any"
+
+    def for_query(self, query: Query) -> KVPolicy:
+        """The policy that keeps cells for the prompt's question, for any, or for both.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if query == self.query:
+            return self
+        raise ValueError(
+            f"kv_query={query!r}: {self.name!r} keeps cells for {self.query!r}; leave kv_query out, or choose "
+            "kv_policy='auto', which does as it is told"
+        )
 
     @property
     def in_python(self) -> bool:

@@ -1,0 +1,244 @@
+"""Which question a session keeps cells for: what kv_query says, and what it chooses where that is "auto"."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scripted import OTHERS, TOKENS, evaluate, positions
+
+from windowkv_edge import POLICIES, Auto, HeadScores, Llama, UnsupportedCallError, get_policy
+from windowkv_edge.eval.forms import RULES
+from windowkv_edge.policies import QUERIES
+
+Open = Callable[..., Llama]
+
+WIDE = {"n_batch": 256, "n_ctx": 700}
+QUESTION = "What did Master Aldous buy?"
+
+
+def chat(text: str, question: str = QUESTION) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{text}\n\n{question}"}]
+
+
+def reply(llm: Any, messages: list[dict[str, str]], n: int = 2) -> str:
+    return str(llm.create_chat_completion(messages, max_tokens=n, temperature=0.0)["choices"][0]["message"]["content"])
+
+
+#
+# what is said
+#
+
+
+@pytest.mark.parametrize(
+    ("query", "policy", "cells"),
+    [
+        ("last", "auto", None),
+        ("both", "auto(replay_share=0.5)", None),
+        ("any", "auto(replay_share=1)", None),
+        ("any", "kvzip", 8),
+    ],
+)
+def test_auto_does_as_it_is_told(tiny: Path, opened: Open, query: Any, policy: str, cells: int | None) -> None:
+    """With kv_query it keeps the cells of that policy, on a prompt and on what comes behind it."""
+    types = {} if cells is None else {"type_k": cells, "type_v": cells}
+    llm = opened(tiny, kv_policy="auto", kv_query=query, kv_budget=60, **WIDE)
+    other = opened(tiny, kv_policy=policy, kv_budget=60, **WIDE, **types)
+    for own in (llm, other):
+        evaluate(own, TOKENS[:400])
+        assert own.kv_stats().query == query and own.kv_stats().cells.sum() == 360
+    assert positions(llm) == positions(other)
+    assert (llm.kv_stats().n_replayed > 0) == (query != "last")
+    for own in (llm, other):
+        evaluate(own, OTHERS[:120])
+        assert own.kv_stats().n_compactions == 2
+    assert positions(llm) == positions(other)
+
+
+def test_a_share_of_its_own_stays() -> None:
+    own = Auto(replay_share=0.2)
+    assert own.query == "both" and own.for_query("both") is own
+    assert own.for_query("last") == Auto() and own.for_query("any") == Auto(replay_share=1)
+    assert [Auto().for_query(query).query for query in QUERIES] == list(QUERIES)
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "auto"])
+def test_others_say_what_they_keep_cells_for(name: str) -> None:
+    policy = get_policy(name)
+    assert policy.query == ("any" if name == "kvzip" else "last") and policy.queries == ()
+    for query in QUERIES:
+        if query == policy.query:
+            assert policy.for_query(query) is policy
+            continue
+        with pytest.raises(ValueError, match=f"kv_query='{query}': '.*' keeps cells for '{policy.query}'; .*'auto'"):
+            policy.for_query(query)
+
+
+def test_refused(tiny: Path, smollm2: Path, opened: Open) -> None:
+    for given, reason in (
+        ({"kv_query": "all"}, "kv_query is 'all', expected one of auto, last, any, both"),
+        ({"kv_query": "both", "kv_policy": None}, "kv_query='both' without kv_policy has no effect"),
+        ({"kv_query": "any", "kv_policy": "snapkv"}, "kv_query='any': 'snapkv' keeps cells for 'last'"),
+        ({"kv_query": "last", "kv_policy": "kvzip"}, "kv_query='last': 'kvzip' keeps cells for 'any'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            opened(tiny, **{"kv_policy": "auto", "kv_budget": None, **WIDE, **given})
+    with pytest.raises(ValueError, match="kv_limit=70 holds 70 cells per head, expected at least"):
+        opened(smollm2, kv_policy="auto", kv_query="both", kv_limit=70, **WIDE)
+    llm = opened(tiny, kv_policy="snapkv", **WIDE)
+    with pytest.raises(ValueError, match="'snapkv' keeps cells for 'last'"):
+        llm.kv_query = "any"
+    assert llm.kv_query == "auto"
+    with pytest.raises(UnsupportedCallError, match="needs a session with a policy"):
+        opened(tiny, kv_policy=None, **WIDE).kv_query = "any"
+
+
+def test_set_later(smollm2: Path, opened: Open) -> None:
+    """It holds from the next prompt on, for copies, and for another policy if that does so, too."""
+    llm = opened(smollm2, kv_policy="auto", kv_budget=60, **WIDE)
+    evaluate(llm, TOKENS[:300])
+    before = positions(llm)
+    llm.kv_query = "any"
+    assert llm.kv_query == "any" and positions(llm) == before and llm.kv_stats().n_replayed == 0
+    copy = pickle.loads(pickle.dumps(llm))
+    assert copy.kv_query == "any" and copy.kv_stats().query == "any"
+    copy.close()
+    with pytest.raises(ValueError, match="kv_query='any': 'snapkv' keeps"):
+        llm.kv_policy = "snapkv"
+    assert llm.kv_policy == Auto() and positions(llm) == before and llm.kv_stats().query == "any"
+    with pytest.raises(ValueError, match="kv_limit=70 holds"):
+        llm.kv_limit = 70
+    llm.kv_policy = "kvzip"
+    assert llm.kv_stats().query == "any"
+    llm.kv_policy, llm.kv_query = "auto", "auto"
+    llm.kv_limit = 70
+    with pytest.raises(ValueError, match="kv_limit=70 holds"):
+        llm.kv_query = "both"
+    assert llm.kv_query == "auto" and llm.kv_stats().query == "last"
+
+
+#
+# what it chooses
+#
+
+
+def test_chats_keep_cells_for_any_question(smollm2: Path, opened: Open, document: str) -> None:
+    """Completions and prompts by hand keep them for the one that they end in."""
+    text = document[:1600]
+    llm = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25)
+    reply(llm, chat(text))
+    first = llm.kv_stats()
+    assert first.query == "both" and first.n_replayed > 200 and first.n_compactions == 1
+
+    llm.create_completion(f"{text}\n\nQuestion: {QUESTION}\nAnswer:", max_tokens=1)
+    assert llm.kv_stats().query == "last" and llm.kv_stats().n_replayed == 0
+    held = positions(llm)
+    reply(llm, chat(text, "Who was late?"))
+    llm.reset()
+    llm.eval(llm.tokenize(f"{text}\n\nQuestion: {QUESTION}\nAnswer:".encode()))
+    llm.sample()
+    assert llm.kv_stats().query == "last" and positions(llm) == held
+
+    llm.kv_query = "last"
+    reply(llm, chat(text))
+    assert llm.kv_stats().query == "last" and llm.kv_stats().n_replayed == 0
+    llm.kv_query = "auto"
+    for part in llm.create_chat_completion(chat(f"Read this. {text}"), max_tokens=2, stream=True):
+        assert part
+    assert llm.kv_stats().query == "both" and llm.kv_stats().n_replayed > 200
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"kv_limit": 300}, {"kv_interval": 32}, {"kv_prefill": "bounded"}, {"kv_policy": "windowkv"}],
+    ids=lambda given: next(iter(given)),
+)
+def test_chats_that_do_not(smollm2: Path, opened: Open, document: str, given: dict[str, Any]) -> None:
+    """Where every step and every part of an answer would have to be repeated, and where the policy cannot."""
+    llm = opened(smollm2, **{"n_ctx": 1024, "kv_policy": "auto", "kv_budget": 0.25, **given})
+    reply(llm, chat(document[:1600]))
+    stats = llm.kv_stats()
+    assert stats.query == "last" and stats.n_replayed == 0 and stats.n_compactions > 0
+
+
+def test_a_limit_that_is_set_later(smollm2: Path, opened: Open, document: str) -> None:
+    """What was repeated stays, and nothing is any more: answers are compacted, too."""
+    llm = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25)
+    reply(llm, chat(document[:1600]))
+    n = llm.kv_stats().n_replayed
+    assert n > 200
+    llm.kv_limit = 100
+    for _ in range(40):
+        llm.eval([llm.sample(temp=0.0)])
+    stats = llm.kv_stats()
+    assert stats.query == "last" and stats.n_replayed == n and stats.cells.mean() <= 100
+
+
+def test_no_room_to_repeat(smollm2: Path, opened: Open, document: str) -> None:
+    """A chat that ends close to the end of the context is answered nevertheless."""
+    llm = opened(smollm2, n_ctx=512, kv_policy="auto", kv_budget=0.25)
+    n = 0
+    while len(llm.tokenize(document[: n + 8].encode())) < 446:
+        n += 8
+    reply(llm, chat(document[:n]))
+    assert llm.kv_stats().n_past > 480 and llm.kv_stats().query == "last" and llm.kv_stats().n_replayed == 0
+    llm.reset()
+    reply(llm, chat(document[: n // 2]))
+    assert llm.kv_stats().query == "both"
+
+
+def test_a_policy_that_says_so_itself(smollm2: Path, opened: Open, document: str) -> None:
+    """A share that was given holds for every prompt."""
+    llm = opened(smollm2, n_ctx=1024, kv_policy="auto(replay_share=0.2)", kv_budget=0.25)
+    llm.create_completion(document[:1600], max_tokens=1)
+    assert llm.kv_stats().query == "both" and llm.kv_stats().n_replayed > 200
+    reply(llm, chat(document[:1600]))
+    assert llm._kv_bound.parts().replay_share == 0.2
+
+
+def test_head_scores_stay(tiny: Path, opened: Open) -> None:
+    """Those that the session found for its model."""
+    scores = HeadScores({kind: np.random.default_rng(0).random((3, 4)) for kind in ("r", "r2")})
+    llm = opened(tiny, kv_policy=Auto(importance=scores, beta=2.0), kv_query="both", kv_budget=60, **WIDE)
+    alone = opened(tiny, kv_policy=Auto(importance=scores, beta=2.0), kv_budget=60, **WIDE)
+    parts, want = llm._kv_bound.parts(), alone._kv_bound.parts()
+    assert parts.allocation.beta == want.allocation.beta == 2.0 and parts.replay_share == 0.5
+    np.testing.assert_array_equal(parts.allocation.importance, want.allocation.importance)
+
+
+def test_saved_sessions(smollm2: Path, opened: Open, document: str, tmp_path: Path) -> None:
+    """A chat goes on with what its cells were kept for."""
+    llm = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25)
+    reply(llm, chat(document[:1600]))
+    llm.kv_save(tmp_path / "own.session")
+    other = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25)
+    other.kv_load(tmp_path / "own.session")
+    assert other.kv_stats().query == "both" and positions(other) == positions(llm)
+    for own in (llm, other):
+        own.kv_compact(0.12)
+    assert positions(other) == positions(llm)
+    last = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25, kv_query="last")
+    last.kv_load(tmp_path / "own.session")
+    assert last.kv_stats().query == "last"
+    state = llm.save_state()
+    state.session["noted"]["query"] = "none"  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="the question 'none', expected one of last, any, both"):
+        other.load_state(state)
+
+
+def test_a_question_in_front_of_rules(smollm2: Path, opened: Open, document: str) -> None:
+    """Its answer stays, though nothing at the prompt's end says what is asked."""
+    fact = "The registration number of the violet piano is 395152."
+    text = f"{document[:1800]}\n{fact}\n{document[1800:3600]}"
+    messages = chat(text, f"What is the registration number of the violet piano?\n\n{RULES}")
+    llm = opened(smollm2, n_ctx=1536, kv_policy="auto", kv_budget=0.12)
+    said = {}
+    for query in ("auto", "last"):
+        llm.kv_query = query  # type: ignore[assignment]
+        llm.reset()
+        said[query] = reply(llm, messages, 20)
+    assert "395152" in said["auto"] and "395152" not in said["last"], said
