@@ -25,6 +25,7 @@ from windowkv_edge import (
     Full,
     HeadKV,
     HeadScores,
+    KeyDiff,
     KVPolicy,
     KVzip,
     PyramidKV,
@@ -297,6 +298,7 @@ ROWS: dict[type[KVPolicy], Row] = {
         lambda p, v: kvzip.kvzip(v.scores, v.n_cells, alpha_safeguard=p.alpha_safeguard, n_past=v.n_past),
         "model",
     ),
+    KeyDiff: Row(st.builds(KeyDiff), None, "equal"),
     ExpectedAttention: Row(
         st.builds(ExpectedAttention, neox=st.booleans(), freq_base=st.just(1e4), n_sink=st.integers(0, 6)), None, "equal"
     ),

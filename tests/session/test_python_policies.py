@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import tiny_model
-from scripted import evaluate
+from reference.keydiff import keydiff
+from scripted import OTHERS, evaluate, positions
 
 from windowkv_edge import CacheView, ExpectedAttention, KVPolicy, Llama, NativeError, SnapKV, WindowKV, WindowKVError, get_policy
 from windowkv_edge.bench.session import Model
@@ -232,6 +233,21 @@ def test_expected_attention(smollm2: Path, gemma3: Path, document: str) -> None:
     with pytest.raises(WindowKVError, match="not for 'gemma3'; give neox=True"):
         Branches(other, 600, policy.n_observed).bind(policy)
     other.close()
+
+
+@pytest.mark.parametrize("cells", [1, 8, 2])
+def test_keydiff(tiny: Path, opened: Callable[..., Llama], cells: int) -> None:
+    """The keys that are least alike their mean stay, by the definition; again among those that stayed."""
+    llm = opened(tiny, kv_policy="keydiff", kv_budget=1.0, type_k=cells, type_v=cells)
+    assert llm._kv is not None
+    for tokens, n_cells in ((TOKENS[:120], 40), (OTHERS[:50], 60)):
+        llm.eval(tokens)
+        want = []
+        for il, ih in np.ndindex(3, 2):
+            stays = keydiff(llm._kv.rows(il, ih, "k"), n_cells)
+            want.append(llm.kv_positions(il, ih)[stays].tolist())
+        llm.kv_compact(n_cells)
+        assert positions(llm) == want
 
 
 def test_the_weights_of_expected_attention() -> None:

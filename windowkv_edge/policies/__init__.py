@@ -16,6 +16,7 @@ from .expected_attention import ExpectedAttention
 from .full import Full
 from .h2o import H2O
 from .headkv import HeadKV, HeadKVR2
+from .keydiff import KeyDiff
 from .kvzip import KVzip
 from .pyramidkv import PyramidKV
 from .snapkv import SnapKV
@@ -42,6 +43,7 @@ __all__ = [
     "HeadKVR2",
     "KVPolicy",
     "KVzip",
+    "KeyDiff",
     "Positions",
     "PyramidKV",
     "Query",
@@ -67,6 +69,7 @@ POLICIES: dict[str, type[KVPolicy]] = {
         PyramidKV,
         AdaKV,
         ExpectedAttention,
+        KeyDiff,
         TOVA,
         CORM,
         H2O,
