@@ -141,6 +141,29 @@ def test_longbench_files(model: Model, tmp_path: Path) -> None:
         tasks_cases(Style(model), empty, 512)
 
 
+def test_shared_contexts(model: Model, smollm2: Path, tmp_path: Path) -> None:
+    """Compacted before a question is read; lines of one context share its reading, wherever they stand."""
+    path = tmp_path / "shared.jsonl"
+    text = "Ana lives in Rome. Ben lives in Oslo. " * 30
+    lines = [(text, "Where does Ana live?", "Rome"), ("c " * 300, "What?", "c"), (text, "And where is it that Ben lives?", "Oslo")]
+    rows = [{"dataset": "hotpotqa", "context": c, "input": q, "answers": [a]} for c, q, a in lines]
+    path.write_text("".join(json.dumps(own) + "\n" for own in rows))
+    style = Style(model)
+    cases, _ = tasks_cases(style, path, 320, before=True)
+    assert [case.answers for case in cases] == [("Rome",), ("Oslo",), ("c",)]  # neighbours share what is read
+    ana, ben, other = cases
+    assert ana.prompt == ben.prompt != other.prompt and [case.index for case in cases] == [0, 1, 2]
+    assert ana.follow_up == style.ask("Where does Ana live?") and ben.follow_up == style.ask("And where is it that Ben lives?")
+    assert len(ben.prompt) + len(ben.follow_up) == 320 - 32 > len(ana.prompt) + len(ana.follow_up)
+    after, _ = tasks_cases(style, path, 320)
+    assert [case.answers for case in after] == [("Rome",), ("c",), ("Oslo",)] and not any(case.follow_up for case in after)
+    out = tmp_path / "l.jsonl"
+    code, _, err = call("tasks", smollm2, path, "--before", "--policies", "kvzip", "--budgets", "50%", "--n-ctx", 320, "--out", out)
+    assert code == 0, err
+    header, *results = untimed(out)
+    assert header["before"] is True and [row["answers"] for row in results] == [["Rome"], ["Oslo"], ["c"]]
+
+
 SMALL = ("--lengths", "600", "--policies", "snapkv,auto", "--budgets", "12%,3%", "--threads", "2")
 
 

@@ -214,6 +214,9 @@ def tasks(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines in LongBench's format.")],
     n_ctx: Annotated[int, typer.Option(min=256, help="Positions; longer contexts lose their middle.")] = 4096,
     limit: Annotated[int | None, typer.Option(min=1, help="Lines at most.")] = None,
+    before: Annotated[
+        bool, typer.Option("--before", help="Compact each context once, before any of its questions is read.")
+    ] = False,
     policies: Policies = POLICIES,
     budgets: Budgets = BUDGETS,
     types: Types = OWN,
@@ -225,10 +228,10 @@ def tasks(
 ) -> None:
     """Questions, summaries, classes and code of files in LongBench's format."""
     run = start("tasks", model, policies, budgets, types, seed, out, threads, gpu_layers)
-    about = {"suite": "tasks", "file": file.name, "n_ctx": n_ctx, "limit": limit, "chat": chat}
+    about = {"suite": "tasks", "file": file.name, "n_ctx": n_ctx, "limit": limit, "chat": chat, "before": before}
 
     def prepare(weights: Model) -> list[Case]:
-        cases, skipped = tasks_cases(Style(weights, chat), file, n_ctx, limit)
+        cases, skipped = tasks_cases(Style(weights, chat), file, n_ctx, limit, before)
         for reason, number in skipped.items():
             typer.echo(for_terminal(f"skipped {number} x: {reason}"), err=True)
         for metric in dict.fromkeys(case.metric for case in cases):

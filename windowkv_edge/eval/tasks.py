@@ -6,7 +6,8 @@ policies with each other and not with published tables.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +62,32 @@ def _lines(path: Path) -> list[bytes]:
     return data.split(b"\n")
 
 
-def _prompt(style: Style, row: dict[str, Any], room: int) -> list[int]:
-    """Tokens of a line; a context that is too long loses its middle, as in the benchmark."""
+def _question(style: Style, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Tokens in front of a line's context, and behind it."""
     name = row["dataset"].removesuffix("_e")
-    head = style.head
     if name in _CODE or name in FIRST_LINE:  # they are continued as they are
-        head, end = style.bos, style.tokenize(row["input"])
-    else:
-        end = style.ask(" ".join(part for part in (_ASKS.get(name, ""), row["input"]) if part))
-    body = style.tokenize(row["context"])
-    room -= len(head) + len(end)
+        return style.bos, style.tokenize(row["input"])
+    return style.head, style.ask(" ".join(part for part in (_ASKS.get(name, ""), row["input"]) if part))
+
+
+def _context(style: Style, text: str, n_beside: int, n_ctx: int) -> list[int]:
+    """Tokens of a context; one that is too long loses its middle, as in the benchmark.
+
+    Args:
+        style: of the prompts.
+        text: the context.
+        n_beside: tokens of the question and the answer.
+        n_ctx: positions.
+    """
+    body, room = style.tokenize(text), n_ctx - n_beside
     if room < 2:
-        raise EvalError(f"the questions alone fill the context; give a larger --n-ctx than {room + len(end)}")
-    if len(body) > room:
-        body = body[: room // 2] + body[len(body) - (room - room // 2) :]
-    return head + body + end
+        raise EvalError(f"the questions alone fill the context; give a larger --n-ctx than {n_ctx}")
+    return body if len(body) <= room else body[: room // 2] + body[len(body) - (room - room // 2) :]
 
 
-def tasks_cases(style: Style, path: Path, n_ctx: int, limit: int | None = None) -> tuple[list[Case], Counter[str]]:
+def tasks_cases(
+    style: Style, path: Path, n_ctx: int, limit: int | None = None, before: bool = False
+) -> tuple[list[Case], Counter[str]]:
     """Prompts of a file, and how many lines were skipped, by reason.
 
     Args:
@@ -86,16 +95,17 @@ def tasks_cases(style: Style, path: Path, n_ctx: int, limit: int | None = None) 
         path: the file.
         n_ctx: positions, the answer included.
         limit: lines at most.
+        before: contexts are compacted before their questions are read (SCBench's shared contexts, arXiv 2412.10319):
+            lines of one context come one behind the other, and it is read once.
 
     Raises:
         EvalError: no line can be used.
     """
-    cases: list[Case] = []
+    found: list[tuple[dict[str, Any], list[int], list[int]]] = []
     skipped: Counter[str] = Counter()
-    count: Counter[str] = Counter()
     first_broken = ""
     for number, line in enumerate(_lines(path), 1):
-        if limit is not None and len(cases) >= limit:
+        if limit is not None and len(found) >= limit:
             break
         if not line.strip():
             continue
@@ -109,18 +119,35 @@ def tasks_cases(style: Style, path: Path, n_ctx: int, limit: int | None = None) 
         if reason is not None:
             skipped[reason if reason in skipped or len(skipped) < _MAX_REASONS else "other reasons"] += 1
             continue
-        name = row["dataset"].removesuffix("_e")
-        metric, max_tokens = DATASETS[name]
-        prompt = _prompt(style, row, n_ctx - max_tokens)
-        classes, first_line = tuple(row["all_classes"]) if metric == "accuracy" else (), name in FIRST_LINE
-        answers = tuple(row["answers"])
-        cases.append(
-            Case("tasks", name, 0, None, count[name], prompt, answers, metric, max_tokens, (), classes, first_line)
-        )
-        count[name] += 1
+        found.append((row, *_question(style, row)))
     if _BROKEN in skipped:
         skipped[f"{_BROKEN} ({first_broken})"] = skipped.pop(_BROKEN)
-    if not cases:
+    if not found:
         reasons = "; ".join(f"{n} x {why}" for why, n in skipped.most_common(3)) or "it has no lines"
         raise EvalError(f"{path} holds nothing to score ({reasons}); expected LongBench's JSON lines")
-    return cases, skipped
+    return list(_cases(style, found, n_ctx, before)), skipped
+
+
+def _cases(
+    style: Style, found: Sequence[tuple[dict[str, Any], list[int], list[int]]], n_ctx: int, before: bool
+) -> Iterator[Case]:
+    """Of lines, with the tokens in front of their contexts and behind them."""
+    count: Counter[str] = Counter()
+    groups: dict[Any, list[tuple[dict[str, Any], list[int], list[int]]]] = defaultdict(list)
+    for i, own in enumerate(found):
+        groups[(own[0]["context"], tuple(own[1])) if before else i].append(own)
+    for group in groups.values():
+        n_beside = max(
+            len(head) + len(end) + DATASETS[row["dataset"].removesuffix("_e")][1] for row, head, end in group
+        )
+        body = _context(style, group[0][0]["context"], n_beside, n_ctx)
+        for row, head, end in group:
+            name = row["dataset"].removesuffix("_e")
+            metric, max_tokens = DATASETS[name]
+            classes = tuple(row["all_classes"]) if metric == "accuracy" else ()
+            prompt, follow_up = (head + body, end) if before else (head + body + end, [])
+            yield Case(
+                "tasks", name, 0, None, count[name], prompt, tuple(row["answers"]), metric, max_tokens, follow_up,
+                classes, name in FIRST_LINE,
+            )  # fmt: skip
+            count[name] += 1
