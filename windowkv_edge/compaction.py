@@ -21,8 +21,8 @@ Comes = Literal["batch", "answer's start", "answer"]
 
 
 def n_observed(policy: KVPolicy) -> int:
-    """Queries at the end of the prompt that the cache keeps for a policy."""
-    return int(policy.n_observed)
+    """Queries at the end of the prompt that the cache keeps for a policy, whichever question it keeps cells for."""
+    return max(int(own.n_observed) for own in (policy, *map(policy.for_query, policy.queries)))
 
 
 N_ANSWER = 8

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import llama_cpp
+import numpy as np
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from . import _native
@@ -20,7 +21,7 @@ from .asking import find_asked
 from .errors import FormatError, UnsupportedCallError, UnsupportedModelError
 from .guard import Guard, Interrupts, interrupt_soon
 from .pins import Pins, Range, n_system
-from .policies import QUERIES, KVPolicy
+from .policies import KVPolicy
 from .progress import KVProgress, report
 from .prompts import Prompts, Step, n_shared, why_missed
 from .session import PolicyCache
@@ -280,8 +281,7 @@ class PolicyEvaluation(Shifting):
         pins = [_range(own) for own in noted["pins"]]
         system = _range(noted["system"]) if noted["system"] else None
         lost, asks = GivenUp.of(noted["lost"]), [int(token) for token in noted["asks"]]
-        if (query := noted["query"]) not in QUERIES:
-            raise FormatError(f"it keeps cells for the question {query!r}, expected one of {', '.join(QUERIES)}")
+        query = noted["query"]
         self._kv_known, self._kv_prompts.is_open = int(noted["known"]), bool(noted["open"])
         self._kv_when.changed, self._kv_settled = bool(noted["changed"]), bool(noted["settled"])
         self._kv_pins.asked, self._kv_pins.system, self._kv_asks = pins, system, asks
@@ -290,7 +290,7 @@ class PolicyEvaluation(Shifting):
         self._kv_lost, self._kv_prompts.n_shifted = lost, max(0, int(noted["shifted"]))
         if (cache := self._kv_cache) is not None:
             self._ask_as_given(cache)
-            if self._kv_query == "auto" and query in cache.plain.queries:
+            if self._may_ask(cache, query):
                 cache.ask(query)
 
     #
@@ -405,14 +405,14 @@ class PolicyEvaluation(Shifting):
         """Before ``generate`` evaluates n_prompt tokens; of ``tokens``, the first ones may be there."""
         cache, prompts, ahead = self._kv_cache, self._kv_prompts, (self._kv_n_read, self._kv_miss)
         self._kv_asked = None
-        if cache is not None:
-            cache.ask(self._query_of(cache, n_prompt, self._kv_asked_text != ""))
         if cache is not None and self.n_tokens < self._kv_known:  # set back: the last logits are of another position
             self._requires_eval = True
         n_same = n_shared(tokens, self.input_ids[: self.n_tokens])
         n_boundary = 0 if cache is None else int(cache.kv.stats().n_boundary)
         is_known = prompts.logits(n_same) is not None
         why = why_missed(n_prompt, n_same, self.n_tokens, n_boundary, self._kv_when.changed, is_known)
+        if cache is not None and len(tokens) != n_prompt:
+            self._ask(cache, self.n_tokens + n_prompt, self.n_tokens)
         if cache is None or len(tokens) != n_prompt or n_prompt == 0:  # stock, or behind what is there
             prompts.begin(n_prompt, n_same, why if n_same > 0 else "", *ahead)
             return
@@ -420,6 +420,7 @@ class PolicyEvaluation(Shifting):
         reasons = [why] * (n_saved < n_same - 1) + [more] * (more != "")
         prompts.begin(n_prompt, max(n_same, n_most), "; ".join(reasons), *ahead)
         self._find_messages(tokens)
+        self._ask(cache, n_prompt, self._n_live(cache, np.array(tokens, dtype=np.intc)))
 
         # the same prompt again: below the boundary nothing can be removed, so that its last token cannot be evaluated
         # again for its logits, as stock does

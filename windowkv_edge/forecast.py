@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .budget import bits
 from .gguf_info import GGUFInfo
-from .limit import Limit, check_limit, n_beside, n_observers, slack
+from .limit import Limit, check_limit, n_observers, n_scores, slack
 from .policies import KVPolicy
 from .replay import Wording, n_at_once
 
@@ -82,7 +82,7 @@ def forecast(info: GGUFInfo, limit: int | str, n_tokens: int, policy: KVPolicy, 
     if fits:
         peak, peak_rows, after = n_tokens, _rows(n_tokens), n_tokens
     else:
-        n_more = n_beside(n + n_batch, cell / sum(info.n_head_kv[il] for il in layers), policy)
+        n_more = n_scores(n + n_batch, cell / sum(info.n_head_kv[il] for il in layers), policy)
         peak, peak_rows, after = _read(n_tokens, n, n_batch, policy, n_more)
     cells = {"peak": peak, "after": after, "most": n}
     figures = {f"cells_{name}": value for name, value in cells.items()}

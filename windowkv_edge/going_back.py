@@ -15,6 +15,7 @@ from .checkpoints import Checkpoint, Checkpoints
 from .errors import NativeError, UnsupportedCallError
 from .limit import Limit, n_asks
 from .native_state import get_state, refusal, set_state, state_size
+from .policies import Query
 from .prompts import Prompts, Step, n_reused
 from .session import AfterPrompt, PolicyCache
 
@@ -54,6 +55,9 @@ class GoingBack(llama_cpp.Llama):
         def _clear(self) -> None: ...
         def _aligned(self) -> AbstractContextManager[None]: ...
         def _room(self, cache: PolicyCache, n_tokens: int, step: Step) -> int | None: ...
+
+        @property
+        def _given_query(self) -> Query | None: ...
 
     #
     # keeping
@@ -167,12 +171,14 @@ class GoingBack(llama_cpp.Llama):
         return lambda own, prompt: own.saves(prompt, can_know) if self._is_usable(own) else 0
 
     def _is_usable(self, own: Checkpoint) -> bool:
-        """Whether it was compacted for this budget and with these pins, and the limit holds it."""
+        """Whether it was compacted for this budget and question and with these pins, and the limit holds it."""
         cache = self._kv_cache
         if self._kv_limit is not None and cache is not None:
             n_most = self._kv_limit.n_cells(cache.kv.stats()) + self.n_batch
             if own.n_cells > n_most:
                 return False
+        if not own.is_whole and own.removable > 0 and self._given_query not in (None, own.noted["query"]):
+            return False
         return bool(is_same(own.budget, self._kv_when.budget) and own.noted["pins"] == self._kv_noted()["pins"])
 
     def _has_logits(self) -> bool:

@@ -16,9 +16,9 @@ __all__ = [
     "check_interval",
     "check_limit",
     "n_asks",
-    "n_beside",
     "n_bytes",
     "n_observers",
+    "n_scores",
     "slack",
 ]
 
@@ -89,7 +89,7 @@ def n_observers(policy: KVPolicy, n_batch: int) -> int:
     return min(n_asks(policy), n_batch) if policy.observes else 0
 
 
-def n_beside(n_cells: int, n_bytes_cell: float, policy: KVPolicy) -> int:
+def n_scores(n_cells: int, n_bytes_cell: float, policy: KVPolicy) -> int:
     """Cells' worth of what a policy's numbers take beside n_cells cells, of n_bytes_cell bytes in one head."""
     return round(n_cells * SCORES / n_bytes_cell) if policy.replays else 0
 
@@ -173,7 +173,7 @@ class Limit:
         n_observers: int,
         n_most: int | None = None,
         goes_on: bool = False,
-        n_beside: int = 0,
+        n_scores: int = 0,
     ) -> tuple[int, int | None]:
         """How a prompt is read on within n_cells and a batch.
 
@@ -189,7 +189,7 @@ class Limit:
             n_observers: tokens that observe between two steps.
             n_most: tokens that may be evaluated at once, if that is less than a batch.
             goes_on: behind the tokens that are left there may be more of the prompt.
-            n_beside: cells' worth of what lies beside them while a compaction chooses, see :func:`n_beside`.
+            n_scores: cells' worth of what lies beside them while a compaction chooses, see :func:`n_scores`.
 
         Returns:
             The number of tokens that come next, and the cells that a compaction leaves before them, None if they find
@@ -198,7 +198,7 @@ class Limit:
 
         def may_hold(n: int) -> int:
             # behind them the next observers need room, and then a compaction, for scores of all cells and a layer twice
-            behind = max(n_observers if goes_on or n < n_left else 0, (n_cells + n_batch) // SPARE + n_beside)
+            behind = max(n_observers if goes_on or n < n_left else 0, (n_cells + n_batch) // SPARE + n_scores)
             return n_cells + n_batch - n - behind
 
         n = min(n_left, n_batch if n_most is None else n_most)

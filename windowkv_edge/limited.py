@@ -12,6 +12,7 @@ from .pins import Range, n_pinned
 from .policies.base import one_of
 from .progress import KVProgress, check_progress
 from .repeating import ASKED_QUERIES, AskedQuery
+from .replay import next_to_replay
 from .shift import Shift
 from .states import SavedStates
 
@@ -42,7 +43,7 @@ class Limited(SavedStates):
                 self._kv_given.pop("kv_limit", None)
                 return
             new, stats = Limit(check_limit(limit), self._kv_interval), cache.kv.stats()
-            bound = cache.for_query(None if self._kv_query == "auto" else self._kv_query)
+            bound = cache.for_query(self._given_query)
             new.check(stats, bound, self._n_repeating_least(bound))
             n, room = n_pinned(self._kv_pins.asked), new.n_free(stats, bound)
             if n >= room:
@@ -56,8 +57,9 @@ class Limited(SavedStates):
 
     @property
     def kv_query(self) -> AskedQuery:
-        """Which question cells are kept for, see the class; setting it takes effect at the next prompt, and what was
-        compacted before stays as it is.
+        """Which question cells are kept for, see the class. Setting it takes effect at the next compaction, and the
+        next prompt's end is compacted if cells were kept for another one. If these cannot be repeated any more, because
+        they were chosen for the last question alone, the session is cleared: the next prompt is evaluated anew.
 
         Raises:
             UnsupportedCallError: when set, the session has no policy or cannot be used now (see the class).
@@ -74,11 +76,21 @@ class Limited(SavedStates):
             bound = cache.for_query(None if query == "auto" else query)
             if self._kv_limit is not None:
                 self._kv_limit.check(cache.kv.stats(), bound, self._n_repeating_least(bound))
+            before = cache.bound.query
             self._kv_query = query
             self._kv_given.pop("kv_query", None)
             if query != "auto":
                 self._kv_given["kv_query"] = query
             self._ask_as_given(cache)
+            n_boundary = int(cache.kv.stats().n_boundary)
+            if query == "auto" or cache.bound.query == before or n_boundary == 0:
+                return
+            if cache.bound.replays and next_to_replay(cache.kv, n_boundary) > int(cache.kv.stats().n_replayed):
+                with self._aligned():
+                    self._clear()
+            else:
+                self._kv_when.changed = self._requires_eval = True
+                self._kv_prompts.changed(0)
 
     @property
     def kv_shift(self) -> Shift:

@@ -93,12 +93,12 @@ class Llama(Limited):
             its compaction too, if they fit: another question about the same text costs the question. 0 or None: none.
             The least recently used ones go first, all of them with :meth:`reset` and with another policy. Not with
             ``logits_all=True``.
-        kv_query: which question cells are kept for. "last": the one that the prompt asks. "any": whatever will be asked
-            about what was read, for which the model repeats it before cells go; that takes about as long as reading it.
-            "both": half of the cells each. "auto": as the policy says, and with "auto" both in chats (of
-            :meth:`create_chat_completion`) that are read with the full cache and have no ``kv_limit`` or
-            ``kv_interval``. Only the policy "auto" does as it is told; others are refused with what they do not do.
-            :meth:`kv_stats` says what the last prompt had. An attribute, too, which can be set.
+        kv_query: which question cells are kept for. "last": the one that the prompt's end asks. "any": whatever will be
+            asked about what was read, for which the model repeats it before cells go; that takes about as long as
+            reading it. "both": half of the cells each, or the policy's ``replay_share``. "auto": what the policy is made for; the policy "auto" then
+            keeps cells for both in chats (:meth:`create_chat_completion`) that have no ``kv_limit``, ``kv_interval`` or
+            ``kv_prefill="bounded"``. Only the policy "auto" can do all three; another one raises ValueError for what it
+            does not do. ``kv_stats().query`` says what cells are kept for. An attribute, too, which can be set.
         kv_pin_system: in chats, the system prompt always stays, see :meth:`kv_pin`; where it takes more than half of
             the budget it does not, and a warning says so. Default True.
         kv_progress: called behind every batch of a prompt with two numbers of tokens: those of it that were evaluated,
@@ -295,14 +295,14 @@ class Llama(Limited):
             check_interval(self._kv_interval, new)
             self._check_text(new)
             bound = cache.bind(new)
-            asks = bound if self._kv_query == "auto" else bound.for_query(self._kv_query)
+            asks = cache.of_query(new, bound, self._given_query)
             n_least = self._n_repeating_least(asks)
             if self._kv_limit is not None:
                 self._kv_limit.check(cache.kv.stats(), asks, n_least)
             with self._aligned():
                 self._clear()
                 self._kv_checkpoints.clear()
-                before = cache.policy, cache.plain
+                before = cache.policy, cache.own
                 cache.set_policy(new, bound)
                 try:
                     if self._kv_limit is not None:
@@ -432,11 +432,11 @@ class Llama(Limited):
     @contextmanager
     def _chatting(self, system: str, asked: str) -> Iterator[None]:
         """A prompt that begins meanwhile is that of a chat with these texts."""
-        self._kv_pins.text, self._kv_asked_text = system, asked
+        self._kv_pins.text, self._kv_asked_text, self._kv_is_chat = system, asked, True
         try:
             yield
         finally:
-            self._kv_pins.text = self._kv_asked_text = ""
+            self._kv_pins.text, self._kv_asked_text, self._kv_is_chat = "", "", False
 
     def _streaming(self, own: Any, *texts: str) -> Iterator[Any]:
         """The chunks of a chat, whose prompt begins with the first one."""
@@ -473,6 +473,8 @@ class Llama(Limited):
             if self._kv_step is None:
                 self._kv_pins.system = self._kv_asked = None
                 self._kv_checkpoints.clear()
+                if self._kv_cache is not None:
+                    self._ask_as_given(self._kv_cache)
             if self._kv_cache is not None:
                 with self._aligned():
                     self._clear()

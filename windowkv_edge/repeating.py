@@ -16,6 +16,7 @@ from .guard import Interrupts
 from .limit import N_ASKS, Prefill
 from .pins import Range
 from .policies import KVPolicy, Query
+from .prompts import Step
 from .replay import N_LEAST, Wording, n_at_once, n_end, next_to_replay, replay
 from .session import PolicyCache
 
@@ -26,10 +27,11 @@ ASKED_QUERIES: tuple[AskedQuery, ...] = get_args(AskedQuery)
 
 
 class Repeating(GoingBack):
-    """The part of :class:`windowkv_edge.Llama` that has the model repeat; nothing here is called from outside of the
-    package."""
+    """The part of :class:`windowkv_edge.Llama` that chooses which question cells are kept for, and has the model
+    repeat; nothing here is called from outside of the package."""
 
     _kv_query: AskedQuery
+    _kv_is_chat: bool = False  # the prompt that begins
     _kv_prefill: Prefill
     _kv_interval: int | None
     _kv_wording: Wording | None
@@ -37,10 +39,15 @@ class Repeating(GoingBack):
     if TYPE_CHECKING:  # what the classes behind it have
         def _decoding(self, n_tokens: int) -> AbstractContextManager[None]: ...
 
-        def _room_in_memory(self, cache: PolicyCache, n_tokens: int, n_least: int) -> int | None: ...
+        def _room(self, cache: PolicyCache, n_tokens: int, step: Step) -> int | None: ...
 
         @property
         def _n_positions(self) -> int: ...
+
+    @property
+    def _given_query(self) -> Query | None:
+        """What ``kv_query`` says; None if the session may choose."""
+        return None if self._kv_query == "auto" else self._kv_query
 
     def _ask_as_given(self, cache: PolicyCache) -> None:
         """As long as no prompt says what it is.
@@ -48,28 +55,69 @@ class Repeating(GoingBack):
         Raises:
             ValueError: the policy does not keep cells for the question that ``kv_query`` says.
         """
-        cache.ask(None if self._kv_query == "auto" else self._kv_query)
+        cache.ask(self._given_query)
 
-    def _query_of(self, cache: PolicyCache, n_prompt: int, in_chat: bool) -> Query | None:
-        """Which question a prompt's compaction keeps cells for; None = as the policy says.
+    def _may_ask(self, cache: PolicyCache, query: Query) -> bool:
+        """Whether the session may choose to keep cells for a question of that kind: not where steps and answers are
+        compacted as well, which would all have to be repeated."""
+        is_bound = self._kv_limit is not None or self._kv_interval is not None or self._kv_prefill == "bounded"
+        return self._kv_query == "auto" and not is_bound and cache.own.query == "last" and query in cache.own.queries
 
-        If the session may choose: in chats any one beside the newest, as others about the same text may come. Not where
-        steps and answers are compacted as well, which would all have to be repeated, nor where there is no room for it.
+    def _ask(self, cache: PolicyCache, n_prompt: int, n_same: int) -> None:
+        """A prompt begins: if the session may choose, cells of a chat are kept for any question beside the newest, as
+        others about the same text may come. Not where the prompt is not read with the full cache, nor where there is
+        no room to repeat it, nor where cells went before that nobody repeated.
 
         Args:
             cache: the cache.
             n_prompt: its tokens.
-            in_chat: it is a chat's.
+            n_same: of these, the first ones that the session keeps; 0 = it begins anew.
         """
-        if self._kv_query != "auto":
-            return self._kv_query
-        plain = cache.plain
-        is_bound = self._kv_limit is not None or self._kv_interval is not None or self._kv_prefill == "bounded"
-        if not in_chat or is_bound or plain.query != "last" or "both" not in plain.queries:
-            return None
-        n_new = max(0, n_prompt - self.n_tokens)
-        has_room = n_prompt + self._n_repeating_least(plain.for_query("both")) <= self._n_positions
-        return "both" if has_room and self._room_in_memory(cache, n_new, 1) is None else None
+        self._ask_as_given(cache)
+        if not self._kv_is_chat or not self._may_ask(cache, "both"):
+            return
+        stats, n_least = cache.kv.stats(), self._n_repeating_least(cache.for_query("both"))
+        has_room = n_prompt + n_least <= self._n_positions and self._room(cache, n_prompt - n_same, "prompt") is None
+        if has_room and (n_same == 0 or next_to_replay(cache.kv, int(stats.n_boundary)) <= int(stats.n_replayed)):
+            cache.ask("both")
+
+    def _can_repeat(self, cache: PolicyCache, n_tokens: int, n_cells: int) -> bool:
+        """Whether what was read up to a position can be repeated before a compaction to n_cells. If the session chose
+        to, and it cannot, cells are kept for the last question after all.
+
+        Raises:
+            UnsupportedCallError: it cannot, and was told to; says why.
+        """
+        why = self._why_not(cache, n_tokens, n_cells)
+        if why and self._given_query is None and not cache.own.replays:
+            self._ask_as_given(cache)
+            return False
+        if why:
+            raise UnsupportedCallError(
+                f"kv_policy={cache.policy.name!r} has the model repeat what it has read before cells go, {why}"
+            )
+        return True
+
+    def _why_not(self, cache: PolicyCache, n_tokens: int, n_cells: int) -> str:
+        kv, n_least = cache.kv, self._wording().size + N_LEAST
+        stats = kv.stats()
+        n_past, n_replayed = int(stats.n_past), int(stats.n_replayed)
+        if next_to_replay(kv, n_tokens) >= n_tokens:
+            if n_past - n_replayed <= n_cells:
+                return ""
+            return "and heads have lost some of it already; call reset() and evaluate the prompt again"
+        if n_past != self.n_tokens:
+            return (
+                f"and of the {n_past} positions that are there this session has evaluated {self.n_tokens}: it does not "
+                "know what others decoded; evaluate it with eval(), or choose another policy"
+            )
+        n_room = self._n_positions - n_past
+        if n_room < n_least and n_past - n_replayed > n_cells // 2:
+            return (
+                f"which takes {n_least} positions behind the {n_past} that are there, and n_ctx={self.n_ctx()} has "
+                f"{n_room}; give a larger n_ctx"
+            )
+        return ""
 
     def _wording(self) -> Wording:
         if self._kv_wording is None:
@@ -120,25 +168,13 @@ class Repeating(GoingBack):
                 as it is, if it is half of these at most.
             n_most: tokens at once; None = as many as are worth it.
         """
+        if not self._can_repeat(cache, n_tokens, n_cells):
+            return
         kv, wording = cache.kv, self._wording()
-        n_past, n_least = int(kv.stats().n_past), wording.size + N_LEAST
-        if next_to_replay(kv, n_tokens) >= n_tokens:
-            return
-        if n_past != self.n_tokens:
-            raise UnsupportedCallError(
-                f"kv_policy={cache.policy.name!r} has the model repeat what it has read before cells go, and of the "
-                f"{n_past} positions that are there this session has evaluated {self.n_tokens}: it does not know what "
-                "others decoded; evaluate it with eval(), or choose another policy"
-            )
+        n_past = int(kv.stats().n_past)
         n_room = self._n_positions - n_past
-        if n_room < n_least and n_past - int(kv.stats().n_replayed) <= n_cells // 2:
+        if n_room < wording.size + N_LEAST or next_to_replay(kv, n_tokens) >= n_tokens:
             return
-        if n_room < n_least:
-            raise UnsupportedCallError(
-                f"kv_policy={cache.policy.name!r} has the model repeat what it has read before cells go, which takes "
-                f"{n_least} positions behind the {n_past} that are there, and n_ctx={self.n_ctx()} has {n_room}; give "
-                "a larger n_ctx"
-            )
         row, known = llama_cpp.llama_get_logits_ith(self.ctx, -1), self._requires_eval
         logits = np.ctypeslib.as_array(row, shape=(self._n_vocab,)).copy() if row else None
 

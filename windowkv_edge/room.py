@@ -14,7 +14,7 @@ from ._memory import share_on_devices, usable_memory
 from .answers import Bound, newest
 from .compaction import Comes, n_in_answer
 from .errors import UnsupportedCallError
-from .limit import N_ASKS, Limit, n_asks, n_beside, n_observers
+from .limit import N_ASKS, Limit, n_asks, n_observers, n_scores
 from .pins import Pins, Range, n_pinned
 from .policies import Task
 from .prompts import Step
@@ -127,7 +127,7 @@ class Compacting(Repeating):
             if cache.bound.replays:  # those who repeat need room as well
                 n_asked = max(n_asked, self._n_repeating(room + self.n_batch))
             goes_on = goes_on or cache.bound.replays  # behind the last tokens as well
-            n_more = n_beside(room + self.n_batch, kv.stats().bytes_cell / kv.cells().size, cache.bound)
+            n_more = n_scores(room + self.n_batch, kv.stats().bytes_cell / kv.cells().size, cache.bound)
             n, n_cells = Limit.next_step(room, self.n_batch, n_held, len(tokens), n_asked, n_most, goes_on, n_more)
             if n_cells is not None:
                 self._keep_before(cache, step)

@@ -115,8 +115,8 @@ class PolicyCache:
 
     Attributes:
         policy: the policy.
-        plain: the same, bound to the model.
-        bound: what compacts: ``plain``, or what :meth:`ask` made of it.
+        own: the same, bound to the model.
+        bound: what compacts: ``own``, or what :meth:`ask` made of it.
 
     Args:
         ctx: the context, a ctypes pointer that outlives this object.
@@ -147,7 +147,7 @@ class PolicyCache:
         self._path, self._metadata, self._model = path, metadata, model
         self._guard = guard or Guard()
         self.policy, self.bound = policy, self.bind(policy)
-        self.plain = self.bound
+        self.own = self.bound
         self.kv.set_attention("auto" if exact else "ragged")
 
     def bind(self, policy: KVPolicy) -> KVPolicy:
@@ -205,7 +205,7 @@ class PolicyCache:
         """
         try:
             self.kv.set_observed(n_observed(policy))
-            self.policy, self.bound, self.plain = policy, bound, bound
+            self.policy, self.bound, self.own = policy, bound, bound
         except BaseException:
             if self.policy is not policy:
                 self.kv.set_observed(n_observed(self.policy))
@@ -218,14 +218,18 @@ class PolicyCache:
             ValueError: there is none; says what else.
             UnsupportedModelError: the one that stands in for the policy on its device has none.
         """
+        return self.of_query(self.policy, self.own, query)
+
+    def of_query(self, policy: KVPolicy, bound: KVPolicy, query: Query | None) -> KVPolicy:
+        """The same of another policy, and what :meth:`bind` made of it."""
         if query is None:
-            return self.plain
-        if self.plain.name != self.policy.name and query != self.plain.query:
+            return bound
+        if bound.name != policy.name and query != bound.query:
             raise UnsupportedModelError(
                 f"{self._path}: kv_query={query!r} gives heads different numbers of cells, which a device of its "
                 "layers cannot attend to at once; leave it out, or choose kv_policy='kvzip'"
             )
-        return self.plain.for_query(query)
+        return bound.for_query(query)
 
     def ask(self, query: Query | None) -> None:
         """From now on compact with :meth:`for_query`; the cells stay.

@@ -34,7 +34,7 @@ from .errors import FormatError
 __all__ = ["MAGIC", "VERSION", "SavedSession", "check_session", "extra_text", "read", "write"]
 
 MAGIC = b"WKVSESS\n"
-VERSION = 2
+VERSION = 3
 
 _HEAD, _TAIL = struct.Struct("<8sIIQ"), struct.Struct("<I")
 _CHUNK = 4 << 20  # bytes, which a checksum reads from the processor's cache

@@ -25,7 +25,7 @@ from .errors import FormatError, NativeError, UnsupportedCallError
 from .evaluation import PolicyEvaluation
 from .native_state import get_state, refusal, set_state
 from .pins import n_pinned
-from .policies import KVPolicy
+from .policies import QUERIES, KVPolicy
 from .prompts import n_common, n_reused
 from .shift import GivenUp
 from .state_files import SavedSession
@@ -358,10 +358,13 @@ class SavedStates(PolicyEvaluation):
             raise FormatError(f"{call}: it holds tokens outside of the vocabulary of {self._n_vocab}")
         if not all(type(token) is int and 0 <= token < self._n_vocab for token in session["noted"]["asks"]):
             raise FormatError(f"{call}: what its prompt asked are no tokens of the vocabulary of {self._n_vocab}")
+        if (query := session["noted"]["query"]) not in QUERIES:
+            expected = ", ".join(QUERIES)
+            raise FormatError(f"{call}: it keeps cells for the question {query!r}, expected one of {expected}")
         if self._kv_limit is not None:
             cache = self._need_cache(call)
             n = n_pinned([(start, stop) for start, stop in session["noted"]["pins"]])
-            if n >= (room := self._kv_limit.n_free(cache.kv.stats(), cache.bound)):
+            if n >= (room := self._kv_limit.n_free(cache.kv.stats(), cache.for_query(self._given_query))):
                 raise UnsupportedCallError(
                     f"{call}: {n} positions are pinned in it, and kv_limit={self._kv_limit.given!r} leaves {room} for "
                     "them and other cells; set a larger one first"

@@ -1,6 +1,6 @@
 """Questions about one document, one after the other in one session, as a chat asks them.
 
-    python tests/measure/chat_turns.py MODEL [--policies auto,headkv-r2,stock] [--budgets 0.12,0.25] [--growth 1,1.5]
+    python tests/measure/chat_turns.py MODEL [--policies auto,headkv-r2,stock] [--budgets 0.12,0.25] [--growth 1,1.5] [--query auto]
 
 The documents and facts of `windowkv-edge eval turns`. Every question comes behind the answers that the session gave to
 those before it. Counted are the questions from the second on, all and those that stock llama.cpp answers; then the
@@ -20,6 +20,7 @@ from windowkv_edge.eval.needle import N_ANSWER
 from windowkv_edge.eval.sources import hay_tokens
 from windowkv_edge.eval.style import Style
 from windowkv_edge.eval.turns import turns_cases
+from windowkv_edge.replay import N_ROOM
 
 Chat = list[tuple[list[int], tuple[str, ...]]]
 """Tokens of each question, behind the document or the last answer, and what its answer has to contain."""
@@ -33,7 +34,7 @@ def chats(model: Model, args: argparse.Namespace) -> list[Chat]:
         if case.task == "first":
             res.append([(list(case.prompt), case.answers)])
             said = len(style.tokenize(f" {case.answers[0]}."))
-        else:
+        elif case.task == "later":
             res[-1].append((list(case.follow_up[said:]), case.answers))
     return res
 
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--policies", default="auto,headkv-r2")
     parser.add_argument("--budgets", default="0.12,0.25")
     parser.add_argument("--growth", default="1,1.5")
+    parser.add_argument("--query", default="auto", help="kv_query; here auto is last, as prompts are no chat's.")
     parser.add_argument("--length", type=int, default=1200, help="Tokens of a document without its facts.")
     parser.add_argument("--count", type=int, default=3, help="Documents.")
     parser.add_argument("--questions", type=int, default=10, help="Per document.")
@@ -83,12 +85,12 @@ def main() -> None:
     for policy in filter(None, args.policies.split(",")):
         for budget in args.budgets.split(","):
             variants += [
-                {"kv_policy": policy, "kv_budget": float(budget), "kv_growth": float(growth)}
+                {"kv_policy": policy, "kv_budget": float(budget), "kv_growth": float(growth), "kv_query": args.query}
                 for growth in args.growth.split(",")
             ]
     known: list[bool] = []  # which later questions stock answers
     for kwargs in variants:
-        n_ctx = max(sum(len(tokens) + N_ANSWER for tokens, _ in chat) for chat in all_chats) + 64
+        n_ctx = max(sum(len(tokens) + N_ANSWER for tokens, _ in chat) for chat in all_chats) + N_ROOM
         threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
         llm = Llama(str(args.model), n_ctx=n_ctx, verbose=False, **threads, **kwargs)  # type: ignore[arg-type]
         rows: Sequence[tuple[list[bool], float]] = [run(llm, chat) for chat in all_chats]

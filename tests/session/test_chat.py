@@ -81,7 +81,7 @@ def test_a_scripted_chat(smollm2: Path, short_text: Path) -> None:
     assert int(row(second, "positions seen").split()[0]) > 450
     assert row(second, "cells are kept for") == "the last question and any other"
     assert int(row(second, "positions repeated").replace(",", "")) > 300
-    assert "kept for what fits the conversation" in said["/query"] and "kept for the last question" in said["/query last"]
+    assert "kept for the last question and any other;" in said["/query"] and "kept for the last question;" in said["/query last"]
     assert "/query is 'all', expected one of auto, last, any, both" in said["/query all"]
     assert row(third, "cells are kept for") == "the last question" and "repeated" not in third
     assert float(row(second, "KV cache").split()[0]) < float(row(second, "if every cell stayed").split()[0])

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scripted import OTHERS, TOKENS, evaluate, positions
+from scripted import OTHERS, TOKENS, answer, decode, evaluate, positions
 
-from windowkv_edge import POLICIES, Auto, HeadScores, Llama, UnsupportedCallError, get_policy
+from windowkv_edge import POLICIES, Auto, HeadScores, Llama, SnapKV, UnsupportedCallError, get_policy, room
 from windowkv_edge.eval.forms import RULES
 from windowkv_edge.policies import QUERIES
 
@@ -98,15 +98,15 @@ def test_refused(tiny: Path, smollm2: Path, opened: Open) -> None:
 
 
 def test_set_later(smollm2: Path, opened: Open) -> None:
-    """It holds from the next prompt on, for copies, and for another policy if that does so, too."""
+    """It holds for copies, and for another policy if that does so, too."""
     llm = opened(smollm2, kv_policy="auto", kv_budget=60, **WIDE)
-    evaluate(llm, TOKENS[:300])
-    before = positions(llm)
     llm.kv_query = "any"
-    assert llm.kv_query == "any" and positions(llm) == before and llm.kv_stats().n_replayed == 0
+    assert llm.kv_query == "any"
     copy = pickle.loads(pickle.dumps(llm))
     assert copy.kv_query == "any" and copy.kv_stats().query == "any"
     copy.close()
+    evaluate(llm, TOKENS[:300])
+    before = positions(llm)
     with pytest.raises(ValueError, match="kv_query='any': 'snapkv' keeps"):
         llm.kv_policy = "snapkv"
     assert llm.kv_policy == Auto() and positions(llm) == before and llm.kv_stats().query == "any"
@@ -119,6 +119,49 @@ def test_set_later(smollm2: Path, opened: Open) -> None:
     with pytest.raises(ValueError, match="kv_limit=70 holds"):
         llm.kv_query = "both"
     assert llm.kv_query == "auto" and llm.kv_stats().query == "last"
+
+
+def test_another_question_for_what_is_there(tiny: Path, opened: Open) -> None:
+    """What was repeated is chosen from anew at the next prompt's end, the same prompt included; what was chosen for the
+    last question alone cannot be repeated, and is read again."""
+    llm = opened(tiny, kv_policy="auto", kv_query="any", kv_budget=60, kv_growth=9, **WIDE)
+    other = opened(tiny, kv_policy="auto", kv_query="both", kv_budget=60, **WIDE)
+    answer(llm, TOKENS[:300])
+    before, n_evaluated = positions(llm), llm.kv_stats().n_evaluated
+    llm.kv_query = "both"
+    assert positions(llm) == before
+    assert answer(llm, TOKENS[:300]) == answer(other, TOKENS[:300])
+    assert llm.kv_stats().n_evaluated == n_evaluated + 300  # compacted for another question
+    assert llm.kv_stats().query == "both" and positions(llm) == positions(other)
+    llm.kv_query = "last"
+    answer(llm, [*TOKENS[:300], *OTHERS[:40]])
+    assert llm.kv_stats().n_evaluated_last == 40 and llm.kv_stats().n_replayed < 300  # of these nothing was repeated
+    llm.kv_query = "any"
+    assert llm.n_tokens == 0 and llm.kv_stats().n_past == 0
+    answer(llm, TOKENS[:300])
+    assert llm.kv_stats().n_replayed > 250 and positions(llm) == before
+
+
+def test_what_cannot_be_repeated_any_more(tiny: Path, opened: Open) -> None:
+    """Cells that others left: the session says what to do."""
+    llm = opened(tiny, kv_policy="auto", kv_query="any", kv_budget=60, **WIDE)
+    llm.eval(TOKENS[:300])
+    llm._kv_cache.compact(80, policy=SnapKV(window_size=4))  # type: ignore[union-attr]
+    with pytest.raises(UnsupportedCallError, match=r"heads have lost some of it already; call reset\(\)"):
+        llm.kv_compact(40)
+    assert llm.kv_stats().cells.mean() == 80
+    llm.reset()
+    evaluate(llm, TOKENS[:300])
+    assert llm.kv_stats().cells.mean() == 60
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_every_share_observes_enough(tiny: Path, opened: Open, query: Any) -> None:
+    """A session of any share keeps the queries that another question needs."""
+    for share in (0.0, 0.3, 1.0):
+        llm = opened(tiny, kv_policy=Auto(replay_share=share), kv_query=query, kv_budget=60, **WIDE)
+        evaluate(llm, TOKENS[:300])
+        assert llm.kv_stats().query == query and llm.kv_stats().cells.mean() == 60
 
 
 #
@@ -176,6 +219,8 @@ def test_a_limit_that_is_set_later(smollm2: Path, opened: Open, document: str) -
         llm.eval([llm.sample(temp=0.0)])
     stats = llm.kv_stats()
     assert stats.query == "last" and stats.n_replayed == n and stats.cells.mean() <= 100
+    reply(llm, chat(document[:1600], "Who was late?"))  # from a checkpoint of before
+    assert llm.kv_stats().query == "last" and llm.kv_stats().cells.mean() <= 100
 
 
 def test_no_room_to_repeat(smollm2: Path, opened: Open, document: str) -> None:
@@ -188,6 +233,80 @@ def test_no_room_to_repeat(smollm2: Path, opened: Open, document: str) -> None:
     assert llm.kv_stats().n_past > 480 and llm.kv_stats().query == "last" and llm.kv_stats().n_replayed == 0
     llm.reset()
     reply(llm, chat(document[: n // 2]))
+    assert llm.kv_stats().query == "both"
+
+
+def test_an_edit_that_leaves_no_room(smollm2: Path, opened: Open, document: str) -> None:
+    """The session goes back to where it kept cells for both, and cannot repeat what is new there."""
+    llm = opened(smollm2, n_ctx=512, kv_policy="auto", kv_budget=0.25)
+    half, more = document[:900], document[900:3000]
+    said = [*chat(half), {"role": "assistant", "content": "Bread."}]
+    reply(llm, chat(half), 1)
+    reply(llm, [*said, *chat(more[:200])], 1)
+    assert llm.kv_stats().query == "both" and llm.kv_stats().n_replayed > 0
+    n = 0
+    while len(llm.tokenize((half + more[: n + 8]).encode())) < 430:
+        n += 8
+    reply(llm, [*said, *chat(more[:n])], 1)
+    assert llm.kv_stats().n_past > 485 and llm.kv_stats().query == "last"
+
+
+def test_compactions_by_hand(smollm2: Path, opened: Open, document: str) -> None:
+    """Where the session chose to repeat and cannot, it compacts nevertheless: at the end of the context, and what
+    others decoded."""
+    llm = opened(smollm2, n_ctx=512, kv_policy="auto", kv_budget=0.9, kv_min_prompt=0)
+    reply(llm, chat(document[:1500]), 1)
+    assert llm.kv_stats().query == "both"
+    while llm.n_tokens < 500:
+        llm.eval([llm.sample(temp=0.0)])
+    llm.kv_compact(0.1)
+    assert llm.kv_stats().query == "last" and llm.kv_stats().cells.mean() < 110
+    llm.reset()
+    reply(llm, chat(document[:1200]), 1)
+    assert llm.kv_stats().query == "both"
+    assert decode(llm, llm.tokenize(b" and so on, as ever" * 5)) == 0
+    llm.kv_compact(0.1)
+    assert llm.kv_stats().query == "last" and llm.kv_stats().cells.mean() < 110
+
+
+def test_behind_a_reset(smollm2: Path, opened: Open, document: str) -> None:
+    llm = opened(smollm2, n_ctx=512, kv_policy="auto", kv_budget=0.25)
+    reply(llm, chat(document[:1200]), 1)
+    assert llm.kv_stats().query == "both"
+    llm.reset()
+    assert llm.kv_stats().query == "last"
+    for token in llm.tokenize(document[:60].encode()):
+        llm.eval([token])
+    llm.kv_compact(10)
+    assert llm.kv_stats().query == "last" and llm.kv_stats().n_replayed == 0
+
+
+def test_little_memory(smollm2: Path, opened: Open, document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not read with the full cache is not repeated, step by step; it is if there is a prompt like that first."""
+    llm = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25)
+    reply(llm, chat(document[:1600]))
+    assert llm.kv_stats().query == "both"
+    monkeypatch.setattr(room, "WORTH_ASKING", 0)
+    monkeypatch.setattr(room, "usable_memory", lambda share: 100 * int(llm._kv.stats().bytes_cell))  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="so much is not free"):
+        reply(llm, chat(document[2000:3600]))
+    assert llm.kv_stats().query == "last" and llm.kv_stats().n_replayed == 0
+    exact = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25, kv_prefill="exact")
+    reply(exact, chat(document[2000:3600]))
+    assert exact.kv_stats().query == "both"
+
+
+def test_streams_that_nobody_reads_on(smollm2: Path, opened: Open, document: str) -> None:
+    """A chat is one while its prompt begins, whatever begins before and behind."""
+    llm = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25)
+    stream = llm.create_chat_completion(chat(document[:1200]), max_tokens=8, stream=True)
+    next(stream)  # type: ignore[call-overload]
+    next(stream)  # type: ignore[call-overload]
+    assert llm.kv_stats().query == "both"
+    llm.create_completion(document[2000:3600], max_tokens=1)
+    assert llm.kv_stats().query == "last"
+    stream.close()  # type: ignore[union-attr]
+    reply(llm, [{"role": "system", "content": document[:1200]}])  # nobody asks, a chat all the same
     assert llm.kv_stats().query == "both"
 
 
@@ -226,8 +345,16 @@ def test_saved_sessions(smollm2: Path, opened: Open, document: str, tmp_path: Pa
     assert last.kv_stats().query == "last"
     state = llm.save_state()
     state.session["noted"]["query"] = "none"  # type: ignore[attr-defined]
+    before = positions(other)
     with pytest.raises(ValueError, match="the question 'none', expected one of last, any, both"):
         other.load_state(state)
+    assert positions(other) == before
+    for given in ({"kv_limit": 200}, {"kv_interval": 32}, {"kv_prefill": "bounded"}):
+        bound = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25, **given)
+        bound.kv_load(tmp_path / "own.session")
+        bound.eval([1])
+        assert bound.kv_stats().query == "last"
+        bound.close()
 
 
 def test_a_question_in_front_of_rules(smollm2: Path, opened: Open, document: str) -> None:

@@ -394,10 +394,8 @@ class Chat:
                 self.llm.kv_query = _parse_query(argument, "/query")
             except ValueError as error:  # of the policy, or of the limit
                 raise CLIError(str(error)) from None
-        self.note(
-            f"cells are kept for {KEPT_FOR[self.llm.kv_query]}; /query last, any, both or auto changes it for what you "
-            "say next"
-        )
+        kept_for = KEPT_FOR[self.llm.kv_stats().query]
+        self.note(f"cells are kept for {kept_for}; /query last, any, both or auto changes it for what you say next")
 
     def file(self, argument: str) -> None:
         """Add a text file to the next message, and say how it will be read."""
@@ -461,10 +459,7 @@ class Chat:
         self.console.print(for_terminal(text), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-KEPT_FOR = {
-    "last": "the last question", "any": "any question", "both": "the last question and any other",
-    "auto": "what fits the conversation",
-}  # fmt: skip
+KEPT_FOR = {"last": "the last question", "any": "any question", "both": "the last question and any other"}
 
 COMMANDS = {
     "/regenerate": "another answer to your last message",

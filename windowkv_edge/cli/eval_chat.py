@@ -14,6 +14,7 @@ from windowkv_edge.bench.session import Model
 from windowkv_edge.eval import Conversation, Records, Style, conversations, hay_tokens
 from windowkv_edge.eval.chat import MIN_TURNS, Replies, rows
 from windowkv_edge.eval.run import FULL, OWN
+from windowkv_edge.replay import N_ROOM
 
 from .bars import suite_bars
 from .common import CLIError, load, reports_errors
@@ -43,7 +44,7 @@ class _ChatRun(Run):
     @contextmanager
     def _replies(self, policy: KVPolicy | None, budget: float | int | None, n_ctx: int) -> Iterator[Replies]:
         given: tuple[Any, Any] = (None, budget) if self.limited else (budget, None)
-        llm = load(Llama, self.info, n_ctx, self.plan.threads, policy, *given, n_gpu_layers=self.gpu_layers)
+        llm = load(Llama, self.info, n_ctx + N_ROOM, self.plan.threads, policy, *given, n_gpu_layers=self.gpu_layers)
         try:
             names = {id(own): name for name, own in self.plan.policies.items()}
             about = {

@@ -78,7 +78,7 @@ class Auto(ByImportance, WindowAdaKV):
         """
         if not model.has_ragged and self.replay_share > 0:
             raise ValueError(
-                f"replay_share={self.replay_share!r} (kv_query={self.query!r}) gives heads different numbers of cells, "
+                f"replay_share={self.replay_share!r} gives heads different numbers of cells, "
                 "which a device of the model's layers cannot attend to at once; leave it out, or choose 'kvzip'"
             )
         if not model.has_ragged:

@@ -20,8 +20,8 @@ class KVzip(KVPolicy):
     that they and the query heads of its kv head pay it (section 3.2). All heads of the model compete under one
     threshold (section 3.3); the first four tokens stay, and those that were not repeated: the question behind a text.
 
-    Unlike the authors' code, a piece is repeated by attention over its own cells, the first four, and the tokens that
-    repeat it (their code approximates so, too), and stays as the larger one where it is repeated again.
+    The tokens that repeat a piece attend to its own cells, the first four, and each other; the authors' code has such
+    an approximation, too. Where a piece is repeated again, the larger score stays.
 
     Args:
         alpha_safeguard: share of an equal budget that every head gets in any case.
