@@ -81,6 +81,7 @@ class PolicyEvaluation(Shifting):
         self._kv_lost = GivenUp()
         self._kv_moving = self._kv_sampler = None
         self._kv_settled = False  # the end of a prompt was compacted
+        self._kv_kept_for, self._kv_is_over = "", False
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens. Several of them, in one call or in more, are a prompt (see the class); a single one behind
@@ -274,14 +275,14 @@ class PolicyEvaluation(Shifting):
             "known": self._kv_known, "open": self._kv_prompts.is_open, "changed": self._kv_when.changed,
             "settled": self._kv_settled, "lost": self._kv_lost.noted(), "shifted": self._kv_prompts.n_shifted,
             "pins": [list(own) for own in pins.asked], "system": list(pins.system or ()), "asks": list(self._kv_asks),
-            "query": "" if self._kv_cache is None else self._kv_cache.bound.query,
+            "query": "" if self._kv_cache is None else self._kv_cache.bound.query, "kept_for": self._kv_kept_for,
         }  # fmt: skip
 
     def _kv_note(self, noted: Mapping[str, Any]) -> None:
         pins = [_range(own) for own in noted["pins"]]
         system = _range(noted["system"]) if noted["system"] else None
         lost, asks = GivenUp.of(noted["lost"]), [int(token) for token in noted["asks"]]
-        query = noted["query"]
+        query, self._kv_kept_for = noted["query"], noted["kept_for"]
         self._kv_known, self._kv_prompts.is_open = int(noted["known"]), bool(noted["open"])
         self._kv_when.changed, self._kv_settled = bool(noted["changed"]), bool(noted["settled"])
         self._kv_pins.asked, self._kv_pins.system, self._kv_asks = pins, system, asks
@@ -305,7 +306,7 @@ class PolicyEvaluation(Shifting):
         self._kv_settled = self._kv_when.changed = False
         self._kv_prompts.is_open = False
         self._kv_prompts.changed(0)
-        self._kv_lost, self._kv_asks = GivenUp(), []
+        self._kv_lost, self._kv_asks, self._kv_kept_for, self._kv_is_over = GivenUp(), [], "", False
 
     def _sync_positions(self) -> None:
         """Bring the native cache to ``n_tokens`` positions, as ``eval`` does before every decode."""

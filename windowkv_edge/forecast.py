@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .budget import bits
+from .compaction import n_observed
 from .gguf_info import GGUFInfo
 from .limit import Limit, check_limit, n_observers, n_scores, slack
 from .policies import KVPolicy
@@ -73,7 +74,7 @@ def forecast(info: GGUFInfo, limit: int | str, n_tokens: int, policy: KVPolicy, 
     dims = (info.head_dim_k, info.head_dim_v)
     if policy.cells is not None and not any(dim % 32 for dim in dims):
         cell = round(cell * bits(policy.cells) / 16)
-    queries = 2 * sum(info.n_head[il] for il in layers) * info.head_dim_k * policy.n_observed * 2
+    queries = 2 * sum(info.n_head[il] for il in layers) * info.head_dim_k * n_observed(policy) * 2
     stats = _Stats(cell, queries)
     own = Limit(check_limit(limit))
     own.check(stats, policy)

@@ -177,7 +177,7 @@ class GoingBack(llama_cpp.Llama):
             n_most = self._kv_limit.n_cells(cache.kv.stats()) + self.n_batch
             if own.n_cells > n_most:
                 return False
-        if not own.is_whole and own.removable > 0 and self._given_query not in (None, own.noted["query"]):
+        if own.noted["kept_for"] and self._given_query not in (None, own.noted["kept_for"]):
             return False
         return bool(is_same(own.budget, self._kv_when.budget) and own.noted["pins"] == self._kv_noted()["pins"])
 

@@ -59,7 +59,8 @@ class Limited(SavedStates):
     def kv_query(self) -> AskedQuery:
         """Which question cells are kept for, see the class. Setting it takes effect at the next compaction, and the
         next prompt's end is compacted if cells were kept for another one. If these cannot be repeated any more, because
-        they were chosen for the last question alone, the session is cleared: the next prompt is evaluated anew.
+        they were chosen for the last question alone, the next prompt is evaluated anew as a whole; by hand, call
+        :meth:`reset` before.
 
         Raises:
             UnsupportedCallError: when set, the session has no policy or cannot be used now (see the class).
@@ -76,21 +77,18 @@ class Limited(SavedStates):
             bound = cache.for_query(None if query == "auto" else query)
             if self._kv_limit is not None:
                 self._kv_limit.check(cache.kv.stats(), bound, self._n_repeating_least(bound))
-            before = cache.bound.query
             self._kv_query = query
             self._kv_given.pop("kv_query", None)
             if query != "auto":
                 self._kv_given["kv_query"] = query
             self._ask_as_given(cache)
-            n_boundary = int(cache.kv.stats().n_boundary)
-            if query == "auto" or cache.bound.query == before or n_boundary == 0:
+            if self._kv_kept_for in ("", cache.bound.query) or self._may_ask(cache, "both"):
+                self._kv_is_over = False
                 return
-            if cache.bound.replays and next_to_replay(cache.kv, n_boundary) > int(cache.kv.stats().n_replayed):
-                with self._aligned():
-                    self._clear()
-            else:
-                self._kv_when.changed = self._requires_eval = True
-                self._kv_prompts.changed(0)
+            kv, stats = cache.kv, cache.kv.stats()
+            self._kv_is_over = cache.bound.replays and next_to_replay(kv, int(stats.n_boundary)) > stats.n_replayed
+            self._kv_when.changed = self._requires_eval = True
+            self._kv_prompts.changed(0)
 
     @property
     def kv_shift(self) -> Shift:

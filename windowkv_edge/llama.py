@@ -95,10 +95,11 @@ class Llama(Limited):
             ``logits_all=True``.
         kv_query: which question cells are kept for. "last": the one that the prompt's end asks. "any": whatever will be
             asked about what was read, for which the model repeats it before cells go; that takes about as long as
-            reading it. "both": half of the cells each, or the policy's ``replay_share``. "auto": what the policy is made for; the policy "auto" then
-            keeps cells for both in chats (:meth:`create_chat_completion`) that have no ``kv_limit``, ``kv_interval`` or
-            ``kv_prefill="bounded"``. Only the policy "auto" can do all three; another one raises ValueError for what it
-            does not do. ``kv_stats().query`` says what cells are kept for. An attribute, too, which can be set.
+            reading it. "both": half of the cells each, or the policy's ``replay_share``. "auto": what the policy is
+            made for; the policy "auto" then keeps cells for both in chats (:meth:`create_chat_completion`) that have no
+            ``kv_limit``, ``kv_interval`` or ``kv_prefill="bounded"``. Only the policy "auto" can do all three; another
+            one raises ValueError for what it does not do. ``kv_stats().query`` says what cells are kept for. An
+            attribute, too, which can be set.
         kv_pin_system: in chats, the system prompt always stays, see :meth:`kv_pin`; where it takes more than half of
             the budget it does not, and a warning says so. Default True.
         kv_progress: called behind every batch of a prompt with two numbers of tokens: those of it that were evaluated,
@@ -367,7 +368,7 @@ class Llama(Limited):
             try:
                 n_cells = cache.n_cells(budget)
                 if cache.bound.replays and float(cache.kv.cells().mean()) > n_cells:
-                    self._replay(cache, self._n_to_replay(n_cells), n_cells)
+                    self._replay(cache, self._n_to_replay(cache, n_cells), n_cells)
                 self._compact(cache, n_cells)
             except BaseException:
                 self._kv_prompts.is_open = was_open

@@ -10,14 +10,14 @@ import llama_cpp
 import numpy as np
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
-from .errors import UnsupportedCallError
+from .errors import NativeError, UnsupportedCallError
 from .going_back import GoingBack
 from .guard import Interrupts
 from .limit import N_ASKS, Prefill
-from .pins import Range
+from .pins import Pins, Range, n_pinned
 from .policies import KVPolicy, Query
 from .prompts import Step
-from .replay import N_LEAST, Wording, n_at_once, n_end, next_to_replay, replay
+from .replay import N_LEAST, Wording, n_at_once, n_end, n_for_any, next_to_replay, replay
 from .session import PolicyCache
 
 __all__ = ["ASKED_QUERIES", "AskedQuery", "Repeating"]
@@ -32,9 +32,12 @@ class Repeating(GoingBack):
 
     _kv_query: AskedQuery
     _kv_is_chat: bool = False  # the prompt that begins
+    _kv_kept_for: Query | Literal[""]  # of the last compaction
+    _kv_is_over: bool  # cells are there for another question, and cannot be repeated: the next prompt begins anew
     _kv_prefill: Prefill
     _kv_interval: int | None
     _kv_wording: Wording | None
+    _kv_pins: Pins
 
     if TYPE_CHECKING:  # what the classes behind it have
         def _decoding(self, n_tokens: int) -> AbstractContextManager[None]: ...
@@ -81,6 +84,10 @@ class Repeating(GoingBack):
         if has_room and (n_same == 0 or next_to_replay(cache.kv, int(stats.n_boundary)) <= int(stats.n_replayed)):
             cache.ask("both")
 
+    def _chose(self, cache: PolicyCache) -> bool:
+        """Whether the session itself chose to have the model repeat what it has read."""
+        return self._given_query is None and cache.bound.replays and not cache.own.replays
+
     def _can_repeat(self, cache: PolicyCache, n_tokens: int, n_cells: int) -> bool:
         """Whether what was read up to a position can be repeated before a compaction to n_cells. If the session chose
         to, and it cannot, cells are kept for the last question after all.
@@ -89,7 +96,7 @@ class Repeating(GoingBack):
             UnsupportedCallError: it cannot, and was told to; says why.
         """
         why = self._why_not(cache, n_tokens, n_cells)
-        if why and self._given_query is None and not cache.own.replays:
+        if why and self._chose(cache):
             self._ask_as_given(cache)
             return False
         if why:
@@ -143,19 +150,21 @@ class Repeating(GoingBack):
             n = min(n, wording.size + max(N_LEAST, n_new))
         return min(n, max(wording.size + N_LEAST, n_room // 3))
 
-    def _n_to_replay(self, n_cells: int, asked: Range | None = None, n_left: int = 0) -> int:
+    def _n_to_replay(self, cache: PolicyCache, n_cells: int, asked: Range | None = None, n_left: int = 0) -> int:
         """Positions that are repeated before a compaction to n_cells, behind n_left more tokens: not what asks about
         them, which stays.
 
         Args:
-            n_cells: cells that stay.
+            cache: the cache.
+            n_cells: cells that stay, pinned ones included.
             asked: where the question of a chat stands, of a prompt that ends there.
             n_left: tokens that are not evaluated yet.
         """
-        n_past, n = self.n_tokens + n_left, n_end(n_cells)
+        n_free = max(1, n_cells - n_pinned(self._kv_pins.ranges()))
+        n_past, n = self.n_tokens + n_left, n_end(cache.bound, n_free)
         if asked is not None:
             start, stop = asked
-            n = max(1, min(n_past - max(start, stop - N_ASKS), n_cells // 2))
+            n = max(1, min(n_past - max(start, stop - N_ASKS), n_for_any(cache.bound, n_free) // 2))
         return max(0, n_past - n)
 
     def _replay(self, cache: PolicyCache, n_tokens: int, n_cells: int, n_most: int | None = None) -> None:
@@ -198,6 +207,10 @@ class Repeating(GoingBack):
                     if logits is not None and own:  # after an error, too: somebody may sample behind the prompt
                         ctypes.memmove(own, logits.ctypes.data, logits.nbytes)
                         is_back = True
+        except NativeError:  # such as no memory for it: nothing was lost
+            if not self._chose(cache):
+                raise
+            self._ask_as_given(cache)
         finally:
             if is_back and self.n_tokens == n_past:
                 self._requires_eval = known

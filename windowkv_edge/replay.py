@@ -13,8 +13,9 @@ import numpy as np
 from . import _native
 from .errors import UnsupportedCallError
 from .pins import Range
+from .policies import KVPolicy
 
-__all__ = ["N_LEAST", "N_ROOM", "Wording", "n_at_once", "n_end", "next_to_replay", "replay"]
+__all__ = ["N_LEAST", "N_ROOM", "Wording", "n_at_once", "n_end", "n_for_any", "next_to_replay", "replay"]
 
 PIECE = 256
 """Positions that are repeated at once, at most."""
@@ -63,10 +64,16 @@ def n_at_once(wording: Wording, n_batch: int) -> int:
     return min(wording.size + PIECE, max(wording.size + 4 * N_LEAST, n_batch // 2))
 
 
-def n_end(n_cells: int) -> int:
-    """Positions at the end that are not repeated before a compaction to n_cells cells per head: :data:`N_END`, but no
-    more than a quarter of them."""
-    return max(1, min(N_END, n_cells // 4))
+def n_for_any(policy: KVPolicy, n_cells: int) -> int:
+    """Of n_cells cells those that scores by replay choose: all of them, or the policy's ``replay_share``."""
+    share = policy.parts().replay_share
+    return int(n_cells * share) if share > 0 else n_cells
+
+
+def n_end(policy: KVPolicy, n_cells: int) -> int:
+    """Positions at the end that are not repeated before a compaction to n_cells cells per head, as they stay:
+    :data:`N_END`, but no more than a quarter of :func:`n_for_any`."""
+    return max(1, min(N_END, n_for_any(policy, n_cells) // 4))
 
 
 def next_to_replay(kv: _native.Context, stop: int) -> int:

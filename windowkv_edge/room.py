@@ -116,7 +116,7 @@ class Compacting(Repeating):
                 if cache.bound.replays:  # or it would be due again at once
                     target = max(1, target - self._n_beside(cache, bound))
                     n_at_most = self._n_repeating(bound.n_cells, bound.interval)
-                    self._replay(cache, self._n_to_replay(target), target, n_at_most)
+                    self._replay(cache, self._n_to_replay(cache, target), target, n_at_most)
                 n_fit = max(0, int(bound.n_cells - n_held))  # fewer behind a prompt of the limit's length, and drafts
                 self._observe(cache, asks[len(asks) - min(len(asks), n_fit) :])
                 self._shrink(cache, target, in_answer=True)
@@ -220,7 +220,7 @@ class Compacting(Repeating):
             return
         is_due, n_cells = self._is_due(cache, n_left)
         if is_due:
-            self._replay(cache, min(self.n_tokens, self._n_to_replay(n_cells, self._kv_asked, n_left)), n_cells)
+            self._replay(cache, min(self.n_tokens, self._n_to_replay(cache, n_cells, self._kv_asked, n_left)), n_cells)
 
     #
     # attention that is summed up
@@ -271,7 +271,7 @@ class Compacting(Repeating):
             if can_repeat and cache.bound.replays:
                 n_limit = None if self._kv_limit is None else self._kv_limit.n_cells(cache.kv.stats())
                 n_most = None if n_limit is None else self._n_repeating(n_limit + self.n_batch)
-                self._replay(cache, self._n_to_replay(n_cells, asked), n_cells, n_most)
+                self._replay(cache, self._n_to_replay(cache, n_cells, asked), n_cells, n_most)
             self._compact(cache, n_cells)
         except BaseException:
             cache.kv.prompt_done()
@@ -327,6 +327,7 @@ class Compacting(Repeating):
         is_short = 0 < len(asks) < cache.bound.n_observed <= N_ASKS
         n_short = len(asks) if is_short else None
         cache.compact(n_cells, self._task(cache, asks), n_observers=n_short, comes=comes)
+        self._kv_kept_for = cache.bound.query
 
     def _keep_logits(self, cache: PolicyCache) -> None:
         """Those of the last position, if they are known; without memory for them the prompt is evaluated again."""

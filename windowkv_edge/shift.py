@@ -302,6 +302,9 @@ class Shifting(Compacting):
         cache, self._kv_asked, self._kv_ahead = self._kv_cache, None, (0, 0)
         if cache is not None:
             self._ask_as_given(cache)  # until it begins
+        if self._kv_is_over:
+            with self._aligned():
+                self._clear()
         if cache is None or not self._shifts:
             if reset:
                 self._kv_lost = GivenUp()

@@ -294,6 +294,8 @@ class SavedStates(PolicyEvaluation):
             return 0  # its prompt was compacted for another one
         if state.session["noted"]["pins"] != self._kv_noted()["pins"]:
             return 0  # and without these pins, or with others
+        if self._given_query is not None and state.session["noted"]["kept_for"] not in ("", self._given_query):
+            return 0  # and for another question
         lost = GivenUp.of(state.session["noted"]["lost"])
         held, removable = state.input_ids[: state.n_tokens], state.session["removable"]
         return self._n_mapped(lost, held, prompt, lambda mapped: n_reused(held, removable, mapped))
@@ -338,6 +340,9 @@ class SavedStates(PolicyEvaluation):
             return "it was saved with another model, or with other LoRA, metadata or RoPE parameters"
         if session["policy"] != (own := policy_text(cache.policy)):
             return f"it was saved with kv_policy={session['policy']}, and this session has {own}; set kv_policy first"
+        kept_for = session["noted"]["kept_for"]
+        if kept_for == "last" and self._given_query in ("any", "both"):
+            return f"its cells were kept for the last question, and this session has kv_query={self._kv_query!r}"
         if max(n_tokens, session["n_past"]) > self._n_positions:
             return f"it holds {max(n_tokens, session['n_past'])} tokens, this session n_ctx={self._n_positions}"
         if self._logits_all and len(scores) != n_tokens:
@@ -352,15 +357,16 @@ class SavedStates(PolicyEvaluation):
             budget = check_budget(session["budget"])
         except (FormatError, ValueError, TypeError) as error:
             raise FormatError(f"{call}: {error}") from None
+        for query in (session["noted"]["query"], session["noted"]["kept_for"] or "last"):
+            if query not in QUERIES:
+                expected = ", ".join(QUERIES)
+                raise FormatError(f"{call}: it keeps cells for the question {query!r}, expected one of {expected}")
         if (why := self._misfit(session, n_tokens, saved.scores)) is not None:
             raise UnsupportedCallError(f"{call}: {why}")
         if n_tokens and not (0 <= int(saved.tokens.min()) <= int(saved.tokens.max()) < self._n_vocab):
             raise FormatError(f"{call}: it holds tokens outside of the vocabulary of {self._n_vocab}")
         if not all(type(token) is int and 0 <= token < self._n_vocab for token in session["noted"]["asks"]):
             raise FormatError(f"{call}: what its prompt asked are no tokens of the vocabulary of {self._n_vocab}")
-        if (query := session["noted"]["query"]) not in QUERIES:
-            expected = ", ".join(QUERIES)
-            raise FormatError(f"{call}: it keeps cells for the question {query!r}, expected one of {expected}")
         if self._kv_limit is not None:
             cache = self._need_cache(call)
             n = n_pinned([(start, stop) for start, stop in session["noted"]["pins"]])
@@ -399,6 +405,8 @@ class SavedStates(PolicyEvaluation):
             self._requires_eval = True  # its logits are not among what is saved
             self._kv_when.budget = self._kv_given["kv_budget"] = budget
             self._kv_note(session["noted"])
+            if self._given_query is not None and self._kv_kept_for not in ("", self._given_query):
+                self._kv_when.changed = True
         except BaseException:
             if not is_refused:
                 self._clear()

@@ -27,10 +27,12 @@ def seconds_of(session: Session, tokens: list[int]) -> tuple[float, float]:
     """Of the prompt, and of its replay."""
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(session.ctx), True)
     session.kv.reserve(len(tokens))
+    assert session.cache is not None
+    n = n_end(session.cache.bound, len(tokens) // 8)
     read = repeated = 0.0
     for i in range(0, len(tokens), N_BATCH):
         read += session.decode(tokens[i : i + N_BATCH])
-        repeated += session.replay(tokens, min(i + N_BATCH, len(tokens) - n_end(len(tokens) // 8)))
+        repeated += session.replay(tokens, min(i + N_BATCH, len(tokens) - n))
     return read, repeated
 
 

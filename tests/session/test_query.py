@@ -9,9 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llama_cpp.llama_cache import LlamaRAMCache
 from scripted import OTHERS, TOKENS, answer, decode, evaluate, positions
 
-from windowkv_edge import POLICIES, Auto, HeadScores, Llama, SnapKV, UnsupportedCallError, get_policy, room
+from windowkv_edge import (
+    POLICIES,
+    Auto,
+    HeadScores,
+    Llama,
+    NativeError,
+    SnapKV,
+    UnsupportedCallError,
+    get_policy,
+    repeating,
+    room,
+)
 from windowkv_edge.eval.forms import RULES
 from windowkv_edge.policies import QUERIES
 
@@ -137,9 +149,54 @@ def test_another_question_for_what_is_there(tiny: Path, opened: Open) -> None:
     answer(llm, [*TOKENS[:300], *OTHERS[:40]])
     assert llm.kv_stats().n_evaluated_last == 40 and llm.kv_stats().n_replayed < 300  # of these nothing was repeated
     llm.kv_query = "any"
-    assert llm.n_tokens == 0 and llm.kv_stats().n_past == 0
-    answer(llm, TOKENS[:300])
-    assert llm.kv_stats().n_replayed > 250 and positions(llm) == before
+    answer(llm, [*TOKENS[:300], *OTHERS[:60]])
+    assert llm.kv_stats().n_evaluated_last == 360 and llm.kv_stats().n_replayed > 300
+    llm.kv_query = "last"
+    llm.kv_query = "auto"  # which is the same here
+    n = llm.kv_stats().n_compactions
+    answer(llm, [*TOKENS[:300], *OTHERS[:70]])
+    assert llm.kv_stats().n_evaluated_last == 10 and llm.kv_stats().n_compactions == n + 1
+
+
+def test_a_stream_goes_on(smollm2: Path, opened: Open, document: str) -> None:
+    """Another question is no reason to lose the answer that is being read."""
+    llm, other = (opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25) for _ in range(2))
+    prompt = llm.tokenize(document[:1600].encode())
+    stream = llm.generate(prompt, temp=0.0)
+    got = [next(stream)]
+    llm.kv_query = "any"
+    got += [next(stream) for _ in range(5)]
+    stream.close()
+    assert got == answer(other, prompt, 6)
+    answer(llm, [*prompt, *llm.tokenize(b" And then?")])
+    assert llm.kv_stats().n_evaluated_last > len(prompt) and llm.kv_stats().n_replayed > 300
+
+
+def test_states_of_another_question(tiny: Path, opened: Open, tmp_path: Path) -> None:
+    """Caches of states and checkpoints leave them alone; what was kept for the last question alone is refused."""
+    llm = opened(tiny, kv_policy="auto", kv_query="last", kv_budget=60, kv_checkpoints="64MiB", **WIDE)
+    llm.set_cache(LlamaRAMCache())
+    history = TOKENS[:300]
+    answer(llm, history)
+    answer(llm, history := [*history, *OTHERS[:120]])
+    assert llm.kv_stats().n_compactions == 2 and llm.kv_stats().n_checkpoints >= 2
+    llm.cache[history] = llm.save_state()  # type: ignore[index]
+    llm.kv_save(tmp_path / "last.session")
+    state = llm.save_state()
+    llm.kv_query = "any"
+    assert not llm._take_best(llm.cache, history)  # type: ignore[arg-type]
+    for load in (lambda: llm.kv_load(tmp_path / "last.session"), lambda: llm.load_state(state)):
+        with pytest.raises(UnsupportedCallError, match="kept for the last question, and this session has kv_query='any'"):
+            load()
+    answer(llm, [*history, *OTHERS[120:140]])
+    stats = llm.kv_stats()
+    assert stats.n_reused_last <= 300 and stats.n_replayed > 400  # the first prompt's whole cells, or nothing
+    llm.kv_save(tmp_path / "any.session")
+    last = opened(tiny, kv_policy="auto", kv_query="last", kv_budget=60, **WIDE)
+    last.kv_load(tmp_path / "any.session")
+    n = last.kv_stats().n_compactions
+    answer(last, [*history, *OTHERS[120:150]])
+    assert last.kv_stats().n_compactions == n + 1 and last.kv_stats().n_evaluated_last == 10
 
 
 def test_what_cannot_be_repeated_any_more(tiny: Path, opened: Open) -> None:
@@ -248,6 +305,7 @@ def test_an_edit_that_leaves_no_room(smollm2: Path, opened: Open, document: str)
     while len(llm.tokenize((half + more[: n + 8]).encode())) < 430:
         n += 8
     reply(llm, [*said, *chat(more[:n])], 1)
+    assert llm.kv_stats().n_reused_last > 150  # it went back
     assert llm.kv_stats().n_past > 485 and llm.kv_stats().query == "last"
 
 
@@ -294,6 +352,35 @@ def test_little_memory(smollm2: Path, opened: Open, document: str, monkeypatch: 
     exact = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25, kv_prefill="exact")
     reply(exact, chat(document[2000:3600]))
     assert exact.kv_stats().query == "both"
+
+
+def test_pins_take_of_what_repeating_chooses(smollm2: Path, opened: Open, document: str) -> None:
+    """With a system prompt that takes half of the cells the next turns go on to be repeated."""
+    llm = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=130)
+    messages = [{"role": "system", "content": document[3000:3240]}, *chat(document[:2200])]
+    reply(llm, messages)
+    assert llm.kv_pinned and 40 < llm.kv_pinned[0][1] < 65
+    for i in range(3):
+        messages += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": document[3600 + 300 * i :][:300]}]
+        reply(llm, messages)
+        assert llm.kv_stats().query == "both"
+    assert llm.kv_stats().n_compactions >= 2
+
+
+def test_no_memory_to_repeat(smollm2: Path, opened: Open, document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer comes all the same, if the session chose to repeat; what was told to is an error."""
+    llm = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25)
+    told = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25, kv_query="both")
+    last = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=0.25, kv_query="last")
+
+    def replay(*_: Any) -> Any:
+        raise NativeError("memory ran out")
+
+    monkeypatch.setattr(repeating, "replay", replay)
+    assert reply(llm, chat(document[:1600]), 8) == reply(last, chat(document[:1600]), 8)
+    assert llm.kv_stats().query == "last" and positions(llm) == positions(last)
+    with pytest.raises(NativeError, match="memory ran out"):
+        reply(told, chat(document[:1600]), 8)
 
 
 def test_streams_that_nobody_reads_on(smollm2: Path, opened: Open, document: str) -> None:

@@ -286,7 +286,8 @@ class Session:
         """
         cache = self._ragged("compact()")
         n_cells = cache.n_cells(budget)
-        res = self.replay(tokens or [0] * self.n_past, self.n_past - n_end(n_cells)) if cache.bound.replays else 0.0
+        bound, n = cache.bound, self.n_past
+        res = self.replay(tokens or [0] * n, n - n_end(bound, n_cells)) if bound.replays else 0.0
         cache.compact(n_cells)
         return res
 

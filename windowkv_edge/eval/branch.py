@@ -137,7 +137,7 @@ class Branches:
         self.restore()
         if not isinstance(policy, Full):
             if policy.replays:
-                self._replay(len(self.prompt) - n_end(n_cells))
+                self._replay(len(self.prompt) - n_end(self.bind(policy), n_cells))
             task = prompt_task(self.prompt, self.model.detokenize) if policy.needs_task else "localization"
             self.cache.compact(n_cells, task, self.bind(policy))
 

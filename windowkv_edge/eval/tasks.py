@@ -119,7 +119,11 @@ def tasks_cases(
         if reason is not None:
             skipped[reason if reason in skipped or len(skipped) < _MAX_REASONS else "other reasons"] += 1
             continue
-        found.append((row, *_question(style, row)))
+        head, end = _question(style, row)
+        if before and not end:
+            skipped["nothing stands behind its context, which asks about it"] += 1
+            continue
+        found.append((row, head, end))
     if _BROKEN in skipped:
         skipped[f"{_BROKEN} ({first_broken})"] = skipped.pop(_BROKEN)
     if not found:
