@@ -282,7 +282,7 @@ class PolicyEvaluation(Shifting):
         pins = [_range(own) for own in noted["pins"]]
         system = _range(noted["system"]) if noted["system"] else None
         lost, asks = GivenUp.of(noted["lost"]), [int(token) for token in noted["asks"]]
-        query, self._kv_kept_for = noted["query"], noted["kept_for"]
+        query, self._kv_kept_for, self._kv_is_over = noted["query"], noted["kept_for"], False
         self._kv_known, self._kv_prompts.is_open = int(noted["known"]), bool(noted["open"])
         self._kv_when.changed, self._kv_settled = bool(noted["changed"]), bool(noted["settled"])
         self._kv_pins.asked, self._kv_pins.system, self._kv_asks = pins, system, asks

@@ -15,7 +15,6 @@ from .checkpoints import Checkpoint, Checkpoints
 from .errors import NativeError, UnsupportedCallError
 from .limit import Limit, n_asks
 from .native_state import get_state, refusal, set_state, state_size
-from .policies import Query
 from .prompts import Prompts, Step, n_reused
 from .session import AfterPrompt, PolicyCache
 
@@ -56,8 +55,7 @@ class GoingBack(llama_cpp.Llama):
         def _aligned(self) -> AbstractContextManager[None]: ...
         def _room(self, cache: PolicyCache, n_tokens: int, step: Step) -> int | None: ...
 
-        @property
-        def _given_query(self) -> Query | None: ...
+        def _suits(self, kept_for: str) -> bool: ...
 
     #
     # keeping
@@ -177,7 +175,7 @@ class GoingBack(llama_cpp.Llama):
             n_most = self._kv_limit.n_cells(cache.kv.stats()) + self.n_batch
             if own.n_cells > n_most:
                 return False
-        if own.noted["kept_for"] and self._given_query not in (None, own.noted["kept_for"]):
+        if not self._suits(own.noted["kept_for"]):
             return False
         return bool(is_same(own.budget, self._kv_when.budget) and own.noted["pins"] == self._kv_noted()["pins"])
 

@@ -59,8 +59,8 @@ class Limited(SavedStates):
     def kv_query(self) -> AskedQuery:
         """Which question cells are kept for, see the class. Setting it takes effect at the next compaction, and the
         next prompt's end is compacted if cells were kept for another one. If these cannot be repeated any more, because
-        they were chosen for the last question alone, the next prompt is evaluated anew as a whole; by hand, call
-        :meth:`reset` before.
+        they were chosen for the last question alone, the next prompt of :meth:`generate` is evaluated anew as a whole,
+        and what goes on behind them keeps cells for that question until then; by hand, call :meth:`reset`.
 
         Raises:
             UnsupportedCallError: when set, the session has no policy or cannot be used now (see the class).
@@ -81,12 +81,14 @@ class Limited(SavedStates):
             self._kv_given.pop("kv_query", None)
             if query != "auto":
                 self._kv_given["kv_query"] = query
+            self._kv_is_over = False
             self._ask_as_given(cache)
-            if self._kv_kept_for in ("", cache.bound.query) or self._may_ask(cache, "both"):
-                self._kv_is_over = False
+            if self._suits(self._kv_kept_for):
                 return
             kv, stats = cache.kv, cache.kv.stats()
-            self._kv_is_over = cache.bound.replays and next_to_replay(kv, int(stats.n_boundary)) > stats.n_replayed
+            if cache.bound.replays and next_to_replay(kv, int(stats.n_boundary)) > stats.n_replayed:
+                cache.ask("last")  # for what is there
+                self._kv_is_over = True
             self._kv_when.changed = self._requires_eval = True
             self._kv_prompts.changed(0)
 

@@ -474,11 +474,11 @@ class Llama(Limited):
             if self._kv_step is None:
                 self._kv_pins.system = self._kv_asked = None
                 self._kv_checkpoints.clear()
-                if self._kv_cache is not None:
-                    self._ask_as_given(self._kv_cache)
             if self._kv_cache is not None:
                 with self._aligned():
                     self._clear()
+                if self._kv_step is None:
+                    self._ask_as_given(self._kv_cache)
             super().reset()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:

@@ -87,6 +87,16 @@ class Pins:
         if self._system is not None:
             self._system = close(self._system[0]), close(self._system[1])
 
+    def n_free(self, n_cells: int, n_past: int) -> int:
+        """Of n_cells cells per head those that a compaction chooses, at least 1, where n_past positions are there."""
+
+        def pinned(ranges: Sequence[Range]) -> int:
+            return n_pinned([(start, min(stop, n_past)) for start, stop in ranges])
+
+        system = [] if self._system is None else [self._system]
+        is_too_long = 2 * n_pinned([*self.asked, *system]) > n_cells
+        return max(1, n_cells - pinned([*self.asked, *([] if is_too_long else system)]))
+
     def for_compaction(self, n_cells: int, n_within: int | None = None) -> list[Range]:
         """What stays in a compaction. Where all of it takes more than half of the cells, the system prompt is not
         pinned, and a warning says so.

@@ -61,7 +61,7 @@ def why_missed(
     is_same = n_same == n_prompt
     where = f"the prompt {'ends' if is_same else 'differs'} at token {n_same} of {n_prompt}"
     if is_same and budget_changed and n_boundary > 0:
-        return f"kv_budget was changed since the first {n_boundary} positions were compacted"
+        return f"kv_budget or kv_query was changed since the first {n_boundary} positions were compacted"
     if n_same - (is_same and not is_known) < n_boundary:
         return f"{where}, and positions below {n_boundary} were compacted"
     return f"{where}, and the window or recurrent layers moved on to {n_past} and cannot go back that far"

@@ -14,7 +14,7 @@ from .errors import NativeError, UnsupportedCallError
 from .going_back import GoingBack
 from .guard import Interrupts
 from .limit import N_ASKS, Prefill
-from .pins import Pins, Range, n_pinned
+from .pins import Pins, Range
 from .policies import KVPolicy, Query
 from .prompts import Step
 from .replay import N_LEAST, Wording, n_at_once, n_end, n_for_any, next_to_replay, replay
@@ -53,12 +53,17 @@ class Repeating(GoingBack):
         return None if self._kv_query == "auto" else self._kv_query
 
     def _ask_as_given(self, cache: PolicyCache) -> None:
-        """As long as no prompt says what it is.
+        """As long as no prompt says what it is; where the next one begins anew, cells are kept for what they were."""
+        if not self._kv_is_over:
+            cache.ask(self._given_query)
 
-        Raises:
-            ValueError: the policy does not keep cells for the question that ``kv_query`` says.
-        """
-        cache.ask(self._given_query)
+    def _suits(self, kept_for: str) -> bool:
+        """Whether cells that were kept for a question, "" for none, are what the session keeps cells for; any are for
+        one that does not say."""
+        cache = self._kv_cache
+        if cache is None or kept_for == "" or (self._given_query is None and cache.own.query == "last"):
+            return True
+        return cache.for_query(self._given_query).query == kept_for
 
     def _may_ask(self, cache: PolicyCache, query: Query) -> bool:
         """Whether the session may choose to keep cells for a question of that kind: not where steps and answers are
@@ -76,6 +81,8 @@ class Repeating(GoingBack):
             n_prompt: its tokens.
             n_same: of these, the first ones that the session keeps; 0 = it begins anew.
         """
+        if self._kv_is_over:
+            return
         self._ask_as_given(cache)
         if not self._kv_is_chat or not self._may_ask(cache, "both"):
             return
@@ -119,7 +126,8 @@ class Repeating(GoingBack):
                 "know what others decoded; evaluate it with eval(), or choose another policy"
             )
         n_room = self._n_positions - n_past
-        if n_room < n_least and n_past - n_replayed > n_cells // 2:
+        n_any = n_for_any(cache.bound, self._kv_pins.n_free(n_cells, n_past))
+        if n_room < n_least and n_past - n_replayed > n_any // 2:
             return (
                 f"which takes {n_least} positions behind the {n_past} that are there, and n_ctx={self.n_ctx()} has "
                 f"{n_room}; give a larger n_ctx"
@@ -160,8 +168,9 @@ class Repeating(GoingBack):
             asked: where the question of a chat stands, of a prompt that ends there.
             n_left: tokens that are not evaluated yet.
         """
-        n_free = max(1, n_cells - n_pinned(self._kv_pins.ranges()))
-        n_past, n = self.n_tokens + n_left, n_end(cache.bound, n_free)
+        n_past = self.n_tokens + n_left
+        n_free = self._kv_pins.n_free(n_cells, n_past)
+        n = n_end(cache.bound, n_free)
         if asked is not None:
             start, stop = asked
             n = max(1, min(n_past - max(start, stop - N_ASKS), n_for_any(cache.bound, n_free) // 2))
@@ -208,7 +217,7 @@ class Repeating(GoingBack):
                         ctypes.memmove(own, logits.ctypes.data, logits.nbytes)
                         is_back = True
         except NativeError:  # such as no memory for it: nothing was lost
-            if not self._chose(cache):
+            if not self._chose(cache) or self.n_tokens != n_past:
                 raise
             self._ask_as_given(cache)
         finally:

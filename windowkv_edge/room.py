@@ -326,8 +326,8 @@ class Compacting(Repeating):
         # can have, such as h2o, see what was read before it as well
         is_short = 0 < len(asks) < cache.bound.n_observed <= N_ASKS
         n_short = len(asks) if is_short else None
-        cache.compact(n_cells, self._task(cache, asks), n_observers=n_short, comes=comes)
-        self._kv_kept_for = cache.bound.query
+        if cache.compact(n_cells, self._task(cache, asks), n_observers=n_short, comes=comes) > 0:
+            self._kv_kept_for = cache.bound.query
 
     def _keep_logits(self, cache: PolicyCache) -> None:
         """Those of the last position, if they are known; without memory for them the prompt is evaluated again."""

@@ -300,11 +300,12 @@ class Shifting(Compacting):
         """
         wants, self._kv_wants, self._kv_lifts, self._kv_miss, self._kv_n_read = self._kv_wants, 0, False, "", 0
         cache, self._kv_asked, self._kv_ahead = self._kv_cache, None, (0, 0)
-        if cache is not None:
-            self._ask_as_given(cache)  # until it begins
-        if self._kv_is_over:
+        if self._kv_is_over and reset:
             with self._aligned():
                 self._clear()
+            self._kv_miss = "kv_query was changed, and cells were kept for the last question alone"
+        if cache is not None:
+            self._ask_as_given(cache)  # until it begins
         if cache is None or not self._shifts:
             if reset:
                 self._kv_lost = GivenUp()

@@ -275,6 +275,7 @@ class SavedStates(PolicyEvaluation):
             tokens = np.array(prompt, dtype=np.intc)
             held = self.input_ids[: self.n_tokens]
             n_live = self._n_mapped(self._kv_lost, held, tokens, lambda mapped: self._n_live(own, mapped))
+            n_live = 0 if self._kv_is_over else n_live
             best = max(n_live, self._n_kept(tokens))
             if (found := _best_of(cache, tokens, best, lambda state: self._saves(state, tokens))) is None:
                 return False
@@ -294,7 +295,7 @@ class SavedStates(PolicyEvaluation):
             return 0  # its prompt was compacted for another one
         if state.session["noted"]["pins"] != self._kv_noted()["pins"]:
             return 0  # and without these pins, or with others
-        if self._given_query is not None and state.session["noted"]["kept_for"] not in ("", self._given_query):
+        if not self._suits(state.session["noted"]["kept_for"]):
             return 0  # and for another question
         lost = GivenUp.of(state.session["noted"]["lost"])
         held, removable = state.input_ids[: state.n_tokens], state.session["removable"]
@@ -341,7 +342,7 @@ class SavedStates(PolicyEvaluation):
         if session["policy"] != (own := policy_text(cache.policy)):
             return f"it was saved with kv_policy={session['policy']}, and this session has {own}; set kv_policy first"
         kept_for = session["noted"]["kept_for"]
-        if kept_for == "last" and self._given_query in ("any", "both"):
+        if kept_for == "last" and not self._suits(kept_for):
             return f"its cells were kept for the last question, and this session has kv_query={self._kv_query!r}"
         if max(n_tokens, session["n_past"]) > self._n_positions:
             return f"it holds {max(n_tokens, session['n_past'])} tokens, this session n_ctx={self._n_positions}"
@@ -405,8 +406,7 @@ class SavedStates(PolicyEvaluation):
             self._requires_eval = True  # its logits are not among what is saved
             self._kv_when.budget = self._kv_given["kv_budget"] = budget
             self._kv_note(session["noted"])
-            if self._given_query is not None and self._kv_kept_for not in ("", self._given_query):
-                self._kv_when.changed = True
+            self._kv_when.changed = self._kv_when.changed or not self._suits(self._kv_kept_for)
         except BaseException:
             if not is_refused:
                 self._clear()

@@ -53,8 +53,7 @@ class KVStats:
             of ``kv_checkpoints`` that would have kept them; "" if none had.
         n_checkpoints: states that the session can go back to.
         bytes_checkpoints: their bytes, in host memory; part of nothing else.
-        query: which question cells are kept for, "last", "any" or "both" (``kv_query``): what the last prompt had, or
-            what was set since; "" without a policy.
+        query: which question cells are kept for now, "last", "any" or "both" (``kv_query``); "" without a policy.
         n_replayed: positions before this one were repeated by the model, for policies that go by that.
         n_shifted: positions that were given up at the end of the context in all (``kv_shift``). All other numbers are
             about the ones that are there.

@@ -168,6 +168,11 @@ def test_a_stream_goes_on(smollm2: Path, opened: Open, document: str) -> None:
     got += [next(stream) for _ in range(5)]
     stream.close()
     assert got == answer(other, prompt, 6)
+    assert llm.kv_stats().query == "last"  # what is there
+    more = llm.generate(llm.tokenize(b" And"), temp=0.0, reset=False)
+    next(more)
+    more.close()
+    assert llm.n_tokens > len(prompt)
     answer(llm, [*prompt, *llm.tokenize(b" And then?")])
     assert llm.kv_stats().n_evaluated_last > len(prompt) and llm.kv_stats().n_replayed > 300
 
@@ -184,7 +189,8 @@ def test_states_of_another_question(tiny: Path, opened: Open, tmp_path: Path) ->
     llm.kv_save(tmp_path / "last.session")
     state = llm.save_state()
     llm.kv_query = "any"
-    assert not llm._take_best(llm.cache, history)  # type: ignore[arg-type]
+    follow = [*history, *OTHERS[120:140]]
+    assert not llm._take_best(llm.cache, follow)  # type: ignore[arg-type]
     for load in (lambda: llm.kv_load(tmp_path / "last.session"), lambda: llm.load_state(state)):
         with pytest.raises(UnsupportedCallError, match="kept for the last question, and this session has kv_query='any'"):
             load()
@@ -192,6 +198,12 @@ def test_states_of_another_question(tiny: Path, opened: Open, tmp_path: Path) ->
     stats = llm.kv_stats()
     assert stats.n_reused_last <= 300 and stats.n_replayed > 400  # the first prompt's whole cells, or nothing
     llm.kv_save(tmp_path / "any.session")
+    state, more = llm.save_state(), np.array([*follow, 1, 2], dtype=np.intc)
+    assert llm._saves(state, more) == len(follow)
+    llm.kv_query = "last"
+    assert llm._saves(state, more) == 0
+    llm.kv_query = "auto"
+    assert llm._saves(state, more) == len(follow)
     last = opened(tiny, kv_policy="auto", kv_query="last", kv_budget=60, **WIDE)
     last.kv_load(tmp_path / "any.session")
     n = last.kv_stats().n_compactions
@@ -354,6 +366,50 @@ def test_little_memory(smollm2: Path, opened: Open, document: str, monkeypatch: 
     assert exact.kv_stats().query == "both"
 
 
+def test_an_answer_within_a_limit(smollm2: Path, opened: Open, document: str) -> None:
+    """Another question while it grows: its compactions go on to keep what they kept cells for."""
+    llm, other = (opened(smollm2, n_ctx=1024, kv_policy="auto", kv_query="last", kv_limit=150) for _ in range(2))
+    prompt = llm.tokenize(document[:1600].encode())
+    streams = [own.generate(prompt, temp=0.0) for own in (llm, other)]
+    got = [[next(stream) for _ in range(4)] for stream in streams]
+    llm.kv_query = "any"
+    for _ in range(50):
+        for own, stream in zip(got, streams, strict=True):
+            own.append(next(stream))
+    assert got[0] == got[1] and positions(llm) == positions(other)
+    assert llm.kv_stats().n_replayed == 0 and llm.kv_stats().n_compactions >= 3
+    for stream in streams:
+        stream.close()
+    answer(llm, [*prompt, *got[0], 1])
+    assert llm.kv_stats().query == "any" and llm.kv_stats().n_evaluated_last > len(prompt)
+    assert "kv_query was changed" in llm.kv_stats().miss
+
+
+def test_nothing_was_evicted(tiny: Path, opened: Open, tmp_path: Path) -> None:
+    """A compaction that all cells survive says nothing about questions."""
+    llm = opened(tiny, kv_policy="auto", kv_query="last", kv_budget=0.6, **WIDE)
+    answer(llm, TOKENS[:300])
+    assert (llm.kv_stats().cells == 300).all()
+    llm.kv_save(tmp_path / "all.session")
+    other = opened(tiny, kv_policy="auto", kv_query="any", kv_budget=60, **WIDE)
+    other.kv_load(tmp_path / "all.session")
+    other.kv_compact(60)
+    assert other.kv_stats().n_replayed > 280
+    llm.kv_query = "any"
+    answer(llm, [*TOKENS[:300], *OTHERS[:10]])
+    assert llm.kv_stats().n_evaluated_last == 10
+
+
+def test_a_policy_that_repeats_by_itself(tiny: Path, opened: Open) -> None:
+    """With "auto" as with its name: what was kept for the last question alone is read again."""
+    llm = opened(tiny, kv_policy="auto(replay_share=0.2)", kv_query="last", kv_budget=60, kv_checkpoints="64MiB", **WIDE)
+    answer(llm, TOKENS[:300])
+    answer(llm, [*TOKENS[:300], *OTHERS[:100]])
+    llm.kv_query = "auto"
+    answer(llm, [*TOKENS[:300], *OTHERS[:120]])
+    assert llm.kv_stats().query == "both" and llm.kv_stats().n_replayed > 390
+
+
 def test_pins_take_of_what_repeating_chooses(smollm2: Path, opened: Open, document: str) -> None:
     """With a system prompt that takes half of the cells the next turns go on to be repeated."""
     llm = opened(smollm2, n_ctx=1024, kv_policy="auto", kv_budget=130)
@@ -381,6 +437,16 @@ def test_no_memory_to_repeat(smollm2: Path, opened: Open, document: str, monkeyp
     assert llm.kv_stats().query == "last" and positions(llm) == positions(last)
     with pytest.raises(NativeError, match="memory ran out"):
         reply(told, chat(document[:1600]), 8)
+
+    def replay_and_lose(kv: Any, *_: Any) -> Any:
+        llm._ctx.kv_cache_clear()
+        raise NativeError("the cache was cleared")
+
+    monkeypatch.setattr(repeating, "replay", replay_and_lose)
+    llm.reset()
+    with pytest.raises(NativeError, match="the cache was cleared"):
+        reply(llm, chat(document[:1600]), 8)
+    assert llm.n_tokens == 0
 
 
 def test_streams_that_nobody_reads_on(smollm2: Path, opened: Open, document: str) -> None:

@@ -267,7 +267,7 @@ def test_what_cannot_be_reused_is_said(tiny: Path, opened: Open) -> None:
     assert prompts(llm) == (300, 0, why + remedy.format(299))
     llm.kv_budget = 50
     answer(llm, edited[:300])
-    why = "kv_budget was changed since the first 300 positions were compacted; "
+    why = "kv_budget or kv_query was changed since the first 300 positions were compacted; "
     assert prompts(llm) == (300, 0, why + remedy.format(299))
     assert (llm.kv_stats().cells == 50).all()
     answer(llm, OTHERS[100:200])  # shares nothing
