@@ -35,6 +35,7 @@ REDUCED = {
     "windowkv-edge profile": "--lengths 64 --depths 0.5",
     "windowkv-edge eval fidelity": "--lengths 300 --windows 1 --follow 4 --budgets 25%",
     "windowkv-edge eval generate": "--tokens 40 --cells 32 --free 8 --policies streamingllm",
+    "windowkv-edge eval forms": "--lengths 250 --count 1 --forms last --budgets 50%",
     "windowkv-edge eval turns": "--lengths 300 --count 1 --questions 2 --policies kvzip --types f16 --budgets 25%",
     "windowkv-edge eval needle": "--lengths 600 --depths 0.5 --kinds number",
     "windowkv-edge bench smollm2": "--lengths 300 --rounds 1 --fill --references 2",
