@@ -382,7 +382,7 @@ def test_an_answer_within_a_limit(smollm2: Path, opened: Open, document: str) ->
         stream.close()
     answer(llm, [*prompt, *got[0], 1])
     assert llm.kv_stats().query == "any" and llm.kv_stats().n_evaluated_last > len(prompt)
-    assert "kv_query was changed" in llm.kv_stats().miss
+    assert llm.kv_stats().miss  # why, or what would have kept it
 
 
 def test_nothing_was_evicted(tiny: Path, opened: Open, tmp_path: Path) -> None:
