@@ -14,7 +14,7 @@ from typing import Any
 
 from .case import EvalError, place
 from .metrics import score
-from .needle import N_ANSWER, Needle, make_needle
+from .needle import N_ANSWER, Needle, different_needles
 from .run import FULL
 from .style import Style
 
@@ -125,14 +125,10 @@ def conversations(
 
 def _facts(n: int, index: int, seed: int) -> list[Needle]:
     """Facts with different questions."""
-    res: list[Needle] = []
-    for number in range(1000 * index, 1000 * index + 999):
-        own = make_needle(KINDS[number % len(KINDS)], number, seed)
-        if own.question not in {needle.question for needle in res}:
-            res.append(own)
-        if len(res) == n:
-            return res
-    raise EvalError(f"there are {len(res)} facts, expected {n}; ask for fewer turns")
+    res = different_needles(KINDS, range(1000 * index, 1000 * index + 999), n, seed)
+    if len(res) < n:
+        raise EvalError(f"there are {len(res)} facts, expected {n}; ask for fewer turns")
+    return res
 
 
 class Replies:

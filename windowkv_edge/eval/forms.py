@@ -14,7 +14,7 @@ from typing import Any
 
 from .case import EvalError, place
 from .metrics import score
-from .needle import Needle, make_needle
+from .needle import different_needles
 from .run import FULL
 from .style import Style
 
@@ -96,7 +96,7 @@ def form_cases(
     for length in lengths:
         for index in range(first, first + count):
             rng = random.Random(f"{seed}/forms/{length}/{index}")
-            needles = list(_facts(index, seed))
+            needles = different_needles(KINDS, range(100 * index, 100 * index + 99), N_FACTS, seed)
             depths = [(at + 0.5) / 40 for at in rng.sample(range(40), N_FACTS)]
             lines = [(at, style.tokenize(f"\n{own.sentences[0]}\n")) for at, own in zip(depths, needles, strict=True)]
             start = rng.randrange(max(1, len(hay) - length))
@@ -106,16 +106,6 @@ def form_cases(
                 messages = _messages(form, document, needles[asked].question)
                 n = len(style.head) + sum(len(style.tokenize(own["content"])) + 32 for own in messages) + N_ANSWER
                 yield FormCase(form, length, depths[asked], index, messages, needles[asked].answers, n)
-
-
-def _facts(index: int, seed: int) -> Iterator[Needle]:
-    """Facts with different questions."""
-    known: set[str] = set()
-    for number in range(100 * index, 100 * index + 99):
-        own = make_needle(KINDS[number % len(KINDS)], number, seed)
-        if own.question not in known and len(known) < N_FACTS:
-            known.add(own.question)
-            yield own
 
 
 def _messages(form: str, document: str, question: str) -> list[dict[str, str]]:

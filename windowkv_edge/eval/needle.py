@@ -8,13 +8,13 @@ that the question words differently. The test is Kamradt's idea (2023), several 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .case import Case, place
 from .style import Style
 
-__all__ = ["KINDS", "Needle", "make_needle", "needle_cases"]
+__all__ = ["KINDS", "Needle", "different_needles", "make_needle", "needle_cases"]
 
 N_ANSWER = 16  # greedy tokens, as in the needle tests of the papers
 N_KEYS, N_VALUES = 4, 3
@@ -160,6 +160,16 @@ def make_needle(kind: str, index: int, seed: int = 0) -> Needle:
         word = noun if "object" in used else fills[used]
         return Needle(kind, (fact.format(**fills),), question, lead, (word,))
     raise ValueError(f"the kind of needle is {kind!r}, expected one of {', '.join(KINDS)}")
+
+
+def different_needles(kinds: Sequence[str], numbers: Iterable[int], n: int, seed: int) -> list[Needle]:
+    """The first n needles of these numbers, in turn of each kind, that ask different questions; fewer if there are."""
+    res: list[Needle] = []
+    for number in numbers:
+        own = make_needle(kinds[number % len(kinds)], number, seed)
+        if len(res) < n and own.question not in {needle.question for needle in res}:
+            res.append(own)
+    return res
 
 
 def needle_cases(

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from .case import Case, place
-from .needle import N_ANSWER, Needle, make_needle
+from .needle import N_ANSWER, different_needles
 from .style import Style
 
 __all__ = ["turns_cases"]
@@ -40,11 +40,7 @@ def turns_cases(
     for length in lengths:
         for index in range(first, first + count):
             rng = random.Random(f"{seed}/turns/{length}/{index}")
-            needles: list[Needle] = []
-            for number in range(100 * index, 100 * index + 99):
-                own = make_needle(KINDS[number % len(KINDS)], number, seed)
-                if len(needles) < n_turns and own.question not in {needle.question for needle in needles}:
-                    needles.append(own)
+            needles = different_needles(KINDS, range(100 * index, 100 * index + 99), n_turns, seed)
             depths = [(at + 0.5) / 40 for at in rng.sample(range(40), n_turns)]
             lines = [(at, style.tokenize(f"\n{own.sentences[0]}\n")) for at, own in zip(depths, needles, strict=True)]
             document = style.head + place(hay[:length], lines)
